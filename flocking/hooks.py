@@ -1,0 +1,114 @@
+"""The one hook of the package: it reads ``z``, the input of every FF down-projection.
+
+Recording, and GRIFFIN's prefill, are callbacks of :func:`observe`; no other module
+registers a hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from flocking.feedforward import FeedForward, feedforwards
+from flocking.shadow import unwrap
+
+
+def choose(blocks: list[FeedForward], layers: Iterable[int] | None) -> list[FeedForward]:
+    """The blocks of the given layers, in model order; all of them for None.
+
+    Raises
+    ------
+    ValueError
+        If a layer has no FF block, or if none is asked for.
+    """
+    if layers is None:
+        return blocks
+    wanted = {int(layer) for layer in layers}
+    known = {block.layer for block in blocks}
+    if unknown := sorted(wanted - known):
+        raise ValueError(
+            f"layers={unknown} are not layers of this model: it has FF blocks in layers "
+            f"{min(known)} to {max(known)} ({len(known)} of them)."
+        )
+    if not wanted:
+        raise ValueError("layers is empty: name at least one layer, or leave it out for all.")
+    return [block for block in blocks if block.layer in wanted]
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    callback: Callable[[FeedForward, Tensor], Tensor | None],
+    *,
+    layers: Iterable[int] | None = None,
+) -> Iterator[list[FeedForward]]:
+    """Call ``callback(block, z)`` at every FF block of every forward pass in the ``with``.
+
+    The hooks are removed at the end, whatever happens in between, and nobody else's are
+    touched. Compiled models (``model.compile()``, ``torch.compile(model)`` or a compiled
+    ``forward``) would skip hooks without a word: inside the ``with``, everything compiled
+    runs eagerly instead.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    callback : callable
+        Gets the :class:`FeedForward` and its ``z``, a tensor of shape (sequence, token,
+        d_ff) in the model's dtype and on its layer's device: the very tensor that the model
+        goes on with, so copy what you keep and change nothing in place. Return None to
+        leave the model alone, or a tensor to use in place of ``z``.
+    layers : iterable of int, optional
+        Layers to watch; all by default.
+
+    Yields
+    ------
+    list of FeedForward
+        The blocks that are watched.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model has no FF block that can be proved.
+    ValueError
+        If `layers` names a layer that does not exist.
+    RuntimeError
+        At the end, if a watched block never ran: either no forward pass was made inside
+        the ``with``, or something bypassed the block.
+
+    Examples
+    --------
+    >>> norms = {}
+    >>> with flocking.observe(model, lambda ff, z: norms.update({ff.layer: z.norm()})):
+    ...     model(**tokenizer("Birds of a feather", return_tensors="pt"))
+    """
+    model = unwrap(model)
+    blocks = choose(feedforwards(model), layers)
+    silent = set(blocks)
+
+    def hook_of(block: FeedForward) -> Callable[..., tuple | None]:
+        def hook(module: nn.Module, args: tuple) -> tuple | None:
+            silent.discard(block)
+            replacement = callback(block, args[0])
+            return None if replacement is None else (replacement, *args[1:])
+
+        return hook
+
+    handles = []
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            for block in blocks:
+                handles.append(block.down.register_forward_pre_hook(hook_of(block)))
+            yield blocks
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent:
+        names = [block.path for block in blocks if block in silent]
+        which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise RuntimeError(
+            f"{len(names)} of {len(blocks)} observed FF blocks never ran ({which}): run this very "
+            "model inside the `with` (not a copy, an export or a captured graph of it)."
+        )

@@ -1,0 +1,459 @@
+"""``record``: from a model and texts to a labelled Dataset of windowed moments."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+import transformers
+import xarray as xr
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
+from flocking.hooks import choose, observe
+from flocking.moments import Moments, Windows
+from flocking.passes import chunks, continued, forward, undisturbed
+from flocking.shadow import unwrap
+from flocking.tokens import Text, tokenize
+
+_SHARE_OF_MEMORY = 0.8  # of what is free, that a recording may take
+
+
+def record(
+    model: nn.Module,
+    text: Text,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    window: int | None = 64,
+    layers: Iterable[int] | None = None,
+    max_new_tokens: int = 0,
+    relative: bool | Iterable[int] = False,
+    ranks: bool = False,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Record how a model's feed-forward neurons behave along one or more texts.
+
+    Every text is run once (without the language-model head), and per sequence, layer,
+    window of tokens and neuron the moments of the relative activations
+    ``r_t = |z_t| / ||z_t||_2`` are kept, where ``z_t`` is the input of the FF
+    down-projection at token t (Dong, Chen and Chi 2024, arXiv 2404.01365, section 3).
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Any dense model whose FF blocks :func:`flocking.feedforwards` can prove. Its
+        weights, hooks and training flags are as before afterwards.
+    text : str, list of str, token ids, or a tokenizer's output
+        Strings are tokenized with the special tokens that the tokenizer adds by default
+        (attribute ``special_tokens`` says which) and no chat template: apply one
+        beforehand if you want one. Token ids are one sequence, a list of sequences, or a
+        tensor of shape (sequence, token) without padding. In a tokenizer's output,
+        padding on either side is dropped by its ``attention_mask``.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        By default, the one beside the model (``model.name_or_path``).
+    window : int or None
+        Tokens a window. None: one window a phase beside the first token's.
+    layers : iterable of int, optional
+        Layers to record; all by default.
+    max_new_tokens : int
+        If positive, each text is continued greedily, and the continuation is recorded as
+        phase ``"generation"`` by replaying the whole text in one pass (exact up to rounding,
+        since activations are causal). The last token that was sampled was never fed to the
+        model: it has no activations and is not in the recording.
+    relative : bool or iterable of int
+        Keep ``r`` itself as float16, for all layers or those listed. This is large: how
+        large is said before it is taken.
+    ranks : bool
+        Also keep the sums of standardised ranks that rank consistency needs (slower).
+    batch_size : int
+        Sequences a forward pass. It changes the speed and, within rounding, nothing else.
+    seed : int
+        For models whose forward pass is random. The global generators are left alone.
+    progress : bool
+        Show progress on standard error.
+
+    Returns
+    -------
+    xarray.Dataset
+        Save it with ``.to_zarr(path, zarr_format=2)``. Dimensions: ``sequence``,
+        ``layer``, ``window``, ``neuron``, ``token``. Variables:
+
+        ``energy``, ``mass`` (sequence, layer, window, neuron), float32
+            Sums over the window's tokens of ``r ** 2`` and of ``r``; unitless. Layers
+            narrower than the widest are padded with zeros (coordinate ``d_ff`` by layer).
+        ``norm``, ``l1`` (sequence, layer, token), float32
+            ``||z_t||_2``, in the activations' units, and ``||r_t||_1``; NaN at padding.
+        ``tokens`` (sequence, window), int64
+            Real tokens in the window, 0 where a sequence has none.
+        ``rank`` (sequence, layer, window, neuron), float32, with `ranks`
+            Sums of each token's standardised ranks.
+        ``relative`` (sequence, layer, token, neuron), float16, with `relative`
+            ``r`` itself, NaN at padding. If that is not every recorded layer, its
+            dimension ``layer`` is called ``relative_layer``.
+
+        Window 0 is the first token alone; then come the prompt's windows, then the
+        generation's, with coordinates ``phase`` and ``start`` (counted from the
+        sequence's first token, in phase ``"generation"`` from the first new one).
+        ``token_id``, ``token_text`` and ``token_window`` are laid out as (sequence,
+        token), with -1 or an empty string at padding.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's FF blocks cannot be located and proved.
+    ValueError
+        For an empty text, an unknown layer, a window below 1, a text longer than the
+        model's context, weights on the meta device, or activations that are not finite.
+    MemoryError
+        If the result would not fit in memory; before any work is done.
+
+    Examples
+    --------
+    >>> model, tokenizer = flocking.load()
+    >>> recording = flocking.record(model, "The starlings turned as one.")
+    >>> flocking.flocking_score(recording).mean("sequence")
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: give a number of tokens from 1 up, or None.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give a number of sequences from 1 up.")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: give 0, or a number of tokens.")
+    model = unwrap(model)
+    _refuse_model(model, max_new_tokens)
+    prompts, texts, tokenizer, special = tokenize(model, text, tokenizer)
+    _refuse_long(model, prompts, max_new_tokens)
+    blocks = choose(feedforwards(model), layers)
+    raw = choose(blocks, None if relative is True else relative) if relative else []
+    _refuse_large(prompts, blocks, raw, window, max_new_tokens, ranks, progress)
+
+    if model.training:
+        warnings.warn(
+            "The model is in training mode: it is recorded in eval mode (without dropout) and "
+            "set back afterwards.",
+            stacklevel=2,
+        )
+    with undisturbed(model, seed):
+        sequences = prompts
+        if max_new_tokens:
+            sequences = continued(model, prompts, max_new_tokens, progress)
+        layout = _Layout.of([len(p) for p in prompts], [len(s) for s in sequences], window)
+        recorder = _Recorder(blocks, raw, layout, ranks)
+        _run(model, recorder, sequences, batch_size, progress)
+
+    dataset = _label(recorder, sequences, texts, tokenizer)
+    config = model.config
+    return dataset.assign_attrs(
+        model=str(getattr(model, "name_or_path", "")),
+        revision=str(getattr(config, "_commit_hash", None) or ""),
+        architecture=type(model).__name__,
+        dtype=str(blocks[0].down.weight.dtype).removeprefix("torch."),
+        special_tokens=special,
+        window="phase" if window is None else window,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        flocking_version=version("flocking"),
+        transformers_version=transformers.__version__,
+        torch_version=torch.__version__,
+    )
+
+
+# --------------------------------------------------------------------------------------
+# What is refused before any work
+
+
+def _refuse_model(model: nn.Module, max_new_tokens: int) -> None:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is a {name}: give a transformers model (PreTrainedModel).")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} has weights on the meta device, without values: load them first "
+            "(from_pretrained, or to_empty and load_state_dict)."
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model, which record cannot feed yet: pass its encoder, "
+            "or use flocking.observe around your own forward pass."
+        )
+    if max_new_tokens and not model.can_generate():
+        raise ValueError(f"{name} cannot generate: leave out max_new_tokens, or load its LM class.")
+
+
+def _refuse_long(model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    fed = max(0, max_new_tokens - 1)  # the last new token is never fed back
+    for number, prompt in enumerate(prompts):
+        if limit > 0 and len(prompt) + fed > limit:
+            new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
+            raise ValueError(
+                f"text {number} has {len(prompt)} tokens{new}, {len(prompt) + fed - limit} more "
+                f"than the model's context of {limit}: shorten it or split it."
+            )
+
+
+def _refuse_large(
+    prompts: list[Tensor],
+    blocks: list[FeedForward],
+    raw: list[FeedForward],
+    window: int | None,
+    max_new_tokens: int,
+    ranks: bool,
+    progress: bool,
+) -> None:
+    """Refuse a recording that would not fit in memory; say how large raw activations are."""
+    lengths = [len(prompt) for prompt in prompts]
+    totals = [length + max(0, max_new_tokens - 1) for length in lengths]
+    d_ff = max(block.d_ff for block in blocks)
+    raw_bytes = len(prompts) * len(raw) * max(totals) * d_ff * 2
+
+    def size(window: int | None) -> int:
+        windows = len(_Layout.of(lengths, totals, window).phase)
+        moments = len(prompts) * len(blocks) * windows * d_ff * 4 * (3 if ranks else 2)
+        per_token = len(prompts) * len(blocks) * max(totals) * 4 * 2
+        return moments + per_token + raw_bytes
+
+    room = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY)
+    if size(window) > room:
+        wider = [2**power for power in range(6, 32) if size(2**power) <= room]
+        if wider:
+            remedy = f"window={wider[0]} would fit ({_readable(size(wider[0]))})"
+        elif size(None) <= room:
+            remedy = f"window=None would fit ({_readable(size(None))})"
+        else:
+            remedy = "no window would fit: record fewer texts or layers at a time"
+        raise MemoryError(
+            f"The recording would take {_readable(size(window))} of memory and "
+            f"{_readable(room)} may be used: {remedy}."
+        )
+    if raw and progress:
+        tqdm.write(f"keeping relative activations as float16: {_readable(raw_bytes)}")
+
+
+def _readable(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+# --------------------------------------------------------------------------------------
+# Windows
+
+
+class _Layout(NamedTuple):
+    """Windows, the same for all sequences: the first token, the prompt's, the generation's."""
+
+    phase: list[str]
+    start: list[int]
+    window: Tensor  # int64 (sequence, token): each token's window, -1 for padding
+
+    @classmethod
+    def of(cls, prompts: list[int], totals: list[int], window: int | None) -> _Layout:
+        step = window or max(totals)
+        rest = -(-(max(prompts) - 1) // step)
+        new = -(-max(total - prompt for prompt, total in zip(prompts, totals, strict=True)) // step)
+        phase = ["first"] + ["prompt"] * rest + ["generation"] * new
+        start = [0] + [1 + step * k for k in range(rest)] + [step * k for k in range(new)]
+        token = torch.arange(max(totals))[None]
+        prompt, total = torch.tensor(prompts)[:, None], torch.tensor(totals)[:, None]
+        number = torch.where(
+            token < prompt, 1 + (token - 1) // step, 1 + rest + (token - prompt) // step
+        )
+        number = torch.where(token == 0, 0, number)
+        return cls(phase, start, torch.where(token < total, number, -1))
+
+
+# --------------------------------------------------------------------------------------
+# The passes
+
+
+class _Recorder:
+    """The callback that turns each ``z`` into moments, and the arrays they end up in."""
+
+    def __init__(
+        self, blocks: list[FeedForward], raw: list[FeedForward], layout: _Layout, ranks: bool
+    ) -> None:
+        self.blocks, self.raw, self.layout, self.ranks = blocks, raw, layout, ranks
+        n, n_tokens = layout.window.shape
+        n_windows, d_ff = len(layout.phase), max(block.d_ff for block in blocks)
+        self.arrays = {
+            name: np.zeros((n, len(blocks), n_windows, d_ff), np.float32)
+            for name in (("energy", "mass", "rank") if ranks else ("energy", "mass"))
+        }
+        for name in ("norm", "l1"):
+            self.arrays[name] = np.full((n, len(blocks), n_tokens), np.nan, np.float32)
+        if raw:
+            shape = (n, len(raw), n_tokens, d_ff)
+            self.arrays["relative"] = np.full(shape, np.nan, np.float16)
+
+    def begin(self, rows: list[int]) -> None:
+        """A batch: these sequences, from their first token on."""
+        self.rows = rows
+        self.chunks = 0
+        self.moments: dict[FeedForward, Moments] = {}
+        self.norms: dict[FeedForward, list[tuple[Tensor, Tensor]]] = {b: [] for b in self.blocks}
+
+    def expect(self, tokens: slice) -> None:
+        """The next forward pass will bring these tokens of the batch's sequences."""
+        self.tokens = tokens
+        self.windows = Windows.of(self.layout.window[self.rows, tokens])
+        self.chunks += 1
+
+    def __call__(self, block: FeedForward, z: Tensor) -> None:
+        windows = self.windows
+        z = z.reshape(*windows.weights.shape[::2], block.d_ff)  # some layers flatten the batch
+        if block not in self.moments:  # kept on the layer's own device until the batch ends
+            self.moments[block] = Moments.zeros(
+                len(self.rows),
+                len(self.layout.phase),
+                block.d_ff,
+                ranks=self.ranks,
+                device=z.device,
+            )
+        norm, l1 = self.moments[block].update(z, windows)
+        self.norms[block].append((norm, l1))
+        if block in self.raw:
+            r = z.float().abs() / norm.masked_fill(norm == 0, 1)[..., None]
+            if windows.padding is not None:
+                r.masked_fill_(windows.padding.to(r.device)[..., None], torch.nan)
+            here = (self.rows, self.raw.index(block), self.tokens, slice(block.d_ff))
+            self.arrays["relative"][here] = r.half().cpu()
+
+    def check(self) -> None:
+        """After a forward pass: every block must have run in it, once."""
+        for block in self.blocks:
+            if len(self.norms[block]) != self.chunks:
+                raise RuntimeError(
+                    f"{block.path} did not run exactly once in a forward pass, so that what was "
+                    "recorded there belongs to no one token."
+                )
+
+    def end(self) -> None:
+        """The batch is through: its sums go into the arrays."""
+        real = self.layout.window[self.rows] >= 0
+        for number, block in enumerate(self.blocks):
+            columns = zip(*self.norms[block], strict=True)
+            for name, parts in zip(("norm", "l1"), columns, strict=True):
+                value = torch.cat(parts, dim=1).cpu()
+                mine = real[:, : value.shape[1]]
+                if (bad := (~value.isfinite() & mine).nonzero()).numel():
+                    row, token = bad[bad[:, 1].argmin()].tolist()
+                    raise ValueError(
+                        f"layer {block.layer} ({block.path}) has activations that are not finite, "
+                        f"first at token {token} of text {self.rows[row]}: check the weights, or "
+                        "load the model in float32 or bfloat16."
+                    )
+                here = (self.rows, number, slice(value.shape[1]))
+                self.arrays[name][here] = value.masked_fill(~mine, torch.nan)
+            for name, value in self.moments[block].state_dict().items():
+                self.arrays[name][self.rows, number, :, : block.d_ff] = value.cpu()
+
+
+def _run(
+    model: PreTrainedModel,
+    recorder: _Recorder,
+    sequences: list[Tensor],
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """All forward passes, batch by batch, chunk by chunk."""
+    # Texts of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
+    layers = [block.layer for block in recorder.blocks]
+    total = sum(map(len, sequences))
+    with (
+        observe(model, recorder, layers=layers),
+        tqdm(total=total, desc="recording", unit="token", disable=not progress) as bar,
+    ):
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            members = [sequences[row] for row in rows]
+            recorder.begin(rows)
+            # Padding goes to the right, where no real token sees it.
+            ids = nn.utils.rnn.pad_sequence(members, batch_first=True)
+            mask = nn.utils.rnn.pad_sequence(list(map(torch.ones_like, members)), batch_first=True)
+            past = None
+            for tokens in chunks(model, *ids.shape):
+                recorder.expect(tokens)
+                keep = tokens.stop < ids.shape[1]
+                past = forward(model, ids[:, tokens], mask[:, : tokens.stop], past, keep)
+                recorder.check()
+                bar.update(int(mask[:, tokens].sum()))
+            recorder.end()
+
+
+# --------------------------------------------------------------------------------------
+# Labels
+
+
+def _label(
+    recorder: _Recorder,
+    sequences: list[Tensor],
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> xr.Dataset:
+    """The arrays as a Dataset with the design's dimensions and coordinates."""
+    blocks, layout, arrays = recorder.blocks, recorder.layout, recorder.arrays
+    moments = ("sequence", "layer", "window", "neuron")
+    variables = {
+        name: (moments, arrays[name], {"long_name": text, "units": "1"})
+        for name, text in (
+            ("energy", "sum of squared relative activations"),
+            ("mass", "sum of relative activations"),
+            ("rank", "sum of standardised ranks"),
+        )
+        if name in arrays
+    }
+    per_token = ("sequence", "layer", "token")
+    variables["norm"] = (per_token, arrays["norm"], {"long_name": "l2 norm of the activations"})
+    variables["l1"] = (
+        per_token,
+        arrays["l1"],
+        {"long_name": "l1 norm of the relative activations", "units": "1"},
+    )
+    window = layout.window.numpy()
+    counts = np.stack([np.bincount(row[row >= 0], minlength=len(layout.phase)) for row in window])
+    variables["tokens"] = (("sequence", "window"), counts, {"long_name": "tokens in the window"})
+
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).numpy()
+    words = {-1: ""}
+    if tokenizer is not None:
+        words |= {i: tokenizer.decode([i]) for i in np.unique(ids).tolist() if i >= 0}
+    token_text = [[words.get(i, "") for i in row] for row in ids.tolist()]
+    coordinates = {
+        "sequence": np.arange(len(sequences)),
+        "layer": [block.layer for block in blocks],
+        "window": np.arange(len(layout.phase)),
+        "neuron": np.arange(arrays["energy"].shape[-1]),
+        "token": np.arange(ids.shape[1]),
+        "text": ("sequence", np.array(texts, dtype=str)),
+        "module": ("layer", np.array([block.path for block in blocks], dtype=str)),
+        "d_ff": ("layer", [block.d_ff for block in blocks]),
+        "phase": ("window", np.array(layout.phase, dtype=str)),
+        "start": ("window", layout.start, {"units": "tokens"}),
+        "token_id": (("sequence", "token"), ids),
+        "token_text": (("sequence", "token"), np.array(token_text, dtype=str)),
+        "token_window": (("sequence", "token"), window),
+    }
+    if recorder.raw:
+        numbers = [block.layer for block in recorder.raw]
+        dim = "layer" if recorder.raw == blocks else "relative_layer"
+        if dim == "relative_layer":
+            coordinates[dim] = numbers
+        variables["relative"] = (
+            ("sequence", dim, "token", "neuron"),
+            arrays["relative"],
+            {"long_name": "relative activation", "units": "1"},
+        )
+    return xr.Dataset(variables, coordinates)

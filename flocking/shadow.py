@@ -1,0 +1,121 @@
+"""A model's shadow: a copy of its modules that shares its weights, to change at will.
+
+Whatever flocking tries on a model, or turns it into, happens on a shadow: other modules
+are put in place, projections are cut down, and the model itself is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# --------------------------------------------------------------------------------------
+# Projections: the one place that knows how a weight matrix lies in memory
+
+
+def width(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a projection, or None if `module` is not one."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    if isinstance(module, nn.Linear):
+        return weight.shape[1], weight.shape[0]
+    if isinstance(module, Conv1D):  # GPT-2's, stored transposed
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
+def cut(
+    projection: nn.Module, *, outputs: Tensor | None = None, inputs: Tensor | None = None
+) -> nn.Module:
+    """A copy of `projection` that keeps only the given outputs (with bias) or inputs.
+
+    Parameters
+    ----------
+    projection : torch.nn.Module
+        An ``nn.Linear`` or transformers' ``Conv1D``; left as it is.
+    outputs, inputs : Tensor of int64, shape (k,), optional
+        Indices to keep.
+    """
+    compact = copy.copy(projection)
+    compact._parameters = parameters = dict(projection._parameters)
+    out_axis = 1 if isinstance(projection, Conv1D) else 0
+    for index, axis in ((outputs, out_axis), (inputs, 1 - out_axis)):
+        if index is not None:
+            kept = parameters["weight"].index_select(axis, index)
+            parameters["weight"] = nn.Parameter(kept, requires_grad=False)
+    if outputs is not None and parameters.get("bias") is not None:
+        kept = parameters["bias"].index_select(0, outputs)
+        parameters["bias"] = nn.Parameter(kept, requires_grad=False)
+    d_in, d_out = width(compact)
+    if isinstance(projection, Conv1D):
+        compact.nx, compact.nf = d_in, d_out
+    else:
+        compact.in_features, compact.out_features = d_in, d_out
+    return compact
+
+
+def fused_rows(neurons: Tensor, d_ff: int, interleaved: bool) -> Tensor:
+    """Output indices of `neurons`, gate and up, in a fused matrix of ``2 * d_ff`` outputs."""
+    if interleaved:
+        return torch.stack((2 * neurons, 2 * neurons + 1), dim=1).flatten()
+    return torch.cat((neurons, neurons + d_ff))
+
+
+# --------------------------------------------------------------------------------------
+# The shadow: a copy of the modules that shares the weights, to try things on
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, where `model` is what ``torch.compile`` made of it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`'s modules that shares every parameter and buffer.
+
+    Hooks stay behind (they are the user's, and would fire), and so do compiled calls,
+    which would run the original model instead of the copy. The copy is in eval mode.
+    """
+    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "hooks" in name and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            del module.forward
+    return twin.eval()
+
+
+@contextmanager
+def replaced(root: nn.Module, replacements: dict[str, nn.Module]) -> Iterator[None]:
+    """Other modules at the given paths below `root`, for the time of the block."""
+    originals = {path: root.get_submodule(path) for path in replacements}
+    try:
+        for path, module in replacements.items():
+            _put(root, path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            _put(root, path, module)
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    root.get_submodule(parent)._modules[name] = module
+
+
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """`module` with another forward; attributes such as ``weight`` stay readable."""
+    changed = copy.copy(module)
+    changed.forward = forward
+    return changed

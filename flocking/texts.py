@@ -1,0 +1,45 @@
+"""The packaged passages: texts of plainly different kinds, written for this project."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+
+class Passage(str):
+    """A text that knows its name and what it is; in everything else a plain ``str``.
+
+    Attributes
+    ----------
+    name : str
+        Short name, such as ``"fiction"``.
+    description : str
+        What the text is, in one line.
+    """
+
+    name: str
+    description: str
+
+
+def passages() -> list[Passage]:
+    """Twelve texts of different kinds, in alphabetical order of their names.
+
+    Each is between 1,750 and 2,100 tokens long for the embedded model: dialogue,
+    essay, exposition, fiction, German prose, instructions, legal prose, letters,
+    a log, mathematics, source code and reportage.
+
+    Returns
+    -------
+    list of Passage
+
+    Examples
+    --------
+    >>> {passage.name: passage.description for passage in flocking.passages()}
+    """
+    found = []
+    folder = files("flocking") / "data" / "passages"
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        description, _, text = path.read_text(encoding="utf-8").partition("\n\n")
+        passage = Passage(text)
+        passage.name, passage.description = path.name.removesuffix(".txt"), description
+        found.append(passage)
+    return found
