@@ -20,21 +20,34 @@ from rich.table import Table
 import flocking
 from flocking.figures import heatmap
 
+_HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
+
 app = typer.Typer(
-    help="Record and measure flocking, the consistency of feed-forward activations in a text.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-@app.callback()
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(flocking.__version__)
         raise typer.Exit
+
+
+@app.callback(help=_HELP)
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Hold what belongs to no command."""
 
 
 def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:

@@ -289,6 +289,24 @@ def _probe(model: nn.Module) -> None:
 _Found = tuple[_Candidate, float, tuple[str, ...]]
 
 
+def _order_of_calls(layer: nn.Module, paths: set[str], run: Callable[[], Any]) -> dict[str, int]:
+    """When each of these modules is first called in one run of the layer; absent if never."""
+    calls: dict[str, int] = {}
+
+    def noting(path: str) -> nn.Module:
+        module = layer.get_submodule(path)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.setdefault(path, len(calls))
+            return module(*args, **kwargs)
+
+        return with_forward(module, forward)
+
+    with replaced(layer, {path: noting(path) for path in paths}):
+        run()
+    return calls
+
+
 def _search(
     layer: nn.Module,
     candidates: list[_Candidate],
@@ -303,7 +321,10 @@ def _search(
     generator = torch.Generator().manual_seed(0)
     found: list[_Found] = []
     refused: dict[_Candidate, str] = {}
+    calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
     for candidate in candidates:
+        if not all(calls.get(up, math.inf) < calls.get(candidate.down, -1) for up in candidate.ups):
+            continue  # what runs after the down-projection, or never, is not its up-projection
         if any(candidate.down == proved.down for proved, _, _ in found):
             continue
         if reason := broken.get((type(layer), candidate)):
@@ -322,14 +343,14 @@ def _search(
 def _describe(layers: dict[str, nn.Module], refused: dict[str, dict[_Candidate, str]]) -> str:
     """What was looked at, and what was missing, for the error message."""
     lines = []
-    for path, layer in itertools.islice(layers.items(), 4):
+    for path, layer in itertools.islice(layers.items(), 2):
         lines.append(f"  {path or 'the model'} ({type(layer).__name__}):")
         reasons = refused.get(path, {})
-        lines += [f"    {candidate}: {reason}" for candidate, reason in list(reasons.items())[:6]]
+        lines += [f"    {candidate}: {reason}" for candidate, reason in list(reasons.items())[:12]]
         if not reasons:
             lines.append("    no up- and down-projection around one tensor of width d_ff")
-    if len(layers) > 4:
-        lines.append(f"  and {len(layers) - 4} more")
+    if len(layers) > 2:
+        lines.append(f"  and {len(layers) - 2} more")
     return "\n".join(lines)
 
 

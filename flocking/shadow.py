@@ -45,6 +45,7 @@ def cut(
         Indices to keep.
     """
     compact = copy.copy(projection)
+    vars(compact).pop("forward", None)  # accelerate's wrapper would call the whole projection
     compact._parameters = parameters = dict(projection._parameters)
     out_axis = 1 if isinstance(projection, Conv1D) else 0
     for index, axis in ((outputs, out_axis), (inputs, 1 - out_axis)):

