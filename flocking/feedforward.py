@@ -68,7 +68,7 @@ class FeedForward:
     up: nn.Module = field(repr=False)
     gate: nn.Module | None = field(repr=False)
     down: nn.Module = field(repr=False)
-    interleaved: bool = False
+    interleaved: bool = field(default=False, repr=False)
     error: float = math.nan
 
     @property
@@ -387,7 +387,7 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
     --------
     >>> model, tokenizer = flocking.load()
     >>> flocking.feedforwards(model)[0]
-    FeedForward(layer=0, path='model.layers.0.mlp', d_ff=1536, interleaved=False, error=...)
+    FeedForward(layer=0, path='model.layers.0.mlp', d_ff=1536, error=...)
     """
     model = unwrap(model)
     if model in _proved:
