@@ -13,9 +13,6 @@ import transformers as tf
 
 import flocking
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
-    torch.set_num_threads(1)
-
 VOCABULARY = 128
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _COMMON = {
