@@ -125,13 +125,11 @@ class Moments:
         """
         windows = windows.to(z.device)
         pieces = []
-        # An autocast region would do the sums in half precision.
-        with torch.autocast(z.device.type, enabled=False):
-            for tokens, here in windows.spans:
-                padding = None if windows.padding is None else windows.padding[:, tokens]
-                rows = slice(here.start - windows.first, here.stop - windows.first)
-                weights = windows.weights[:, rows, tokens]
-                pieces.append(self._add(z[:, tokens], weights, here, padding))
+        for tokens, here in windows.spans:
+            padding = None if windows.padding is None else windows.padding[:, tokens]
+            rows = slice(here.start - windows.first, here.stop - windows.first)
+            weights = windows.weights[:, rows, tokens]
+            pieces.append(self._add(z[:, tokens], weights, here, padding))
         if len(pieces) == 1:
             return pieces[0]
         norms, l1s = zip(*pieces, strict=True)
@@ -150,6 +148,7 @@ class Moments:
         # A token whose activations are all zero has r = 0 and counts as no token.
         divisor = norm.masked_fill(norm == 0, 1)
         weights = weights / divisor[:, None]
+        # (In place, also because autocast, where it is on, leaves such products in float32.)
         self.energy[:, here].baddbmm_(weights.square(), powers)
         torch.abs(z, out=powers)
         self.mass[:, here].baddbmm_(weights, powers)

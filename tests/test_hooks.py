@@ -108,9 +108,22 @@ def compiled_layers(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(
-    "how", [compiled_call, compiled_wrapper, compiled_forward, compiled_layers]
-)
+def compiled_layer_forwards(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, backend="eager")
+    return model
+
+
+WAYS_TO_COMPILE = [
+    compiled_call,
+    compiled_wrapper,
+    compiled_forward,
+    compiled_layers,
+    compiled_layer_forwards,
+]
+
+
+@pytest.mark.parametrize("how", WAYS_TO_COMPILE)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_compiled_models_are_seen(llama: tf.PreTrainedModel, how) -> None:
     """Hooks set after compilation are skipped in silence, unless one takes care."""
