@@ -15,24 +15,29 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import weakref
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from flocking.shadow import cut, fused_rows, replaced, shadow, unwrap, width, with_forward
-
-# Largest relative error that the proof lets pass. What is compared differs only by the
-# order of a sum, so anything but rounding is orders of magnitude above these.
-_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_TOLERANCE_ELSE = 1e-4
+from flocking.shadow import (
+    cut,
+    fused_rows,
+    per_model,
+    replaced,
+    shadow,
+    unwrap,
+    width,
+    with_forward,
+)
+from flocking.trial import relative_error, tolerance, trial
 
 _PROBE_SHAPE = (2, 8)  # sequences x tokens of the one forward pass that the proof runs
+_FLIPPED = 3  # the token whose change must not reach the others
 
 
 class UnsupportedModelError(ValueError):
@@ -138,14 +143,9 @@ def _candidates(layer: nn.Module) -> Iterator[_Candidate]:
 
 
 def _experts(layer: nn.Module) -> str | None:
-    """Path of a mixture of experts in `layer`, recognised by its parameters' shape."""
+    """Path of a mixture of experts in `layer`: as ever, the modules say so themselves."""
     for path, module in layer.named_modules():
-        three_dimensional = any(
-            parameter.ndim == 3 and min(parameter.shape) > 1
-            for parameter in module.parameters(recurse=False)
-        )
-        convolution = isinstance(module, nn.modules.conv._ConvNd)
-        if path.rpartition(".")[2] == "experts" or (three_dimensional and not convolution):
+        if any(re.search("experts?$", name, re.I) for name in (path, type(module).__name__)):
             return path
     return None
 
@@ -158,117 +158,128 @@ class _RefusedError(Exception):
     """A candidate failed the proof; the message says why."""
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest relative error that rounding alone explains, when a sum is reordered."""
-    return _TOLERANCE.get(dtype, _TOLERANCE_ELSE)
+class _Proved(NamedTuple):
+    """A candidate that passed, its largest relative error, and its ups, the gate first."""
+
+    candidate: _Candidate
+    error: float
+    order: tuple[str, ...]
 
 
-def relative_error(got: Any, expected: Any) -> float:
-    """Largest difference over all tensors of two outputs, relative to the largest value.
+class _Bench:
+    """One candidate in a shadow's layer, to be run in one way and another."""
 
-    NaN on the meta device. Raises ValueError where shapes differ.
-    """
-    error = 0.0
-    for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
-        if not isinstance(b, Tensor) or not b.is_floating_point():
-            continue
-        if a.shape != b.shape:
-            raise ValueError(f"it gives shape {tuple(a.shape)} where {tuple(b.shape)} is due")
-        if b.is_meta:
-            return math.nan
-        scale = b.abs().max().float().item()
-        difference = (a - b).abs().max().float().item()
-        error = max(error, difference / scale if scale else difference)
-    return error
+    def __init__(self, layer: nn.Module, candidate: _Candidate, run: Callable[[], Any]) -> None:
+        self.layer, self.candidate, self.run = layer, candidate, run
+        self.down = layer.get_submodule(candidate.down)
+        self.ups = {path: layer.get_submodule(path) for path in candidate.ups}
+        self.tolerance = tolerance(self.down.weight.dtype)
 
-
-def _check(got: Any, expected: Any, dtype: torch.dtype, reason: str) -> float:
-    error = relative_error(got, expected)
-    if error > tolerance(dtype):
-        raise _RefusedError(f"{reason} (relative error {error:.1g})")
-    return error
-
-
-def _prove(
-    layer: nn.Module, candidate: _Candidate, run: Callable[[], Any], generator: torch.Generator
-) -> tuple[float, tuple[str, ...]]:
-    """The proof for one candidate of a shadow's layer, which `run` calls.
-
-    Returns the largest relative error and the up-projections with the gate first.
-    Raises _RefusedError, or whatever the layer raises when it is run with cut projections.
-    """
-    down = layer.get_submodule(candidate.down)
-    ups = {path: layer.get_submodule(path) for path in candidate.ups}
-    device, dtype = down.weight.device, down.weight.dtype
-
-    def run_with(changes: dict[str, nn.Module], then: Callable[[Tensor], Tensor], into: nn.Module):
-        """Output of the layer with `changes`, and the z that reached the down-projection."""
+    def run_with(
+        self,
+        ups: dict[str, nn.Module],
+        down: nn.Module | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Output of the layer with these projections, and the z that reached the last one."""
         seen: list[Tensor] = []
+        final = self.down if down is None else down
 
         def tap(z: Tensor) -> Tensor:
             seen.append(z)
-            return into(then(z))
+            return final(z if mask is None else z * mask)
 
-        with replaced(layer, {**changes, candidate.down: with_forward(down, tap)}):
-            output = run()
+        with replaced(self.layer, {**ups, self.candidate.down: with_forward(self.down, tap)}):
+            output = self.run()
         if len(seen) != 1:
             raise _RefusedError(f"calls its down-projection {len(seen)} times in one forward")
         return output, seen[0]
 
-    def unchanged(z: Tensor) -> Tensor:
-        return z
+    def check(self, error: float, reason: str) -> float:
+        if error > self.tolerance:
+            raise _RefusedError(f"{reason} (relative error {error:.1g})")
+        return error
 
-    # 1. Cut down to a random half of the neurons, the layer computes those and no others.
-    half = torch.randperm(candidate.d_ff, generator=generator)[: candidate.d_ff // 2].sort().values
-    mask = torch.zeros(candidate.d_ff, dtype=dtype).index_fill_(0, half, 1).to(device)
-    half = half.to(device)
-    rows = fused_rows(half, candidate.d_ff, candidate.interleaved) if candidate.fused else half
-    cut_ups = {path: cut(up, outputs=rows) for path, up in ups.items()}
-    output, z_half = run_with(cut_ups, unchanged, cut(down, inputs=half))
-    masked, z = run_with({}, lambda z: z * mask, down)
-    if not z.is_meta and not (z.abs().max().isfinite() and (z * (1 - mask)).any()):
+
+def _prove(
+    layer: nn.Module, candidate: _Candidate, run: Callable[[], Any], generator: torch.Generator
+) -> _Proved:
+    """The proof for one candidate of a shadow's layer, which `run` calls.
+
+    Raises _RefusedError, or whatever the layer raises when it is run with cut projections.
+    """
+    bench = _Bench(layer, candidate, run)
+    z, error = _prove_independent(bench, generator)
+    if z.is_meta:  # no values to go by: by convention, the gate is defined first
+        return _Proved(candidate, math.nan, candidate.ups)
+    return _Proved(candidate, max(error, _prove_tokenwise(bench, z)), _gate_first(bench, z))
+
+
+def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Cut down to a random half of the neurons, the layer computes those and no others."""
+    d_ff, weight = bench.candidate.d_ff, bench.down.weight
+    half = torch.randperm(d_ff, generator=generator, device="cpu")[: d_ff // 2].sort().values
+    mask = torch.zeros(d_ff, dtype=weight.dtype, device="cpu").index_fill_(0, half, 1)
+    half, mask = half.to(weight.device), mask.to(weight.device)
+    fused = bench.candidate.fused
+    rows = fused_rows(half, d_ff, bench.candidate.interleaved) if fused else half
+    cut_ups = {path: cut(up, outputs=rows) for path, up in bench.ups.items()}
+    output, z_half = bench.run_with(cut_ups, cut(bench.down, inputs=half))
+    whole, z = bench.run_with({})
+    masked, _ = bench.run_with({}, mask=mask)
+    if z.shape[:-1] not in (_PROBE_SHAPE, (math.prod(_PROBE_SHAPE),)):
+        raise _RefusedError(f"lays out its activations as {tuple(z.shape)}, not token by token")
+    if not z.is_meta and not (z.isfinite().all() and (z * (1 - mask)).any()):
         raise _RefusedError("has activations that are all zero, or not finite")
-    errors = [
-        _check(z_half, z[..., half], dtype, "its neurons depend on each other"),
-        _check(output, masked, dtype, "its up-projection serves something else too"),
-    ]
+    errors = (
+        bench.check(relative_error(z_half, z[..., half]), "its neurons depend on each other"),
+        bench.check(
+            relative_error(output, masked, whole), "its up-projection serves something else too"
+        ),
+    )
+    return z, max(errors)
 
-    # 2. Position-wise: another value at the first token changes no later token's z.
-    # (Attention's values would. Cutting alone might let a headless attention pass.)
-    def flip_first(up: nn.Module) -> nn.Module:
+
+def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
+    """Another value at one token changes no other token's z.
+
+    Attention's values would. (Cutting alone might let an attention without heads pass.)
+    """
+
+    def flipping(up: nn.Module) -> nn.Module:
         def forward(x: Tensor) -> Tensor:
             y = up(x).clone()
-            y[..., 0, :] *= -1
+            y[..., _FLIPPED, :] *= -1
             return y
 
         return with_forward(up, forward)
 
-    _, z_flipped = run_with({p: flip_first(up) for p, up in ups.items()}, unchanged, down)
-    errors.append(_check(z_flipped[..., 1:, :], z[..., 1:, :], dtype, "it mixes tokens"))
-
-    # 3. z is linear in up and not in the gate: that tells them apart. Where both or
-    # neither is linear (or on the meta device), the first one defined is called the gate.
-    order = candidate.ups
-    if len(order) == 2 and not z.is_meta:
-        linear = {}
-        for path, up in ups.items():
-            negated = {path: with_forward(up, lambda x, up=up: -up(x))}
-            _, z_negated = run_with(negated, unchanged, down)
-            linear[path] = relative_error(z_negated, -z) <= tolerance(dtype)
-        order = tuple(sorted(order, key=linear.get))  # stable: not linear, the gate, first
-    return max(errors), order
+    _, flipped = bench.run_with({path: flipping(up) for path, up in bench.ups.items()})
+    others = [token for token in range(z.shape[-2]) if token != _FLIPPED]
+    error = relative_error(flipped[..., others, :], z[..., others, :])
+    return bench.check(error, "it mixes tokens")
 
 
-def _probe(model: nn.Module) -> None:
+def _gate_first(bench: _Bench, z: Tensor) -> tuple[str, ...]:
+    """The up-projections, the gate first: z is linear in up and not in the gate.
+
+    Where both or neither is linear, the first one defined is called the gate.
+    """
+    linear = {}
+    for path, up in bench.ups.items():
+        _, negated = bench.run_with({path: with_forward(up, lambda x, up=up: -up(x))})
+        linear[path] = relative_error(negated, -z) <= bench.tolerance
+    if not bench.candidate.fused and len(linear) == 1 and all(linear.values()):
+        raise _RefusedError("it has no activation function: two factors of one matrix")
+    return tuple(sorted(bench.candidate.ups, key=linear.get))  # stable
+
+
+def _probe(model: PreTrainedModel) -> None:
     """One small forward pass of random tokens, without the head and without a cache."""
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model: flocking needs one "
-            "(PreTrainedModel), since it has to know how to run it."
-        )
     weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(weight.shape[0], _PROBE_SHAPE, generator=generator).to(weight.device)
+    ids = torch.randint(weight.shape[0], _PROBE_SHAPE, generator=generator, device="cpu")
+    ids = ids.to(weight.device)
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
@@ -284,9 +295,6 @@ def _probe(model: nn.Module) -> None:
         model.base_model(**inputs, attention_mask=torch.ones_like(ids))
     except RuntimeError:
         model.base_model(**inputs)
-
-
-_Found = tuple[_Candidate, float, tuple[str, ...]]
 
 
 def _order_of_calls(layer: nn.Module, paths: set[str], run: Callable[[], Any]) -> dict[str, int]:
@@ -312,26 +320,26 @@ def _search(
     candidates: list[_Candidate],
     run: Callable[[], Any],
     broken: dict[tuple[type, _Candidate], str],
-) -> tuple[list[_Found], dict[_Candidate, str]]:
+) -> tuple[list[_Proved], dict[_Candidate, str]]:
     """The candidates of one shadow layer that pass, and why the others do not.
 
     `broken` remembers, over the layers, what a layer of this class cannot even be run
     with (attention's projections, mostly), so that this is tried only once.
     """
     generator = torch.Generator().manual_seed(0)
-    found: list[_Found] = []
+    found: list[_Proved] = []
     refused: dict[_Candidate, str] = {}
     calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
     for candidate in candidates:
         if not all(calls.get(up, math.inf) < calls.get(candidate.down, -1) for up in candidate.ups):
             continue  # what runs after the down-projection, or never, is not its up-projection
-        if any(candidate.down == proved.down for proved, _, _ in found):
+        if any(candidate.down == proved.candidate.down for proved in found):
             continue
         if reason := broken.get((type(layer), candidate)):
             refused[candidate] = reason
             continue
         try:
-            found.append((candidate, *_prove(layer, candidate, run, generator)))
+            found.append(_prove(layer, candidate, run, generator))
         except _RefusedError as problem:
             refused[candidate] = str(problem)
         except Exception as problem:  # a wrong candidate may break the layer in any way
@@ -354,18 +362,12 @@ def _describe(layers: dict[str, nn.Module], refused: dict[str, dict[_Candidate, 
     return "\n".join(lines)
 
 
-# What was proved, by model: (paths and modules, to see whether they still stand; blocks).
-_proved: weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, nn.Module], list[FeedForward]]]
-_proved = weakref.WeakKeyDictionary()
-
-
-@torch.no_grad()
 def feedforwards(model: nn.Module) -> list[FeedForward]:
     """Every FF block of `model`, in the order of its layers.
 
     Each block is located by structure and proved by function on random tokens, on a
     copy of the modules that shares the weights; `model` is not touched. The proof runs
-    the first time and is remembered for as long as the projections stay in place. On the
+    the first time and is remembered until the model's modules change. On the
     meta device the blocks are located by their shapes alone, and ``error`` is NaN.
 
     Parameters
@@ -383,6 +385,12 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
         If there is no such block, if one that other layers have cannot be proved in a
         layer, or if the model is a mixture of experts. It names what was looked at.
 
+    Warns
+    -----
+    UserWarning
+        If some layers of the stack hold no such block, or do not run on text, and are
+        left out.
+
     Examples
     --------
     >>> model, tokenizer = flocking.load()
@@ -390,25 +398,29 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
     FeedForward(layer=0, path='model.layers.0.mlp', d_ff=1536, error=...)
     """
     model = unwrap(model)
-    if model in _proved:
-        modules, blocks = _proved[model]
-        named = dict(model.named_modules())
-        if all(named.get(path) is module for path, module in modules.items()):
-            return list(blocks)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model: flocking needs one "
+            "(PreTrainedModel), since it has to know how to run it."
+        )
+    return list(_blocks_of(model))
 
+
+@per_model
+def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
+    name = type(model).__name__
     layers = dict(_layers(model))
-    candidates = {path: list(_candidates(layer)) for path, layer in layers.items()}
     for path, layer in layers.items():
         if (experts := _experts(layer)) is not None:
             raise UnsupportedModelError(
-                f"{type(model).__name__} is a mixture of experts ({path}.{experts}), which "
-                "flocking cannot record yet: choose a dense model."
+                f"{name} is a mixture of experts ({path}.{experts}), which flocking cannot record "
+                "yet: choose a dense model."
             )
-    if not any(candidates.values()):  # no stack, or nothing in it: look at the model as a whole
-        layers = layers or {"": model}
-        candidates = {path: list(_candidates(layer)) for path, layer in layers.items()}
+    candidates = {path: list(_candidates(layer)) for path, layer in layers.items()}
+    if not layers:  # no stack: look at the model as a whole
+        layers, candidates = {"": model}, {"": list(_candidates(model))}
 
-    found: dict[str, list[_Found]] = {}
+    found: dict[str, list[_Proved]] = {}
     refused: dict[str, dict[_Candidate, str]] = {}
     broken: dict[tuple[type, _Candidate], str] = {}
     calls: dict[str, int] = dict.fromkeys(layers, 0)
@@ -426,65 +438,82 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
 
         return run_and_prove
 
-    for path in [path for path in layers if candidates[path]]:
+    for path in layers:
         layer = copied.get_submodule(path)
         layer.forward = probing(path, layer)
-    if any(candidates.values()):
-        _probe(copied)
+    try:
+        with trial(copied):
+            _probe(copied)
+    except Exception as problem:  # whatever a model raises that cannot be run like this
+        reason = str(problem).strip().partition("\n")[0]
+        raise UnsupportedModelError(
+            f"{name} could not be run on a few random tokens, to prove its blocks: {reason}."
+        ) from problem
 
     if not any(found.values()):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no feed-forward block that flocking can prove: it needs "
-            "an up-projection (with or without a gate) and a down-projection, as Linear or Conv1D "
-            f"modules, around one tensor. It looked at:\n{_describe(layers, refused)}"
+            f"{name} has no feed-forward block that flocking can prove: it needs an up-projection "
+            "(with or without a gate), an activation function and a down-projection, as Linear or "
+            f"Conv1D modules, around one tensor. It looked at:\n{_describe(layers, refused)}"
         )
-    _refuse_gaps(model, found, refused, calls)
-    blocks, modules = _assemble(model, found)
-    if not any(math.isnan(block.error) for block in blocks):
-        _proved[model] = (modules, blocks)
-    return list(blocks)
+    _refuse_gaps(name, layers, found, refused, calls)
+    return _assemble(model, {path: proved for path, proved in found.items() if proved})
 
 
 def _refuse_gaps(
-    model: nn.Module,
-    found: dict[str, list[_Found]],
+    name: str,
+    layers: dict[str, nn.Module],
+    found: dict[str, list[_Proved]],
     refused: dict[str, dict[_Candidate, str]],
     calls: dict[str, int],
 ) -> None:
     """A block that is proved in one layer and not in another must not be left out silently."""
-    downs = {candidate.down for blocks in found.values() for candidate, _, _ in blocks}
-    for path, reasons in refused.items():
-        here = {candidate.down for candidate, _, _ in found[path]}
-        for candidate, reason in reasons.items():
-            if candidate.down in downs - here:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__}: the feed-forward block {path}.{candidate} could not "
-                    f"be proved, though the same block of other layers was: {reason}."
-                )
-    for path, blocks in found.items():
-        if blocks and calls[path] > 1:
+    proved = {path: {block.candidate.down for block in blocks} for path, blocks in found.items()}
+    everywhere = set().union(*proved.values())
+    stacks = {path.rpartition(".")[0] for path, blocks in found.items() if blocks}
+    left_out = []
+    for path, layer in layers.items():
+        here = proved.get(path, set())
+        if calls[path] > 1 and here:
             raise UnsupportedModelError(
-                f"{type(model).__name__} runs {path} {calls[path]} times in one forward (its "
-                "layers share weights), so what is recorded there would belong to no one layer."
+                f"{name} runs {path} {calls[path]} times in one forward (its layers share "
+                "weights), so what is recorded there would belong to no one layer."
             )
+        missing = {down for down in everywhere - here if down in dict(layer.named_modules())}
+        if calls[path] and missing and not here:
+            down = sorted(missing)[0]
+            reasons = [why for c, why in refused.get(path, {}).items() if c.down == down]
+            raise UnsupportedModelError(
+                f"{name}: the feed-forward block of {path} (around {down}) could not be proved, "
+                f"though that of other layers was: {reasons[-1] if reasons else 'it is no Linear'}."
+            )
+        if not here and path.rpartition(".")[0] in stacks:
+            left_out.append(path)
+    if left_out:
+        warnings.warn(
+            f"{name}: {len(left_out)} layers hold no feed-forward block, or do not run on text, "
+            f"and are left out: {', '.join(left_out[:3])}{', ...' if left_out[3:] else ''}.",
+            stacklevel=4,
+        )
 
 
-def _assemble(
-    model: nn.Module, found: dict[str, list[_Found]]
-) -> tuple[list[FeedForward], dict[str, nn.Module]]:
-    """The blocks, on the modules of the model itself, and those modules by path."""
+def _assemble(model: nn.Module, found: dict[str, list[_Proved]]) -> list[FeedForward]:
+    """The blocks, on the modules of the model itself."""
     blocks: list[FeedForward] = []
-    modules: dict[str, nn.Module] = {}
     numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", path) for path in found]
     positions = [int(match[1]) if match else 0 for match in numbers]
     # A layer's number is its place in the stack, unless several stacks or several blocks
     # a layer would make that ambiguous: then blocks are counted in the order they stand.
-    unique = len(set(positions)) == len(positions) and all(len(b) <= 1 for b in found.values())
+    unique = len(set(positions)) == len(positions) and all(len(b) == 1 for b in found.values())
     for position, (prefix, proved) in zip(positions, found.items(), strict=True):
         for candidate, error, order in proved:
-            paths = [f"{prefix}.{p}" if prefix else p for p in (*order, candidate.down)]
-            modules.update({path: model.get_submodule(path) for path in paths})
-            *gate, up, down = (modules[path] for path in paths)
+            inside = (*order, candidate.down)
+            *gate, up, down = (model.get_submodule(f"{prefix}.{p}".lstrip(".")) for p in inside)
+            if any(block.down is down for block in blocks):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} shares {prefix}.{candidate.down} between layers, so "
+                    "what is recorded there would belong to no one layer."
+                )
             blocks.append(
                 FeedForward(
                     layer=position if unique else len(blocks),
@@ -497,4 +526,4 @@ def _assemble(
                     error=error,
                 )
             )
-    return blocks, modules
+    return blocks

@@ -6,6 +6,7 @@ registers a hook.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,25 +17,32 @@ from flocking.feedforward import FeedForward, feedforwards
 from flocking.shadow import unwrap
 
 
-def choose(blocks: list[FeedForward], layers: Iterable[int] | None) -> list[FeedForward]:
+def choose(
+    blocks: list[FeedForward], layers: Iterable[int] | None, argument: str = "layers"
+) -> list[FeedForward]:
     """The blocks of the given layers, in model order; all of them for None.
 
     Raises
     ------
+    TypeError
+        If `layers` is not a list of layer numbers.
     ValueError
         If a layer has no FF block, or if none is asked for.
     """
     if layers is None:
         return blocks
-    wanted = {int(layer) for layer in layers}
+    try:
+        wanted = {operator.index(layer) for layer in layers}
+    except TypeError:
+        raise TypeError(f"{argument}={layers!r}: give a list of layer numbers.") from None
     known = {block.layer for block in blocks}
     if unknown := sorted(wanted - known):
         raise ValueError(
-            f"layers={unknown} are not layers of this model: it has FF blocks in layers "
-            f"{min(known)} to {max(known)} ({len(known)} of them)."
+            f"{argument}={unknown}: there are FF blocks in layers {min(known)} to {max(known)} "
+            f"here ({len(known)} of them), and in no others."
         )
     if not wanted:
-        raise ValueError("layers is empty: name at least one layer, or leave it out for all.")
+        raise ValueError(f"{argument} is empty: name at least one layer, or leave it out for all.")
     return [block for block in blocks if block.layer in wanted]
 
 

@@ -42,25 +42,16 @@ class Windows(NamedTuple):
     @classmethod
     def of(cls, window: Tensor) -> Windows:
         """From each token's window, int64 of shape (sequence, token), -1 for padding."""
-
-        def span(tokens: slice) -> tuple[slice, slice]:
-            real = window[:, tokens][window[:, tokens] >= 0]
-            if not real.numel():
-                return tokens, slice(first, first)
-            return tokens, slice(int(real.min()), int(real.max()) + 1)
-
-        first = 0
-        _, here = span(slice(None))
-        first = here.start
-        weights = (window[:, None, :] == torch.arange(here.start, here.stop)[None, :, None]).float()
+        _, everything = _span(window, slice(None), 0)
+        numbers = torch.arange(everything.start, everything.stop, device="cpu")
         step = max(1, _SLICE // window.shape[0])
-        starts = range(0, window.shape[1], step)
+        pieces = (slice(start, start + step) for start in range(0, window.shape[1], step))
         padding = window < 0
         return cls(
-            weights,
-            first,
+            (window[:, None, :] == numbers[None, :, None]).to(torch.float32),
+            everything.start,
             padding if bool(padding.any()) else None,
-            [span(slice(start, start + step)) for start in starts],
+            [_span(window, piece, everything.start) for piece in pieces],
         )
 
     def to(self, device: torch.device) -> Windows:
@@ -71,6 +62,14 @@ class Windows(NamedTuple):
         last = self.first + self.weights.shape[1]
         spans = [(slice(None), slice(self.first, last))]
         return Windows(self.weights.to(device), self.first, padding, spans)
+
+
+def _span(window: Tensor, tokens: slice, first: int) -> tuple[slice, slice]:
+    """These tokens, and the windows from the lowest to the highest that they lie in."""
+    real = window[:, tokens][window[:, tokens] >= 0]
+    if not real.numel():
+        return tokens, slice(first, first)
+    return tokens, slice(int(real.min()), int(real.max()) + 1)
 
 
 @dataclass
@@ -103,8 +102,8 @@ class Moments:
     ) -> Moments:
         """Moments of no token yet."""
         shape = (sequences, windows, d_ff)
-        sums = [torch.zeros(shape, device=device) for _ in range(3 if ranks else 2)]
-        return cls(*sums)
+        count = 3 if ranks else 2
+        return cls(*(torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(count)))
 
     @torch.no_grad()
     def update(self, z: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:

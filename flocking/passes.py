@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from flocking.feedforward import relative_error, tolerance
-from flocking.hooks import observe
-from flocking.shadow import shadow
+from flocking.shadow import per_model, shadow
+from flocking.trial import private_randomness, relative_error, tolerance, trial
 
 # Tokens of one forward pass, all sequences of the batch together. Longer texts are fed in
 # chunks over a cache, so that peak memory grows with the cache and the result only. Below
@@ -27,18 +25,128 @@ CHUNK_TOKENS = 8192
 def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode, no gradients, and random numbers of our own; all restored at the end."""
     training = [module for module in model.modules() if module.training]
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         for module in training:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
-            torch.default_generator.manual_seed(seed)
-            for device in cuda:
-                torch.cuda.default_generators[device].manual_seed(seed)
+        with torch.no_grad(), private_randomness(model, seed):
             yield
     finally:
         for module in training:
             module.training = True
+
+
+def forward(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any = None, keep: bool = False
+) -> Any:
+    """One pass without the head, over the cache `past` if given; keeping one if asked.
+
+    Parameters
+    ----------
+    ids : Tensor of int64, shape (sequence, token)
+        On any device.
+    mask : Tensor of int64, shape (sequence, token)
+        1 for real tokens, those of `past` included.
+    """
+    base = model.base_model
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if past is not None:
+        inputs["past_key_values"] = past
+    if "use_cache" in inspect.signature(base.forward).parameters:
+        inputs["use_cache"] = keep or past is not None
+    return base(**inputs)
+
+
+def chunks(model: PreTrainedModel, batch: int, length: int) -> list[slice]:
+    """The pieces in which `length` tokens of each of `batch` sequences are fed."""
+    step = max(1, CHUNK_TOKENS // batch)
+    if length <= step or not traits(model).chunkable:
+        step = length
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def batches(model: PreTrainedModel, lengths: list[int], size: int) -> list[list[int]]:
+    """Which sequences share a forward pass: of like length, so that little is padding.
+
+    Of the same length, if the model cannot be padded without changing what it gives.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    mixed = size == 1 or len(set(lengths)) == 1 or traits(model).paddable
+    groups: list[list[int]] = []
+    for row in order:
+        if groups and len(groups[-1]) < size and (mixed or lengths[groups[-1][0]] == lengths[row]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+class Traits(NamedTuple):
+    """What may be done with a model without changing what its real tokens give.
+
+    Attributes
+    ----------
+    causal : bool
+        Later tokens do not matter to earlier ones.
+    chunkable : bool
+        A text may be fed in pieces, over a cache.
+    paddable : bool
+        A text may be padded on the right.
+    """
+
+    causal: bool
+    chunkable: bool
+    paddable: bool
+
+
+@per_model
+def traits(model: PreTrainedModel) -> Traits:
+    """Find out by trial, on a shadow of the model and 16 random tokens."""
+    copied = shadow(model)
+    vocabulary = copied.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, 16), generator=generator, device="cpu")
+    ones = torch.ones_like(ids)
+
+    def run(ids: Tensor, mask: Tensor, past: Any = None, keep: bool = False) -> Any:
+        return forward(copied, ids, mask, past, keep)
+
+    def changed() -> Tensor:
+        other = ids.clone()
+        other[:, -1] = (other[:, -1] + 1) % vocabulary
+        return run(other, ones)[0][:, :-1]
+
+    def chunked() -> Tensor:
+        first = run(ids[:, :8], ones[:, :8], keep=True)
+        second = run(ids[:, 8:], ones, past=first.past_key_values)
+        return torch.cat((first[0], second[0]), dim=1)
+
+    def padded() -> Tensor:
+        pads = torch.zeros_like(ids[:, :8])
+        return run(torch.cat((ids, pads), 1), torch.cat((ones, pads), 1))[0][:, :16]
+
+    with trial(copied):
+        whole = run(ids, ones)[0]
+
+        def same(attempt: Callable[[], Tensor]) -> bool:
+            try:
+                got = attempt()
+                return relative_error(got, whole[:, : got.shape[1]]) <= tolerance(whole.dtype)
+            except Exception:  # it cannot be done at all
+                return False
+
+        by_length = _rotates_by_length(model.config)
+        return Traits(
+            causal=same(changed),
+            chunkable=not by_length and same(chunked),
+            paddable=not by_length and same(padded),
+        )
+
+
+def _rotates_by_length(config: PreTrainedConfig) -> bool:
+    """Whether rotary embeddings depend on the length of the text, which no short trial shows."""
+    found = str(getattr(config.get_text_config(), "rope_parameters", ""))
+    return "longrope" in found or "dynamic" in found
 
 
 def continued(
@@ -47,72 +155,26 @@ def continued(
     """Each prompt with its greedy continuation, less the last token (which is never fed).
 
     One at a time: padded on the left as `generate` would have it, some models give
-    other tokens than alone.
+    other tokens than alone. On a shadow, so that neither the penalties and lengths of the
+    model's own generation config apply, nor what `generate` leaves on a model stays.
     """
-    device = model.get_input_embeddings().weight.device
-    pad = model.generation_config.pad_token_id
+    copied = shadow(model)
+    own = model.generation_config
+    eos = own.eos_token_id
+    pad = own.pad_token_id
     if pad is None:  # nothing is padded, but generate wants one
-        eos = model.generation_config.eos_token_id
         pad = (eos[0] if isinstance(eos, list) else eos) or 0
+    copied.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad
+    )
+    device = model.get_input_embeddings().weight.device
     sequences = []
     for prompt in tqdm(prompts, "generating", unit="text", disable=not progress):
         ids = prompt[None].to(device)
-        sequence = model.generate(
+        sequence = copied.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=1,
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
         )[0]
         sequences.append(sequence[:-1].cpu())
     return sequences
-
-
-def chunks(model: PreTrainedModel, batch: int, length: int) -> list[slice]:
-    """The pieces in which `length` tokens of each of `batch` sequences are fed."""
-    step = max(1, CHUNK_TOKENS // batch)
-    if length <= step or not _chunkable(model):
-        step = length
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any, keep: bool) -> Any:
-    """One pass without the head; the cache to go on from, if it is to be kept."""
-    base = model.base_model
-    device = model.get_input_embeddings().weight.device
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    if past is not None:
-        inputs["past_key_values"] = past
-    if "use_cache" in inspect.signature(base.forward).parameters:
-        inputs["use_cache"] = keep or past is not None
-    output = base(**inputs)
-    return output.past_key_values if keep else None
-
-
-_chunked_exactly: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-def _chunkable(model: PreTrainedModel) -> bool:
-    """Whether `model` over a cache, in two pieces, gives what it gives in one; by trial.
-
-    Bidirectional models do not, nor do models whose cache is not one to go on from.
-    """
-    if model not in _chunked_exactly:
-        copied = shadow(model)
-        vocabulary = copied.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
-        seen: list[Tensor] = []
-        try:
-            with observe(copied, lambda block, z: seen.append(z)) as blocks:
-                past = forward(copied, ids[:, :8], torch.ones(1, 8, dtype=int), None, True)
-                forward(copied, ids[:, 8:], torch.ones(1, 16, dtype=int), past, False)
-                forward(copied, ids, torch.ones(1, 16, dtype=int), None, False)
-            first, second, whole = (seen[k * len(blocks) :][: len(blocks)] for k in range(3))
-            _chunked_exactly[model] = all(
-                relative_error(torch.cat((a, b), dim=-2), c) <= tolerance(c.dtype)
-                for a, b, c in zip(first, second, whole, strict=True)
-            )
-        except (TypeError, AttributeError, ValueError, RuntimeError):
-            _chunked_exactly[model] = False
-    return _chunked_exactly[model]

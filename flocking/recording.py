@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
 from flocking.hooks import choose, observe
 from flocking.moments import Moments, Windows
-from flocking.passes import chunks, continued, forward, undisturbed
+from flocking.passes import batches, chunks, continued, forward, traits, undisturbed
 from flocking.shadow import unwrap
 from flocking.tokens import Text, tokenize
 
@@ -67,7 +68,9 @@ def record(
     max_new_tokens : int
         If positive, each text is continued greedily, and the continuation is recorded as
         phase ``"generation"`` by replaying the whole text in one pass (exact up to rounding,
-        since activations are causal). The last token that was sampled was never fed to the
+        since activations are causal; not so where a rotary embedding depends on the length of
+        the text, as longrope's). "Greedily" is plain: no penalty of the model's own
+        generation config applies. The last token that was sampled was never fed to the
         model: it has no activations and is not in the recording.
     relative : bool or iterable of int
         Keep ``r`` itself as float16, for all layers or those listed. This is large: how
@@ -113,8 +116,10 @@ def record(
     ValueError
         For an empty text, an unknown layer, a window below 1, a text longer than the
         model's context, weights on the meta device, or activations that are not finite.
+    TypeError
+        If an argument is of no known form.
     MemoryError
-        If the result would not fit in memory; before any work is done.
+        If the arrays of the result would not fit in memory; before any work is done.
 
     Examples
     --------
@@ -122,18 +127,17 @@ def record(
     >>> recording = flocking.record(model, "The starlings turned as one.")
     >>> flocking.flocking_score(recording).mean("sequence")
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: give a number of tokens from 1 up, or None.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give a number of sequences from 1 up.")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: give 0, or a number of tokens.")
+    if window is not None:
+        _refuse_number("window", window, 1)
+    _refuse_number("batch_size", batch_size, 1)
+    _refuse_number("max_new_tokens", max_new_tokens, 0)
+    _refuse_number("seed", seed, 0)
     model = unwrap(model)
     _refuse_model(model, max_new_tokens)
     prompts, texts, tokenizer, special = tokenize(model, text, tokenizer)
     _refuse_long(model, prompts, max_new_tokens)
     blocks = choose(feedforwards(model), layers)
-    raw = choose(blocks, None if relative is True else relative) if relative else []
+    raw = choose(blocks, None if relative is True else relative, "relative") if relative else []
     _refuse_large(prompts, blocks, raw, window, max_new_tokens, ranks, progress)
 
     if model.training:
@@ -171,29 +175,50 @@ def record(
 # What is refused before any work
 
 
+def _refuse_number(name: str, value: object, lowest: int) -> None:
+    if not isinstance(value, int | np.integer) or value < lowest:
+        raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
+
+
 def _refuse_model(model: nn.Module, max_new_tokens: int) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {name}: give a transformers model (PreTrainedModel).")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            f"{name} has weights on the meta device, without values: load them first "
-            "(from_pretrained, or to_empty and load_state_dict)."
+            f"{name} has weights on the meta device, without values: load them first, and "
+            "without offloading to the CPU or to disk."
         )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{name} is an encoder-decoder model, which record cannot feed yet: pass its encoder, "
-            "or use flocking.observe around your own forward pass."
+            f"{name} is of an encoder-decoder kind, which record cannot feed yet: use "
+            "flocking.observe around your own forward pass."
         )
-    if max_new_tokens and not model.can_generate():
-        raise ValueError(f"{name} cannot generate: leave out max_new_tokens, or load its LM class.")
+    if max_new_tokens and not (model.can_generate() and traits(model).causal):
+        raise ValueError(
+            f"{name} is no causal language model, so a continuation cannot be replayed: leave out "
+            "max_new_tokens, or load its causal class."
+        )
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """Most tokens that the model takes at once, as far as it says so."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    limits = [getattr(config, name, None) for name in names]
+    for path, module in model.named_modules():  # RoBERTa's kind starts behind the padding index
+        if isinstance(module, nn.Embedding) and path.endswith("position_embeddings"):
+            limits.append(
+                module.num_embeddings - 1 - (-1 if (p := module.padding_idx) is None else p)
+            )
+    return min((limit for limit in limits if limit and limit > 0), default=None)
 
 
 def _refuse_long(model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    limit = _context(model)
     fed = max(0, max_new_tokens - 1)  # the last new token is never fed back
     for number, prompt in enumerate(prompts):
-        if limit > 0 and len(prompt) + fed > limit:
+        if limit and len(prompt) + fed > limit:
             new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
             raise ValueError(
                 f"text {number} has {len(prompt)} tokens{new}, {len(prompt) + fed - limit} more "
@@ -217,7 +242,7 @@ def _refuse_large(
     raw_bytes = len(prompts) * len(raw) * max(totals) * d_ff * 2
 
     def size(window: int | None) -> int:
-        windows = len(_Layout.of(lengths, totals, window).phase)
+        windows = 1 + sum(_window_counts(lengths, totals, window))
         moments = len(prompts) * len(blocks) * windows * d_ff * 4 * (3 if ranks else 2)
         per_token = len(prompts) * len(blocks) * max(totals) * 4 * 2
         return moments + per_token + raw_bytes
@@ -236,7 +261,8 @@ def _refuse_large(
             f"{_readable(room)} may be used: {remedy}."
         )
     if raw and progress:
-        tqdm.write(f"keeping relative activations as float16: {_readable(raw_bytes)}")
+        size = _readable(raw_bytes)
+        tqdm.write(f"keeping relative activations as float16: {size}", file=sys.stderr)
 
 
 def _readable(size: float) -> str:
@@ -251,6 +277,13 @@ def _readable(size: float) -> str:
 # Windows
 
 
+def _window_counts(prompts: list[int], totals: list[int], window: int | None) -> tuple[int, int]:
+    """Windows of the longest prompt beside the first token, and of the longest generation."""
+    step = window or max(totals)
+    new = max(total - prompt for prompt, total in zip(prompts, totals, strict=True))
+    return -(-(max(prompts) - 1) // step), -(-new // step)
+
+
 class _Layout(NamedTuple):
     """Windows, the same for all sequences: the first token, the prompt's, the generation's."""
 
@@ -261,12 +294,12 @@ class _Layout(NamedTuple):
     @classmethod
     def of(cls, prompts: list[int], totals: list[int], window: int | None) -> _Layout:
         step = window or max(totals)
-        rest = -(-(max(prompts) - 1) // step)
-        new = -(-max(total - prompt for prompt, total in zip(prompts, totals, strict=True)) // step)
+        rest, new = _window_counts(prompts, totals, window)
         phase = ["first"] + ["prompt"] * rest + ["generation"] * new
         start = [0] + [1 + step * k for k in range(rest)] + [step * k for k in range(new)]
-        token = torch.arange(max(totals))[None]
-        prompt, total = torch.tensor(prompts)[:, None], torch.tensor(totals)[:, None]
+        token = torch.arange(max(totals), device="cpu")[None]
+        prompt = torch.tensor(prompts, device="cpu")[:, None]
+        total = torch.tensor(totals, device="cpu")[:, None]
         number = torch.where(
             token < prompt, 1 + (token - 1) // step, 1 + rest + (token - prompt) // step
         )
@@ -312,7 +345,13 @@ class _Recorder:
 
     def __call__(self, block: FeedForward, z: Tensor) -> None:
         windows = self.windows
-        z = z.reshape(*windows.weights.shape[::2], block.d_ff)  # some layers flatten the batch
+        n, tokens = windows.weights.shape[::2]
+        if z.shape[:-1] not in ((n, tokens), (n * tokens,)):
+            raise RuntimeError(
+                f"{block.path} was given {tuple(z.shape[:-1])} tokens where {n} x {tokens} were "
+                "fed: this model adds, drops or rearranges tokens, which record cannot follow."
+            )
+        z = z.reshape(n, tokens, block.d_ff)  # some layers flatten the batch
         if block not in self.moments:  # kept on the layer's own device until the batch ends
             self.moments[block] = Moments.zeros(
                 len(self.rows),
@@ -368,16 +407,14 @@ def _run(
     progress: bool,
 ) -> None:
     """All forward passes, batch by batch, chunk by chunk."""
-    # Texts of like length share a batch, so that little of it is padding.
-    order = sorted(range(len(sequences)), key=lambda row: -len(sequences[row]))
     layers = [block.layer for block in recorder.blocks]
-    total = sum(map(len, sequences))
+    lengths = [len(sequence) for sequence in sequences]
+    groups = batches(model, lengths, batch_size)
     with (
         observe(model, recorder, layers=layers),
-        tqdm(total=total, desc="recording", unit="token", disable=not progress) as bar,
+        tqdm(total=sum(lengths), desc="recording", unit="token", disable=not progress) as bar,
     ):
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
+        for rows in groups:
             members = [sequences[row] for row in rows]
             recorder.begin(rows)
             # Padding goes to the right, where no real token sees it.
@@ -387,7 +424,8 @@ def _run(
             for tokens in chunks(model, *ids.shape):
                 recorder.expect(tokens)
                 keep = tokens.stop < ids.shape[1]
-                past = forward(model, ids[:, tokens], mask[:, : tokens.stop], past, keep)
+                output = forward(model, ids[:, tokens], mask[:, : tokens.stop], past, keep)
+                past = output.past_key_values if keep else None
                 recorder.check()
                 bar.update(int(mask[:, tokens].sum()))
             recorder.end()
@@ -437,13 +475,13 @@ def _label(
         "window": np.arange(len(layout.phase)),
         "neuron": np.arange(arrays["energy"].shape[-1]),
         "token": np.arange(ids.shape[1]),
-        "text": ("sequence", np.array(texts, dtype=str)),
+        "text": ("sequence", np.array(texts, dtype=object)),
         "module": ("layer", np.array([block.path for block in blocks], dtype=str)),
         "d_ff": ("layer", [block.d_ff for block in blocks]),
         "phase": ("window", np.array(layout.phase, dtype=str)),
         "start": ("window", layout.start, {"units": "tokens"}),
         "token_id": (("sequence", "token"), ids),
-        "token_text": (("sequence", "token"), np.array(token_text, dtype=str)),
+        "token_text": (("sequence", "token"), np.array(token_text, dtype=object)),
         "token_window": (("sequence", "token"), window),
     }
     if recorder.raw:

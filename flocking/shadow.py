@@ -7,10 +7,11 @@ are put in place, projections are cut down, and the model itself is never touche
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +81,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`'s modules that shares every parameter and buffer.
+    """A deep copy of `model`'s modules that shares every parameter.
 
-    Hooks stay behind (they are the user's, and would fire), and so do compiled calls,
-    which would run the original model instead of the copy. The copy is in eval mode.
+    Buffers are its own (some models update theirs as they run). Hooks stay behind, since
+    they are the user's and would fire, and so do compiled calls, which would run the
+    original model instead of the copy. The copy is in eval mode.
     """
-    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
         for name, value in vars(module).items():
             if "hooks" in name and isinstance(value, dict):
@@ -120,3 +122,30 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     changed = copy.copy(module)
     changed.forward = forward
     return changed
+
+
+# --------------------------------------------------------------------------------------
+# Finding something out once per model
+
+_Found = TypeVar("_Found")
+
+
+def per_model(find: Callable[[nn.Module], _Found]) -> Callable[[nn.Module], _Found]:
+    """Remember what `find` says of a model, until the model's modules or weights change kind."""
+    known: weakref.WeakKeyDictionary[nn.Module, tuple[object, _Found]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(find)
+    def remembering(model: nn.Module) -> _Found:
+        config = getattr(model, "config", None)
+        state = (
+            {path: id(module) for path, module in model.named_modules()},
+            {(p.device.type, p.dtype) for p in model.parameters()},
+            getattr(model, "name_or_path", None),
+            getattr(config, "is_decoder", None),
+            getattr(config, "_attn_implementation", None),
+        )
+        if model not in known or known[model][0] != state:
+            known[model] = (state, find(model))
+        return known[model][1]
+
+    return remembering

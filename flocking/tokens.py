@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.shadow import per_model
 
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 
@@ -54,7 +55,7 @@ def tokenize(
         text = text["input_ids"]
     if isinstance(text, str):
         text = [text]
-    if not isinstance(text, Iterable):
+    if not isinstance(text, Iterable) or isinstance(text, bytes) or getattr(text, "ndim", 1) == 0:
         raise TypeError(
             f"text is of type {type(text).__name__}: give a string, a list of strings, token ids, "
             "or what a tokenizer returns."
@@ -70,7 +71,7 @@ def tokenize(
             raise ValueError(f"text {empty[0]} is empty: there is nothing to record.")
         tokenizer = tokenizer or _tokenizer_of(model)
         ids = [tokenizer(item)["input_ids"] for item in text]
-        special = _special(tokenizer, text[0])
+        special = _special(tokenizer)
     else:
         ids, special = _sequences(text), "as given"
     prompts = _unpadded(ids, masks, model.get_input_embeddings().weight.shape[0])
@@ -85,13 +86,9 @@ def tokenize(
     return Prompts(prompts, texts, tokenizer, special)
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def _special(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special tokens that `tokenizer` adds to a text."""
-    added = list(tokenizer(text)["input_ids"])
-    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        if token in added:
-            added.remove(token)
-    return " ".join(tokenizer.convert_ids_to_tokens(added)) or "none"
+    return " ".join(tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])) or "none"
 
 
 def _unpadded(ids: list[Any], masks: Any, vocabulary: int) -> list[Tensor]:
@@ -102,11 +99,17 @@ def _unpadded(ids: list[Any], masks: Any, vocabulary: int) -> list[Tensor]:
     for number, (sequence, mask) in enumerate(zip(ids, masks, strict=True)):
         prompt = _integers(sequence, number)
         if mask is not None:
-            real = _integers(mask, number).bool()
+            real = torch.as_tensor(mask).flatten().cpu().bool()
             if len(real) != len(prompt):
                 raise ValueError(
                     f"text {number} has {len(prompt)} token ids and {len(real)} in its "
                     "attention_mask: give both from one call of the tokenizer."
+                )
+            places = real.nonzero()[:, 0]
+            if len(places) and len(places) != places[-1] - places[0] + 1:
+                raise ValueError(
+                    f"text {number} has gaps in its attention_mask: only padding before and after "
+                    "a text can be dropped."
                 )
             prompt = prompt[real]
         if len(prompt) == 0:
@@ -134,7 +137,7 @@ def _integers(values: Any, number: int) -> Tensor:
             f"text {number} is neither a string nor a sequence of token ids (and the two cannot "
             "be mixed)."
         ) from problem
-    whole = not tensor.is_floating_point() and not tensor.is_complex()
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     if tensor.ndim != 1 or not (whole or len(tensor) == 0):
         raise TypeError(
             f"text {number} is not a flat sequence of whole-number token ids (it has dtype "
@@ -143,20 +146,14 @@ def _integers(values: Any, number: int) -> Tensor:
     return tensor.to("cpu", torch.int64)
 
 
-_tokenizers: weakref.WeakKeyDictionary[nn.Module, PreTrainedTokenizerBase]
-_tokenizers = weakref.WeakKeyDictionary()
-
-
+@per_model
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, read once."""
-    if model not in _tokenizers:
-        try:
-            revision = getattr(model.config, "_commit_hash", None) or "main"
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=revision)
-        except Exception as problem:  # transformers raises many kinds
-            raise ValueError(
-                f"No tokenizer was found beside the model ({model.name_or_path or 'no name'}): "
-                "pass tokenizer=, or give token ids."
-            ) from problem
-        _tokenizers[model] = tokenizer
-    return _tokenizers[model]
+    try:
+        revision = getattr(model.config, "_commit_hash", None) or "main"
+        return AutoTokenizer.from_pretrained(model.name_or_path, revision=revision)
+    except Exception as problem:  # transformers raises many kinds
+        raise ValueError(
+            f"No tokenizer was found beside the model ({model.name_or_path or 'no name'}): "
+            "pass tokenizer=, or give token ids."
+        ) from problem

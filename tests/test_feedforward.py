@@ -13,8 +13,9 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 import flocking
-from flocking.feedforward import UnsupportedModelError, relative_error
+from flocking.feedforward import UnsupportedModelError
 from flocking.shadow import cut, fused_rows, shadow
+from flocking.trial import relative_error
 
 # Written down by hand from each model's source: kind and names of (gate, up, down).
 EXPECTED = {
@@ -260,7 +261,10 @@ def test_neurons_that_depend_on_each_other_are_refused(llama: tf.PreTrainedModel
 
 def test_a_block_left_out_of_one_layer_only_is_an_error(llama: tf.PreTrainedModel) -> None:
     llama.model.layers[1].mlp.up_proj.weight.data.zero_()
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp.*could not be proved"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"model\.layers\.1 \(around mlp\.down_proj\) could not be proved",
+    ):
         flocking.feedforwards(llama)
 
 
@@ -290,6 +294,141 @@ def test_layers_that_share_weights_are_refused() -> None:
     )
     with pytest.raises(UnsupportedModelError, match="2 times in one forward"):
         flocking.feedforwards(tf.AlbertModel(config).eval())
+
+
+class Strange(nn.Module):
+    """A projection that is no nn.Linear."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+def test_a_layer_with_unknown_projections_is_an_error(llama: tf.PreTrainedModel) -> None:
+    mlp = llama.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = map(
+        Strange, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"could not be proved.*it is no Linear"):
+        flocking.feedforwards(llama)
+
+
+def test_layers_without_a_block_are_named(llama: tf.PreTrainedModel) -> None:
+    llama.model.layers[0].mlp = nn.Identity()
+    with pytest.warns(UserWarning, match=r"1 layers hold no .* left out: model\.layers\.0"):
+        blocks = flocking.feedforwards(llama)
+    assert [block.layer for block in blocks] == [1]
+
+
+class LowRank(nn.Module):
+    """As LoRA's: two factors of one matrix, beside another one."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.up(self.down(x))
+
+
+def test_low_rank_factors_are_no_block(llama: tf.PreTrainedModel) -> None:
+    for layer in llama.model.layers:
+        layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
+    assert [block.path for block in flocking.feedforwards(llama)] == [
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    ]
+    only_attention(llama)
+    with pytest.raises(UnsupportedModelError, match="no activation function"):
+        flocking.feedforwards(llama)
+
+
+class UsedTwice(nn.Module):
+    """Its up-projection feeds something else beside z, which a cut would change."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down = mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u = self.up(x)
+        return self.down(functional.silu(u)) + u.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("size", [1, 3000])
+def test_found_out_behind_a_massive_residual_too(llama: tf.PreTrainedModel, size: float) -> None:
+    llama.model.embed_tokens.weight.data[:, 5] *= size
+    for layer in llama.model.layers:
+        layer.mlp = UsedTwice(layer.mlp)
+    with pytest.raises(UnsupportedModelError, match="serves something else too"):
+        flocking.feedforwards(llama)
+
+
+def test_a_massive_residual_hides_no_true_block(llama: tf.PreTrainedModel) -> None:
+    llama.model.embed_tokens.weight.data[:, 5] *= 3000
+    assert len(flocking.feedforwards(llama)) == 2
+
+
+def test_a_block_shared_by_two_layers_is_refused(llama: tf.PreTrainedModel) -> None:
+    llama.model.layers[1].mlp = llama.model.layers[0].mlp
+    with pytest.raises(UnsupportedModelError, match=r"shares .*mlp\.down_proj between layers"):
+        flocking.feedforwards(llama)
+
+
+def test_added_layers_are_found(llama: tf.PreTrainedModel) -> None:
+    assert len(flocking.feedforwards(llama)) == 2
+    llama.model.layers.append(conftest.build("llama").model.layers[0])
+    llama.config.num_hidden_layers = 3
+    llama.config.layer_types = ["full_attention"] * 3
+    assert [block.layer for block in flocking.feedforwards(llama)] == [0, 1, 2]
+
+
+def test_weights_survive_a_model_that_rescales_them() -> None:
+    """RWKV divides its weights in place when it is run: on a shadow, they are the model's."""
+    config = tf.RwkvConfig(
+        vocab_size=128,
+        hidden_size=64,
+        attention_hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        rescale_every=2,
+        context_length=64,
+    )
+    model = tf.RwkvForCausalLM(config).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UnsupportedModelError, match="changes its own weights"):
+        flocking.feedforwards(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_other_three_dimensional_weights_are_no_experts() -> None:
+    """RecurrentGemma's gates have three dimensions; its FF blocks are dense."""
+    config = tf.RecurrentGemmaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        lru_width=64,
+        attention_window_size=16,
+    )
+    model = tf.RecurrentGemmaForCausalLM(config).eval()
+    assert [block.layer for block in flocking.feedforwards(model)] == [0, 1, 2]
+
+
+def test_what_is_not_finite_agrees_with_nothing() -> None:
+    ones = torch.ones(3)
+    assert relative_error(ones * torch.nan, ones) == math.inf
+    assert relative_error(ones * torch.inf, ones) == math.inf
+    mask = torch.tensor([0.0, -torch.inf])
+    assert relative_error(mask, mask) == 0
+    assert relative_error(ones * 1.5, ones) == pytest.approx(0.5)
+    assert relative_error(ones * 1000.5, ones * 1000, ones * 999) == pytest.approx(0.5, rel=1e-2)
 
 
 def test_other_modules_are_refused() -> None:

@@ -127,7 +127,7 @@ def test_half_precision_models(architecture: str, dtype: torch.dtype) -> None:
 
 def test_replayed_generation_equals_live_hooks(tiny: tf.PreTrainedModel) -> None:
     if not tiny.can_generate():
-        with pytest.raises(ValueError, match="BertModel cannot generate"):
+        with pytest.raises(ValueError, match="BertModel is no causal language model"):
             record(tiny, [5, 6], max_new_tokens=3)
         return
     prompts = conftest.random_ids(20, 13)
@@ -160,6 +160,92 @@ def test_replayed_generation_equals_live_hooks(tiny: tf.PreTrainedModel) -> None
                 np.testing.assert_allclose(
                     phases.sel(phase=phase), (values**2).sum(0), rtol=1e-3, atol=1e-5
                 )
+
+
+def test_a_bidirectional_model_is_not_continued() -> None:
+    """BERT's LM class can generate, but its prompt's tokens would see the continuation."""
+    model = tf.BertLMHeadModel(conftest.ARCHITECTURES["bert"]()).eval()
+    with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model"):
+        record(model, [5, 6], max_new_tokens=3)
+
+
+def test_continued_plainly_whatever_the_generation_config(llama: tf.PreTrainedModel) -> None:
+    prompt = conftest.random_ids(9)
+    plain = record(llama, prompt, max_new_tokens=9)
+    llama.generation_config.repetition_penalty = 1.8
+    llama.generation_config.return_dict_in_generate = True
+    llama.generation_config.num_return_sequences = 2
+    before = llama.generation_config.to_dict()
+    assert record(llama, prompt, max_new_tokens=9).token_id.equals(plain.token_id)
+    assert llama.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("kind", ["longrope", "fnet"])
+def test_what_cannot_be_padded_is_batched_by_length(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotary embeddings that depend on the longest row; mixing that ignores the mask."""
+    if kind == "fnet":
+        config = tf.FNetConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=2
+        )
+        model = tf.FNetModel(config).eval()
+    else:
+        factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+        rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+        model = conftest.build(
+            "phi3",
+            max_position_embeddings=128,
+            original_max_position_embeddings=32,
+            rope_parameters={**rope, "original_max_position_embeddings": 32},
+        )
+    monkeypatch.setattr(passes, "CHUNK_TOKENS", 40)
+    texts = conftest.random_ids(60, 20, 60, 10)
+    batch = record(model, texts)
+    for number, text in enumerate(texts):
+        alone = record(model, text)
+        assert_same(batch.isel(sequence=[number]).assign_coords(sequence=[0]), alone)
+        z = conftest.activations(model, text)[1]
+        np.testing.assert_allclose(
+            alone.energy.sel(sequence=0, layer=1).sum("window"),
+            (relative(z) ** 2).sum(0),
+            rtol=1e-3,
+        )
+
+
+def test_what_rearranges_tokens_is_refused() -> None:
+    config = tf.XLNetConfig(vocab_size=128, d_model=64, n_layer=2, n_head=4, d_inner=160)
+    with pytest.raises(flocking.UnsupportedModelError, match="not token by token"):
+        record(tf.XLNetModel(config).eval(), conftest.random_ids(9, 5))
+
+
+def test_positions_that_start_behind_the_padding_index_count(llama: tf.PreTrainedModel) -> None:
+    config = tf.RobertaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        pad_token_id=1,
+    )
+    model = tf.RobertaModel(config).eval()
+    assert record(model, conftest.random_ids(38)).sizes["token"] == 38
+    with pytest.raises(ValueError, match="39 tokens, 1 more than the model's context of 38"):
+        record(model, conftest.random_ids(39))
+
+
+def test_other_defaults_of_torch(llama: tf.PreTrainedModel) -> None:
+    texts = conftest.random_ids(20, 9)
+    expected = record(llama, texts)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = record(conftest.build("llama").float(), texts)
+        got_again = record(llama, texts)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.energy.dtype == np.float32
+    assert_same(got_again, expected)
 
 
 # ---------------------------------------------------------------------- the Dataset
@@ -245,7 +331,7 @@ def test_raw_relative_activations(tiny: tf.PreTrainedModel, capsys) -> None:
     assert recording.relative.dtype == np.float16
     d_ff = recording.sizes["neuron"]
     size = 2 * 20 * d_ff * 2 / 1000
-    assert f"keeping relative activations as float16: {size:.1f} kB" in "".join(capsys.readouterr())
+    assert f"keeping relative activations as float16: {size:.1f} kB" in capsys.readouterr().err
     for number, text in enumerate(texts):
         mine = recording.relative.sel(sequence=number, relative_layer=1)
         expected = relative(conftest.activations(tiny, text)[1])
@@ -278,7 +364,8 @@ def test_zarr_round_trip(llama: tf.PreTrainedModel, tmp_path, window: int | None
     recording.to_zarr(tmp_path / "r.zarr", zarr_format=2)
     with xr.open_zarr(tmp_path / "r.zarr") as restored:
         xr.testing.assert_identical(restored.load(), recording)
-        assert all(restored[v].dtype == recording[v].dtype for v in recording.variables)
+        numbers = [v for v in recording.variables if recording[v].dtype.kind in "if"]
+        assert all(restored[v].dtype == recording[v].dtype for v in numbers)
 
 
 # ---------------------------------------------------------- nothing is disturbed
@@ -383,8 +470,16 @@ def test_a_device_map(tmp_path) -> None:
         ([[5, 128]], {}, ValueError, "vocabulary ends at 127"),
         ("a", {}, ValueError, "No tokenizer was found beside the model"),
         ([5], {"window": 0}, ValueError, "window=0"),
-        ([5], {"layers": [2]}, ValueError, r"layers=\[2\] are not layers of this model"),
-        ([5], {"relative": [2]}, ValueError, r"layers=\[2\] are not layers of this model"),
+        ([5], {"layers": [2]}, ValueError, r"layers=\[2\]: there are FF blocks in layers 0 to 1"),
+        ([5], {"relative": [2]}, ValueError, r"relative=\[2\]: there are FF"),
+        ([5], {"layers": 1}, TypeError, "layers=1: give a list"),
+        ([5], {"layers": [0.7]}, TypeError, r"layers=\[0.7\]: give a list"),
+        ([5], {"layers": [1], "relative": [0]}, ValueError, r"relative=\[0\]: there are FF"),
+        ([5], {"window": 2.5}, ValueError, "window=2.5"),
+        ([5], {"seed": None}, ValueError, "seed=None"),
+        (b"abc", {}, TypeError, "text is of type bytes"),
+        ([[True, False]], {}, TypeError, "whole-number token ids"),
+        ({"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, {}, ValueError, "gaps in its"),
         ([5], {"batch_size": 0}, ValueError, "batch_size=0"),
         ([5], {"max_new_tokens": -1}, ValueError, "max_new_tokens=-1"),
         ([[5] * 300], {}, ValueError, "text 0 has 300 tokens, 44 more than the model's context"),
