@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import typer
 import xarray as xr
 from rich.console import Console
@@ -57,7 +59,7 @@ def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, MemoryError) as problem:
+        except (ValueError, OSError, MemoryError) as problem:
             typer.echo(f"flocking: {problem}", err=True)
             raise typer.Exit(2) from None
 
@@ -70,8 +72,9 @@ Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
 
 
 def _load(model: str | None, device: str | None, dtype: str | None) -> tuple:
-    kwargs = {"dtype": dtype} if dtype else {}
-    loaded, tokenizer = flocking.load(model, **kwargs)
+    if dtype and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
+    loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
     try:
         return loaded.to(device or "cpu"), tokenizer
     except (RuntimeError, AssertionError) as problem:
@@ -79,21 +82,24 @@ def _load(model: str | None, device: str | None, dtype: str | None) -> tuple:
 
 
 def _read(name: str) -> str:
-    if name == "-":
-        return sys.stdin.read()
     path = Path(name)
-    if not path.exists():
+    if name == "-":
+        raw = sys.stdin.buffer.read()
+    elif not path.exists():
         raise ValueError(f"{name} does not exist: name text files, or - for standard input.")
-    if path.is_dir():
+    elif path.is_dir():
         raise ValueError(f"{name} is a folder: name the text files in it.")
+    else:
+        raw = path.read_bytes()
+    where = "standard input" if name == "-" else name
     try:
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as problem:
         raise ValueError(
-            f"{name} is not a text file in UTF-8 (byte {problem.start}): convert it first."
+            f"{where} is not text in UTF-8 (byte {problem.start}): convert it first."
         ) from problem
     if not text:
-        raise ValueError(f"{name} is empty: there is nothing to record.")
+        raise ValueError(f"{where} is empty: there is nothing to record.")
     return text
 
 
@@ -103,25 +109,39 @@ def _numbers(layers: str | None) -> list[int] | None:
         return None
     numbers: list[int] = []
     for part in layers.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        span = match and range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not span:
             raise ValueError(f"--layers {layers}: give numbers and ranges, such as 0,5,10-12.")
-        numbers += range(int(first), int(last or first) + 1)
+        numbers += span
     return numbers
 
 
-@contextmanager
-def _new(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A path to write to, which takes the name `path` only when it is complete."""
-    if path.exists() and not overwrite:
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    """Nothing is replaced untold, and nothing but what looks like an earlier output."""
+    if not path.exists():
+        return
+    if not ((path / ".zgroup").exists() or (path.is_file() and path.suffix == ".png")):
+        raise ValueError(f"{path} exists and is no recording: choose another name.")
+    if not overwrite:
         raise ValueError(f"{path} exists: choose another name, or pass --overwrite.")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the name `path` only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        partial = Path(folder) / path.name
+        partial, old = Path(folder) / path.name, Path(folder) / "old"
         yield partial
         if path.exists():
-            path.rename(Path(folder) / "replaced")
-        partial.rename(path)
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
 
 
 @app.command(
@@ -148,19 +168,20 @@ def record(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.zarr if it exists.")] = False,
 ) -> None:
     """Record text files, one sequence each, and save the recording as Zarr."""
-    with _new(output, overwrite) as partial:
-        numbers = _numbers(layers)
-        texts = [_read(name) for name in files]
-        loaded, tokenizer = _load(model, device, dtype)
-        recording = flocking.record(
-            loaded,
-            texts,
-            tokenizer=tokenizer,
-            window=window,
-            layers=numbers,
-            max_new_tokens=max_new_tokens,
-        )
-        recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
+    _refuse_existing(output, overwrite)
+    numbers = _numbers(layers)
+    texts = [_read(name) for name in files]
+    loaded, tokenizer = _load(model, device, dtype)
+    recording = flocking.record(
+        loaded,
+        texts,
+        tokenizer=tokenizer,
+        window=window,
+        layers=numbers,
+        max_new_tokens=max_new_tokens,
+    )
+    recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
+    with _replacing(output) as partial:
         recording.to_zarr(partial, zarr_format=2)
     sizes = dict(recording.sizes)
     typer.echo(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
@@ -176,6 +197,9 @@ def demo(
     dtype: Dtype = None,
 ) -> None:
     """Record the packaged passages, print how they flock by layer, and draw two of them."""
+    stored, picture = out / "demo.zarr", out / "demo.png"
+    for path in (stored, picture):
+        _refuse_existing(path, overwrite=True)
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to keep to
         console.width = 120
@@ -188,18 +212,19 @@ def demo(
     recording = recording.assign_coords(sequence=[passage.name for passage in passages])
     console.print(_table(recording))
 
-    path = out / "demo.zarr"
-    with _new(path, overwrite=True) as partial:
+    with _replacing(stored) as partial:
         recording.to_zarr(partial, zarr_format=2)
     figure = _two_passages(recording, shown, ["reportage", "code"])
-    with _new(out / "demo.png", overwrite=True) as partial:
-        figure.savefig(partial, dpi=150, metadata={"Description": str(recording.attrs)})
+    origin = {key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")}
+    with _replacing(picture) as partial:
+        figure.savefig(partial, dpi=150, metadata={"Source": _name_of(recording), **origin})
     plt.close(figure)
     console.print(
-        f"\nwrote {path} and {out / 'demo.png'}. Next:\n"
-        f"  look at {out / 'demo.png'}: vertical streaks are neurons that flock;\n"
-        f"  open the numbers: xarray.open_zarr({str(path)!r});\n"
-        "  read README.md for ten lines of Python, or run `make notebook`.",
+        f"\nwrote {stored} and {picture}. Next:\n"
+        f"  look at {picture}: vertical streaks are neurons that flock;\n"
+        f"  open the numbers: xarray.open_zarr({str(stored)!r});\n"
+        "  run `make notebook`, and notebooks/flocking.ipynb in it, for chance and control;\n"
+        "  read README.md for ten lines of Python of your own.",
         highlight=False,
         soft_wrap=True,
     )

@@ -65,15 +65,47 @@ def test_an_existing_output_is_only_replaced_when_told(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["birds.txt", "out.zarr", "tiny"]
 
 
+def test_nothing_but_a_recording_is_ever_replaced(tmp_path: Path, model: str, text: str) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    for output in (tmp_path / "precious", text, tmp_path, ".."):
+        result = run("record", text, "-o", output, "--model", model, "--overwrite")
+        assert result.exit_code == 2
+        assert "exists and is no recording" in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_write_that_fails_leaves_the_old_recording(
+    tmp_path: Path, model: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.zarr"
+    assert run("record", text, "-o", out, "--model", model).exit_code == 0
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(xr.Dataset, "to_zarr", fail)
+    result = run("record", text, "-o", out, "--model", model, "--overwrite")
+    assert result.exit_code == 2
+    assert "disk full" in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere.txt"], "nowhere.txt does not exist"),
         (["."], ". is a folder"),
-        (["{binary}"], "is not a text file in UTF-8 (byte 0)"),
+        (["{binary}"], "is not text in UTF-8 (byte 0)"),
         (["{empty}"], "is empty"),
         (["{text}", "--layers", "x"], "--layers x: give numbers and ranges"),
-        (["{text}", "--layers", "0,9"], "layers=[9] are not layers of this model"),
+        (["{text}", "--layers", "²"], "--layers ²: give numbers and ranges"),
+        (["{text}", "--layers", "3-1"], "--layers 3-1: give numbers and ranges"),
+        (["{text}", "--layers", "0,9"], "layers=[9]: there are FF blocks in layers 0 to 1"),
+        (["{text}", "--dtype", "toaster"], "--dtype toaster: give float32"),
+        (["-"], "standard input is empty"),
         (["{text}", "--window", "0"], "window=0"),
         (["{text}", "--device", "toaster"], "--device toaster"),
         (["{text}", "--model", "{binary}"], "binary"),
@@ -87,7 +119,7 @@ def test_bad_input_ends_with_code_2_and_no_file(
     names = {"text": text, "binary": tmp_path / "binary.txt", "empty": tmp_path / "empty.txt"}
     filled = [argument.format(**names) for argument in arguments]
     before = sorted(tmp_path.rglob("*"))
-    result = run("record", "--model", model, *filled, "-o", tmp_path / "out.zarr")
+    result = run("record", "--model", model, *filled, "-o", tmp_path / "new" / "out.zarr")
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
