@@ -4,7 +4,8 @@
 
 Every round times each contestant once, in random order, so that whatever else the machine
 does falls on all alike; printed are the medians of the rounds' ratios, with quartiles.
-Memory is the peak resident size of a process of its own for each contestant.
+Memory is the peak resident size of a process of its own, the median of three, with the
+lowest and highest.
 """
 
 from __future__ import annotations
@@ -130,13 +131,16 @@ def main() -> None:
         print(f"\npeak memory above the model's, {arguments.memory_tokens} tokens, windows of 64:")
         context = multiprocessing.get_context("spawn")
         for name in CONTESTANTS:
-            result = context.Queue()
-            process = context.Process(
-                target=peak, args=(name, arguments.model, arguments.memory_tokens, result)
-            )
-            process.start()
-            print(f"{name:22}{result.get():8.0f} MB", flush=True)
-            process.join()
+            peaks = []
+            for _ in range(3):  # how an allocator fares differs from one process to the next
+                result = context.Queue()
+                arguments_of_peak = (name, arguments.model, arguments.memory_tokens, result)
+                process = context.Process(target=peak, args=arguments_of_peak)
+                process.start()
+                peaks.append(result.get())
+                process.join()
+            spread = f"[{min(peaks):.0f}, {max(peaks):.0f}]"
+            print(f"{name:22}{statistics.median(peaks):8.0f} MB {spread}", flush=True)
 
 
 if __name__ == "__main__":

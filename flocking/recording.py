@@ -24,6 +24,7 @@ from flocking.passes import batches, chunks, continued, forward, traits, undistu
 from flocking.shadow import unwrap
 from flocking.tokens import Text, tokenize
 
+_VERSION = version("flocking")
 _SHARE_OF_MEMORY = 0.8  # of what is free, that a recording may take
 
 
@@ -165,7 +166,7 @@ def record(
         window="phase" if window is None else window,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        flocking_version=version("flocking"),
+        flocking_version=_VERSION,
         transformers_version=transformers.__version__,
         torch_version=torch.__version__,
     )
@@ -333,15 +334,34 @@ class _Recorder:
     def begin(self, rows: list[int]) -> None:
         """A batch: these sequences, from their first token on."""
         self.rows = rows
-        self.chunks = 0
-        self.moments: dict[FeedForward, Moments] = {}
-        self.norms: dict[FeedForward, list[tuple[Tensor, Tensor]]] = {b: [] for b in self.blocks}
+        self.real = self.layout.window[rows] >= 0
+        self.real = self.real[:, : int(self.real.sum(1).max())]
+        self.passes, self.calls = 0, dict.fromkeys(self.blocks, 0)
+        # On the layer's own device until the batch ends, and all at once before it begins:
+        # allocated one by one in between the large tensors that a pass frees again, these
+        # small ones would keep that memory from being reused.
+        self.moments = {
+            block: Moments.zeros(
+                len(rows),
+                len(self.layout.phase),
+                block.d_ff,
+                ranks=self.ranks,
+                device=block.down.weight.device,
+            )
+            for block in self.blocks
+        }
+        self.norms = {
+            block: torch.zeros(
+                (2, *self.real.shape), dtype=torch.float32, device=block.down.weight.device
+            )
+            for block in self.blocks
+        }
 
     def expect(self, tokens: slice) -> None:
         """The next forward pass will bring these tokens of the batch's sequences."""
         self.tokens = tokens
         self.windows = Windows.of(self.layout.window[self.rows, tokens])
-        self.chunks += 1
+        self.passes += 1
 
     def __call__(self, block: FeedForward, z: Tensor) -> None:
         windows = self.windows
@@ -352,16 +372,9 @@ class _Recorder:
                 "fed: this model adds, drops or rearranges tokens, which record cannot follow."
             )
         z = z.reshape(n, tokens, block.d_ff)  # some layers flatten the batch
-        if block not in self.moments:  # kept on the layer's own device until the batch ends
-            self.moments[block] = Moments.zeros(
-                len(self.rows),
-                len(self.layout.phase),
-                block.d_ff,
-                ranks=self.ranks,
-                device=z.device,
-            )
         norm, l1 = self.moments[block].update(z, windows)
-        self.norms[block].append((norm, l1))
+        self.norms[block][:, :, self.tokens] = torch.stack((norm, l1))
+        self.calls[block] += 1
         if block in self.raw:
             r = z.float().abs() / norm.masked_fill(norm == 0, 1)[..., None]
             if windows.padding is not None:
@@ -371,8 +384,8 @@ class _Recorder:
 
     def check(self) -> None:
         """After a forward pass: every block must have run in it, once."""
-        for block in self.blocks:
-            if len(self.norms[block]) != self.chunks:
+        for block, calls in self.calls.items():
+            if calls != self.passes:
                 raise RuntimeError(
                     f"{block.path} did not run exactly once in a forward pass, so that what was "
                     "recorded there belongs to no one token."
@@ -380,21 +393,20 @@ class _Recorder:
 
     def end(self) -> None:
         """The batch is through: its sums go into the arrays."""
-        real = self.layout.window[self.rows] >= 0
+        real = self.real
         for number, block in enumerate(self.blocks):
-            columns = zip(*self.norms[block], strict=True)
-            for name, parts in zip(("norm", "l1"), columns, strict=True):
-                value = torch.cat(parts, dim=1).cpu()
-                mine = real[:, : value.shape[1]]
-                if (bad := (~value.isfinite() & mine).nonzero()).numel():
-                    row, token = bad[bad[:, 1].argmin()].tolist()
-                    raise ValueError(
-                        f"layer {block.layer} ({block.path}) has activations that are not finite, "
-                        f"first at token {token} of text {self.rows[row]}: check the weights, or "
-                        "load the model in float32 or bfloat16."
-                    )
-                here = (self.rows, number, slice(value.shape[1]))
-                self.arrays[name][here] = value.masked_fill(~mine, torch.nan)
+            norm, l1 = self.norms[block].cpu()
+            if not norm[real].isfinite().all():
+                bad = (~norm.isfinite() & real).nonzero()
+                row, token = bad[bad[:, 1].argmin()].tolist()
+                raise ValueError(
+                    f"layer {block.layer} ({block.path}) has activations that are not finite, "
+                    f"first at token {token} of text {self.rows[row]}: check the weights, or "
+                    "load the model in float32 or bfloat16."
+                )
+            here = (self.rows, number, slice(norm.shape[1]))
+            self.arrays["norm"][here] = norm.masked_fill(~real, torch.nan)
+            self.arrays["l1"][here] = l1.masked_fill(~real, torch.nan)
             for name, value in self.moments[block].state_dict().items():
                 self.arrays[name][self.rows, number, :, : block.d_ff] = value.cpu()
 

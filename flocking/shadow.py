@@ -137,9 +137,14 @@ def per_model(find: Callable[[nn.Module], _Found]) -> Callable[[nn.Module], _Fou
     @functools.wraps(find)
     def remembering(model: nn.Module) -> _Found:
         config = getattr(model, "config", None)
+        modules, kinds = {}, set()
+        for path, module in model.named_modules():
+            modules[path] = id(module)
+            for p in module._parameters.values():
+                kinds.add(p if p is None else (p.device.type, p.dtype))
         state = (
-            {path: id(module) for path, module in model.named_modules()},
-            {(p.device.type, p.dtype) for p in model.parameters()},
+            modules,
+            kinds,
             getattr(model, "name_or_path", None),
             getattr(config, "is_decoder", None),
             getattr(config, "_attn_implementation", None),

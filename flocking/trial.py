@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 @contextmanager
 def private_randomness(model: nn.Module, seed: int) -> Iterator[None]:
     """Random numbers from `seed`; the global generators are as before afterwards."""
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    cuda = []
+    if torch.cuda.is_initialized():
+        cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         for device in cuda:
