@@ -108,7 +108,9 @@ def record(
         generation's, with coordinates ``phase`` and ``start`` (counted from the
         sequence's first token, in phase ``"generation"`` from the first new one).
         ``token_id``, ``token_text`` and ``token_window`` are laid out as (sequence,
-        token), with -1 or an empty string at padding.
+        token), with -1 or an empty string at padding; ``text`` (sequence) is each text as
+        it was given, ``module`` (layer) the path of each FF block. Attributes name the
+        model, its revision and dtype, the versions and the arguments.
 
     Raises
     ------
@@ -208,10 +210,11 @@ def _context(model: PreTrainedModel) -> int | None:
     names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
     limits = [getattr(config, name, None) for name in names]
     for path, module in model.named_modules():  # RoBERTa's kind starts behind the padding index
-        if isinstance(module, nn.Embedding) and path.endswith("position_embeddings"):
-            limits.append(
-                module.num_embeddings - 1 - (-1 if (p := module.padding_idx) is None else p)
-            )
+        if (
+            path.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            limits.append(module.num_embeddings - module.padding_idx - 1)
     return min((limit for limit in limits if limit and limit > 0), default=None)
 
 
