@@ -92,3 +92,13 @@ def test_passages(embedded: tuple) -> None:
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"])
 def test_pages_are_there(page: str) -> None:
     assert (ROOT / page).read_text().strip()
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(names["norms"]) == 30
+    assert (tmp_path / "recording.zarr").is_dir()
