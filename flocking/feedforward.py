@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flocking.candidates import Candidate, candidates_in, experts_in, layers_of
 from flocking.shadow import (
     cut,
     fused_rows,
@@ -31,7 +32,6 @@ from flocking.shadow import (
     replaced,
     shadow,
     unwrap,
-    width,
     with_forward,
 )
 from flocking.trial import relative_error, tolerance, trial
@@ -85,72 +85,6 @@ class FeedForward:
 
 
 # --------------------------------------------------------------------------------------
-# Locating by structure
-
-
-class _Candidate(NamedTuple):
-    """Paths, inside one layer, of what may be an FF block."""
-
-    down: str
-    ups: tuple[str, ...]  # one, or two of which one is the gate
-    d_ff: int
-    fused: bool = False
-    interleaved: bool = False
-
-    @property
-    def scope(self) -> str:
-        parts = [path.split(".")[:-1] for path in (self.down, *self.ups)]
-        shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
-        return ".".join(names[0] for names in shared)
-
-    def __str__(self) -> str:
-        layout = (" (interleaved)" if self.interleaved else " (fused)") if self.fused else ""
-        return f"{' + '.join(self.ups)}{layout} -> {self.down}"
-
-
-def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The elements of the outermost module lists: a model's stack(s) of layers."""
-    for name, child in module.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
-            yield path, child
-        else:
-            yield from _layers(child, path)
-
-
-def _candidates(layer: nn.Module) -> Iterator[_Candidate]:
-    """Every set of projections in `layer` with the structure of an FF block.
-
-    For each possible down-projection (d_ff -> d), the up-projections (d -> d_ff, or
-    d -> 2 d_ff if fused) are sought in the smallest module around it that has any.
-    """
-    widths = {path: w for path, module in layer.named_modules() if (w := width(module))}
-    for down, (d_ff, d) in widths.items():
-        if d_ff < 2:
-            continue
-        scope = down
-        single: list[str] = []
-        fused: list[str] = []
-        while scope and not (single or fused):
-            scope = scope.rpartition(".")[0]
-            near = [p for p in widths if p != down and (not scope or p.startswith(scope + "."))]
-            single = [path for path in near if widths[path] == (d, d_ff)]
-            fused = [path for path in near if widths[path] == (d, 2 * d_ff)]
-        yield from (_Candidate(down, (up,), d_ff) for up in single)
-        yield from (_Candidate(down, pair, d_ff) for pair in itertools.combinations(single, 2))
-        for up, interleaved in itertools.product(fused, (False, True)):
-            yield _Candidate(down, (up,), d_ff, fused=True, interleaved=interleaved)
-
-
-def _experts(layer: nn.Module) -> str | None:
-    """Path of a mixture of experts in `layer`: as ever, the modules say so themselves."""
-    for path, module in layer.named_modules():
-        if any(re.search("experts?$", name, re.I) for name in (path, type(module).__name__)):
-            return path
-    return None
-
-
-# --------------------------------------------------------------------------------------
 # Proving by function
 
 
@@ -161,7 +95,7 @@ class _RefusedError(Exception):
 class _Proved(NamedTuple):
     """A candidate that passed, its largest relative error, and its ups, the gate first."""
 
-    candidate: _Candidate
+    candidate: Candidate
     error: float
     order: tuple[str, ...]
 
@@ -169,7 +103,7 @@ class _Proved(NamedTuple):
 class _Bench:
     """One candidate in a shadow's layer, to be run in one way and another."""
 
-    def __init__(self, layer: nn.Module, candidate: _Candidate, run: Callable[[], Any]) -> None:
+    def __init__(self, layer: nn.Module, candidate: Candidate, run: Callable[[], Any]) -> None:
         self.layer, self.candidate, self.run = layer, candidate, run
         self.down = layer.get_submodule(candidate.down)
         self.ups = {path: layer.get_submodule(path) for path in candidate.ups}
@@ -202,7 +136,7 @@ class _Bench:
 
 
 def _prove(
-    layer: nn.Module, candidate: _Candidate, run: Callable[[], Any], generator: torch.Generator
+    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], generator: torch.Generator
 ) -> _Proved:
     """The proof for one candidate of a shadow's layer, which `run` calls.
 
@@ -314,10 +248,10 @@ def _order_of_calls(layer: nn.Module, paths: set[str], run: Callable[[], Any]) -
 
 def _search(
     layer: nn.Module,
-    candidates: list[_Candidate],
+    candidates: list[Candidate],
     run: Callable[[], Any],
-    broken: dict[tuple[type, _Candidate], str],
-) -> tuple[list[_Proved], dict[_Candidate, str]]:
+    broken: dict[tuple[type, Candidate], str],
+) -> tuple[list[_Proved], dict[Candidate, str]]:
     """The candidates of one shadow layer that pass, and why the others do not.
 
     `broken` remembers, over the layers, what a layer of this class cannot even be run
@@ -325,7 +259,7 @@ def _search(
     """
     generator = torch.Generator().manual_seed(0)
     found: list[_Proved] = []
-    refused: dict[_Candidate, str] = {}
+    refused: dict[Candidate, str] = {}
     calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
     for candidate in candidates:
         if not all(calls.get(up, math.inf) < calls.get(candidate.down, -1) for up in candidate.ups):
@@ -345,7 +279,7 @@ def _search(
     return found, refused
 
 
-def _describe(layers: dict[str, nn.Module], refused: dict[str, dict[_Candidate, str]]) -> str:
+def _describe(layers: dict[str, nn.Module], refused: dict[str, dict[Candidate, str]]) -> str:
     """What was looked at, and what was missing, for the error message."""
     lines = []
     for path, layer in itertools.islice(layers.items(), 2):
@@ -406,20 +340,20 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
 @per_model
 def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
     name = type(model).__name__
-    layers = dict(_layers(model))
+    layers = dict(layers_of(model))
     for path, layer in layers.items():
-        if (experts := _experts(layer)) is not None:
+        if (experts := experts_in(layer)) is not None:
             raise UnsupportedModelError(
                 f"{name} is a mixture of experts ({path}.{experts}), which flocking cannot record "
                 "yet: choose a dense model."
             )
-    candidates = {path: list(_candidates(layer)) for path, layer in layers.items()}
+    candidates = {path: list(candidates_in(layer)) for path, layer in layers.items()}
     if not layers:  # no stack: look at the model as a whole
-        layers, candidates = {"": model}, {"": list(_candidates(model))}
+        layers, candidates = {"": model}, {"": list(candidates_in(model))}
 
     found: dict[str, list[_Proved]] = {}
-    refused: dict[str, dict[_Candidate, str]] = {}
-    broken: dict[tuple[type, _Candidate], str] = {}
+    refused: dict[str, dict[Candidate, str]] = {}
+    broken: dict[tuple[type, Candidate], str] = {}
     calls: dict[str, int] = dict.fromkeys(layers, 0)
     copied = shadow(model)
 
@@ -461,7 +395,7 @@ def _refuse_gaps(
     name: str,
     layers: dict[str, nn.Module],
     found: dict[str, list[_Proved]],
-    refused: dict[str, dict[_Candidate, str]],
+    refused: dict[str, dict[Candidate, str]],
     calls: dict[str, int],
 ) -> None:
     """A block that is proved in one layer and not in another must not be left out silently."""

@@ -19,6 +19,37 @@ from torch import Tensor
 _SLICE = 256
 
 
+def window_counts(prompts: list[int], totals: list[int], window: int | None) -> tuple[int, int]:
+    """Windows of the longest prompt beside the first token, and of the longest generation."""
+    step = window or max(totals)
+    new = max(total - prompt for prompt, total in zip(prompts, totals, strict=True))
+    return -(-(max(prompts) - 1) // step), -(-new // step)
+
+
+class Layout(NamedTuple):
+    """Windows, the same for all sequences: the first token, the prompt's, the generation's."""
+
+    phase: list[str]
+    start: list[int]
+    window: Tensor  # int64 (sequence, token): each token's window, -1 for padding
+
+    @classmethod
+    def of(cls, prompts: list[int], totals: list[int], window: int | None) -> Layout:
+        """From each sequence's tokens of prompt, and of prompt and generation together."""
+        step = window or max(totals)
+        rest, new = window_counts(prompts, totals, window)
+        phase = ["first"] + ["prompt"] * rest + ["generation"] * new
+        start = [0] + [1 + step * k for k in range(rest)] + [step * k for k in range(new)]
+        token = torch.arange(max(totals), device="cpu")[None]
+        prompt = torch.tensor(prompts, device="cpu")[:, None]
+        total = torch.tensor(totals, device="cpu")[:, None]
+        number = torch.where(
+            token < prompt, 1 + (token - 1) // step, 1 + rest + (token - prompt) // step
+        )
+        number = torch.where(token == 0, 0, number)
+        return cls(phase, start, torch.where(token < total, number, -1))
+
+
 class Windows(NamedTuple):
     """Which token of a chunk belongs to which window, as the matrix that sums them.
 

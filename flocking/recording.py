@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
 from flocking.hooks import choose, observe
-from flocking.moments import Moments, Windows
+from flocking.moments import Layout, Moments, Windows, window_counts
 from flocking.passes import batches, chunks, continued, forward, traits, undisturbed
 from flocking.shadow import unwrap
 from flocking.tokens import Text, tokenize
@@ -153,7 +152,7 @@ def record(
         sequences = prompts
         if max_new_tokens:
             sequences = continued(model, prompts, max_new_tokens, progress)
-        layout = _Layout.of([len(p) for p in prompts], [len(s) for s in sequences], window)
+        layout = Layout.of([len(p) for p in prompts], [len(s) for s in sequences], window)
         recorder = _Recorder(blocks, raw, layout, ranks)
         _run(model, recorder, sequences, batch_size, progress)
 
@@ -246,7 +245,7 @@ def _refuse_large(
     raw_bytes = len(prompts) * len(raw) * max(totals) * d_ff * 2
 
     def size(window: int | None) -> int:
-        windows = 1 + sum(_window_counts(lengths, totals, window))
+        windows = 1 + sum(window_counts(lengths, totals, window))
         moments = len(prompts) * len(blocks) * windows * d_ff * 4 * (3 if ranks else 2)
         per_token = len(prompts) * len(blocks) * max(totals) * 4 * 2
         return moments + per_token + raw_bytes
@@ -278,40 +277,6 @@ def _readable(size: float) -> str:
 
 
 # --------------------------------------------------------------------------------------
-# Windows
-
-
-def _window_counts(prompts: list[int], totals: list[int], window: int | None) -> tuple[int, int]:
-    """Windows of the longest prompt beside the first token, and of the longest generation."""
-    step = window or max(totals)
-    new = max(total - prompt for prompt, total in zip(prompts, totals, strict=True))
-    return -(-(max(prompts) - 1) // step), -(-new // step)
-
-
-class _Layout(NamedTuple):
-    """Windows, the same for all sequences: the first token, the prompt's, the generation's."""
-
-    phase: list[str]
-    start: list[int]
-    window: Tensor  # int64 (sequence, token): each token's window, -1 for padding
-
-    @classmethod
-    def of(cls, prompts: list[int], totals: list[int], window: int | None) -> _Layout:
-        step = window or max(totals)
-        rest, new = _window_counts(prompts, totals, window)
-        phase = ["first"] + ["prompt"] * rest + ["generation"] * new
-        start = [0] + [1 + step * k for k in range(rest)] + [step * k for k in range(new)]
-        token = torch.arange(max(totals), device="cpu")[None]
-        prompt = torch.tensor(prompts, device="cpu")[:, None]
-        total = torch.tensor(totals, device="cpu")[:, None]
-        number = torch.where(
-            token < prompt, 1 + (token - 1) // step, 1 + rest + (token - prompt) // step
-        )
-        number = torch.where(token == 0, 0, number)
-        return cls(phase, start, torch.where(token < total, number, -1))
-
-
-# --------------------------------------------------------------------------------------
 # The passes
 
 
@@ -319,7 +284,7 @@ class _Recorder:
     """The callback that turns each ``z`` into moments, and the arrays they end up in."""
 
     def __init__(
-        self, blocks: list[FeedForward], raw: list[FeedForward], layout: _Layout, ranks: bool
+        self, blocks: list[FeedForward], raw: list[FeedForward], layout: Layout, ranks: bool
     ) -> None:
         self.blocks, self.raw, self.layout, self.ranks = blocks, raw, layout, ranks
         n, n_tokens = layout.window.shape
