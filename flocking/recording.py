@@ -203,7 +203,7 @@ def _refuse_model(model: nn.Module, max_new_tokens: int) -> None:
         )
 
 
-def _context(model: PreTrainedModel) -> int | None:
+def context(model: PreTrainedModel) -> int | None:
     """Most tokens that the model takes at once, as far as it says so."""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
@@ -218,7 +218,7 @@ def _context(model: PreTrainedModel) -> int | None:
 
 
 def _refuse_long(model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int) -> None:
-    limit = _context(model)
+    limit = context(model)
     fed = max(0, max_new_tokens - 1)  # the last new token is never fed back
     for number, prompt in enumerate(prompts):
         if limit and len(prompt) + fed > limit:

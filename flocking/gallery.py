@@ -1,0 +1,168 @@
+"""Figures as files: each with its numbers beside it, so that a redraw needs no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import transformers
+import xarray as xr
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.experiments import EXPERIMENTS
+from flocking.figures import FIGURES, STYLE
+
+_SUFFIXES = (".png", ".svg", ".json")
+# What does not change an experiment's numbers.
+_PRESENTATION = ("figures", "gallery", "cli", "__init__")
+
+
+def regenerate(
+    out: Path,
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    identity: str,
+    texts: Sequence[str],
+    *,
+    only: Iterable[str] | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run the experiments whose numbers are not there yet, and draw all figures.
+
+    Parameters
+    ----------
+    out : Path
+        Folder for ``NAME.png``, ``NAME.svg`` and ``NAME.json``.
+    load : callable
+        Gives model and tokenizer; called at the first experiment that has to run, if any.
+    identity : str
+        What tells the model from every other, such as a digest of its files.
+    texts : list of str
+    only : iterable of str, optional
+        Names of experiments; all by default.
+    seed : int
+    say : callable
+        Takes each line of the report.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or if a file in the way is no figure of ours.
+    """
+    names = list(EXPERIMENTS) if only is None else list(only)
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise ValueError(f"there is no figure {name!r}: choose from {', '.join(EXPERIMENTS)}.")
+        _refuse_foreign(out, name)
+    out.mkdir(parents=True, exist_ok=True)
+    subject = None
+    for name in names:
+        key = _key(name, identity, texts, seed)
+        path = out / f"{name}.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["key"] == key:
+            say(f"{name}: numbers are there ({path}), redrawing")
+            written = path.read_text(encoding="utf-8")
+        else:
+            say(f"{name}: running")
+            subject = subject or load()
+            written = to_json(EXPERIMENTS[name](*subject, texts, seed=seed), key)
+        # Drawn from what was written, so that the picture shows exactly those numbers.
+        data = from_json(written)
+        _write(out, name, data, written)
+        say(f"{out / name}.png  {data.attrs['caption']}\n")
+
+
+def to_json(data: xr.Dataset, key: str) -> str:
+    """A Dataset as JSON: NaN as null, float32 with four significant digits."""
+
+    def plain(values: np.ndarray) -> object:
+        if values.ndim:
+            return [plain(value) for value in values]
+        value = values.item()
+        if values.dtype == np.float32:
+            value = float(f"{value:.4g}")
+        return None if value != value else value
+
+    def variables(which: dict) -> dict:
+        return {
+            name: {"dims": list(v.dims), "attrs": v.attrs, "data": plain(np.asarray(v.values))}
+            for name, v in which.items()
+        }
+
+    content = {
+        "key": key,
+        "attrs": data.attrs,
+        "coords": variables(data.coords),
+        "data_vars": variables(data.data_vars),
+    }
+    # One variable a line: short to look through, and to compare with an earlier version.
+    parts = []
+    for part, value in content.items():
+        if part in ("coords", "data_vars"):
+            lines = [f"  {json.dumps(n)}: {json.dumps(v)}" for n, v in value.items()]
+            parts.append(f"{json.dumps(part)}: {{\n" + ",\n".join(lines) + "\n}")
+        else:
+            parts.append(f"{json.dumps(part)}: {json.dumps(value, indent=1)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def from_json(text: str) -> xr.Dataset:
+    """The Dataset that :func:`to_json` wrote."""
+    content = json.loads(text)
+
+    def variables(which: dict) -> dict:
+        found = {}
+        for name, v in which.items():
+            values = np.array(v["data"])
+            if values.dtype == object:  # a null among numbers
+                values = values.astype(float)
+            found[name] = (v["dims"], values, v["attrs"])
+        return found
+
+    return xr.Dataset(
+        variables(content["data_vars"]), variables(content["coords"]), content["attrs"]
+    )
+
+
+def _key(name: str, identity: str, texts: Sequence[str], seed: int) -> str:
+    """Digest of all that an experiment's numbers depend on, the code and the versions included."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    code = [path.read_text(encoding="utf-8") for path in sources if path.stem not in _PRESENTATION]
+    named = [(getattr(text, "name", ""), str(text)) for text in texts]
+    versions = [m.__version__ for m in (torch, transformers, np, xr)]
+    inputs = json.dumps([name, identity, named, seed, versions, code])
+    return hashlib.sha256(inputs.encode()).hexdigest()
+
+
+def _refuse_foreign(out: Path, name: str) -> None:
+    """Nothing is replaced but what an earlier run wrote."""
+    there = [path for path in (out / f"{name}{s}" for s in _SUFFIXES) if path.exists()]
+    if not there:
+        return
+    try:
+        known = "key" in json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"{there[0]} exists and is no figure of flocking: choose another --out.")
+
+
+def _write(out: Path, name: str, data: xr.Dataset, written: str) -> None:
+    """The three files, each put in its place only when all are complete."""
+    figure = FIGURES[name](data)
+    about = {"Title": f"{name}, {data.attrs['model']}", "Description": data.attrs["caption"]}
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as folder, mpl.rc_context(STYLE):
+        partial = Path(folder)
+        figure.savefig(partial / f"{name}.png", metadata=about)
+        figure.savefig(partial / f"{name}.svg", metadata={**about, "Date": None})
+        (partial / f"{name}.json").write_text(written, encoding="utf-8")
+        for suffix in _SUFFIXES:
+            (partial / f"{name}{suffix}").replace(out / f"{name}{suffix}")
+    plt.close(figure)

@@ -1,0 +1,94 @@
+"""How far an average over a few texts can be trusted: the bootstrap over sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+
+def bootstrap(
+    values: xr.DataArray | xr.Dataset,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> xr.DataArray | xr.Dataset:
+    """Mean over sequences, or over pairs of them, with a percentile bootstrap interval.
+
+    Sequences are drawn with replacement (Efron and Tibshirani 1993, chapters 6 and 13). Of
+    statistics of pairs both members are drawn, and pairs that the drawing made identical are
+    dropped: a sequence resembles itself too well, and the interval would miss the estimate.
+
+    Parameters
+    ----------
+    values : xarray.DataArray or xarray.Dataset
+        With a dimension ``sequence``; statistics of pairs have ``other`` too. NaN counts as
+        missing. Of a Dataset, variables without ``sequence`` are left out.
+    level : float
+        Coverage of the interval.
+    resamples : int
+    seed : int
+
+    Returns
+    -------
+    xarray.DataArray or xarray.Dataset, float64
+        Dimensions ``sequence`` (and ``other``) give way to ``interval``: "estimate", "low", "high".
+        With one sequence, the interval is NaN.
+
+    Raises
+    ------
+    ValueError
+        If `values` has no dimension ``sequence``.
+    """
+    if isinstance(values, xr.Dataset):
+        parts = {
+            name: bootstrap(part, level=level, resamples=resamples, seed=seed)
+            for name, part in values.items()
+            if "sequence" in part.dims
+        }
+        if not parts:
+            raise ValueError("no variable has the dimension 'sequence' to draw from.")
+        return xr.Dataset(parts, attrs=values.attrs)
+    if "sequence" not in values.dims:
+        raise ValueError(
+            f"values has dimensions {values.dims}: there is no 'sequence' to draw from."
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: give the interval's coverage, between 0 and 1.")
+    drawn = [dim for dim in ("sequence", "other") if dim in values.dims]
+    rest = [dim for dim in values.dims if dim not in drawn]
+    stacked = values.transpose(*drawn, *rest)
+    data = stacked.values.astype(np.float64).reshape([stacked.sizes[d] for d in drawn] + [-1])
+    n = len(data)
+    if len(drawn) == 2:
+        if data.shape[1] != n:
+            raise ValueError("sequence and other differ in length: give all pairs.")
+        data = data.copy()
+        data[np.arange(n), np.arange(n)] = np.nan
+    # How often each sequence was drawn; the first row draws each once: the estimate.
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    draws = np.concatenate([np.ones((1, n)), draws])
+
+    def total(x: np.ndarray) -> np.ndarray:
+        if len(drawn) == 1:
+            return draws @ x
+        return np.stack([((draws @ x[..., c]) * draws).sum(1) for c in range(x.shape[-1])], axis=1)
+
+    count = total(np.isfinite(data).astype(np.float64))
+    means = np.divide(
+        total(np.nan_to_num(data, nan=0)), count, out=np.full(count.shape, np.nan), where=count > 0
+    )
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    bounds = np.full((2, means.shape[1]), np.nan)
+    known = np.isfinite(means[0]) & (n > 1)
+    if known.any():
+        bounds[:, known] = np.nanquantile(means[1:, known], tails, axis=0)
+    shape = [3, *(stacked.sizes[dim] for dim in rest)]
+    kept = {name: c for name, c in values.coords.items() if not set(c.dims) & set(drawn)}
+    return xr.DataArray(
+        np.concatenate([means[:1], bounds]).reshape(shape),
+        {"interval": ["estimate", "low", "high"], **kept},
+        ("interval", *rest),
+        values.name,
+        {**values.attrs, "level": level},
+    )
