@@ -120,13 +120,15 @@ def scores(
     trained = data.sel(weights="trained", interval="estimate")
     top = int(np.argmax(trained.flocking_score.values))
     caption = (
-        f"Flocking of {source['model']} by layer, mean over {_texts(ids)} with 95% bootstrap bands. "
-        f"Score over all layers: trained {_say(mean.flocking_score, 'trained')}, random weights "
+        f"Flocking of {source['model']} by layer, mean over {_texts(ids)} with 95% "
+        "bootstrap bands. Score over all layers: trained "
+        f"{_say(mean.flocking_score, 'trained')}, random weights "
         f"{_say(mean.flocking_score, 'control')}; rank consistency "
         f"{_say(mean.rank_consistency, 'trained')} and {_say(mean.rank_consistency, 'control')}. "
         f"The highest score is layer {int(data.layer[top])}'s: "
         f"{trained.flocking_score[top]:.2f}, with {trained.effective_neurons[top]:.0f} effective "
-        f"neurons of {int(data.d_ff[top])} and rank consistency {trained.rank_consistency[top]:.2f}."
+        f"neurons of {int(data.d_ff[top])} and rank consistency "
+        f"{trained.rank_consistency[top]:.2f}."
     )
     return _finished(data.drop_vars("module"), source, names, ids, seed, caption)
 
@@ -166,13 +168,14 @@ def sequence_overlap(
     data, mean = bootstrap(values), bootstrap(values.mean("layer"))
     chance = overlap.chance_jaccard(_DENSITY)
     caption = (
-        f"Experts of {source['model']} at density {_DENSITY}: Jaccard overlap of the two halves of "
-        f"one text, and of one text's first half with another's second, over {_texts(ids)} with 95% "
-        f"bootstrap bands. Over all layers: trained {_say(mean.within, 'trained')} within, "
-        f"{_say(mean.between, 'trained')} between; random weights {_say(mean.within, 'control')} and "
-        f"{_say(mean.between, 'control')}; chance {chance:.2f}. Specificity: trained "
-        f"{_say(mean.specificity, 'trained')} ({_say(mean.different_tokens, 'trained')} without pairs "
-        f"of identical tokens), random weights {_say(mean.specificity, 'control')}."
+        f"Experts of {source['model']} at density {_DENSITY}: Jaccard overlap of the two halves "
+        "of one text, and of one text's first half with another's second, over "
+        f"{_texts(ids)} with 95% bootstrap bands. Over all layers: trained "
+        f"{_say(mean.within, 'trained')} within, {_say(mean.between, 'trained')} between; random "
+        f"weights {_say(mean.within, 'control')} and {_say(mean.between, 'control')}; chance "
+        f"{chance:.2f}. Specificity: trained {_say(mean.specificity, 'trained')} "
+        f"({_say(mean.different_tokens, 'trained')} without pairs of identical tokens), random "
+        f"weights {_say(mean.specificity, 'control')}."
     )
     return _finished(data, source, names, ids, seed, caption, chance=chance, density=_DENSITY)
 
@@ -203,8 +206,8 @@ def generation(
     -------
     xarray.Dataset
         ``jaccard`` (interval, density, weights, layer) of the prompt's and the generation's
-        experts; ``captured`` (interval, density, method, layer), the share of the generation's
-        energy that a selection keeps, for the methods "GRIFFIN", "hindsight" (the oracle),
+        experts; ``captured`` (interval, density, selection, layer), the share of the generation's
+        energy that a selection keeps, by "GRIFFIN", "hindsight" (the oracle),
         "other texts" (static: mean energy of the other prompts), "magnitude" (static: weights)
         and "GRIFFIN, control"; each also averaged over layers, as ``*_mean``.
     """
@@ -233,7 +236,9 @@ def generation(
                 overlap.captured_energy(overlap.select(values, DENSITIES), later)
                 for values in chosen.values()
             ],
-            _dimension("method", [n if weights == "trained" else f"{n}, control" for n in chosen]),
+            _dimension(
+                "selection", [n if weights == "trained" else f"{n}, control" for n in chosen]
+            ),
             coords="minimal",
             compat="override",
         )
@@ -246,7 +251,7 @@ def generation(
     values = xr.Dataset(
         {
             "jaccard": xr.concat([part.jaccard for part in parts], _dimension("weights", WEIGHTS)),
-            "captured": xr.concat([part.captured for part in parts], "method"),
+            "captured": xr.concat([part.captured for part in parts], "selection"),
         }
     )
     means = values.mean("layer").rename(jaccard="jaccard_mean", captured="captured_mean")
@@ -254,12 +259,12 @@ def generation(
     chance = [overlap.chance_jaccard(density) for density in DENSITIES]
     data = data.assign(chance=("density", chance))
     here = data.sel(density=_DENSITY)
-    share = here.captured_mean.rename(method="weights")
+    share = here.captured_mean.rename(selection="weights")
     new = [len(row) - len(prompt) for row, prompt in zip(replayed, ids, strict=True)]
     repeated = [_repeated(row[-n:]) for row, n in zip(replayed, new, strict=True) if n]
     caption = (
-        f"Experts chosen from prompts of {len(ids[0])} tokens, held against {np.mean(new):.0f} tokens "
-        f"(mean) that {_name(recording)} generated greedily, over {len(ids)} texts with 95% "
+        f"Experts chosen from prompts of {len(ids[0])} tokens, held against {np.mean(new):.0f} "
+        f"tokens (mean) that {_name(recording)} generated greedily, over {len(ids)} texts with 95% "
         f"bootstrap bands. Density {_DENSITY}, over all layers: overlap of the prompt's and the "
         f"generation's experts {_say(here.jaccard_mean, 'trained')} (random weights on the same "
         f"tokens {_say(here.jaccard_mean, 'control')}, chance {float(here.chance):.2f}); captured "
@@ -289,11 +294,10 @@ def drift(
     Returns
     -------
     xarray.Dataset
-        Means over layers, at density 0.5. ``jaccard``, ``captured`` (interval, weights,
-        prompt_length) and ``hindsight``, ``other_texts`` (interval, prompt_length): over the 256
-        tokens after the prompt. ``jaccard_far``, ``captured_far`` (interval, weights, cut,
-        distance), ``hindsight_far``, ``other_texts_far`` (interval, cut, distance): by distance
-        from the prompt's end, in steps of 64 tokens.
+        Means over layers, at density 0.5. ``jaccard``, ``captured``, ``hindsight`` and
+        ``other_texts`` (the static choice), all (interval, weights, prompt_length), over the 256
+        tokens after the prompt; ``jaccard_far`` and so on (interval, weights, cut, distance), by
+        distance from the prompt's end, in steps of 64 tokens.
     """
     ids, names = _tokens(model, tokenizer, texts, tokens, 16)
     total = len(ids[0])
@@ -321,13 +325,15 @@ def drift(
         return " to ".join(_say(values.isel(prompt_length=at), weights) for at in (0, -1))
 
     caption = (
-        f"Experts of {source['model']} at density {_DENSITY}, chosen from the beginning of a text, on "
-        f"what follows; mean over layers and {_texts(ids)}, with 95% bootstrap bands. Left: the "
+        f"Experts of {source['model']} at density {_DENSITY}, chosen from the beginning of a text, "
+        f"on what follows; mean over layers and {_texts(ids)}, with 95% bootstrap bands. Left: the "
         f"{horizon} tokens after prompts of {lengths[0]} to {lengths[-1]} tokens; captured energy "
-        f"rises from {ends('captured')} (of hindsight's {_say(data.hindsight.isel(prompt_length=-1), 'trained')}; "
-        f"a static choice from other texts: {_say(data.other_texts.isel(prompt_length=-1), 'trained')}; random weights: "
-        f"{ends('captured', 'control')}). Overlap is with the best 16-token windows would choose: "
-        f"{ends('jaccard')}; chance {chance:.2f}. Right: by distance from the prompt's end."
+        f"from {ends('captured')} (random weights {ends('captured', 'control')}); after the "
+        f"longest, hindsight has {_say(data.hindsight.isel(prompt_length=-1), 'trained')} and a "
+        f"static choice from the other texts "
+        f"{_say(data.other_texts.isel(prompt_length=-1), 'trained')}. Overlap is with what each "
+        f"16-token window would choose for itself: {ends('jaccard')}; chance {chance:.2f}. Right: "
+        "by distance from the prompt's end."
     )
     return _finished(
         data, source, names, ids, seed, caption, chance=chance, density=_DENSITY, horizon=horizon
@@ -387,9 +393,9 @@ def text_kinds(
     overall = bootstrap(by_excerpt.mean("excerpt").rename(text="sequence"))
     trained = data.over_layers.sel(weights="trained", interval="estimate")
     caption = (
-        f"Effective neurons of {source['model']} (participation ratio of the energy) by layer and text, "
-        f"{count} excerpts of {len(excerpts[0])} tokens each; right: mean over layers, with the lowest "
-        f"and the highest excerpt. All texts: trained {_say(overall, 'trained', 0)} of "
+        f"Effective neurons of {source['model']} (participation ratio of the energy) by layer and "
+        f"text, {count} excerpts of {len(excerpts[0])} tokens each; right: mean over layers, with "
+        f"the lowest and the highest excerpt. All texts: trained {_say(overall, 'trained', 0)} of "
         f"{d_ff} neurons, random weights {_say(overall, 'control', 0)}; "
         f"{trained.text.values[np.argmin(trained.values)]} has the fewest "
         f"({float(trained.min()):.0f}), {trained.text.values[np.argmax(trained.values)]} the most "
@@ -439,8 +445,8 @@ def _tokens(
     if length < least:
         short = int(np.argmin([len(row) for row in ids]))
         raise ValueError(
-            f"text {names[short]!r} has {len(ids[short])} tokens and the model's context is {limit}: "
-            f"{least + room} tokens are needed."
+            f"text {names[short]!r} has {len(ids[short])} tokens and the model's context is "
+            f"{limit}: {least + room} tokens are needed."
         )
     if length < tokens:
         warnings.warn(

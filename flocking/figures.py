@@ -6,6 +6,7 @@ out what the experiment of the same name returns, a column (3.5 inches) wide, wi
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Callable
 
@@ -152,6 +153,18 @@ def guide(y: float, ax: Axes, label: str = "chance") -> Axes:
 # The figures of the experiments
 
 
+def _figure(draw: Callable[[xr.Dataset], SubFigure]) -> Callable[[xr.Dataset], Figure]:
+    """A figure of the project: in its style, whatever the user's own."""
+
+    @functools.wraps(draw)
+    def styled(data: xr.Dataset) -> Figure:
+        with mpl.rc_context(STYLE):
+            return draw(data).get_figure(root=True)
+
+    return styled
+
+
+@_figure
 def heatmaps(data: xr.Dataset) -> SubFigure:
     """Heat maps of two texts, trained above and control below."""
     figure, axes = _page(data, 2, data.sizes["sequence"], height=3.4, sharex=True, sharey=True)
@@ -162,10 +175,10 @@ def heatmaps(data: xr.Dataset) -> SubFigure:
             ax = axes[row, column]
             here = data.sel(weights=weights, sequence=text)
             heatmap(here.relative, ax, vmax=vmax, colorbar=False)
-            title = text if weights == "trained" else f"{text}, random weights"
-            ax.set_title(f"{title}: score {here.score.item():.2f}")
+            ax.set_title(f"{text}, score {here.score.item():.2f}")
             ax.label_outer()
-            ax.set_ylabel("token" if column == 0 else "")
+            name = {"trained": "trained", "control": "random weights"}[weights]
+            ax.set_ylabel(f"{name}\ntoken" if column == 0 else "")
     figure.colorbar(
         axes[0, 0].images[0],
         ax=axes,
@@ -178,6 +191,7 @@ def heatmaps(data: xr.Dataset) -> SubFigure:
     return figure
 
 
+@_figure
 def scores(data: xr.Dataset) -> SubFigure:
     """Flocking score, rank consistency and effective neurons by layer."""
     figure, axes = _page(data, 3, 1, height=4.4, sharex=True)
@@ -195,6 +209,7 @@ def scores(data: xr.Dataset) -> SubFigure:
     return figure
 
 
+@_figure
 def sequence_overlap(data: xr.Dataset) -> SubFigure:
     """Overlap of experts within and between sequences, and specificity, by layer."""
     figure, axes = _page(data, 2, 1, height=3.9, sharex=True)
@@ -219,6 +234,7 @@ def sequence_overlap(data: xr.Dataset) -> SubFigure:
     return figure
 
 
+@_figure
 def generation(data: xr.Dataset) -> SubFigure:
     """Prompt-generation overlap and captured energy, by layer and by density."""
     figure, axes = _page(data, 2, 2, height=3.4, sharey="row")
@@ -236,8 +252,8 @@ def generation(data: xr.Dataset) -> SubFigure:
         "magnitude": _MAGNITUDE,
     }
     for method, style in methods.items():
-        band(here.captured.sel(method=method), axes[1, 0], **style)
-        band(data.captured_mean.sel(method=method), axes[1, 1], **style)
+        band(here.captured.sel(selection=method), axes[1, 0], **style)
+        band(data.captured_mean.sel(selection=method), axes[1, 1], **style)
     guide(0.5, axes[1, 0])
     axes[1, 1].plot(data.density, data.density, color="0.35", ls=":", lw=1, label="chance")
     axes[0, 0].set(ylabel="Jaccard, prompt–generation", title="density 0.5")
@@ -253,6 +269,7 @@ def generation(data: xr.Dataset) -> SubFigure:
     return figure
 
 
+@_figure
 def drift(data: xr.Dataset) -> SubFigure:
     """Captured energy and overlap, by prompt length and by distance."""
     figure, axes = _page(data, 2, 2, height=3.6, sharey="row", sharex="col")
@@ -260,8 +277,8 @@ def drift(data: xr.Dataset) -> SubFigure:
     for weights, style in _BY_WEIGHTS.items():
         band(data.captured.sel(weights=weights), energy[0], **style)
         band(data.jaccard.sel(weights=weights), overlaps[0], **style)
-    band(data.hindsight, energy[0], **_HINDSIGHT)
-    band(data.other_texts, energy[0], **_OTHERS)
+    band(data.hindsight.sel(weights="trained"), energy[0], **_HINDSIGHT)
+    band(data.other_texts.sel(weights="trained"), energy[0], **_OTHERS)
     # Prompts of growing length in growing darkness; the control at the longest alone.
     shades = sns.light_palette(_BLUE, data.sizes["cut"] + 1)[1:]
     for shade, marker, cut in zip(shades, "os^D", data.cut.values, strict=False):
@@ -272,7 +289,8 @@ def drift(data: xr.Dataset) -> SubFigure:
     control = _CONTROL | {"label": f"control, prompt of {longest}"}
     for ax, name in ((energy[1], "captured_far"), (overlaps[1], "jaccard_far")):
         band(_known(data[name].sel(weights="control", cut=longest)), ax, **control)
-    band(_known(data.other_texts_far.isel(cut=0)), energy[1], **_OTHERS | {"label": None})
+    others = data.other_texts_far.sel(weights="trained").isel(cut=0)
+    band(_known(others), energy[1], **_OTHERS)
     for ax in energy:
         guide(data.attrs["density"], ax)
     for ax in overlaps:
@@ -292,6 +310,7 @@ def drift(data: xr.Dataset) -> SubFigure:
     return figure
 
 
+@_figure
 def text_kinds(data: xr.Dataset) -> SubFigure:
     """Effective neurons by layer and text."""
     over = data.over_layers.sel(weights="trained")
@@ -333,19 +352,8 @@ def text_kinds(data: xr.Dataset) -> SubFigure:
     return figure
 
 
-def _styled(draw: Callable[[xr.Dataset], SubFigure]) -> Callable[[xr.Dataset], Figure]:
-    """The project's style, whatever the user's own."""
-
-    def styled(data: xr.Dataset) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(data).get_figure(root=True)
-
-    styled.__name__, styled.__doc__ = draw.__name__, draw.__doc__
-    return styled
-
-
 FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
-    draw.__name__: _styled(draw)
+    draw.__name__: draw
     for draw in (heatmaps, scores, sequence_overlap, generation, drift, text_kinds)
 }
 
