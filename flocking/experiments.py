@@ -106,7 +106,7 @@ def scores(
         ``flocking_score``, ``rank_consistency``, ``effective_neurons`` (interval, weights,
         layer), and ``d_ff`` (layer).
     """
-    ids, names = _tokens(model, tokenizer, texts, tokens, 64)
+    ids, names = _tokens(model, tokenizer, texts, tokens, 16)
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
         functions = (metrics.flocking_score, metrics.rank_consistency, metrics.effective_neurons)
@@ -333,7 +333,7 @@ def drift(
         f"static choice from the other texts "
         f"{_say(data.other_texts.isel(prompt_length=-1), 'trained')}. Overlap is with what each "
         f"16-token window would choose for itself: {ends('jaccard')}; chance {chance:.2f}. Right: "
-        "by distance from the prompt's end."
+        "by distance from the prompt's end; random weights after the longest prompt."
     )
     return _finished(
         data, source, names, ids, seed, caption, chance=chance, density=_DENSITY, horizon=horizon
@@ -407,7 +407,7 @@ def text_kinds(
             f" Texts against excerpts of one text, trained: F({len(names) - 1}, "
             f"{len(names) * (count - 1)}) = {test.statistic:.1f}, p = {test.pvalue:.2g}."
         )
-    return _finished(data, source, names, excerpts, seed, caption)
+    return _finished(data, source, names, excerpts, seed, caption, d_ff=d_ff)
 
 
 EXPERIMENTS: dict[str, Callable[..., xr.Dataset]] = {
@@ -446,7 +446,7 @@ def _tokens(
         short = int(np.argmin([len(row) for row in ids]))
         raise ValueError(
             f"text {names[short]!r} has {len(ids[short])} tokens and the model's context is "
-            f"{limit}: {least + room} tokens are needed."
+            f"{limit}; {tokens} tokens of each were asked for, and {least + room} are needed."
         )
     if length < tokens:
         warnings.warn(

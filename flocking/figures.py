@@ -239,14 +239,17 @@ def generation(data: xr.Dataset) -> SubFigure:
     """Prompt-generation overlap and captured energy, by layer and by density."""
     figure, axes = _page(data, 2, 2, height=3.4, sharey="row")
     here = data.sel(density=0.5)
-    for weights, style in _BY_WEIGHTS.items():
+    prompts = {
+        "GRIFFIN": _TRAINED | {"label": "prompt's experts (GRIFFIN)"},
+        "GRIFFIN, control": _CONTROL | {"label": "the same, random weights"},
+    }
+    for weights, style in zip(_BY_WEIGHTS, prompts.values(), strict=True):
         band(here.jaccard.sel(weights=weights), axes[0, 0], **style)
         band(data.jaccard_mean.sel(weights=weights), axes[0, 1], **style)
     guide(here.chance.item(), axes[0, 0])
     axes[0, 1].plot(data.density, data.chance, color="0.35", ls=":", lw=1, label="chance")
     methods = {
-        "GRIFFIN": _TRAINED,
-        "GRIFFIN, control": _CONTROL,
+        **prompts,
         "hindsight": _HINDSIGHT,
         "other texts": _OTHERS,
         "magnitude": _MAGNITUDE,
@@ -256,7 +259,7 @@ def generation(data: xr.Dataset) -> SubFigure:
         band(data.captured_mean.sel(selection=method), axes[1, 1], **style)
     guide(0.5, axes[1, 0])
     axes[1, 1].plot(data.density, data.density, color="0.35", ls=":", lw=1, label="chance")
-    axes[0, 0].set(ylabel="Jaccard, prompt–generation", title="density 0.5")
+    axes[0, 0].set(ylabel="Jaccard overlap", title="density 0.5")
     axes[0, 1].set(title="mean over layers")
     axes[1, 0].set(ylabel="captured energy")
     for ax in axes[:, 0]:
@@ -286,9 +289,8 @@ def drift(data: xr.Dataset) -> SubFigure:
         for ax, name in ((energy[1], "captured_far"), (overlaps[1], "jaccard_far")):
             band(_known(data[name].sel(weights="trained", cut=cut)), ax, **style)
     longest = data.cut.values[-1]
-    control = _CONTROL | {"label": f"control, prompt of {longest}"}
     for ax, name in ((energy[1], "captured_far"), (overlaps[1], "jaccard_far")):
-        band(_known(data[name].sel(weights="control", cut=longest)), ax, **control)
+        band(_known(data[name].sel(weights="control", cut=longest)), ax, **_CONTROL)
     others = data.other_texts_far.sel(weights="trained").isel(cut=0)
     band(_known(others), energy[1], **_OTHERS)
     for ax in energy:
@@ -305,7 +307,7 @@ def drift(data: xr.Dataset) -> SubFigure:
     overlaps[0].minorticks_off()
     overlaps[0].tick_params(axis="x", rotation=60)
     overlaps[0].set_xlabel("prompt length (tokens)")
-    overlaps[1].set_xlabel("distance from the prompt (tokens)")
+    overlaps[1].set_xlabel("distance from it (tokens)")
     _legend(figure, axes[:1], ncols=2)
     return figure
 
@@ -342,9 +344,8 @@ def text_kinds(data: xr.Dataset) -> SubFigure:
             color=style["color"],
             label=style["label"],
         )
-    means.axvline(data.attrs["d_ff"], color="0.35", ls=":", lw=1, label="all alike ($d_{ff}$)")
-    means.set_xscale("log")
-    means.set_xlabel("mean over layers")
+    means.set(xlabel=f"mean (of {data.attrs['d_ff']})", xlim=(0, None))
+    means.xaxis.set_major_locator(MaxNLocator(2, integer=True))
     figure.colorbar(
         image, ax=colours, location="top", label="effective neurons (trained)", aspect=30
     )
@@ -362,7 +363,7 @@ def _page(
     data: xr.Dataset, rows: int, columns: int, *, height: float, **options: object
 ) -> tuple[SubFigure, np.ndarray]:
     """Axes a column wide, with the data's caption below them."""
-    lines = textwrap.wrap(data.attrs["caption"], 88)
+    lines = textwrap.wrap(data.attrs["caption"], 82)
     below = 0.105 * len(lines) + 0.05
     figure = plt.figure(figsize=(_WIDTH, height + below), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[height, below])

@@ -80,14 +80,14 @@ def regenerate(
 
 
 def to_json(data: xr.Dataset, key: str) -> str:
-    """A Dataset as JSON: NaN as null, float32 with four significant digits."""
+    """A Dataset as JSON: NaN as null, float32 with three significant digits."""
 
     def plain(values: np.ndarray) -> object:
         if values.ndim:
             return [plain(value) for value in values]
         value = values.item()
         if values.dtype == np.float32:
-            value = float(f"{value:.4g}")
+            value = float(f"{value:.3g}")
         return None if value != value else value
 
     def variables(which: dict) -> dict:
