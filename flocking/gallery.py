@@ -61,10 +61,10 @@ def regenerate(
         if name not in EXPERIMENTS:
             raise ValueError(f"there is no figure {name!r}: choose from {', '.join(EXPERIMENTS)}.")
         _refuse_foreign(out, name)
+    keys = {name: _key(name, identity, texts, seed) for name in names}
     out.mkdir(parents=True, exist_ok=True)
     subject = None
-    for name in names:
-        key = _key(name, identity, texts, seed)
+    for name, key in keys.items():
         path = out / f"{name}.json"
         if path.exists() and json.loads(path.read_text(encoding="utf-8"))["key"] == key:
             say(f"{name}: numbers are there ({path}), redrawing")

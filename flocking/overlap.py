@@ -218,8 +218,8 @@ def select(values: xr.DataArray, density: float | Iterable[float] = 0.5) -> xr.D
         densities = xr.DataArray([float(d) for d in density], dims="density", name="density")
         each = [select(values, d) for d in densities.values]
         return xr.concat([e.drop_vars("density") for e in each], densities, coords="minimal")
-    by_layer = values.transpose("layer", ..., "neuron") if "layer" in values.dims else values[None]
-    by_layer = by_layer.transpose(..., "neuron")
+    by_layer = values if "layer" in values.dims else values.expand_dims("layer")
+    by_layer = by_layer.transpose("layer", ..., "neuron")
     widths = np.broadcast_to(
         values.d_ff if "d_ff" in values.coords else values.sizes["neuron"], len(by_layer)
     )
@@ -231,7 +231,9 @@ def select(values: xr.DataArray, density: float | Iterable[float] = 0.5) -> xr.D
         k = expert_count(float(density), d_ff)
         mask[..., :d_ff] = top_k(known.nan_to_num(), k) & ~absent
     labelled = by_layer.copy(data=chosen)
-    labelled = labelled.transpose(*values.dims) if "layer" in values.dims else labelled[0]
+    labelled = labelled.transpose(..., *values.dims)
+    if "layer" not in values.dims:
+        labelled = labelled[0]
     return (
         labelled.assign_coords(density=float(density))
         .rename("selection")

@@ -1,0 +1,97 @@
+"""The bootstrap against an explicit loop, and where it must cover the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import flocking
+
+
+def pairs(n: int = 8, seed: int = 0) -> xr.DataArray:
+    """A statistic of pairs, with a diagonal that resembles itself perfectly."""
+    random = np.random.default_rng(seed)
+    own = random.normal(0.3, 0.05, n)
+    values = (own[:, None] + own) / 2 + random.normal(0, 0.01, (n, n))
+    np.fill_diagonal(values, 1)
+    return xr.DataArray(values[..., None], dims=("sequence", "other", "layer"))
+
+
+def test_against_a_loop_over_resamples() -> None:
+    random = np.random.default_rng(1)
+    values = random.normal(size=(9, 2))
+    values[4, 1] = np.nan
+    got = flocking.bootstrap(
+        xr.DataArray(values, dims=("sequence", "layer")), resamples=500, level=0.8, seed=3
+    )
+    draws = np.random.default_rng(3).multinomial(9, np.full(9, 1 / 9), size=500)
+    means = np.array([np.nanmean(np.repeat(values, row, axis=0), axis=0) for row in draws])
+    np.testing.assert_allclose(got.sel(interval="estimate"), np.nanmean(values, axis=0))
+    np.testing.assert_allclose(got.sel(interval="low"), np.quantile(means, 0.1, axis=0))
+    np.testing.assert_allclose(got.sel(interval="high"), np.quantile(means, 0.9, axis=0))
+
+
+def test_pairs_against_a_loop() -> None:
+    values = pairs()
+    got = flocking.bootstrap(values, resamples=300, seed=5)
+    draws = np.random.default_rng(5).multinomial(8, np.full(8, 1 / 8), size=300)
+    means = []
+    for row in draws:
+        members = np.repeat(np.arange(8), row)
+        kept = [values.values[a, b, 0] for a in members for b in members if a != b]
+        means.append(np.mean(kept))
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert got.sel(interval="low").item() == pytest.approx(low)
+    assert got.sel(interval="high").item() == pytest.approx(high)
+
+
+def test_pairs_that_resampling_made_identical_are_dropped() -> None:
+    """Were they kept, the interval would miss the estimate."""
+    values = pairs()
+    estimate, low, high = flocking.bootstrap(values).values[:, 0]
+    off = values.values[~np.eye(8, dtype=bool)]
+    assert estimate == pytest.approx(off.mean())
+    assert low < estimate < high
+    draws = np.random.default_rng(0).integers(0, 8, (500, 8))
+    careless = []
+    for members in draws:
+        a, b = np.meshgrid(members, members)
+        distinct = ~np.eye(8, dtype=bool)  # drops only each drawn place with itself
+        careless.append(values.values[a, b, 0][distinct].mean())
+    assert np.quantile(careless, 0.025) > estimate
+
+
+def test_coverage_is_near_the_level() -> None:
+    random = np.random.default_rng(0)
+    data = xr.DataArray(random.normal(size=(30, 400)), dims=("sequence", "draw"))
+    _, low, high = flocking.bootstrap(data).values
+    covered = ((low < 0) & (high > 0)).mean()
+    assert 0.88 < covered < 0.98
+
+
+def test_labels_datasets_and_seeds() -> None:
+    values = pairs().assign_coords(layer=[7]).rename("specificity")
+    data = xr.Dataset({"a": values, "b": ("layer", [1.0])})
+    got = flocking.bootstrap(data, seed=1)
+    assert list(got) == ["a"]
+    assert got.a.dims == ("interval", "layer")
+    assert got.layer.values.tolist() == [7]
+    assert got.interval.values.tolist() == ["estimate", "low", "high"]
+    xr.testing.assert_identical(got.a, flocking.bootstrap(values, seed=1).rename("a"))
+    assert not got.a.equals(flocking.bootstrap(values, seed=2))
+
+
+def test_one_sequence_has_no_interval() -> None:
+    got = flocking.bootstrap(xr.DataArray([[2.0]], dims=("sequence", "layer")))
+    assert got.values[0] == 2
+    assert np.isnan(got.values[1:]).all()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="no 'sequence' to draw from"):
+        flocking.bootstrap(xr.DataArray([1.0], dims="layer"))
+    with pytest.raises(ValueError, match="level=95"):
+        flocking.bootstrap(pairs(), level=95)
+    with pytest.raises(ValueError, match="no variable has the dimension"):
+        flocking.bootstrap(xr.Dataset({"x": ("layer", [1.0])}))
