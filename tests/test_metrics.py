@@ -137,7 +137,8 @@ def test_a_part_of_a_recording(z: np.ndarray) -> None:
 @pytest.mark.parametrize("length", [1, 2])
 def test_too_few_tokens_give_nan(llama, length: int) -> None:
     recording = flocking.record(llama, [list(range(5, 5 + length))], progress=False)
-    assert bool(flocking.flocking_score(recording).isnull().all())
+    with pytest.warns(UserWarning, match="1 of 1 sequences have fewer than two tokens"):
+        assert bool(flocking.flocking_score(recording).isnull().all())
     assert bool(flocking.effective_neurons(recording).isnull().all()) == (length == 1)
 
 
@@ -174,3 +175,125 @@ def test_ranks_must_have_been_recorded(llama) -> None:
     recording = flocking.record(llama, [5, 6, 7], progress=False)
     with pytest.raises(ValueError, match=r"record\(\.\.\., ranks=True\)"):
         flocking.rank_consistency(recording)
+
+
+# --------------------------------------------------------------------------------------
+# Between sequences, by double loops over raw activations
+
+
+@pytest.fixture(scope="module")
+def repetitive() -> tuple:
+    """Three texts of 9 different tokens only, of different lengths; 17 are common to all."""
+    model = conftest.build("llama")
+    random = np.random.default_rng(0)
+    ids = [random.integers(5, 14, n).tolist() for n in (17, 25, 19)]
+    recording = flocking.record(model, ids, window=8, relative=True, ranks=True, progress=False)
+    raw = [
+        {layer: relative(z.double().numpy()) for layer, z in conftest.activations(model, i).items()}
+        for i in ids
+    ]
+    return ids, raw, recording
+
+
+def mean_cosine(a: tuple, b: tuple, *, same_sequence: bool, different_tokens: bool) -> float:
+    """Over pairs of one token each, without a token and itself; a and b are (ids, r)."""
+    found = []
+    for t, (i, x) in enumerate(zip(*a, strict=True)):
+        for u, (j, y) in enumerate(zip(*b, strict=True)):
+            if not (same_sequence and t == u) and not (different_tokens and i == j):
+                found.append(x @ y)
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize("different", [False, True])
+def test_within_and_between_against_double_loops(repetitive: tuple, different: bool) -> None:
+    ids, raw, recording = repetitive
+    within = flocking.consistency(recording, different_tokens=different)
+    between = flocking.between_consistency(recording, different_tokens=different)
+    specific = flocking.specificity(recording, different_tokens=different)
+    for layer in (0, 1):
+        whole = [(i[1:], r[layer][1:]) for i, r in zip(ids, raw, strict=True)]
+        common = [(i[:16], r[:16]) for i, r in whole]  # equal token counts
+        own = []
+        for number in range(3):
+            options = {"same_sequence": True, "different_tokens": different}
+            expected = mean_cosine(whole[number], whole[number], **options)
+            got = within.sel(sequence=number, layer=layer).item()
+            assert got == pytest.approx(expected, abs=1e-4 if different else 1e-6)
+            own.append(mean_cosine(common[number], common[number], **options))
+        for a, b in itertools.permutations(range(3), 2):
+            options = {"same_sequence": False, "different_tokens": different}
+            expected = mean_cosine(common[a], common[b], **options)
+            where = {"sequence": a, "other": b, "layer": layer}
+            assert between.sel(where).item() == pytest.approx(expected, abs=1e-4)
+            c = (own[a] + own[b]) / 2
+            expected = (c - expected) / (1 - expected)
+            assert specific.sel(where).item() == pytest.approx(expected, abs=3e-4)
+    for values in (between, specific):
+        assert values.dims == ("sequence", "other", "layer")
+        assert values.where(values.sequence == values.other).isnull().all()
+        assert values.where(values.sequence != values.other).notnull().sum() == 3 * 2 * 2
+
+
+def test_leaving_identical_tokens_out_matters_here(repetitive: tuple) -> None:
+    recording = repetitive[2]
+    all_pairs = flocking.between_consistency(recording)
+    different = flocking.between_consistency(recording, different_tokens=True)
+    assert (different < all_pairs - 1e-3).sum() > 6
+
+
+def pair_of(a: np.ndarray, b: np.ndarray) -> xr.Dataset:
+    both = [recording_of(z) for z in (a, b)]
+    joined = xr.concat(both, "sequence", data_vars="all", coords="minimal", compat="override")
+    tokens = np.bincount(both[0].token_window.values[0])
+    return joined.assign(tokens=(("sequence", "window"), np.stack([tokens, tokens]))).assign_coords(
+        layer=[0],
+        sequence=[0, 1],
+        token_window=(("sequence", "token"), np.stack([both[0].token_window.values[0]] * 2)),
+    )
+
+
+def test_specificity_known_answers() -> None:
+    random = np.random.default_rng(0)
+    half = np.zeros((21, 40))
+    left, right = half.copy(), half.copy()
+    left[:, :20] = random.standard_normal(20)
+    right[:, 20:] = random.standard_normal(20)
+    own = flocking.specificity(pair_of(left, right)).values[0, 1, 0]
+    assert own == pytest.approx(1, abs=1e-5)
+    alike = random.standard_normal((21, 40))
+    shuffled = np.concatenate([alike[:1], alike[:0:-1]])
+    c = flocking.between_consistency(pair_of(alike, shuffled)).values[0, 1, 0]
+    b = mean_over_pairs(relative(alike)[1:])
+    assert c == pytest.approx((b * 380 + 20) / 400, rel=1e-5)  # the same tokens twice
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.isel(sequence=[0]), "one sequence and no pair"),
+        (lambda r: r.drop_vars("relative"), r"make it with record\(\.\.\., relative=True\)"),
+        (lambda r: r.drop_vars("mass"), "no variable 'mass'"),
+        (
+            lambda r: r.drop_vars("relative").assign(
+                relative=r.relative.isel(layer=[0]).rename(layer="relative_layer")
+            ),
+            "of some layers only",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(repetitive: tuple, change: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flocking.specificity(change(repetitive[2]), different_tokens=True)
+
+
+def test_sequences_that_share_no_window(llama) -> None:
+    recording = flocking.record(llama, conftest.random_ids(40, 5), window=16, progress=False)
+    with pytest.raises(ValueError, match="the shortest of these sequences has 5 tokens, fewer"):
+        flocking.between_consistency(recording)
+
+
+def test_only_a_recording_is_taken(repetitive: tuple) -> None:
+    for metric in (flocking.consistency, flocking.effective_neurons, flocking.specificity):
+        with pytest.raises(TypeError, match="a DataArray is no recording"):
+            metric(repetitive[2].energy)

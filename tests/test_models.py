@@ -101,3 +101,43 @@ def test_remote_code_is_not_trusted(monkeypatch: pytest.MonkeyPatch, embedded: t
     )
     flocking.load()
     assert seen == [{}]
+
+
+# --------------------------------------------------------------------------------------
+# The control
+
+
+def test_control_is_the_same_architecture_with_other_weights(tiny) -> None:
+    tiny = tiny.to(torch.bfloat16)
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    state = torch.get_rng_state()
+    control = flocking.control(tiny, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(control) is type(tiny)
+    assert not control.training
+    assert {p.dtype for p in control.parameters()} == {torch.bfloat16}
+    shapes = {name: value.shape for name, value in control.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in before.items()}
+    again, other = flocking.control(tiny, seed=1), flocking.control(tiny, seed=2)
+    for mine, theirs in zip(control.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    block, unlike, mine = (flocking.feedforwards(m)[0].up.weight for m in (control, other, tiny))
+    assert not torch.equal(block, unlike)
+    assert not torch.equal(block, mine)
+    assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
+    assert tiny.config.dtype == torch.bfloat16 or tiny.dtype == torch.bfloat16
+    recording = flocking.record(control, [[5, 6, 7, 8]], progress=False)
+    assert recording.attrs["dtype"] == "bfloat16"
+
+
+def test_control_wants_a_transformers_model() -> None:
+    with pytest.raises(TypeError, match="model is a Linear: give a transformers model"):
+        flocking.control(torch.nn.Linear(2, 2))
+
+
+def test_identity_tells_models_apart(tmp_path: Path, llama) -> None:
+    llama.save_pretrained(tmp_path / "a")
+    llama.save_pretrained(tmp_path / "b")
+    assert models.identity(tmp_path / "a") == models.identity(tmp_path / "b")
+    flocking.control(llama).save_pretrained(tmp_path / "b")
+    assert models.identity(tmp_path / "a") != models.identity(tmp_path / "b")
