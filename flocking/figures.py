@@ -6,7 +6,6 @@ out what the experiment of the same name returns, a column (3.5 inches) wide, wi
 
 from __future__ import annotations
 
-import functools
 import textwrap
 from collections.abc import Callable
 
@@ -153,21 +152,26 @@ def guide(y: float, ax: Axes, label: str = "chance") -> Axes:
 # The figures of the experiments
 
 
-def _figure(draw: Callable[[xr.Dataset], SubFigure]) -> Callable[[xr.Dataset], Figure]:
+def _figure(draw: Callable[[xr.Dataset, Figure], None]) -> Callable[[xr.Dataset], Figure]:
     """A figure of the project: in its style, whatever the user's own."""
 
-    @functools.wraps(draw)
     def styled(data: xr.Dataset) -> Figure:
+        # Made outside of the context, at whose end a notebook's interactive mode would be lost.
+        figure = plt.figure()
         with mpl.rc_context(STYLE):
-            return draw(data).get_figure(root=True)
+            draw(data, figure)
+        return figure
 
+    styled.__name__, styled.__doc__ = draw.__name__, draw.__doc__
     return styled
 
 
 @_figure
-def heatmaps(data: xr.Dataset) -> SubFigure:
+def heatmaps(data: xr.Dataset, figure: Figure) -> None:
     """Heat maps of two texts, trained above and control below."""
-    figure, axes = _page(data, 2, data.sizes["sequence"], height=3.4, sharex=True, sharey=True)
+    upper, axes = _page(
+        figure, data, 2, data.sizes["sequence"], height=3.4, sharex=True, sharey=True
+    )
     trained = data.relative.sel(weights="trained")
     vmax = float(np.percentile(trained, 99))  # one scale for all, so that they compare
     for row, weights in enumerate(data.weights.values):
@@ -179,7 +183,7 @@ def heatmaps(data: xr.Dataset) -> SubFigure:
             ax.label_outer()
             name = {"trained": "trained", "control": "random weights"}[weights]
             ax.set_ylabel(f"{name}\ntoken" if column == 0 else "")
-    figure.colorbar(
+    upper.colorbar(
         axes[0, 0].images[0],
         ax=axes,
         extend="max",
@@ -188,13 +192,12 @@ def heatmaps(data: xr.Dataset) -> SubFigure:
         aspect=40,
         shrink=0.8,
     )
-    return figure
 
 
 @_figure
-def scores(data: xr.Dataset) -> SubFigure:
+def scores(data: xr.Dataset, figure: Figure) -> None:
     """Flocking score, rank consistency and effective neurons by layer."""
-    figure, axes = _page(data, 3, 1, height=4.4, sharex=True)
+    upper, axes = _page(figure, data, 3, 1, height=4.4, sharex=True)
     labels = ("flocking score", "rank consistency", "effective neurons")
     for ax, name, label in zip(axes[:, 0], data, labels, strict=False):
         for weights, style in _BY_WEIGHTS.items():
@@ -205,14 +208,13 @@ def scores(data: xr.Dataset) -> SubFigure:
     axes[2, 0].plot(data.layer, data.d_ff, color="0.35", ls=":", lw=1, label="all alike ($d_{ff}$)")
     axes[2, 0].set_yscale("log")
     _layers(axes[-1])
-    _legend(figure, axes[[0, 2]])
-    return figure
+    _legend(upper, axes[[0, 2]])
 
 
 @_figure
-def sequence_overlap(data: xr.Dataset) -> SubFigure:
+def sequence_overlap(data: xr.Dataset, figure: Figure) -> None:
     """Overlap of experts within and between sequences, and specificity, by layer."""
-    figure, axes = _page(data, 2, 1, height=3.9, sharex=True)
+    upper, axes = _page(figure, data, 2, 1, height=3.9, sharex=True)
     upper, lower = axes[:, 0]
     for weights, style in _BY_WEIGHTS.items():
         name = style["label"].partition(" (")[0]
@@ -231,13 +233,12 @@ def sequence_overlap(data: xr.Dataset) -> SubFigure:
     _layers(axes[-1])
     for ax in (upper, lower):
         ax.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-    return figure
 
 
 @_figure
-def generation(data: xr.Dataset) -> SubFigure:
+def generation(data: xr.Dataset, figure: Figure) -> None:
     """Prompt-generation overlap and captured energy, by layer and by density."""
-    figure, axes = _page(data, 2, 2, height=3.4, sharey="row")
+    upper, axes = _page(figure, data, 2, 2, height=3.4, sharey="row")
     here = data.sel(density=0.5)
     prompts = {
         "GRIFFIN": _TRAINED | {"label": "prompt's experts (GRIFFIN)"},
@@ -268,14 +269,13 @@ def generation(data: xr.Dataset) -> SubFigure:
         ax.set_xlabel("density (fraction kept)")
     for ax in axes.flat:
         ax.set_ylim(0, 1)
-    _legend(figure, axes[1:, :1], ncols=2)
-    return figure
+    _legend(upper, axes[1:, :1], ncols=2)
 
 
 @_figure
-def drift(data: xr.Dataset) -> SubFigure:
+def drift(data: xr.Dataset, figure: Figure) -> None:
     """Captured energy and overlap, by prompt length and by distance."""
-    figure, axes = _page(data, 2, 2, height=3.6, sharey="row", sharex="col")
+    upper, axes = _page(figure, data, 2, 2, height=3.6, sharey="row", sharex="col")
     energy, overlaps = axes
     for weights, style in _BY_WEIGHTS.items():
         band(data.captured.sel(weights=weights), energy[0], **style)
@@ -308,16 +308,15 @@ def drift(data: xr.Dataset) -> SubFigure:
     overlaps[0].tick_params(axis="x", rotation=60)
     overlaps[0].set_xlabel("prompt length (tokens)")
     overlaps[1].set_xlabel("distance from it (tokens)")
-    _legend(figure, axes[:1], ncols=2)
-    return figure
+    _legend(upper, axes[:1], ncols=2)
 
 
 @_figure
-def text_kinds(data: xr.Dataset) -> SubFigure:
+def text_kinds(data: xr.Dataset, figure: Figure) -> None:
     """Effective neurons by layer and text."""
     over = data.over_layers.sel(weights="trained")
     order = data.text.values[np.argsort(over.sel(interval="estimate").values)]
-    figure, axes = _page(data, 1, 2, height=3.2, sharey=True, width_ratios=[2.4, 1])
+    upper, axes = _page(figure, data, 1, 2, height=3.2, sharey=True, width_ratios=[2.4, 1])
     colours, means = axes[0]
     values = data.effective_neurons.sel(weights="trained", text=order)
     image = colours.pcolormesh(
@@ -346,11 +345,10 @@ def text_kinds(data: xr.Dataset) -> SubFigure:
         )
     means.set(xlabel=f"mean (of {data.attrs['d_ff']})", xlim=(0, None))
     means.xaxis.set_major_locator(MaxNLocator(2, integer=True))
-    figure.colorbar(
+    upper.colorbar(
         image, ax=colours, location="top", label="effective neurons (trained)", aspect=30
     )
-    _legend(figure, axes[:, 1:], ncols=3)
-    return figure
+    _legend(upper, axes[:, 1:], ncols=3)
 
 
 FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
@@ -360,16 +358,16 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
 
 
 def _page(
-    data: xr.Dataset, rows: int, columns: int, *, height: float, **options: object
+    figure: Figure, data: xr.Dataset, rows: int, columns: int, *, height: float, **options: object
 ) -> tuple[SubFigure, np.ndarray]:
     """Axes a column wide, with the data's caption below them."""
     lines = textwrap.wrap(data.attrs["caption"], 82)
     below = 0.105 * len(lines) + 0.05
-    figure = plt.figure(figsize=(_WIDTH, height + below), layout="constrained")
+    figure.set_size_inches(_WIDTH, height + below)
+    figure.set_layout_engine("constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[height, below])
     lower.text(0.01, 0.97, "\n".join(lines), va="top", fontsize=5.6, linespacing=1.15)
-    axes = upper.subplots(rows, columns, squeeze=False, **_gridspec(options))
-    return upper, axes
+    return upper, upper.subplots(rows, columns, squeeze=False, **_gridspec(options))
 
 
 def _gridspec(options: dict[str, object]) -> dict[str, object]:

@@ -156,6 +156,9 @@ def picture(page: object, path: Path) -> None:
         ".map(element => element.scrollHeight))"
     )
     page.set_window_size(1200, min(height + 200, 16000))
+    page.execute_script(
+        "document.querySelectorAll('.jp-WindowedPanel-outer').forEach(e => e.scrollTo(0, 0))"
+    )
     time.sleep(3)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save_screenshot(str(path))

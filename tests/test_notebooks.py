@@ -22,6 +22,9 @@ def test_runs_in_a_fresh_kernel(path: Path) -> None:
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "figures." in cell.source:
+            assert any("image/png" in o.get("data", {}) for o in cell.outputs), cell.source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
