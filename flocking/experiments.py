@@ -8,9 +8,7 @@ caption among them.
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import xarray as xr
@@ -18,12 +16,21 @@ from scipy.stats import f_oneway
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking import metrics, overlap
+from flocking.controlled import (
+    WEIGHTS,
+    against_control,
+    counted,
+    dimension,
+    finished,
+    said,
+    same_length,
+    source_of,
+)
 from flocking.feedforward import feedforwards
 from flocking.models import control
 from flocking.recording import context, record
 from flocking.uncertainty import bootstrap
 
-WEIGHTS = ["trained", "control"]
 DENSITIES = [0.1, 0.25, 0.5, 0.75, 0.9]
 _DENSITY = 0.5
 _EXCERPTS = 3
@@ -62,7 +69,7 @@ def heatmaps(
     """
     layers = [block.layer for block in feedforwards(model)]
     layer = layers[2 * len(layers) // 3]  # where most models flock clearly
-    ids, names = _tokens(model, tokenizer, texts[:2], tokens, 16)
+    ids, names = same_length(model, tokenizer, texts[:2], tokens, 16)
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
         shown = recording.relative.sel(relative_layer=layer).astype(np.float32)
@@ -74,7 +81,7 @@ def heatmaps(
             {"relative": shown, "score": score.drop_vars(["text", "module", "layer"])}
         )
 
-    data, source = _measured(
+    data, source = against_control(
         model, tokenizer, ids, names, seed, progress, measure, window=16, relative=[layer]
     )
     score = data.score.mean("sequence")
@@ -84,7 +91,7 @@ def heatmaps(
         f"that flock. Flocking score, here over {len(ids[0]) - 1} tokens (chance 0): trained "
         f"{score[0]:.2f}, random weights {score[1]:.2f}."
     )
-    return _finished(data, source, names, ids, seed, caption, layer=layer)
+    return finished(data, source, names, ids, seed, caption, layer=layer)
 
 
 def scores(
@@ -106,13 +113,13 @@ def scores(
         ``flocking_score``, ``rank_consistency``, ``effective_neurons`` (interval, weights,
         layer), and ``d_ff`` (layer).
     """
-    ids, names = _tokens(model, tokenizer, texts, tokens, 16)
+    ids, names = same_length(model, tokenizer, texts, tokens, 16)
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
         functions = (metrics.flocking_score, metrics.rank_consistency, metrics.effective_neurons)
         return xr.Dataset({function.__name__: function(recording) for function in functions})
 
-    values, source = _measured(
+    values, source = against_control(
         model, tokenizer, ids, names, seed, progress, measure, window=None, ranks=True
     )
     data = bootstrap(values).assign(d_ff=values.d_ff)
@@ -120,17 +127,17 @@ def scores(
     trained = data.sel(weights="trained", interval="estimate")
     top = int(np.argmax(trained.flocking_score.values))
     caption = (
-        f"Flocking of {source['model']} by layer, mean over {_texts(ids)} with 95% "
+        f"Flocking of {source['model']} by layer, mean over {counted(ids)} with 95% "
         "bootstrap bands. Score over all layers: trained "
-        f"{_say(mean.flocking_score, 'trained')}, random weights "
-        f"{_say(mean.flocking_score, 'control')}; rank consistency "
-        f"{_say(mean.rank_consistency, 'trained')} and {_say(mean.rank_consistency, 'control')}. "
+        f"{said(mean.flocking_score, 'trained')}, random weights "
+        f"{said(mean.flocking_score, 'control')}; rank consistency "
+        f"{said(mean.rank_consistency, 'trained')} and {said(mean.rank_consistency, 'control')}. "
         f"The highest score is layer {int(data.layer[top])}'s: "
         f"{trained.flocking_score[top]:.2f}, with {trained.effective_neurons[top]:.0f} effective "
         f"neurons of {int(data.d_ff[top])} and rank consistency "
         f"{trained.rank_consistency[top]:.2f}."
     )
-    return _finished(data.drop_vars("module"), source, names, ids, seed, caption)
+    return finished(data.drop_vars("module"), source, names, ids, seed, caption)
 
 
 def sequence_overlap(
@@ -153,7 +160,7 @@ def sequence_overlap(
         ``within``, ``between`` (Jaccard at density 0.5), ``specificity``, ``different_tokens``
         (specificity without pairs of identical tokens), all (interval, weights, layer).
     """
-    ids, names = _tokens(model, tokenizer, texts, tokens, 64)
+    ids, names = same_length(model, tokenizer, texts, tokens, 64)
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
         values = overlap.between_sequence_overlap(recording, _DENSITY)
@@ -162,7 +169,7 @@ def sequence_overlap(
             specificity=metrics.specificity(recording), different_tokens=different
         ).drop_vars(["text", "module", "d_ff"], errors="ignore")
 
-    values, source = _measured(
+    values, source = against_control(
         model, tokenizer, ids, names, seed, progress, measure, window=64, relative=True
     )
     data, mean = bootstrap(values), bootstrap(values.mean("layer"))
@@ -170,14 +177,14 @@ def sequence_overlap(
     caption = (
         f"Experts of {source['model']} at density {_DENSITY}: Jaccard overlap of the two halves "
         "of one text, and of one text's first half with another's second, over "
-        f"{_texts(ids)} with 95% bootstrap bands. Over all layers: trained "
-        f"{_say(mean.within, 'trained')} within, {_say(mean.between, 'trained')} between; random "
-        f"weights {_say(mean.within, 'control')} and {_say(mean.between, 'control')}; chance "
-        f"{chance:.2f}. Specificity: trained {_say(mean.specificity, 'trained')} "
-        f"({_say(mean.different_tokens, 'trained')} without pairs of identical tokens), random "
-        f"weights {_say(mean.specificity, 'control')}."
+        f"{counted(ids)} with 95% bootstrap bands. Over all layers: trained "
+        f"{said(mean.within, 'trained')} within, {said(mean.between, 'trained')} between; random "
+        f"weights {said(mean.within, 'control')} and {said(mean.between, 'control')}; chance "
+        f"{chance:.2f}. Specificity: trained {said(mean.specificity, 'trained')} "
+        f"({said(mean.different_tokens, 'trained')} without pairs of identical tokens), random "
+        f"weights {said(mean.specificity, 'control')}."
     )
-    return _finished(data, source, names, ids, seed, caption, chance=chance, density=_DENSITY)
+    return finished(data, source, names, ids, seed, caption, chance=chance, density=_DENSITY)
 
 
 def generation(
@@ -214,7 +221,7 @@ def generation(
     limit = context(model)
     if limit and tokens + new_tokens > limit:
         tokens, new_tokens = limit // 2, limit // 2
-    ids, names = _tokens(model, tokenizer, texts, tokens, 64, room=new_tokens, least=65)
+    ids, names = same_length(model, tokenizer, texts, tokens, 64, room=new_tokens, least=65)
     options = {"tokenizer": tokenizer, "window": 64, "progress": progress}
     recording = record(model, ids, max_new_tokens=new_tokens, **options)
     replayed = [row[row >= 0].tolist() for row in recording.token_id.values]
@@ -236,7 +243,7 @@ def generation(
                 overlap.captured_energy(overlap.select(values, DENSITIES), later)
                 for values in chosen.values()
             ],
-            _dimension(
+            dimension(
                 "selection", [n if weights == "trained" else f"{n}, control" for n in chosen]
             ),
             coords="minimal",
@@ -250,7 +257,7 @@ def generation(
     parts = [measure(recording, "trained"), measure(random, "control")]
     values = xr.Dataset(
         {
-            "jaccard": xr.concat([part.jaccard for part in parts], _dimension("weights", WEIGHTS)),
+            "jaccard": xr.concat([part.jaccard for part in parts], dimension("weights", WEIGHTS)),
             "captured": xr.concat([part.captured for part in parts], "selection"),
         }
     )
@@ -261,20 +268,20 @@ def generation(
     here = data.sel(density=_DENSITY)
     share = here.captured_mean.rename(selection="weights")
     new = [len(row) - len(prompt) for row, prompt in zip(replayed, ids, strict=True)]
+    source = source_of(recording)
     repeated = [_repeated(row[-n:]) for row, n in zip(replayed, new, strict=True) if n]
     caption = (
         f"Experts chosen from prompts of {len(ids[0])} tokens, held against {np.mean(new):.0f} "
-        f"tokens (mean) that {_name(recording)} generated greedily, over {len(ids)} texts with 95% "
+        f"tokens (mean) that {source['model']} generated greedily, over {len(ids)} texts with 95% "
         f"bootstrap bands. Density {_DENSITY}, over all layers: overlap of the prompt's and the "
-        f"generation's experts {_say(here.jaccard_mean, 'trained')} (random weights on the same "
-        f"tokens {_say(here.jaccard_mean, 'control')}, chance {float(here.chance):.2f}); captured "
-        f"energy: GRIFFIN {_say(share, 'GRIFFIN')}, hindsight {_say(share, 'hindsight')}, other "
-        f"texts {_say(share, 'other texts')}, magnitude {_say(share, 'magnitude')}, chance "
+        f"generation's experts {said(here.jaccard_mean, 'trained')} (random weights on the same "
+        f"tokens {said(here.jaccard_mean, 'control')}, chance {float(here.chance):.2f}); captured "
+        f"energy: GRIFFIN {said(share, 'GRIFFIN')}, hindsight {said(share, 'hindsight')}, other "
+        f"texts {said(share, 'other texts')}, magnitude {said(share, 'magnitude')}, chance "
         f"{_DENSITY}. Of the generated 8-grams, {np.mean(repeated):.0%} had been generated before "
         "in the same text."
     )
-    source = _source(recording)
-    return _finished(data, source, names, ids, seed, caption, new_tokens=new_tokens)
+    return finished(data, source, names, ids, seed, caption, new_tokens=new_tokens)
 
 
 def drift(
@@ -299,7 +306,7 @@ def drift(
         tokens after the prompt; ``jaccard_far`` and so on (interval, weights, cut, distance), by
         distance from the prompt's end, in steps of 64 tokens.
     """
-    ids, names = _tokens(model, tokenizer, texts, tokens, 16)
+    ids, names = same_length(model, tokenizer, texts, tokens, 16)
     total = len(ids[0])
     horizon = min(_HORIZON, (total - 1) // 32 * 16)
     lengths = [n + 1 for n in (16, 32, 64, 128, 256, 512, 1024) if n + 1 + horizon <= total]
@@ -316,26 +323,28 @@ def drift(
         far = far.where(far.distance + far.cut + 64 <= total)
         return near.merge(far.rename({name: f"{name}_far" for name in far}), compat="override")
 
-    values, source = _measured(model, tokenizer, ids, names, seed, progress, measure, window=16)
+    values, source = against_control(
+        model, tokenizer, ids, names, seed, progress, measure, window=16
+    )
     data = bootstrap(values)
     chance = overlap.chance_jaccard(_DENSITY)
 
     def ends(name: str, weights: str = "trained") -> str:
         values = data[name]
-        return " to ".join(_say(values.isel(prompt_length=at), weights) for at in (0, -1))
+        return " to ".join(said(values.isel(prompt_length=at), weights) for at in (0, -1))
 
     caption = (
         f"Experts of {source['model']} at density {_DENSITY}, chosen from the beginning of a text, "
-        f"on what follows; mean over layers and {_texts(ids)}, with 95% bootstrap bands. Left: the "
-        f"{horizon} tokens after prompts of {lengths[0]} to {lengths[-1]} tokens; captured energy "
-        f"from {ends('captured')} (random weights {ends('captured', 'control')}); after the "
-        f"longest, hindsight has {_say(data.hindsight.isel(prompt_length=-1), 'trained')} and a "
+        f"on what follows; mean over layers and {counted(ids)}, with 95% bootstrap bands. Left: "
+        f"the {horizon} tokens after prompts of {lengths[0]} to {lengths[-1]} tokens; captured "
+        f"energy from {ends('captured')} (random weights {ends('captured', 'control')}); after the "
+        f"longest, hindsight has {said(data.hindsight.isel(prompt_length=-1), 'trained')} and a "
         f"static choice from the other texts "
-        f"{_say(data.other_texts.isel(prompt_length=-1), 'trained')}. Overlap is with what each "
+        f"{said(data.other_texts.isel(prompt_length=-1), 'trained')}. Overlap is with what each "
         f"16-token window would choose for itself: {ends('jaccard')}; chance {chance:.2f}. Right: "
         "by distance from the prompt's end; random weights after the longest prompt."
     )
-    return _finished(
+    return finished(
         data, source, names, ids, seed, caption, chance=chance, density=_DENSITY, horizon=horizon
     )
 
@@ -361,7 +370,7 @@ def text_kinds(
         highest excerpt.
     """
     room = (tokens - 1) * _EXCERPTS + 1
-    ids, names = _tokens(model, tokenizer, texts, room, 16, least=33)
+    ids, names = same_length(model, tokenizer, texts, room, 16, least=33)
     count = max(1, min(_EXCERPTS, (len(ids[0]) - 1) // (tokens - 1)))
     step = (len(ids[0]) - 1) // count
     excerpts = [row[step * n : step * (n + 1) + 1] for row in ids for n in range(count)]
@@ -376,7 +385,7 @@ def text_kinds(
         return xr.Dataset({"effective_neurons": folded})
 
     labels = list(range(len(excerpts)))
-    values, source = _measured(
+    values, source = against_control(
         model, tokenizer, excerpts, labels, seed, progress, measure, window=None
     )
     d_ff = max(block.d_ff for block in feedforwards(model))
@@ -386,7 +395,7 @@ def text_kinds(
         {
             "effective_neurons": values.effective_neurons.mean("excerpt"),
             "over_layers": xr.concat(
-                summary, _dimension("interval", ["estimate", "low", "high"]), coords="minimal"
+                summary, dimension("interval", ["estimate", "low", "high"]), coords="minimal"
             ),
         }
     )
@@ -395,8 +404,8 @@ def text_kinds(
     caption = (
         f"Effective neurons of {source['model']} (participation ratio of the energy) by layer and "
         f"text, {count} excerpts of {len(excerpts[0])} tokens each; right: mean over layers, with "
-        f"the lowest and the highest excerpt. All texts: trained {_say(overall, 'trained', 0)} of "
-        f"{d_ff} neurons, random weights {_say(overall, 'control', 0)}; "
+        f"the lowest and the highest excerpt. All texts: trained {said(overall, 'trained', 0)} of "
+        f"{d_ff} neurons, random weights {said(overall, 'control', 0)}; "
         f"{trained.text.values[np.argmin(trained.values)]} has the fewest "
         f"({float(trained.min()):.0f}), {trained.text.values[np.argmax(trained.values)]} the most "
         f"({float(trained.max()):.0f})."
@@ -407,115 +416,13 @@ def text_kinds(
             f" Texts against excerpts of one text, trained: F({len(names) - 1}, "
             f"{len(names) * (count - 1)}) = {test.statistic:.1f}, p = {test.pvalue:.2g}."
         )
-    return _finished(data, source, names, excerpts, seed, caption, d_ff=d_ff)
+    return finished(data, source, names, excerpts, seed, caption, d_ff=d_ff)
 
 
 EXPERIMENTS: dict[str, Callable[..., xr.Dataset]] = {
     function.__name__: function
     for function in (heatmaps, scores, sequence_overlap, generation, drift, text_kinds)
 }
-
-# --------------------------------------------------------------------------------------
-# What they have in common
-
-
-def _tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    tokens: int,
-    window: int,
-    *,
-    room: int = 0,
-    least: int | None = None,
-) -> tuple[list[list[int]], list[str]]:
-    """Token ids of the texts, cut to one length of a first token and whole windows; their names."""
-    texts = list(texts)
-    if isinstance(texts, str) or len(texts) < 2:
-        raise ValueError(f"there are {len(texts)} texts: give two or more, to compare them.")
-    names = [getattr(text, "name", str(number)) for number, text in enumerate(texts)]
-    if len(set(names)) < len(names):
-        raise ValueError("two texts have the same name: give each its own.")
-    # The length is cut below: a warning about the model's context would be wrong here.
-    ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    limit = context(model)
-    fits = min(tokens, min(map(len, ids)), (limit - room) if limit else tokens)
-    length = 1 + (fits - 1) // window * window
-    least = least or 1 + 2 * window
-    if length < least:
-        short = int(np.argmin([len(row) for row in ids]))
-        raise ValueError(
-            f"text {names[short]!r} has {len(ids[short])} tokens and the model's context is "
-            f"{limit}; {tokens} tokens of each were asked for, and {least + room} are needed."
-        )
-    if length < tokens:
-        warnings.warn(
-            f"All texts are cut to {length} tokens instead of {tokens}: the shortest has "
-            f"{min(map(len, ids))}, and the model's context is {limit}.",
-            stacklevel=3,
-        )
-    return [row[:length] for row in ids], names
-
-
-def _measured(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[list[int]],
-    names: list,
-    seed: int,
-    progress: bool,
-    measure: Callable[[xr.Dataset], xr.Dataset],
-    **options: object,
-) -> tuple[xr.Dataset, dict[str, str]]:
-    """The same measurement on the model and on its control, one after the other."""
-    parts = []
-    for weights in WEIGHTS:
-        subject = model if weights == "trained" else control(model, seed)
-        recording = record(subject, ids, tokenizer=tokenizer, progress=progress, **options)
-        if weights == "trained":
-            source = _source(recording)
-        parts.append(measure(recording.assign_coords(sequence=names)))
-    return xr.concat(parts, _dimension("weights", WEIGHTS)), source
-
-
-def _dimension(name: str, labels: list[str]) -> xr.DataArray:
-    return xr.DataArray(labels, dims=name, name=name)
-
-
-def _source(recording: xr.Dataset) -> dict[str, str]:
-    wanted = ("revision", "architecture", "dtype", "special_tokens")
-    versions = ("flocking_version", "transformers_version", "torch_version")
-    return {"model": _name(recording)} | {k: recording.attrs[k] for k in (*wanted, *versions)}
-
-
-def _name(recording: xr.Dataset) -> str:
-    return recording.attrs["model"].rstrip("/").rpartition("/")[2]
-
-
-def _finished(
-    data: xr.Dataset,
-    source: dict[str, str],
-    names: list[str],
-    ids: list[list[int]],
-    seed: int,
-    caption: str,
-    **more: object,
-) -> xr.Dataset:
-    """The numbers with where they come from."""
-    for value in data.values():
-        value.attrs = {
-            key: value.attrs[key] for key in ("long_name", "units") if key in value.attrs
-        }
-    texts = hashlib.sha256(repr(ids).encode()).hexdigest()
-    return data.assign_attrs(
-        **source,
-        texts=list(names),
-        token_ids_sha256=texts,
-        tokens=len(ids[0]),
-        seed=seed,
-        caption=caption,
-        **more,
-    )
 
 
 def _of_others(recording: xr.Dataset, drifts: xr.Dataset) -> xr.DataArray:
@@ -539,18 +446,6 @@ def _of_others(recording: xr.Dataset, drifts: xr.Dataset) -> xr.DataArray:
             )
         )
     return xr.concat(by_cut, drifts.prompt_length, join="outer")
-
-
-def _say(values: xr.DataArray, weights: str, digits: int = 2) -> str:
-    """An estimate with its interval."""
-    estimate, low, high = (
-        float(values.sel(weights=weights, interval=name)) for name in ("estimate", "low", "high")
-    )
-    return f"{estimate:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _texts(ids: list[list[int]]) -> str:
-    return f"{len(ids)} texts of {len(ids[0])} tokens"
 
 
 def _repeated(ids: list[int], n: int = 8) -> float:

@@ -307,7 +307,7 @@ def drift(data: xr.Dataset, figure: Figure) -> None:
     overlaps[0].minorticks_off()
     overlaps[0].tick_params(axis="x", rotation=60)
     overlaps[0].set_xlabel("prompt length (tokens)")
-    overlaps[1].set_xlabel("distance from it (tokens)")
+    overlaps[1].set_xlabel("tokens after the prompt")
     _legend(upper, axes[:1], ncols=2)
 
 

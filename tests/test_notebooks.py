@@ -13,8 +13,9 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # of the kernel's own machinery
-def test_runs_in_a_fresh_kernel(path: Path) -> None:
+def test_runs_in_a_fresh_kernel(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the notebook's own switch for a quick pass."""
+    monkeypatch.delenv("MPLBACKEND")  # a kernel shows its figures inline
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert first.source.count("QUICK = False") == 1
