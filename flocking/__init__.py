@@ -2,7 +2,9 @@
 
 from importlib.metadata import version as _version
 
+from flocking.calibration import global_statistic
 from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
+from flocking.griffin import griffin
 from flocking.hooks import observe
 from flocking.metrics import (
     between_consistency,
@@ -28,6 +30,7 @@ from flocking.overlap import (
     weight_magnitude,
 )
 from flocking.recording import record
+from flocking.scoring import perplexity, score
 from flocking.texts import Passage, passages
 from flocking.uncertainty import bootstrap
 
@@ -50,13 +53,17 @@ __all__ = [
     "effective_neurons",
     "feedforwards",
     "flocking_score",
+    "global_statistic",
+    "griffin",
     "jaccard",
     "load",
     "observe",
     "passages",
+    "perplexity",
     "prompt_generation_overlap",
     "rank_consistency",
     "record",
+    "score",
     "select",
     "specificity",
     "statistic",

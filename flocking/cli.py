@@ -6,6 +6,7 @@ import functools
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import typer
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 import flocking
 from flocking.figures import heatmap
@@ -267,6 +269,69 @@ def figures(
         seed=seed,
         say=typer.echo,
     )
+
+
+@app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
+@_one_sentence
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads standard input.")],
+    density: Annotated[float, typer.Option(help="Fraction of FF neurons kept.")] = 0.5,
+    method: Annotated[
+        str, typer.Option(help="topk, sampled, half-sampled, random or magnitude.")
+    ] = "topk",
+    scope: Annotated[str, typer.Option(help="shared or sequence.")] = "shared",
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    compare: Annotated[bool, typer.Option(help="Show the full model's text beside it.")] = False,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Go on from a prompt greedily with GRIFFIN: the prompt in full, then its experts alone."""
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: give 1 or more.")
+    text = _read("-") if prompt == "-" else prompt
+    if not text:
+        raise ValueError("the prompt is empty: there is nothing to choose experts from.")
+    loaded, tokenizer = _load(model, device, dtype)
+    twin = flocking.griffin(loaded, density, method=method, scope=scope)
+    inputs = tokenizer(text, return_tensors="pt").to(loaded.device)
+    subjects = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
+    console = Console(highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "new tokens", "tokens a second", "active parameters"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, subject in list(subjects.items())[0 if compare else 1 :]:
+        if compare:
+            console.print(f"[bold]{name}[/bold]")
+        clock = _Clock(tokenizer, skip_special_tokens=True)
+        typer.echo(text, nl=False)
+        subject.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+        active = twin.report().active_parameters if subject is twin else loaded.num_parameters()
+        table.add_row(name, str(len(clock.times)), clock.speed, f"{active:,}")
+        typer.echo()
+    if compare:
+        console.print(table)
+        console.print("Speed is of decoding, without the prompt; one run says little about it.")
+
+
+class _Clock(TextStreamer):
+    """Prints the text as it comes, and notes when each new token did."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: object) -> None:
+        super().__init__(tokenizer, skip_prompt=True, **options)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    @property
+    def speed(self) -> str:
+        """Tokens a second from the first new one, which the prompt's pass gives, to the last."""
+        if len(self.times) < 2:
+            return "-"
+        return f"{(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f}"
 
 
 def _passage(name: str) -> flocking.Passage:

@@ -33,6 +33,11 @@ def width(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def stored_transposed(projection: nn.Module) -> bool:
+    """Whether a weight has one column, instead of one row, for each output, as GPT-2's has."""
+    return isinstance(projection, Conv1D)
+
+
 def cut(
     projection: nn.Module, *, outputs: Tensor | None = None, inputs: Tensor | None = None
 ) -> nn.Module:
@@ -48,7 +53,7 @@ def cut(
     compact = copy.copy(projection)
     vars(compact).pop("forward", None)  # accelerate's wrapper would call the whole projection
     compact._parameters = parameters = dict(projection._parameters)
-    out_axis = 1 if isinstance(projection, Conv1D) else 0
+    out_axis = 1 if stored_transposed(projection) else 0
     for index, axis in ((outputs, out_axis), (inputs, 1 - out_axis)):
         if index is not None:
             kept = parameters["weight"].index_select(axis, index)
@@ -57,7 +62,7 @@ def cut(
         kept = parameters["bias"].index_select(0, outputs)
         parameters["bias"] = nn.Parameter(kept, requires_grad=False)
     d_in, d_out = width(compact)
-    if isinstance(projection, Conv1D):
+    if stored_transposed(projection):
         compact.nx, compact.nf = d_in, d_out
     else:
         compact.in_features, compact.out_features = d_in, d_out
@@ -105,14 +110,15 @@ def replaced(root: nn.Module, replacements: dict[str, nn.Module]) -> Iterator[No
     originals = {path: root.get_submodule(path) for path in replacements}
     try:
         for path, module in replacements.items():
-            _put(root, path, module)
+            put(root, path, module)
         yield
     finally:
         for path, module in originals.items():
-            _put(root, path, module)
+            put(root, path, module)
 
 
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+def put(root: nn.Module, path: str, module: nn.Module) -> None:
+    """`module` in the place of what is at `path` below `root`."""
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent)._modules[name] = module
 

@@ -1,0 +1,450 @@
+"""GRIFFIN: a model's pruned twin, which prefills in full and decodes on the prompt's experts.
+
+The method of Dong, Chen and Chi (2024, arXiv 2404.01365, section 4): the prompt runs through the
+whole model, whose FF neurons are scored by the hook that recording uses; the highest are copied
+into compact projections; tokens are generated with those.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flocking.compact import Compact
+from flocking.feedforward import FeedForward, feedforwards
+from flocking.hooks import observe
+from flocking.moments import Moments, Windows
+from flocking.selection import METHODS, Method, by_reference, expert_count, global_local, top_k
+from flocking.shadow import per_model, shadow, unwrap
+
+Scope = Literal["shared", "sequence"]
+_WITH_REFERENCE = ("static", "global-local")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a twin holds, and what its last prompt cost.
+
+    Attributes
+    ----------
+    parameters, active_parameters : int
+        Of the original, and of those that decoding uses.
+    ff_bytes, compact_bytes : int
+        Of the original's FF projections and of the compact ones. Both are in memory: a twin
+        decodes faster, and needs more memory, not less, while its original stays loaded.
+    prefilled_tokens : int
+        Real tokens that the experts were chosen from, all sequences together.
+    selection_seconds, copy_seconds : float
+        For choosing the last prompt's experts, and for copying them.
+    """
+
+    parameters: int
+    active_parameters: int
+    ff_bytes: int
+    compact_bytes: int
+    prefilled_tokens: int
+    selection_seconds: float
+    copy_seconds: float
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{name.replace('_', ' ')}</th>"
+            f"<td>{value:{',' if isinstance(value, int) else '.4f'}}</td></tr>"
+            for name, value in vars(self).items()
+        )
+        return f"<table>{rows}</table>"
+
+
+def griffin(
+    model: PreTrainedModel,
+    density: float | Iterable[float] = 0.5,
+    *,
+    method: str | Method = "topk",
+    scope: Scope = "shared",
+    reference: xr.DataArray | None = None,
+    weight: float = 0.5,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A twin of `model` whose ``generate`` decodes on the experts of each prompt.
+
+    The twin shares all parameters with `model` but the FF projections, which are compact copies
+    of the experts' rows and columns. Each call of ``generate`` runs its prompt through the full
+    model, chooses the experts (Dong, Chen and Chi 2024, arXiv 2404.01365, section 4), copies
+    them and decodes on those; the first new token is the full model's. `model` is not changed.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder-only model that can generate. Convert it (dtype, device) before, not after.
+    density : float or iterable of float
+        Fraction of each layer's neurons kept, in (0, 1]; or one for each FF block, in order.
+    method : str or callable
+        Which neurons: "topk" (GRIFFIN), "sampled", "half-sampled", "random", "magnitude",
+        "static" or "global-local" (both need `reference`). Or a function of a statistic
+        (float64, shape (..., d_ff)), the number to keep, the :class:`FeedForward` and a
+        ``torch.Generator``, that returns scores of the same shape, the larger the better.
+    scope : {"shared", "sequence"}
+        In a batch, one selection for all sequences, from ``sum_b s_b / sqrt(n_b)`` with the
+        ``n_b`` real tokens of each (ibid., section 4.3), or each sequence its own, for which
+        the compact weights are held once per sequence (and beam).
+    reference : xarray.DataArray, (layer, neuron), optional
+        The static statistic of "static" and "global-local": :func:`flocking.global_statistic`.
+    weight : float
+        Of the global ranks in "global-local" (GLASS, arXiv 2508.14302).
+    seed : int
+        Of the methods that draw: the same prompt gives the same experts every time.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of `model`'s class, with ``selection`` (the experts' indices by layer) and
+        ``report()`` besides. Memory rises by the compact projections: nothing of `model` is
+        freed.
+
+        In a second turn on a cache that this twin filled, the new turn's tokens join the
+        statistic of the earlier turns' (their generated tokens, computed pruned, do not count);
+        on any other cache the experts are chosen from the new tokens alone.
+
+    Raises
+    ------
+    ValueError
+        For a density outside of (0, 1] or that keeps no neuron, an unknown method or scope, a
+        missing reference, weights that are quantised or not in memory, a model that does not
+        generate, or a twin.
+    UnsupportedModelError
+        If the model's FF blocks cannot be located and proved.
+
+    Examples
+    --------
+    >>> pruned = flocking.griffin(model, density=0.5)
+    >>> pruned.generate(**tokenizer("Birds of a feather", return_tensors="pt"))
+    """
+    model = unwrap(model)
+    blocks = _prunable(model)
+    if scope not in ("shared", "sequence"):
+        raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
+    counts = [
+        expert_count(each, block.d_ff)
+        for each, block in zip(_densities(density, len(blocks)), blocks, strict=True)
+    ]
+    chosen = _method(method, reference, weight, blocks)
+
+    twin = shadow(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    compacts = [Compact(twin, block, paths, k) for block, k in zip(blocks, counts, strict=True)]
+    twin.__class__ = _twin_class(type(model))
+    twin._griffin = _State(model, compacts, chosen, scope, seed)
+    return twin
+
+
+def _prunable(model: PreTrainedModel) -> list[FeedForward]:
+    name = type(model).__name__
+    if isinstance(model, Twin):
+        raise ValueError("model is a twin already: give griffin the original.")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        kind = getattr(model.config.quantization_config, "quant_method", "quantised")
+        raise ValueError(
+            f"{name} is quantised ({kind}), and GRIFFIN copies plain weights: load it without "
+            "quantization_config, or with dequantize()."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} has weights on the meta device or offloaded: load it into memory first."
+        )
+    blocks = feedforwards(model)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
+        )
+    for block in blocks:
+        if not block.down.weight.is_floating_point():
+            raise ValueError(
+                f"{name} has weights of {block.down.weight.dtype} in {block.path}: GRIFFIN copies "
+                "floating-point weights only."
+            )
+    return blocks
+
+
+def _densities(density: float | Iterable[float], layers: int) -> list[float]:
+    if np.ndim(density) == 0 and not isinstance(density, Iterable):
+        return [float(density)] * layers
+    each = [float(value) for value in density]
+    if len(each) != layers:
+        raise ValueError(f"density has {len(each)} values: give one, or one for each of {layers}.")
+    return each
+
+
+def _method(
+    method: str | Method, reference: xr.DataArray | None, weight: float, blocks: list[FeedForward]
+) -> Method:
+    if callable(method):
+        return method
+    if method in METHODS:
+        return METHODS[method]
+    if method not in _WITH_REFERENCE:
+        known = ", ".join([*METHODS, *_WITH_REFERENCE])
+        raise ValueError(f"method={method!r}: choose from {known}, or give a function.")
+    if reference is None:
+        raise ValueError(
+            f"method={method!r} needs reference: make it with flocking.global_statistic(model, "
+            "texts, tokenizer=tokenizer)."
+        )
+    if not {"layer", "neuron"} == set(reference.dims):
+        raise ValueError(f"reference has dimensions {reference.dims}: give (layer, neuron).")
+    if missing := {block.layer for block in blocks} - set(reference.layer.values.tolist()):
+        raise ValueError(f"reference lacks layers {sorted(missing)}: make it from this model.")
+    static = {
+        block.layer: torch.from_numpy(
+            reference.sel(layer=block.layer).values[: block.d_ff].astype(np.float64)
+        )
+        for block in blocks
+    }
+    if any(len(static[block.layer]) < block.d_ff for block in blocks):
+        raise ValueError(f"reference has {reference.sizes['neuron']} neurons: fewer than d_ff.")
+
+    def of(block: FeedForward) -> Tensor:
+        return static[block.layer]
+
+    return by_reference(of) if method == "static" else global_local(of, weight)
+
+
+@per_model
+def _whole(model: PreTrainedModel) -> PreTrainedModel:
+    """The full model that twins prefill on: in eval mode, without compiled calls."""
+    return shadow(model)
+
+
+class _State:
+    """What a twin knows beside its modules: how to choose, and what was chosen last."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compacts: list[Compact],
+        method: Method,
+        scope: Scope,
+        seed: int,
+    ) -> None:
+        self.whole = _whole(model)
+        self.compacts, self.method, self.scope, self.seed = compacts, method, scope, seed
+        self.moments: dict[int, Moments] = {}
+        self.tokens: Tensor | None = None  # int64 (sequence,): real tokens in the moments
+        self.cache: Callable[[], object | None] = lambda: None
+        self.seconds = (0.0, 0.0)
+
+    def prefill(
+        self, run: Callable[[], Any], sequences: int, mask: Tensor | None, past: Any
+    ) -> Any:
+        """Run the prompt on the full model, watched; choose the experts and copy them.
+
+        Parameters
+        ----------
+        run : callable
+            One or more forward passes of ``whole``, over the prompt's tokens in order.
+        sequences : int
+            In the batch.
+        mask : Tensor, shape (sequence, token), or None
+            1 for real tokens; all if None.
+        past : Cache or None
+            What the prompt comes on top of.
+        """
+        continues = past is not None and past is self.cache() and self.tokens is not None
+        if not continues:
+            self.moments, self.tokens = {}, None
+        self.cache = lambda: None  # until this prompt is through
+        first = self.tokens is None  # its first token is a window of its own, as in recordings
+        seen: dict[int, int] = {}
+        windows: dict[tuple[int, int], Windows] = {}
+        number = _window_numbers(sequences, mask, first)
+
+        def add(block: FeedForward, z: Tensor) -> None:
+            z = z.reshape(sequences, -1, z.shape[-1])  # some blocks flatten tokens
+            tokens = z.shape[1]
+            start = seen.get(block.layer, 0)
+            seen[block.layer] = start + tokens
+            if (start, tokens) not in windows:
+                windows[start, tokens] = Windows.of(number(start, tokens))
+            if block.layer not in self.moments:
+                self.moments[block.layer] = Moments.zeros(
+                    sequences, 2, z.shape[-1], device=z.device
+                )
+            self.moments[block.layer].update(z, windows[start, tokens])
+
+        with torch.no_grad(), observe(self.whole, add):
+            outputs = run()
+        real = (number(0, next(iter(seen.values()))) >= 0).sum(dim=1)
+        self.tokens = real if first else self.tokens + real
+        self.choose()
+        cache = getattr(outputs, "past_key_values", None)
+        if cache is not None:
+            self.cache = weakref.ref(cache)
+        return outputs
+
+    @torch.no_grad()
+    def choose(self) -> None:
+        """From the moments to the experts in their compact projections."""
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(self.seed)
+        experts = []
+        for compact in self.compacts:
+            block = compact.block
+            # As flocking.statistic has it: float32 windows, added in float64.
+            statistic = self.moments[block.layer].energy.double().sum(dim=1).sqrt()
+            if self.scope == "shared":
+                share = self.tokens.to(statistic.device).clamp_min(1).rsqrt()
+                statistic = (statistic * share[:, None]).sum(dim=0)
+            if not statistic.isfinite().all():
+                raise ValueError(
+                    f"activations of layer {block.layer} are not finite: no experts can be chosen."
+                )
+            score = self.method(statistic, compact.k, block, generator)
+            if score.shape != statistic.shape:
+                raise ValueError(
+                    f"method returned shape {tuple(score.shape)} where one score for each of "
+                    f"{tuple(statistic.shape)} is due."
+                )
+            mask = top_k(score, compact.k)
+            experts.append(mask.nonzero()[:, -1].unflatten(0, (*mask.shape[:-1], compact.k)))
+        _synchronize(statistic.device)
+        chosen = time.perf_counter()
+        for compact, indices in zip(self.compacts, experts, strict=True):
+            compact.fill(indices)
+        _synchronize(statistic.device)
+        self.seconds = (chosen - started, time.perf_counter() - chosen)
+
+
+def _window_numbers(
+    sequences: int, mask: Tensor | None, first: bool
+) -> Callable[[int, int], Tensor]:
+    """Windows (0 the first real token, 1 the others, -1 padding) of tokens start to start + n."""
+    if mask is not None:
+        real = mask.cpu() != 0
+        everything = torch.where(real, 1, -1)
+        if first:
+            everything[(real.cumsum(dim=1) == 1) & real] = 0
+
+    def number(start: int, tokens: int) -> Tensor:
+        if mask is not None:
+            return everything[:, start : start + tokens]
+        window = torch.ones(sequences, tokens, dtype=torch.int64)
+        if first and start == 0:
+            window[:, 0] = 0
+        return window
+
+    return number
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Twin:
+    """What a twin's class adds to its model's: :func:`griffin` makes them."""
+
+    _griffin: _State
+
+    @property
+    def selection(self) -> dict[int, Tensor]:
+        """Sorted indices of the experts by layer, int64 (k,), or (sequence, k) by sequence."""
+        if self._griffin.tokens is None:
+            raise RuntimeError("no experts were chosen yet: call generate first.")
+        return {c.block.layer: c.experts.cpu() for c in self._griffin.compacts}
+
+    def report(self) -> Report:
+        """Parameters, bytes and times: see :class:`Report`."""
+        state = self._griffin
+        originals = {id(p): p for p in state.whole.parameters()}
+        pruned = [m for c in state.compacts for m in c.originals]
+        ff = {id(p): p for module in pruned for p in module.parameters()}
+        rest = sum(p.numel() for key, p in originals.items() if key not in ff)
+        return Report(
+            parameters=sum(p.numel() for p in originals.values()),
+            active_parameters=rest + sum(c.parameters for c in state.compacts),
+            ff_bytes=sum(p.numel() * p.element_size() for p in ff.values()),
+            compact_bytes=sum(c.bytes for c in state.compacts),
+            prefilled_tokens=0 if state.tokens is None else int(state.tokens.sum()),
+            selection_seconds=state.seconds[0],
+            copy_seconds=state.seconds[1],
+        )
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        if not model_kwargs.get("use_cache", True):
+            raise ValueError(
+                "use_cache=False would run the prompt again, pruned, for every token: leave it out."
+            )
+        past = model_kwargs.get("past_key_values")
+        length = 0 if past is None else int(past.get_seq_length())
+        arguments = (input_ids, generation_config, model_kwargs, is_first_iteration)
+        if generation_config.is_assistant and length:
+            # A draft model is asked again and again: the experts stay the prompt's.
+            return super()._prefill(*arguments)
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            mask = mask[:, length:]
+        state = self._griffin
+        return state.prefill(
+            lambda: state.whole._prefill(*arguments), len(input_ids), mask, past if length else None
+        )
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "a twin cannot be the main model of assisted or prompt-lookup decoding, whose checks "
+            "must be the full model's: call generate on the original, with assistant_model=twin."
+        )
+
+    # What cannot be right is refused with a reason.
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse."""
+        raise ValueError("a twin cannot batch continuously: use generate, or the original model.")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse."""
+        raise ValueError(
+            "a twin holds one prompt's experts: save the original, and make the twin again."
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the twin where that changes nothing (pipelines ask for it), else refuse."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        here = self.device
+        same = device is None or (
+            device.type == here.type and device.index in (None, here.index or 0)
+        )
+        if same and dtype in (None, self.dtype):
+            return self
+        return self._apply()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "a twin shares its parameters with the original, which this would change too: convert "
+            "the original, then make the twin."
+        )
+
+
+@functools.cache
+def _twin_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of the model's class, under its name: pipelines and configs go by that."""
+    members = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls.__name__, (Twin, cls), members)

@@ -1,0 +1,209 @@
+"""Likelihoods of given text, under a model or under its twin with the experts in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.griffin import Twin
+from flocking.passes import undisturbed
+from flocking.shadow import unwrap
+from flocking.tokens import tokenize
+
+Protocol = Literal["context", "last-token"]
+
+
+def score(
+    model: PreTrainedModel,
+    prompt: str | Sequence[int],
+    continuation: str | Sequence[int],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    protocol: Protocol = "context",
+) -> xr.DataArray:
+    """Log-likelihood of each token of `continuation` after `prompt`.
+
+    Under a twin, the experts are chosen from the prompt, as in generation, and the continuation
+    is computed with them.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model, or a twin that :func:`flocking.griffin` made of it.
+    prompt, continuation : str or list of int
+        Text or token ids. Text is tokenised apart, the prompt with the tokenizer's special
+        tokens and the continuation without.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed for text.
+    protocol : {"context", "last-token"}
+        Which positions are pruned. "context": the prompt is run in full, and all tokens of the
+        continuation but the first, whose logits are the prompt's last ones, are computed pruned.
+        "last-token": all that is fed but its last token is run in full and gives the experts, so
+        that the last token of the continuation alone is computed pruned, as in the
+        classification tasks of Dong, Chen and Chi (2024, arXiv 2404.01365, section 5.1).
+
+    Returns
+    -------
+    xarray.DataArray, float64, (token,)
+        In nats. Coordinates ``token_id``, and ``pruned``: which were computed with experts.
+
+    Raises
+    ------
+    ValueError
+        If prompt or continuation has no token, or the protocol is unknown or has no token to
+        choose experts from.
+    """
+    prompts = tokenize(model, prompt, tokenizer)
+    prompt_ids = _one("prompt", prompts.ids)
+    if isinstance(continuation, str):
+        if prompts.tokenizer is None:
+            raise ValueError("continuation is text: give the tokenizer, or token ids.")
+        continuation = prompts.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    later_ids = _one("continuation", tokenize(model, continuation).ids)
+    if protocol not in ("context", "last-token"):
+        raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
+    # All is fed but the last token; `cut` of it in full, under a twin.
+    fed = len(prompt_ids) + len(later_ids) - 1
+    cut = len(prompt_ids) if protocol == "context" else fed - 1
+    if cut < 1:
+        raise ValueError(
+            f"protocol={protocol!r} needs a token before the last one that is fed, to choose "
+            "experts from: give a prompt of two tokens or more."
+        )
+    values = _log_likelihoods(model, torch.tensor([prompt_ids + later_ids]), cut)
+    first = len(prompt_ids) - 1
+    pruned = np.arange(first, fed) >= cut
+    return xr.DataArray(
+        values[0, first:].double().cpu().numpy(),
+        {
+            "token_id": ("token", later_ids),
+            "pruned": ("token", pruned & isinstance(unwrap(model), Twin)),
+        },
+        ("token",),
+        "log_likelihood",
+        {"long_name": "log-likelihood", "units": "nat"},
+    )
+
+
+def perplexity(
+    model: PreTrainedModel,
+    texts: str | Iterable[str] | Iterable[Sequence[int]],
+    *,
+    prompt_length: int,
+    continuation_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Perplexity of the tokens that follow the first `prompt_length` of each text.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model, or a twin that :func:`flocking.griffin` made of it.
+    texts : str, list of str or list of list of int
+        Each of at least ``prompt_length + continuation_length`` tokens; what lies beyond is
+        left out.
+    prompt_length, continuation_length : int
+        In tokens.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed for text.
+    batch_size : int
+        Texts in one forward pass. Under a twin with ``scope="shared"`` they share their experts,
+        so that results depend on it.
+    progress : bool
+        Show progress on standard error.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``log_likelihood`` (sequence, distance), float64, in nats, by distance in tokens from the
+        prompt's end (the first is the full model's own, under a twin too), and ``perplexity``
+        (sequence), ``exp(-mean(log_likelihood))``.
+
+    Raises
+    ------
+    ValueError
+        If a text is too short, or a length is below 1.
+    """
+    if prompt_length < 1 or continuation_length < 1 or batch_size < 1:
+        raise ValueError(
+            f"prompt_length={prompt_length}, continuation_length={continuation_length} and "
+            f"batch_size={batch_size}: give 1 or more of each."
+        )
+    ids = tokenize(model, texts, tokenizer).ids
+    length = prompt_length + continuation_length
+    for number, row in enumerate(ids):
+        if len(row) < length:
+            raise ValueError(f"text {number} has {len(row)} tokens, and {length} are needed.")
+    rows = torch.stack([row[:length] for row in ids])
+    values = []
+    with tqdm(total=len(rows), desc="scoring", unit="text", disable=not progress) as bar:
+        for batch in rows.split(batch_size):
+            values.append(_log_likelihoods(model, batch, prompt_length)[:, prompt_length - 1 :])
+            bar.update(len(batch))
+    likelihood = torch.cat([part.double().cpu() for part in values]).numpy()
+    return xr.Dataset(
+        {
+            "log_likelihood": (
+                ("sequence", "distance"),
+                likelihood,
+                {"long_name": "log-likelihood", "units": "nat"},
+            ),
+            "perplexity": ("sequence", np.exp(-likelihood.mean(axis=1)), {"units": "1"}),
+        },
+        {
+            "sequence": np.arange(len(rows)),
+            "distance": ("distance", np.arange(continuation_length), {"units": "tokens"}),
+        },
+    )
+
+
+def _one(name: str, sequences: list[Tensor]) -> list[int]:
+    if len(sequences) != 1:
+        raise ValueError(f"{name} has {len(sequences)} sequences: score one at a time.")
+    return sequences[0].tolist()
+
+
+def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
+    """Of every token but the first, float32 (sequence, token - 1); `ids` has no padding.
+
+    In two passes, the first over `cut` tokens: under a twin that one is the full model's and
+    gives the experts. A model alone is run in the same way, so that the two compare.
+    """
+    model = unwrap(model)
+    twin = isinstance(model, Twin)
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    ones = torch.ones_like(ids)
+    whole = model._griffin.whole if twin else model
+
+    def run(first: PreTrainedModel, tokens: slice, past: object = None) -> object:
+        return first(
+            input_ids=ids[:, tokens],
+            attention_mask=ones[:, : tokens.stop],
+            past_key_values=past,
+            use_cache=True,
+        )
+
+    with undisturbed(model, seed=0):
+        head = slice(0, cut)
+        if twin:
+            outputs = model._griffin.prefill(lambda: run(whole, head), len(ids), None, None)
+        else:
+            outputs = run(whole, head)
+        logits = [outputs.logits]
+        if cut < ids.shape[1] - 1:
+            tail = slice(cut, ids.shape[1] - 1)
+            logits.append(run(model, tail, outputs.past_key_values).logits)
+    values = [
+        part.float().log_softmax(dim=-1).gather(-1, ids[:, start + 1 :][:, : part.shape[1], None])
+        for start, part in zip((0, cut), logits, strict=False)
+    ]
+    return torch.cat(values, dim=1)[..., 0][:, : ids.shape[1] - 1]

@@ -1,0 +1,639 @@
+"""The twin: every architecture, every way to generate, and nothing changed by watching."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from conftest import ARCHITECTURES, VOCABULARY, build, random_ids
+from torch import Tensor
+
+import flocking
+from flocking.selection import METHODS, expert_count
+from flocking.shadow import fused_rows
+
+GENERATING = [name for name in ARCHITECTURES if name != "bert"]
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(params=GENERATING)
+def generating(request: pytest.FixtureRequest) -> tf.PreTrainedModel:
+    """Each architecture that generates, in turn."""
+    return build(request.param)
+
+
+def tokens(*lengths: int, seed: int = 0) -> Tensor:
+    return torch.tensor(random_ids(*lengths, seed=seed))
+
+
+def generate(model: tf.PreTrainedModel, ids: Tensor, n: int = 12, **options: object) -> Tensor:
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, attention_mask=mask, max_new_tokens=n, **GREEDY | options)
+
+
+def expected_selection(model: tf.PreTrainedModel, ids: Tensor, density: float = 0.5) -> np.ndarray:
+    """What the analysis selects: bool (sequence, layer, neuron)."""
+    recording = flocking.record(
+        model, ids.tolist(), window=None, batch_size=len(ids), progress=False
+    )
+    return flocking.select(flocking.statistic(recording), density).values
+
+
+def as_masks(twin: tf.PreTrainedModel, model: tf.PreTrainedModel) -> np.ndarray:
+    masks = []
+    for block in flocking.feedforwards(model):
+        experts = twin.selection[block.layer]
+        shape = (*experts.shape[:-1], block.d_ff)
+        masks.append(torch.zeros(shape, dtype=torch.bool).scatter_(-1, experts, True))
+    return torch.stack(masks, dim=-2).numpy()
+
+
+def whole_and_pruned(
+    model: tf.PreTrainedModel, ids: Tensor, later: Tensor, keep: dict[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Logits of `later` after `ids`, from the full model whose z is masked through the hook."""
+    with torch.no_grad():
+        prompt = model(ids, use_cache=True)
+        with flocking.observe(model, lambda block, z: z * keep[block.layer]):
+            pruned = model(later, past_key_values=prompt.past_key_values).logits
+    return prompt.logits, pruned
+
+
+# --------------------------------------------------------------------------------------
+# Analysis and inference line up, for every architecture
+
+
+def test_selects_what_the_analysis_selects(generating: tf.PreTrainedModel) -> None:
+    twin = flocking.griffin(generating, 0.5)
+    ids = tokens(40)
+    generate(twin, ids, 2)
+    np.testing.assert_array_equal(
+        as_masks(twin, generating), expected_selection(generating, ids)[0]
+    )
+    for experts in twin.selection.values():
+        assert (experts.diff() > 0).all()
+
+
+def test_each_sequence_selects_its_own(generating: tf.PreTrainedModel) -> None:
+    twin = flocking.griffin(generating, 0.25, scope="sequence")
+    ids = tokens(30, 30, 30)
+    batch = generate(twin, ids)
+    chosen = as_masks(twin, generating)
+    np.testing.assert_array_equal(chosen, expected_selection(generating, ids, 0.25))
+    for row in range(3):
+        assert torch.equal(generate(twin, ids[row : row + 1])[0], batch[row])
+
+
+def test_gives_what_the_masked_model_gives(generating: tf.PreTrainedModel) -> None:
+    ids, later = tokens(24), tokens(8, seed=1)
+    for scope in ("shared", "sequence"):
+        twin = flocking.griffin(generating, 0.5, scope=scope)
+        generate(twin, ids, 2)
+        keep = {
+            block.layer: torch.from_numpy(mask).float()
+            for block, mask in zip(
+                flocking.feedforwards(generating),
+                as_masks(twin, generating).reshape(2, -1),
+                strict=True,
+            )
+        }
+        _, expected = whole_and_pruned(generating, ids, later, keep)
+        with torch.no_grad():
+            past = generating(ids, use_cache=True).past_key_values
+            got = twin(later, past_key_values=past).logits
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_keeping_all_neurons_changes_nothing(generating: tf.PreTrainedModel) -> None:
+    ids = tokens(20, 20)
+    for scope in ("shared", "sequence"):
+        twin = flocking.griffin(generating, 1.0, scope=scope)
+        assert torch.equal(generate(twin, ids), generate(generating, ids))
+        options = {"return_dict_in_generate": True, "output_logits": True}
+        got, expected = (generate(m, ids, **options).logits for m in (twin, generating))
+        for a, b in zip(got, expected, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_leaves_the_model_as_it_was(generating: tf.PreTrainedModel) -> None:
+    ids = tokens(20)
+    before = {name: value.clone() for name, value in generating.state_dict().items()}
+    own_hook = generating.register_forward_hook(lambda *_: None)
+    modules = {name: id(module) for name, module in generating.named_modules()}
+    config = copy.deepcopy(generating.generation_config.to_dict())
+    output = generate(generating, ids)
+    hooks = [len(module._forward_pre_hooks) for module in generating.modules()]
+    for density in (0.5, 0.1):
+        generate(flocking.griffin(generating, density), ids)
+    assert modules == {name: id(module) for name, module in generating.named_modules()}
+    assert hooks == [len(module._forward_pre_hooks) for module in generating.modules()]
+    assert generating.generation_config.to_dict() == config
+    assert own_hook.id in generating._forward_hooks
+    for name, value in generating.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(generate(generating, ids), output)
+
+
+def test_drafts_for_the_full_model(generating: tf.PreTrainedModel) -> None:
+    """Speculative decoding gives the full model's greedy tokens; experts stay the prompt's."""
+    twin = flocking.griffin(generating, 0.5)
+    ids = tokens(24)
+    got = generate(generating, ids, 16, assistant_model=twin)
+    assert torch.equal(got, generate(generating, ids, 16))
+    np.testing.assert_array_equal(
+        as_masks(twin, generating), expected_selection(generating, ids)[0]
+    )
+    assert twin.report().prefilled_tokens == 24
+
+
+def test_a_padded_batch_selects_like_its_members(generating: tf.PreTrainedModel) -> None:
+    """Up to neurons that rounding may move over the threshold, where padding is exact."""
+    lengths = (30, 18, 7)
+    rows = random_ids(*lengths)
+    ids = torch.tensor([[0] * (30 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (30 - n) + [1] * n for n in lengths])
+    position_free = type(generating).__name__.startswith(("GPT2", "GPTNeoFor"))
+    twin = flocking.griffin(generating, 0.5, scope="sequence")
+    generate(twin, ids, 2, attention_mask=mask)
+    together = as_masks(twin, generating)
+    assert twin.report().prefilled_tokens == sum(lengths)
+    for number, row in enumerate(rows):
+        recording = flocking.record(generating, [row], window=None, progress=False)
+        statistic = flocking.statistic(recording).values[0]
+        alone = flocking.select(flocking.statistic(recording), 0.5).values[0]
+        for layer, values in enumerate(statistic):
+            threshold = np.sort(values)[-expert_count(0.5, len(values))]
+            moved = alone[layer] != together[number, layer]
+            near = np.abs(values - threshold) <= 1e-4 * threshold
+            assert (near | ~moved).all() or position_free
+
+
+# --------------------------------------------------------------------------------------
+# Everything that generate does
+
+
+def minimal_griffin(
+    model: tf.LlamaForCausalLM, ids: Tensor, new_tokens: int, density: float
+) -> list[int]:
+    """GRIFFIN from the formulas, for Llama: no module, function or hook of the package."""
+    mlps = [layer.mlp for layer in model.model.layers]
+    kept: list[Tensor] = []
+    experts: list[Tensor] = []
+    originals = [mlp.forward for mlp in mlps]
+
+    def watching(mlp: torch.nn.Module, x: Tensor) -> Tensor:
+        z = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        kept.append(z[0])
+        return mlp.down_proj(z)
+
+    def pruned(mlp: torch.nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
+        gate = x @ mlp.gate_proj.weight[chosen].T
+        up = x @ mlp.up_proj.weight[chosen].T
+        return (torch.nn.functional.silu(gate) * up) @ mlp.down_proj.weight[:, chosen].T
+
+    try:
+        for mlp in mlps:
+            mlp.forward = lambda x, mlp=mlp: watching(mlp, x)
+        with torch.no_grad():
+            out = model(ids)
+            for z in kept:
+                s = (z / z.norm(dim=-1, keepdim=True)).norm(dim=0)
+                experts.append(s.topk(int(density * s.numel())).indices)
+            for mlp, chosen in zip(mlps, experts, strict=True):
+                mlp.forward = lambda x, mlp=mlp, chosen=chosen: pruned(mlp, x, chosen)
+            new = [int(out.logits[0, -1].argmax())]
+            while len(new) < new_tokens:
+                out = model(torch.tensor([new[-1:]]), past_key_values=out.past_key_values)
+                new.append(int(out.logits[0, -1].argmax()))
+    finally:
+        for mlp, forward in zip(mlps, originals, strict=True):
+            del mlp.forward
+            assert mlp.forward == forward
+    return new
+
+
+@pytest.mark.parametrize("name", ["code", "reportage", "letter"])
+def test_agrees_with_a_minimal_griffin_on_real_prompts(embedded: tuple, name: str) -> None:
+    model, tokenizer = embedded
+    passages = {passage.name: passage for passage in flocking.passages()}
+    text = passages.get(name, flocking.passages()[0])
+    ids = torch.tensor([tokenizer(text)["input_ids"][:96]])
+    twin = flocking.griffin(model)
+    got = generate(twin, ids, 24)[0, 96:].tolist()
+    assert got == minimal_griffin(model, ids, 24, 0.5)
+    assert got != generate(model, ids, 24)[0, 96:].tolist()
+
+
+@pytest.fixture
+def pair(llama: tf.PreTrainedModel) -> tuple:
+    return llama, flocking.griffin(llama, 0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3, "top_k": 0},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 7, "cache_implementation": "static"},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 5, "eos_token_id": list(range(64))},
+    ],
+    ids=str,
+)
+def test_generates_in_every_way(pair: tuple, options: dict) -> None:
+    """At density 1 as the model does; at one half, with the prompt's experts."""
+    model, twin = pair
+    ids = tokens(20, 20)
+    everything = flocking.griffin(model, 1.0)
+    results = []
+    for each in (model, everything, twin, twin):
+        torch.manual_seed(3)
+        results.append(generate(each, ids, **options))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[2], results[3])
+    assert not torch.equal(results[0], results[2])
+    plain = flocking.griffin(model, 0.5)
+    generate(plain, ids)
+    np.testing.assert_array_equal(as_masks(twin, model), as_masks(plain, model))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_beams_with_experts_by_sequence(name: str) -> None:
+    model = build(name)
+    twin = flocking.griffin(model, 0.5, scope="sequence")
+    ids = tokens(20, 20)
+    together = generate(twin, ids, num_beams=3)
+    for row in range(2):
+        assert torch.equal(generate(twin, ids[row : row + 1], num_beams=3)[0], together[row])
+
+
+def test_shares_experts_by_the_papers_weighted_sum(pair: tuple) -> None:
+    model, twin = pair
+    lengths = (30, 9)
+    rows = random_ids(*lengths)
+    ids = torch.tensor([rows[0], [0] * 21 + rows[1]])
+    generate(twin, ids, 2, attention_mask=(torch.arange(30) >= torch.tensor([[0], [21]])).long())
+    sums = 0
+    for row in rows:
+        recording = flocking.record(model, [row], window=None, progress=False)
+        sums = sums + flocking.statistic(recording).values[0] / np.sqrt(len(row))
+    expected = np.argsort(-sums, axis=-1, kind="stable")[:, : sums.shape[-1] // 2]
+    for got, due in zip(twin.selection.values(), expected, strict=True):
+        assert len(set(got.tolist()) ^ set(due.tolist())) <= 2  # rounding, at the threshold
+
+
+def test_streams_and_stops(pair: tuple) -> None:
+    _, twin = pair
+    seen: list[int] = []
+
+    class Streamer(tf.generation.streamers.BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            seen.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            seen.append(-1)
+
+    class Stop(tf.StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+            return torch.full((len(ids),), ids.shape[1] >= 25, dtype=torch.bool)
+
+    result = generate(
+        twin, tokens(20), streamer=Streamer(), stopping_criteria=tf.StoppingCriteriaList([Stop()])
+    )
+    assert result.shape[1] == 25
+    assert seen == [*result[0].tolist(), -1]
+
+
+def test_a_prompt_of_one_token(pair: tuple) -> None:
+    model, twin = pair
+    ids = tokens(1)
+    generate(twin, ids)
+    np.testing.assert_array_equal(as_masks(twin, model), expected_selection(model, ids)[0])
+
+
+def test_a_second_turn_adds_to_the_statistic(pair: tuple) -> None:
+    model, twin = pair
+    first = generate(twin, tokens(20), return_dict_in_generate=True)
+    new = tokens(9, seed=1)
+    ids = torch.cat((first.sequences, new), dim=1)
+    kept = first.past_key_values.get_seq_length()
+    second = generate(twin, ids, past_key_values=first.past_key_values)
+    assert twin.report().prefilled_tokens == 20 + (ids.shape[1] - kept)
+    # By hand: energies of the first prompt, and of the new tokens over the cache of the first.
+    energy = dict.fromkeys(twin.selection, 0.0)
+
+    def add(block: flocking.FeedForward, z: Tensor) -> None:
+        energy[block.layer] = energy[block.layer] + (
+            z[0].double() / z[0].double().norm(dim=-1, keepdim=True)
+        ).square().sum(0)
+
+    again = flocking.griffin(model, 0.5)
+    turn = generate(again, tokens(20), return_dict_in_generate=True)
+    with torch.no_grad(), flocking.observe(model, add):
+        model(tokens(20))
+        model(ids[:, kept:], past_key_values=turn.past_key_values)
+    for layer, experts in twin.selection.items():
+        assert experts.tolist() == energy[layer].topk(80).indices.sort().values.tolist()
+    # On a cache that is not its own, the new tokens alone count.
+    with torch.no_grad():
+        other = model(ids[:, :kept], use_cache=True).past_key_values
+    generate(twin, ids, past_key_values=other)
+    assert twin.report().prefilled_tokens == ids.shape[1] - kept
+    assert second.shape[1] > ids.shape[1]
+
+
+def test_in_a_pipeline_with_a_chat_template(embedded: tuple) -> None:
+    model, tokenizer = embedded
+    twin = flocking.griffin(model, 1.0)
+    chat = [{"role": "user", "content": "Name three birds."}]
+    texts = []
+    for each in (model, twin):
+        pipe = tf.pipeline("text-generation", model=each, tokenizer=tokenizer)
+        answer = pipe(chat, max_new_tokens=12, do_sample=False)
+        texts.append(answer[0]["generated_text"][-1]["content"])
+    assert texts[0] == texts[1]
+    assert texts[0]
+
+
+def test_several_twins_at_once(llama: tf.PreTrainedModel) -> None:
+    ids = tokens(20)
+    densities = (0.2, 0.5, 0.9)
+    alone = [generate(flocking.griffin(llama, density), ids) for density in densities]
+    twins = [flocking.griffin(llama, density) for density in densities]
+    for twin in twins:  # in turn, so that one's experts would show in another
+        generate(twin, tokens(20, seed=5))
+    assert all(
+        torch.equal(generate(twin, ids), due) for twin, due in zip(twins, alone, strict=True)
+    )
+    counts = [len(twin.selection[0]) for twin in twins]
+    assert counts == [32, 80, 144]
+
+
+def test_a_density_for_each_layer(llama: tf.PreTrainedModel) -> None:
+    twin = flocking.griffin(llama, [0.25, 1])
+    generate(twin, tokens(20))
+    assert [len(experts) for experts in twin.selection.values()] == [40, 160]
+
+
+def test_of_a_compiled_model(llama: tf.PreTrainedModel) -> None:
+    ids = tokens(20)
+    expected = generate(flocking.griffin(llama, 0.5), ids)
+    llama.compile(backend="eager")
+    llama.model.layers[0].mlp.forward = torch.compile(
+        llama.model.layers[0].mlp.forward, backend="eager"
+    )
+    generate(llama, ids)
+    assert torch.equal(generate(flocking.griffin(llama, 0.5), ids), expected)
+
+
+def test_of_a_model_in_training(llama: tf.PreTrainedModel) -> None:
+    expected = generate(flocking.griffin(llama, 0.5), tokens(20))
+    llama.train()
+    assert torch.equal(generate(flocking.griffin(llama, 0.5), tokens(20)), expected)
+    assert llama.training
+
+
+def test_outlives_its_original() -> None:
+    model = build("llama")
+    twin = flocking.griffin(model, 0.5)
+    expected = generate(twin, tokens(20))
+    del model
+    assert torch.equal(generate(twin, tokens(20)), expected)
+
+
+def test_in_bfloat16() -> None:
+    model = build("llama").to(torch.bfloat16)
+    ids = tokens(20)
+    assert torch.equal(generate(flocking.griffin(model, 1.0), ids), generate(model, ids))
+    twin = flocking.griffin(model, 0.5)
+    generate(twin, ids)
+    np.testing.assert_array_equal(as_masks(twin, model), expected_selection(model, ids)[0])
+
+
+def test_reports(generating: tf.PreTrainedModel) -> None:
+    twin = flocking.griffin(generating, 0.5)
+    blocks = flocking.feedforwards(generating)
+    assert twin.report().prefilled_tokens == 0
+    generate(twin, tokens(20))
+    report = twin.report()
+    assert report.parameters == generating.num_parameters()
+    assert report.active_parameters == sum(p.numel() for p in twin.parameters())
+    kept = [p for path, p in twin.named_parameters() if "." in path and p.shape[0] != VOCABULARY]
+    shared = {id(p) for p in generating.parameters()}
+    ours = sum(p.numel() * 4 for p in kept if id(p) not in shared)
+    biases = sum(b.down.bias.numel() * 4 for b in blocks if b.down.bias is not None)
+    assert report.compact_bytes == ours + biases
+    ff = {m for block in blocks for m in (block.up, block.gate, block.down) if m is not None}
+    assert report.ff_bytes == sum(p.numel() * 4 for m in ff for p in m.parameters())
+    assert report.parameters > report.active_parameters
+    assert report.copy_seconds > 0 < report.selection_seconds
+    assert "active parameters" in report._repr_html_()
+
+
+# --------------------------------------------------------------------------------------
+# Methods
+
+
+def scores_of(method: str, statistic: Tensor, k: int = 40, seed: int = 0) -> Tensor:
+    block = flocking.feedforwards(build("llama"))[0]
+    return METHODS[method](statistic, k, block, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_reproducible(llama: tf.PreTrainedModel, method: str) -> None:
+    ids = tokens(20)
+    chosen = []
+    for seed in (0, 0, 1):
+        twin = flocking.griffin(llama, 0.5, method=method, seed=seed)
+        generate(twin, ids)
+        chosen.append(as_masks(twin, llama))
+    assert (chosen[0].sum(-1) == 80).all()
+    np.testing.assert_array_equal(chosen[0], chosen[1])
+    drawn = method in ("sampled", "half-sampled", "random")
+    assert (chosen[0] != chosen[2]).any() == drawn
+    if method != "topk":
+        assert (chosen[0] != expected_selection(llama, ids)[0]).any()
+
+
+def test_samples_in_proportion_to_the_statistic() -> None:
+    """Drawing two of four: frequencies against the closed form, within five standard errors."""
+    p = np.array([0.1, 0.2, 0.3, 0.4])
+    due = [p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)]
+    n = 20_000
+    scores = METHODS["sampled"](
+        torch.tensor(p * 7).expand(n, 4), 2, None, torch.Generator().manual_seed(0)
+    )
+    got = np.bincount(scores.topk(2).indices.flatten().numpy(), minlength=4) / n
+    assert (np.abs(got - due) < 5 * np.sqrt(np.array(due) * (1 - np.array(due)) / n)).all()
+
+
+def test_half_sampling_keeps_the_highest() -> None:
+    statistic = torch.rand(160, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kept = scores_of("half-sampled", statistic).topk(40).indices.tolist()
+    assert set(statistic.topk(20).indices.tolist()) < set(kept)
+    assert set(kept) != set(statistic.topk(40).indices.tolist())
+
+
+def test_magnitude_is_the_weights(llama: tf.PreTrainedModel) -> None:
+    twin = flocking.griffin(llama, 0.5, method="magnitude")
+    generate(twin, tokens(20))
+    due = flocking.select(flocking.weight_magnitude(llama), 0.5).values
+    np.testing.assert_array_equal(as_masks(twin, llama), due)
+
+
+def test_global_statistic_and_what_is_chosen_by_it(llama: tf.PreTrainedModel) -> None:
+    texts = random_ids(30, 50, 12)
+    reference = flocking.global_statistic(llama, texts, progress=False)
+    energy = 0
+    for row in texts:
+        recording = flocking.record(llama, [row], window=None, progress=False)
+        energy = energy + flocking.statistic(recording).values[0] ** 2 / len(row) / 3
+    np.testing.assert_allclose(reference, np.sqrt(energy), rtol=1e-5)
+    assert reference.dims == ("layer", "neuron")
+
+    def chosen(method: str, **options: object) -> np.ndarray:
+        twin = flocking.griffin(llama, 0.5, method=method, reference=reference, **options)
+        generate(twin, tokens(20))
+        return as_masks(twin, llama)
+
+    static, prompt = chosen("static"), chosen("topk")
+    np.testing.assert_array_equal(static, flocking.select(reference, 0.5).values)
+    np.testing.assert_array_equal(chosen("global-local", weight=1), static)
+    np.testing.assert_array_equal(chosen("global-local", weight=0), prompt)
+    both = chosen("global-local")
+    assert (both & static & prompt).sum() == (static & prompt).sum()  # in both halves: in any mean
+    # By hand: mean of ranks, for the first layer.
+    s = flocking.statistic(
+        flocking.record(llama, tokens(20).tolist(), window=None, progress=False)
+    ).values[0, 0]
+    ranks = s.argsort().argsort() + reference.values[0].argsort().argsort()
+    kept = ranks[both[0]]
+    assert kept.min() >= np.sort(ranks)[-80]
+
+
+def test_a_users_own_method(llama: tf.PreTrainedModel) -> None:
+    """The oracle, for one: what hindsight would choose fits the same place."""
+
+    def lowest(statistic: Tensor, k: int, block: object, generator: object) -> Tensor:
+        return -statistic
+
+    twin = flocking.griffin(llama, 0.5, method=lowest)
+    generate(twin, tokens(20))
+    np.testing.assert_array_equal(as_masks(twin, llama), ~expected_selection(llama, tokens(20))[0])
+    wrong = flocking.griffin(llama, method=lambda s, k, b, g: s[:3])
+    with pytest.raises(ValueError, match="one score for each"):
+        generate(wrong, tokens(20))
+    assert fused_rows(torch.tensor([1]), 4, False).tolist() == [1, 5]
+
+
+# --------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0}, r"density=0\.0: give the fraction"),
+        ({"density": 1.5}, r"density=1\.5"),
+        ({"density": 0.001}, "keeps none of 160"),
+        ({"density": [0.5]}, "density has 1 values: give one, or one for each of 2"),
+        ({"method": "best"}, "choose from topk, sampled, half-sampled, random, magnitude, static"),
+        ({"method": "static"}, "needs reference"),
+        ({"method": "global-local"}, "needs reference"),
+        ({"scope": "batch"}, "give 'shared' or 'sequence'"),
+    ],
+    ids=str,
+)
+def test_refuses_what_makes_no_twin(llama: tf.PreTrainedModel, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flocking.griffin(llama, **options)
+
+
+def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None:
+    reference = flocking.global_statistic(llama, random_ids(20), progress=False)
+    with pytest.raises(ValueError, match=r"lacks layers \[0\]"):
+        flocking.griffin(llama, method="static", reference=reference.isel(layer=[1]))
+    with pytest.raises(ValueError, match="fewer than d_ff"):
+        flocking.griffin(llama, method="static", reference=reference.isel(neuron=slice(9)))
+    with pytest.raises(ValueError, match="give \\(layer, neuron\\)"):
+        flocking.griffin(llama, method="static", reference=reference.isel(layer=0))
+    with pytest.raises(ValueError, match="weight=2"):
+        flocking.griffin(llama, method="global-local", reference=reference, weight=2)
+
+
+def test_refuses_models_that_cannot_be_pruned() -> None:
+    with pytest.raises(ValueError, match="no decoder-only model that generates"):
+        flocking.griffin(build("bert"))
+    with torch.device("meta"):
+        meta = tf.AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]())
+    with pytest.raises(ValueError, match="on the meta device"):
+        flocking.griffin(meta)
+    mixture = tf.MixtralForCausalLM(
+        tf.MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+    with pytest.raises(flocking.UnsupportedModelError, match="mixture of experts"):
+        flocking.griffin(mixture)
+    quantised = build("llama")
+    quantised.is_quantized = True
+    quantised.config.quantization_config = type("Config", (), {"quant_method": "bitsandbytes"})()
+    with pytest.raises(ValueError, match="quantised \\(bitsandbytes\\)"):
+        flocking.griffin(quantised)
+
+
+def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
+    model, twin = pair
+    ids = tokens(20)
+    with pytest.raises(RuntimeError, match="no experts yet"):
+        twin(ids)
+    with pytest.raises(RuntimeError, match="no experts were chosen"):
+        _ = twin.selection
+    with pytest.raises(ValueError, match="use_cache=False would run"):
+        generate(twin, ids, use_cache=False)
+    with pytest.raises(ValueError, match="assistant_model=twin"):
+        generate(twin, ids, assistant_model=model)
+    with pytest.raises(ValueError, match="assistant_model=twin"):
+        generate(twin, ids, prompt_lookup_num_tokens=3)
+    with pytest.raises(ValueError, match="twin already"):
+        flocking.griffin(twin)
+    with pytest.raises(ValueError, match="batch continuously"):
+        twin.generate_batch([[1, 2]])
+    with pytest.raises(ValueError, match="save the original"):
+        twin.save_pretrained("nowhere")
+    for convert in (
+        lambda: twin.half(),
+        lambda: twin.to(torch.bfloat16),
+        lambda: twin.to("meta"),
+        lambda: twin.double(),
+        lambda: twin.bfloat16(),
+    ):
+        with pytest.raises(ValueError, match="shares its parameters"):
+            convert()
+    assert twin.to("cpu") is twin.to(torch.float32) is twin
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    generate(twin, ids)
+    assert isinstance(twin, type(model))
+    assert type(twin).__name__ == type(model).__name__
+
+
+def test_an_interrupted_prompt_leaves_no_half_chosen_experts(pair: tuple) -> None:
+    """The next prompt is chosen from itself alone."""
+    model, twin = pair
+    ids = tokens(20)
+    generate(twin, ids)
+    with pytest.raises(IndexError):
+        generate(twin, torch.full((1, 5), VOCABULARY + 7))
+    generate(twin, ids)
+    np.testing.assert_array_equal(as_masks(twin, model), expected_selection(model, ids)[0])
