@@ -65,7 +65,8 @@ def observe(
     model : transformers.PreTrainedModel
     callback : callable
         Gets the :class:`FeedForward` and its ``z``, a tensor of shape (sequence, token,
-        d_ff) in the model's dtype and on its layer's device: the very tensor that the model
+        d_ff), or (sequence * token, d_ff) where a block flattens its input as OPT's does, in
+        the model's dtype and on its layer's device: the very tensor that the model
         goes on with, so copy what you keep and change nothing in place. Return None to
         leave the model alone, or a tensor to use in place of ``z``.
     layers : iterable of int, optional

@@ -28,7 +28,7 @@ def pruned_by_hand(
 
     def masked(block: flocking.FeedForward, z: torch.Tensor) -> torch.Tensor:
         keep = torch.ones_like(z)
-        keep[:, cut:] = torch.from_numpy(experts[block.layer]).to(z.dtype)
+        keep[..., cut:, :] = torch.from_numpy(experts[block.layer]).to(z.dtype)
         return z * keep
 
     with flocking.observe(model, masked):
