@@ -49,8 +49,9 @@ browser: env  ## run the notebooks in JupyterLab in headless Chromium, keep pict
 	$(BIN)/python -m pip install --quiet --editable '.[browser]' --constraint constraints.txt
 	$(BIN)/python tests/in_browser.py flocking.ipynb your_model.ipynb
 
-benchmark: env  ## what recording costs, in time and memory
+benchmark: env  ## what recording costs and what GRIFFIN saves, in time and memory
 	$(BIN)/python benchmarks/recording.py
+	$(BIN)/python benchmarks/decoding.py
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile

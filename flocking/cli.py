@@ -308,7 +308,6 @@ def generate(
         subject.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
         active = twin.report().active_parameters if subject is twin else loaded.num_parameters()
         table.add_row(name, str(len(clock.times)), clock.speed, f"{active:,}")
-        typer.echo()
     if compare:
         console.print(table)
         console.print("Speed is of decoding, without the prompt; one run says little about it.")

@@ -99,6 +99,7 @@ def griffin(
         the compact weights are held once per sequence (and beam).
     reference : xarray.DataArray, (layer, neuron), optional
         The static statistic of "static" and "global-local": :func:`flocking.global_statistic`.
+        (Given the statistic of the very text that is to follow, "static" is the oracle.)
     weight : float
         Of the global ranks in "global-local" (GLASS, arXiv 2508.14302).
     seed : int

@@ -159,3 +159,40 @@ def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
     # Measured when the design was made, on news: weak at first, strong in the last two layers.
     assert float(score[:10].mean()) < 0.12
     assert float(score[-2:].min()) > 0.5
+
+
+def test_generate(model: str) -> None:
+    options = ["--model", model, "--max-new-tokens", 6]
+    result = run("generate", "Birds of a feather", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Birds of a feather ")
+    assert "GRIFFIN" not in result.stdout
+
+    compared = run("generate", "-", "--compare", "--density", 1, *options, stdin="Flocks.")
+    assert compared.exit_code == 0, compared.output
+    full, _, twin = compared.stdout.partition("GRIFFIN, density 1")
+    text = full.partition("Flocks.")[2].strip()
+    assert text
+    assert "".join(text.split()) in "".join(twin.split())  # density 1: the same tokens
+    assert "tokens a second" in twin
+    loaded, _ = flocking.load(model)
+    assert twin.count(f"{loaded.num_parameters():,}") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--density", 0], "density=0.0: give the fraction"),
+        (["x", "--method", "best"], "method='best': choose from topk"),
+        (["x", "--method", "static"], "needs reference"),
+        (["x", "--scope", "all"], "scope='all': give 'shared' or 'sequence'"),
+        (["x", "--max-new-tokens", 0], "--max-new-tokens 0: give 1 or more"),
+        ([""], "the prompt is empty"),
+    ],
+    ids=str,
+)
+def test_generate_refuses(model: str, arguments: list, message: str) -> None:
+    result = run("generate", *arguments, "--model", model)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output

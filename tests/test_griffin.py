@@ -13,7 +13,6 @@ from torch import Tensor
 
 import flocking
 from flocking.selection import METHODS, expert_count
-from flocking.shadow import fused_rows
 
 GENERATING = [name for name in ARCHITECTURES if name != "bert"]
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -215,12 +214,11 @@ def minimal_griffin(
     return new
 
 
-@pytest.mark.parametrize("name", ["code", "reportage", "letter"])
+@pytest.mark.parametrize("name", ["code", "reportage", "letters"])
 def test_agrees_with_a_minimal_griffin_on_real_prompts(embedded: tuple, name: str) -> None:
     model, tokenizer = embedded
     passages = {passage.name: passage for passage in flocking.passages()}
-    text = passages.get(name, flocking.passages()[0])
-    ids = torch.tensor([tokenizer(text)["input_ids"][:96]])
+    ids = torch.tensor([tokenizer(passages[name])["input_ids"][:96]])
     twin = flocking.griffin(model)
     got = generate(twin, ids, 24)[0, 96:].tolist()
     assert got == minimal_griffin(model, ids, 24, 0.5)
@@ -517,8 +515,16 @@ def test_global_statistic_and_what_is_chosen_by_it(llama: tf.PreTrainedModel) ->
     assert kept.min() >= np.sort(ranks)[-80]
 
 
+def test_the_oracle_is_static_in_hindsight(llama: tf.PreTrainedModel) -> None:
+    prompt, later = random_ids(20, 15)
+    recording = flocking.record(llama, [prompt + later], window=19, progress=False)
+    reference = flocking.statistic(recording, start=20).isel(sequence=0)
+    twin = flocking.griffin(llama, 0.5, method="static", reference=reference)
+    flocking.score(twin, prompt, later)
+    np.testing.assert_array_equal(as_masks(twin, llama), flocking.select(reference, 0.5).values)
+
+
 def test_a_users_own_method(llama: tf.PreTrainedModel) -> None:
-    """The oracle, for one: what hindsight would choose fits the same place."""
 
     def lowest(statistic: Tensor, k: int, block: object, generator: object) -> Tensor:
         return -statistic
@@ -529,7 +535,6 @@ def test_a_users_own_method(llama: tf.PreTrainedModel) -> None:
     wrong = flocking.griffin(llama, method=lambda s, k, b, g: s[:3])
     with pytest.raises(ValueError, match="one score for each"):
         generate(wrong, tokens(20))
-    assert fused_rows(torch.tensor([1]), 4, False).tolist() == [1, 5]
 
 
 # --------------------------------------------------------------------------------------
