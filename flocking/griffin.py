@@ -44,6 +44,9 @@ class Report:
         decodes faster, and needs more memory, not less, while its original stays loaded.
     prefilled_tokens : int
         Real tokens that the experts were chosen from, all sequences together.
+    drafted_tokens, accepted_tokens : int
+        As ``assistant_model``: how many the twin proposed since the last prompt, and how many of
+        those the full model took. The last proposal is in neither, as nobody tells its fate.
     selection_seconds, copy_seconds : float
         For choosing the last prompt's experts, and for copying them.
     """
@@ -53,6 +56,8 @@ class Report:
     ff_bytes: int
     compact_bytes: int
     prefilled_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     selection_seconds: float
     copy_seconds: float
 
@@ -242,6 +247,18 @@ class _State:
         self.tokens: Tensor | None = None  # int64 (sequence,): real tokens in the moments
         self.cache: Callable[[], object | None] = lambda: None
         self.seconds = (0.0, 0.0)
+        self.draft: tuple[int, Tensor] | None = None  # where the last one began, and its tokens
+        self.drafted = self.accepted = 0
+
+    def note_fate(self, ids: Tensor) -> None:
+        """Count how much of the last draft is in the text `ids` that it was made for."""
+        if self.draft is not None:
+            start, draft = self.draft
+            new = draft[0, start:]
+            kept = ids[0, start : draft.shape[1]]
+            same = (new[: len(kept)] == kept).long().cumprod(dim=0).sum()
+            self.drafted, self.accepted = self.drafted + len(new), self.accepted + int(same)
+        self.draft = None
 
     def prefill(
         self, run: Callable[[], Any], sequences: int, mask: Tensor | None, past: Any
@@ -262,6 +279,7 @@ class _State:
         continues = past is not None and past is self.cache() and self.tokens is not None
         if not continues:
             self.moments, self.tokens = {}, None
+            self.draft, self.drafted, self.accepted = None, 0, 0
         self.cache = lambda: None  # until this prompt is through
         first = self.tokens is None  # its first token is a window of its own, as in recordings
         seen: dict[int, int] = {}
@@ -375,6 +393,8 @@ class Twin:
             ff_bytes=sum(p.numel() * p.element_size() for p in ff.values()),
             compact_bytes=sum(c.bytes for c in state.compacts),
             prefilled_tokens=0 if state.tokens is None else int(state.tokens.sum()),
+            drafted_tokens=state.drafted,
+            accepted_tokens=state.accepted,
             selection_seconds=state.seconds[0],
             copy_seconds=state.seconds[1],
         )
@@ -403,6 +423,16 @@ class Twin:
         return state.prefill(
             lambda: state.whole._prefill(*arguments), len(input_ids), mask, past if length else None
         )
+
+    def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs["generation_config"].is_assistant:
+            return super()._sample(input_ids, *args, **kwargs)
+        state = self._griffin
+        state.note_fate(input_ids)
+        result = super()._sample(input_ids, *args, **kwargs)
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        state.draft = (input_ids.shape[1], sequences)
+        return result
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(

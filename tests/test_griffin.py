@@ -145,7 +145,33 @@ def test_drafts_for_the_full_model(generating: tf.PreTrainedModel) -> None:
     np.testing.assert_array_equal(
         as_masks(twin, generating), expected_selection(generating, ids)[0]
     )
-    assert twin.report().prefilled_tokens == 24
+    report = twin.report()
+    assert report.prefilled_tokens == 24
+    assert 0 <= report.accepted_tokens <= report.drafted_tokens
+
+
+def test_counts_the_drafts_that_are_taken(llama: tf.PreTrainedModel) -> None:
+    """All of them at density 1; against every call of the full model at one half."""
+    ids = tokens(24)
+    everything = flocking.griffin(llama, 1.0)
+    generate(llama, ids, 24, assistant_model=everything)
+    report = everything.report()
+    assert report.accepted_tokens == report.drafted_tokens > 0
+
+    twin = flocking.griffin(llama, 0.3)
+    checked: list[int] = []
+    handle = llama.register_forward_hook(lambda m, a, out: checked.append(out.logits.shape[1]))
+    result = generate(llama, ids, 24, assistant_model=twin)
+    handle.remove()
+    report = twin.report()
+    # A check runs over a draft and one token more, and gives what it takes and one token more.
+    drafts = [length - 1 for length in checked if length > 1]
+    assert report.drafted_tokens == sum(drafts[:-1])
+    of_last = result.shape[1] - 24 - len(checked) - report.accepted_tokens
+    assert 0 <= of_last <= drafts[-1]
+    assert 0 < report.accepted_tokens < report.drafted_tokens
+    generate(llama, tokens(24, seed=4), 2, assistant_model=twin)
+    assert twin.report().drafted_tokens < report.drafted_tokens
 
 
 def test_a_padded_batch_selects_like_its_members(generating: tf.PreTrainedModel) -> None:
