@@ -371,6 +371,7 @@ def _synchronize(device: torch.device) -> None:
 class Twin:
     """What a twin's class adds to its model's: :func:`griffin` makes them."""
 
+    is_twin = True
     _griffin: _State
 
     @property

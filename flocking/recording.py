@@ -186,6 +186,11 @@ def _refuse_model(model: nn.Module, max_new_tokens: int) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {name}: give a transformers model (PreTrainedModel).")
+    if getattr(model, "is_twin", False):
+        raise ValueError(
+            "model is a twin, whose neurons are one prompt's experts: record the original, or use "
+            "flocking.observe around the twin's own generate."
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"{name} has weights on the meta device, without values: load them first, and "

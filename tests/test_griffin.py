@@ -385,6 +385,22 @@ def test_in_a_pipeline_with_a_chat_template(embedded: tuple) -> None:
     assert texts[0]
 
 
+def test_can_be_watched_as_it_decodes(pair: tuple) -> None:
+    """The hook sees what the experts compute: the full model's z, at the experts' places."""
+    model, twin = pair
+    ids = tokens(20)
+    out = generate(twin, ids, 2)
+    seen: dict[int, Tensor] = {}
+    due: dict[int, Tensor] = {}
+    with torch.no_grad():
+        past = model(ids, use_cache=True).past_key_values
+        with flocking.observe(twin, lambda block, z: seen.update({block.layer: z.clone()})):
+            twin(out[:, 20:21], past_key_values=copy.deepcopy(past))
+        with flocking.observe(model, lambda block, z: due.update({block.layer: z.clone()})):
+            model(out[:, 20:21], past_key_values=past)
+    torch.testing.assert_close(seen[0], due[0][..., twin.selection[0]])
+
+
 def test_several_twins_at_once(llama: tf.PreTrainedModel) -> None:
     ids = tokens(20)
     densities = (0.2, 0.5, 0.9)
@@ -655,6 +671,8 @@ def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
     assert twin.to("cpu") is twin.to(torch.float32) is twin
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     generate(twin, ids)
+    with pytest.raises(ValueError, match="record the original"):
+        flocking.record(twin, ids.tolist())
     assert isinstance(twin, type(model))
     assert type(twin).__name__ == type(model).__name__
 
