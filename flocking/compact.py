@@ -68,18 +68,18 @@ class Compact:
                 vars(compact).pop("forward", None)
             return
         if len(self.several) == 0 or self.several[0].weight.shape[0] != len(experts):
-            self.several = [_BySequence(module, len(experts)) for module in self.shared]
+            self.several = [
+                _BySequence(original, compact, len(experts))
+                for original, compact in zip(self.originals, self.shared, strict=True)
+            ]
+            for compact in self.shared:  # only their shapes are of use from now on
+                compact.weight = nn.Parameter(compact.weight.to("meta"), requires_grad=False)
             for module, place in zip(self.several, self.places, strict=True):
                 put(*place, module)
         for row, mine in enumerate(experts):
             for original, compact in zip(self.originals, self.several, strict=True):
                 bias = None if compact.bias is None else compact.bias[row]
                 _copy(original, compact.weight[row], bias, **self._indices(original, mine))
-
-    @property
-    def held(self) -> list[nn.Module]:
-        """The projections in use."""
-        return self.several or self.shared
 
     @property
     def parameters(self) -> int:
@@ -89,8 +89,8 @@ class Compact:
     @property
     def bytes(self) -> int:
         """Of the weights and biases that are held."""
-        modules = {id(m): m for m in (*self.shared, *self.several)}.values()
-        return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+        weights = [p for m in (*self.shared, *self.several) for p in m.parameters()]
+        return sum(p.numel() * p.element_size() for p in weights if not p.is_meta)
 
 
 def _refuse(*args: object, **kwargs: object) -> NoReturn:
@@ -125,15 +125,17 @@ class _BySequence(nn.Module):
     (sequence, inputs, outputs).
     """
 
-    def __init__(self, like: nn.Module, sequences: int) -> None:
+    def __init__(self, original: nn.Module, compact: nn.Module, sequences: int) -> None:
         super().__init__()
-        self.transposed = stored_transposed(like)
-        self.outputs = width(like)[1]
+        self.transposed = stored_transposed(compact)
+        self.outputs = width(compact)[1]
         for name in ("weight", "bias"):
-            value = getattr(like, name, None)
+            value, whole = getattr(compact, name, None), getattr(original, name, None)
             if value is not None:
-                value = value.detach().expand(sequences, *value.shape).clone()
-                value = nn.Parameter(value, requires_grad=False)
+                room = whole.new_empty(sequences, *value.shape)
+                if value.shape == whole.shape:  # a down-projection's bias, whatever the experts
+                    room.copy_(whole.detach())
+                value = nn.Parameter(room, requires_grad=False)
             self.register_parameter(name, value)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -479,6 +479,17 @@ def test_reports(generating: tf.PreTrainedModel) -> None:
     assert "active parameters" in report._repr_html_()
 
 
+def test_holds_experts_once_for_each_sequence(llama: tf.PreTrainedModel) -> None:
+    shared, own = (flocking.griffin(llama, 0.5, scope=scope) for scope in ("shared", "sequence"))
+    for sequences in (3, 1):
+        ids = tokens(*[20] * sequences)
+        for twin in (shared, own):
+            generate(twin, ids, 2)
+        once = 2 * 3 * 80 * 64 * 4  # layers, projections, experts, hidden size, bytes
+        assert shared.report().compact_bytes == once
+        assert own.report().compact_bytes == sequences * once
+
+
 # --------------------------------------------------------------------------------------
 # Methods
 
