@@ -114,12 +114,13 @@ def finished(
     )
 
 
-def said(values: xr.DataArray, weights: str, digits: int = 2) -> str:
-    """An estimate with its interval."""
-    estimate, low, high = (
-        float(values.sel(weights=weights, interval=name)) for name in ("estimate", "low", "high")
-    )
-    return f"{estimate:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def said(values: xr.DataArray, label: str | float | None = None, digits: int = 2) -> str:
+    """An estimate with its interval; at a label of the other dimension, if there is one."""
+    if label is not None:
+        (other,) = set(values.dims) - {"interval"}
+        values = values.sel({other: label})
+    each = (float(values.sel(interval=name)) for name in ("estimate", "low", "high"))
+    return "{} [{}, {}]".format(*(f"{value:,.{digits}f}" for value in each))
 
 
 def counted(ids: list[list[int]]) -> str:

@@ -266,7 +266,7 @@ def generation(
     chance = [overlap.chance_jaccard(density) for density in DENSITIES]
     data = data.assign(chance=("density", chance))
     here = data.sel(density=_DENSITY)
-    share = here.captured_mean.rename(selection="weights")
+    share = here.captured_mean
     new = [len(row) - len(prompt) for row, prompt in zip(replayed, ids, strict=True)]
     source = source_of(recording)
     repeated = [_repeated(row[-n:]) for row, n in zip(replayed, new, strict=True) if n]

@@ -309,11 +309,16 @@ class _State:
             self.cache = weakref.ref(cache)
         return outputs
 
+    def adopt(self, other: _State) -> None:
+        """Choose from the prompt that `other`, of another twin of the same model, was given."""
+        self.moments, self.tokens, self.cache = other.moments, other.tokens, lambda: None
+        self.choose()
+
     @torch.no_grad()
     def choose(self) -> None:
         """From the moments to the experts in their compact projections."""
         started = time.perf_counter()
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(int(self.seed))
         experts = []
         for compact in self.compacts:
             block = compact.block

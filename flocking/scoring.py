@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def score(
             f"protocol={protocol!r} needs a token before the last one that is fed, to choose "
             "experts from: give a prompt of two tokens or more."
         )
-    values = _log_likelihoods(model, torch.tensor([prompt_ids + later_ids]), cut)
+    (values,) = side_by_side([model], torch.tensor([prompt_ids + later_ids]), cut)
     first = len(prompt_ids) - 1
     pruned = np.arange(first, fed) >= cut
     return xr.DataArray(
@@ -147,7 +148,8 @@ def perplexity(
     values = []
     with tqdm(total=len(rows), desc="scoring", unit="text", disable=not progress) as bar:
         for batch in rows.split(batch_size):
-            values.append(_log_likelihoods(model, batch, prompt_length)[:, prompt_length - 1 :])
+            (scored,) = side_by_side([model], batch, prompt_length)
+            values.append(scored[:, prompt_length - 1 :])
             bar.update(len(batch))
     likelihood = torch.cat([part.double().cpu() for part in values]).numpy()
     return xr.Dataset(
@@ -172,38 +174,61 @@ def _one(name: str, sequences: list[Tensor]) -> list[int]:
     return sequences[0].tolist()
 
 
-def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
-    """Of every token but the first, float32 (sequence, token - 1); `ids` has no padding.
+def side_by_side(models: Sequence[PreTrainedModel], ids: Tensor, cut: int) -> list[Tensor]:
+    """Log-likelihoods of one text under several models, which share one run of its beginning.
 
-    In two passes, the first over `cut` tokens: under a twin that one is the full model's and
-    gives the experts. A model alone is run in the same way, so that the two compare.
+    That run, over `cut` tokens, is the full model's and gives each twin its experts. The full
+    model's rest is run in the same way, so that it compares with its twins'.
+
+    Parameters
+    ----------
+    models : list of transformers.PreTrainedModel
+        Twins of one model, and that model itself.
+    ids : Tensor of int64, shape (sequence, token)
+        Without padding.
+    cut : int
+        Tokens before the first that is computed pruned.
+
+    Returns
+    -------
+    list of Tensor, float32, shape (sequence, token - 1)
+        For each model, of every token but the first, in nats.
     """
-    model = unwrap(model)
-    twin = isinstance(model, Twin)
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    models = [unwrap(model) for model in models]
+    states = [model._griffin for model in models if isinstance(model, Twin)]
+    whole = states[0].whole if states else models[0]
+    if any(state.whole is not whole for state in states):
+        raise ValueError("these are twins of different models: compare those of one.")
+    ids = ids.to(whole.get_input_embeddings().weight.device)
     ones = torch.ones_like(ids)
-    whole = model._griffin.whole if twin else model
 
-    def run(first: PreTrainedModel, tokens: slice, past: object = None) -> object:
-        return first(
+    def run(model: PreTrainedModel, tokens: slice, past: Any = None) -> Any:
+        return model(
             input_ids=ids[:, tokens],
             attention_mask=ones[:, : tokens.stop],
             past_key_values=past,
             use_cache=True,
         )
 
-    with undisturbed(model, seed=0):
-        head = slice(0, cut)
-        if twin:
-            outputs = model._griffin.prefill(lambda: run(whole, head), len(ids), None, None)
+    def likelihoods(logits: Tensor, start: int) -> Tensor:
+        due = ids[:, start + 1 : start + 1 + logits.shape[1], None]
+        return logits[:, : due.shape[1]].float().log_softmax(dim=-1).gather(-1, due)[..., 0]
+
+    head, tail = slice(0, cut), slice(cut, ids.shape[1] - 1)
+    with undisturbed(whole, seed=0):
+        if states:
+            outputs = states[0].prefill(lambda: run(whole, head), len(ids), None, None)
         else:
             outputs = run(whole, head)
-        logits = [outputs.logits]
-        if cut < ids.shape[1] - 1:
-            tail = slice(cut, ids.shape[1] - 1)
-            logits.append(run(model, tail, outputs.past_key_values).logits)
-    values = [
-        part.float().log_softmax(dim=-1).gather(-1, ids[:, start + 1 :][:, : part.shape[1], None])
-        for start, part in zip((0, cut), logits, strict=False)
-    ]
-    return torch.cat(values, dim=1)[..., 0][:, : ids.shape[1] - 1]
+        values = [likelihoods(outputs.logits, 0)] * len(models)
+        for number, model in enumerate(models):
+            if isinstance(model, Twin) and model._griffin is not states[0]:
+                model._griffin.adopt(states[0])
+            if tail.start == tail.stop:
+                continue
+            past = outputs.past_key_values
+            if number < len(models) - 1:
+                past = copy.deepcopy(past)
+            rest = run(model if isinstance(model, Twin) else whole, tail, past)
+            values[number] = torch.cat([values[number], likelihoods(rest.logits, cut)], dim=1)
+    return values

@@ -1,0 +1,401 @@
+"""The runs behind GRIFFIN's figures: likelihoods of real text with the experts in force.
+
+Experiments as those of :mod:`flocking.experiments`. Scored is the loss (negative log-likelihood,
+nats per token) of a text's own tokens after a prompt, under the full model and under twins that
+share one run of that prompt. The chance level is random experts; a control with random weights
+has nothing to lose. Static experts, from the other texts alone, are the control of GRIFFIN's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from scipy.stats import spearmanr
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking import overlap
+from flocking.controlled import dimension, finished, said, same_length, source_of
+from flocking.griffin import griffin
+from flocking.recording import record
+from flocking.scoring import side_by_side
+from flocking.uncertainty import bootstrap
+
+DENSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+METHODS = [
+    "hindsight",
+    "global-local",
+    "static",
+    "GRIFFIN",
+    "half-sampled",
+    "sampled",
+    "random",
+    "magnitude",
+]
+_DENSITY = 0.5
+_WINDOW = 16
+_EXCERPTS = 3
+_GROUPINGS = 2  # ways in which the texts are put together into batches
+_BIN = 64  # tokens over which losses by distance are averaged
+
+
+def loss_by_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    tokens: int = 1537,
+    horizon: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Perplexity of the same tokens after prompts of growing length, and by distance.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`flocking.load` returns them.
+    texts : list of str
+        Those with a ``name``, as of :func:`flocking.passages`, are labelled with it.
+    tokens, horizon : int
+        Of each text, and how many of them are scored: the last, after a prompt of the 17, 65,
+        257, ... tokens that stand before them.
+    seed : int
+        Of random experts.
+    progress : bool
+        Show progress on standard error.
+
+    Returns
+    -------
+    xarray.Dataset
+        At density 0.5: ``perplexity`` (interval, selection, prompt_length), and ``excess``
+        (interval, selection, prompt_length, distance), the loss above the full model's in nats per
+        token, over the 64 tokens that begin at ``distance`` from the prompt's end.
+    """
+    ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
+    total = len(ids[0])
+    horizon = min(horizon, (total - 1) // (2 * _WINDOW) * _WINDOW)
+    lengths = [n + 1 for n in (16, 64, 256, 1024) if n + 1 + horizon <= total]
+    recording = record(model, ids, tokenizer=tokenizer, window=_WINDOW, progress=progress)
+    others = overlap.statistic_of_others(overlap.statistic(recording))
+    later = overlap.statistic(recording, start=total - horizon)
+    methods = ["hindsight", "global-local", "static", "GRIFFIN", "random"]
+
+    def measure(number: int) -> xr.DataArray:
+        references = others.isel(sequence=number), later.isel(sequence=number)
+        twins = _twins(model, methods, *references, seed=seed + number)
+        prompts = [ids[number][total - horizon - length :] for length in lengths]
+        losses = [_losses(model, twins, [row], n) for row, n in zip(prompts, lengths, strict=True)]
+        return xr.concat(losses, dimension("prompt_length", lengths)).isel(sequence=0)
+
+    losses = _each(measure, names, progress)
+    step = min(_BIN, horizon)
+    excess = losses - losses.sel(selection="full")
+    excess = excess.coarsen(distance=step, boundary="trim", coord_func="min").mean()
+    data = xr.Dataset(
+        {
+            "perplexity": _perplexity(losses.mean("distance")),
+            "excess": bootstrap(excess),
+        }
+    )
+    far = data.excess.sel(selection="GRIFFIN").isel(prompt_length=-1)
+    source = source_of(recording)
+    caption = (
+        f"Perplexity of {source['model']} at density {_DENSITY} on the same {horizon} tokens of "
+        f"{len(ids)} texts, after prompts of the tokens before them; 95% bootstrap bands over "
+        f"texts. After {lengths[0]} tokens: {_listed(data.perplexity.isel(prompt_length=0))}. "
+        f"After {lengths[-1]}: {_listed(data.perplexity.isel(prompt_length=-1))}. Hindsight: the "
+        "scored tokens' own experts; static: the other texts'; global-local: mean of the prompt's "
+        f"and the other texts' ranks. Guessing would give {_vocabulary(model):,}. Right: by "
+        f"distance; GRIFFIN after {lengths[-1]} tokens loses {said(far.isel(distance=0))} "
+        f"nats in the first {step} and {said(far.isel(distance=-1))} in the last {step}."
+    )
+    return finished(data, source, names, ids, seed, caption, density=_DENSITY, horizon=horizon)
+
+
+def loss_by_density(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    tokens: int = 513,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Perplexity at densities from 0.1 to 1.
+
+    Parameters are those of :func:`loss_by_prompt`; the first half of `tokens` is the prompt.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``perplexity`` (interval, selection, density); the full model's is the same at all.
+    """
+    ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
+    prompt = _half(ids)
+    recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)
+    others = overlap.statistic_of_others(overlap.statistic(recording))
+
+    def at(density: float, number: int) -> xr.DataArray:
+        # A few twins at a time: each holds weights of its own.
+        methods = ["static", "GRIFFIN", "random"]
+        twins = _twins(model, methods, others.isel(sequence=number), None, density, seed + number)
+        return _losses(model, twins, [ids[number]], prompt)[:, 0].mean("distance")
+
+    def measure(number: int) -> xr.DataArray:
+        losses = [at(density, number) for density in DENSITIES]
+        return xr.concat(losses, dimension("density", DENSITIES))
+
+    data = xr.Dataset({"perplexity": _perplexity(_each(measure, names, progress))})
+    source = source_of(recording)
+    listed = (f"{d}: {_listed(data.perplexity.sel(density=d))}" for d in (0.5, 0.7, 0.9))
+    caption = (
+        f"Perplexity of {source['model']} on {len(ids[0]) - prompt} tokens after prompts of "
+        f"{prompt}, by density, over {len(ids)} texts with 95% bootstrap bands. At density "
+        f"{'. At '.join(listed)}. Static: the other texts' experts. Guessing would give "
+        f"{_vocabulary(model):,}."
+    )
+    return finished(data, source, names, ids, seed, caption, prompt=prompt)
+
+
+def loss_by_method(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    tokens: int = 513,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Perplexity by method, and whether the energy that experts capture predicts the loss.
+
+    Parameters are those of :func:`loss_by_density`; `tokens` is the length of an excerpt, of
+    which each text gives up to three.
+
+    Returns
+    -------
+    xarray.Dataset
+        At density 0.5: ``perplexity`` (interval, selection); ``excess`` and ``captured`` (text,
+        excerpt, selection), the loss above the full model's, in nats per token, and the share of
+        the scored tokens' energy in the full model that the experts keep, mean over layers;
+        ``between_methods`` and ``between_excerpts`` (interval), Spearman's rank correlation of
+        the two between the methods on one excerpt, and between all excerpts under GRIFFIN.
+    """
+    room = (tokens - 1) * _EXCERPTS + 1
+    ids, names = same_length(model, tokenizer, texts, room, _WINDOW, least=65)
+    count = max(1, min(_EXCERPTS, (len(ids[0]) - 1) // (tokens - 1)))
+    step = (len(ids[0]) - 1) // count // _WINDOW * _WINDOW
+    excerpts = [row[step * n : step * (n + 1) + 1] for row in ids for n in range(count)]
+    prompt = _half(excerpts)
+    recording = record(model, excerpts, tokenizer=tokenizer, window=_WINDOW, progress=progress)
+    energy = overlap.statistic(recording) ** 2
+    later = overlap.statistic(recording, start=prompt)
+    text_of = np.arange(len(excerpts)) // count
+
+    def measure_excerpt(number: int) -> xr.Dataset:
+        # Static experts from the other texts, not from other excerpts of the same one.
+        others = np.sqrt(energy.isel(sequence=text_of != text_of[number]).mean("sequence"))
+        own = later.isel(sequence=number)
+        twins = _twins(model, METHODS, others, own, seed=seed + number)
+        losses = _losses(model, twins, [excerpts[number]], prompt)[:, 0].mean("distance")
+        return xr.Dataset({"loss": losses, "captured": _captured(twins, own)})
+
+    def measure(number: int) -> xr.Dataset:
+        parts = [measure_excerpt(count * number + n) for n in range(count)]
+        return xr.concat(parts, dimension("excerpt", list(range(count))))
+
+    values = _each(measure, names, progress)
+    excess, captured = values.loss - values.loss.sel(selection="full"), values.captured
+    by_selection = {"input_core_dims": [["selection"], ["selection"]], "vectorize": True}
+    within = xr.apply_ufunc(
+        _rank_correlation,
+        captured.sel(selection=METHODS),
+        excess.sel(selection=METHODS),
+        **by_selection,
+    )
+    under = [part.sel(selection="GRIFFIN") for part in (captured, excess)]
+    data = xr.Dataset(
+        {
+            "perplexity": _perplexity(values.loss.mean("excerpt")),
+            "excess": excess.rename(sequence="text"),
+            "captured": captured.rename(sequence="text"),
+            "between_methods": bootstrap(within.mean("excerpt")),
+            "between_excerpts": _between_excerpts(*under),
+        }
+    )
+    source = source_of(recording)
+    caption = (
+        f"{source['model']} at density {_DENSITY} on {len(excerpts[0]) - prompt} tokens after "
+        f"prompts of {prompt}, {count} excerpts of each of {len(ids)} texts, with 95% bootstrap "
+        f"intervals over texts. Perplexity: {_listed(data.perplexity)}; guessing would give "
+        f"{_vocabulary(model):,}. Below: the loss above the full model's against the energy of "
+        "the scored tokens that the experts capture (chance 0.5). Spearman's rank correlation: "
+        f"{said(data.between_methods)} between the methods on one excerpt, "
+        f"{said(data.between_excerpts)} between the {len(excerpts)} excerpts under GRIFFIN alone."
+    )
+    return finished(data, source, names, excerpts, seed, caption, density=_DENSITY, prompt=prompt)
+
+
+def loss_by_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    tokens: int = 513,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Perplexity of GRIFFIN where the texts of a batch share their experts, by its size.
+
+    Parameters are those of :func:`loss_by_density`; `seed` is also that of the batches.
+
+    Returns
+    -------
+    xarray.Dataset
+        At density 0.5: ``perplexity`` (interval, batch_size), for all sizes that divide the
+        number of texts (at 1 each has its own, as with ``scope="sequence"``), and ``baseline``
+        (interval, selection), each text alone, with the full model and with static experts.
+    """
+    ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
+    prompt, count = _half(ids), len(ids)
+    recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)
+    others = overlap.statistic_of_others(overlap.statistic(recording))
+    random = np.random.default_rng(seed)
+    twins = {"GRIFFIN": griffin(model, _DENSITY)}
+
+    def shared(size: int) -> xr.DataArray:
+        losses = []
+        for _ in range(_GROUPINGS if 1 < size < count else 1):
+            mixed = random.permutation(count)
+            batches = mixed.reshape(-1, size)
+            parts = [_losses(model, twins, [ids[n] for n in batch], prompt) for batch in batches]
+            loss = xr.concat(parts, "sequence").sel(selection="GRIFFIN").mean("distance")
+            losses.append(loss.assign_coords(sequence=mixed).sortby("sequence"))
+        return xr.concat(losses, "grouping").mean("grouping")
+
+    sizes = [size for size in range(1, count + 1) if count % size == 0]
+    bar = tqdm(sizes, desc="scoring", unit="batch size", disable=not progress)
+    losses = xr.concat([shared(size) for size in bar], dimension("batch_size", sizes))
+
+    def alone(number: int) -> xr.DataArray:
+        static = _twins(model, ["static"], others.isel(sequence=number), None)
+        return _losses(model, static, [ids[number]], prompt)[:, 0].mean("distance")
+
+    data = xr.Dataset(
+        {
+            "perplexity": _perplexity(losses),
+            "baseline": _perplexity(_each(alone, names, progress)),
+        }
+    )
+    source = source_of(recording)
+    listed = (f"{size}: {said(data.perplexity, size, 0)}" for size in sizes)
+    caption = (
+        f"Perplexity of {source['model']} under GRIFFIN at density {_DENSITY} on "
+        f"{len(ids[0]) - prompt} tokens after prompts of {prompt}, where the texts of a batch, all "
+        f"of different kinds, share their experts; {count} texts, with 95% bootstrap bands. By "
+        f"batch size: {'; '.join(listed)}. Each text alone: {_listed(data.baseline)} (the other "
+        "texts' experts). At batch size 1 each text has its own experts, as with "
+        'scope="sequence" at any size.'
+    )
+    return finished(data, source, names, ids, seed, caption, density=_DENSITY, prompt=prompt)
+
+
+EXPERIMENTS: dict[str, Callable[..., xr.Dataset]] = {
+    function.__name__: function
+    for function in (loss_by_prompt, loss_by_density, loss_by_method, loss_by_batch)
+}
+
+
+def _twins(
+    model: PreTrainedModel,
+    methods: Iterable[str],
+    others: xr.DataArray,
+    later: xr.DataArray | None,
+    density: float = _DENSITY,
+    seed: int = 0,
+) -> dict[str, PreTrainedModel]:
+    """Twins by the figures' names; of those that need one, with the reference that they mean."""
+    meant = {
+        "GRIFFIN": ("topk", None),
+        "hindsight": ("static", later),
+        "static": ("static", others),
+        "global-local": ("global-local", others),
+    }
+    twins = {}
+    for name in methods:
+        method, reference = meant.get(name, (name, None))
+        twins[name] = griffin(model, density, method=method, reference=reference, seed=seed)
+    return twins
+
+
+def _losses(
+    model: PreTrainedModel,
+    twins: dict[str, PreTrainedModel],
+    ids: list[list[int]],
+    prompt: int,
+) -> xr.DataArray:
+    """Loss of each token after the prompt, (method, sequence, distance); the full model first."""
+    scored = side_by_side([*twins.values(), model], torch.tensor(ids), prompt)
+    scored = [scored[-1], *scored[:-1]]
+    values = torch.stack([-values[:, prompt - 1 :].double().cpu() for values in scored])
+    labels = {"selection": ["full", *twins], "distance": np.arange(values.shape[-1])}
+    return xr.DataArray(values.numpy(), labels, ("selection", "sequence", "distance"))
+
+
+def _captured(twins: dict[str, PreTrainedModel], later: xr.DataArray) -> xr.DataArray:
+    """Share of later tokens' energy that each twin's experts keep, mean over layers."""
+    chosen = xr.zeros_like(later, dtype=bool)
+    masks = [xr.ones_like(chosen)]
+    for twin in twins.values():
+        mask = chosen.copy()
+        for layer, experts in twin.selection.items():
+            mask.loc[{"layer": layer, "neuron": experts.numpy()}] = True
+        masks.append(mask)
+    masks = xr.concat(masks, dimension("selection", ["full", *twins]))
+    return overlap.captured_energy(masks, later).mean("layer").reset_coords(drop=True)
+
+
+def _each(
+    measure: Callable[[int], xr.DataArray | xr.Dataset], names: list[str], progress: bool
+) -> xr.DataArray | xr.Dataset:
+    """The measurement on each text, with progress."""
+    numbers = tqdm(range(len(names)), desc="scoring", unit="text", disable=not progress)
+    return xr.concat([measure(number) for number in numbers], dimension("sequence", names))
+
+
+def _perplexity(losses: xr.DataArray) -> xr.DataArray:
+    """Of all texts together, with its interval: the interval of the mean loss, exponentiated."""
+    return np.exp(bootstrap(losses)).assign_attrs(long_name="perplexity", units="1")
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's; NaN where one of the two does not vary."""
+    x, y = np.ravel(x), np.ravel(y)
+    return spearmanr(x, y).statistic if np.ptp(x) > 0 and np.ptp(y) > 0 else np.nan
+
+
+def _between_excerpts(x: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
+    """Rank correlation over all (text, excerpt); texts are drawn for the interval."""
+    x, y = (values.transpose("sequence", "excerpt").values for values in (x, y))
+    draws = np.random.default_rng(0).integers(len(x), size=(2000, len(x)))
+    drawn = [_rank_correlation(x[draw], y[draw]) for draw in draws]
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    values = [_rank_correlation(x, y), low, high]
+    return xr.DataArray(values, {"interval": ["estimate", "low", "high"]}, ("interval",))
+
+
+def _half(ids: list[list[int]]) -> int:
+    """Tokens of the prompt: the first, and windows that make up half of the others."""
+    return 1 + (len(ids[0]) - 1) // (2 * _WINDOW) * _WINDOW
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _listed(perplexity: xr.DataArray) -> str:
+    """By method, in one line."""
+    return ", ".join(f"{name} {said(perplexity, name, 0)}" for name in perplexity.selection.values)
