@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 import flocking
-from flocking.figures import heatmap
+from flocking.drawing import heatmap
 from flocking.gallery import regenerate
 from flocking.models import identity
 

@@ -17,9 +17,11 @@ import transformers
 import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.experiments import EXPERIMENTS
-from flocking.figures import FIGURES, STYLE
+from flocking import experiments, inference
+from flocking.drawing import STYLE
+from flocking.figures import FIGURES
 
+EXPERIMENTS = experiments.EXPERIMENTS | inference.EXPERIMENTS
 _SUFFIXES = (".png", ".svg", ".json")
 
 

@@ -9,6 +9,8 @@ has nothing to lose. Static experts, from the other texts alone, are the control
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,9 +73,9 @@ def loss_by_prompt(
     Returns
     -------
     xarray.Dataset
-        At density 0.5: ``perplexity`` (interval, selection, prompt_length), and ``excess``
-        (interval, selection, prompt_length, distance), the loss above the full model's in nats per
-        token, over the 64 tokens that begin at ``distance`` from the prompt's end.
+        At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
+        (interval, selection, prompt_length); ``relative_far`` (interval, selection,
+        prompt_length, distance) over the 64 tokens from ``distance`` after the prompt's end on.
     """
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     total = len(ids[0])
@@ -82,36 +84,31 @@ def loss_by_prompt(
     recording = record(model, ids, tokenizer=tokenizer, window=_WINDOW, progress=progress)
     others = overlap.statistic_of_others(overlap.statistic(recording))
     later = overlap.statistic(recording, start=total - horizon)
-    methods = ["hindsight", "global-local", "static", "GRIFFIN", "random"]
+    wanted = ["hindsight", "global-local", "static", "GRIFFIN", "random"]
 
     def measure(number: int) -> xr.DataArray:
         references = others.isel(sequence=number), later.isel(sequence=number)
-        twins = _twins(model, methods, *references, seed=seed + number)
+        twins = _twins(wanted, *references, seed=seed + number)
         prompts = [ids[number][total - horizon - length :] for length in lengths]
-        losses = [_losses(model, twins, [row], n) for row, n in zip(prompts, lengths, strict=True)]
-        return xr.concat(losses, dimension("prompt_length", lengths)).isel(sequence=0)
+        parts = [_losses(model, twins, [row], n) for row, n in zip(prompts, lengths, strict=True)]
+        return xr.concat(parts, dimension("prompt_length", lengths)).isel(sequence=0)
 
     losses = _each(measure, names, progress)
     step = min(_BIN, horizon)
-    excess = losses - losses.sel(selection="full")
-    excess = excess.coarsen(distance=step, boundary="trim", coord_func="min").mean()
-    data = xr.Dataset(
-        {
-            "perplexity": _perplexity(losses.mean("distance")),
-            "excess": bootstrap(excess),
-        }
-    )
-    far = data.excess.sel(selection="GRIFFIN").isel(prompt_length=-1)
+    far = losses.coarsen(distance=step, boundary="trim", coord_func="min").mean()
+    data = _perplexity(losses.mean("distance")).assign(relative_far=_perplexity(far).relative)
+    far = data.relative_far.sel(selection="GRIFFIN").isel(prompt_length=-1)
     source = source_of(recording)
     caption = (
-        f"Perplexity of {source['model']} at density {_DENSITY} on the same {horizon} tokens of "
-        f"{len(ids)} texts, after prompts of the tokens before them; 95% bootstrap bands over "
-        f"texts. After {lengths[0]} tokens: {_listed(data.perplexity.isel(prompt_length=0))}. "
+        f"Perplexity of {source['model']} at density {_DENSITY}, relative to the full model's, on "
+        f"the same {horizon} tokens of {len(ids)} texts, after prompts of the tokens before them; "
+        f"95% bootstrap bands over texts. Absolute, after {lengths[0]} tokens: "
+        f"{_listed(data.perplexity.isel(prompt_length=0))}. "
         f"After {lengths[-1]}: {_listed(data.perplexity.isel(prompt_length=-1))}. Hindsight: the "
         "scored tokens' own experts; static: the other texts'; global-local: mean of the prompt's "
         f"and the other texts' ranks. Guessing would give {_vocabulary(model):,}. Right: by "
-        f"distance; GRIFFIN after {lengths[-1]} tokens loses {said(far.isel(distance=0))} "
-        f"nats in the first {step} and {said(far.isel(distance=-1))} in the last {step}."
+        f"distance; GRIFFIN after {lengths[-1]} tokens has {said(far.isel(distance=0))} times the "
+        f"full model's in the first {step} and {said(far.isel(distance=-1))} in the last {step}."
     )
     return finished(data, source, names, ids, seed, caption, density=_DENSITY, horizon=horizon)
 
@@ -132,29 +129,38 @@ def loss_by_density(
     Returns
     -------
     xarray.Dataset
-        ``perplexity`` (interval, selection, density); the full model's is the same at all.
+        ``perplexity`` and ``relative``, the ratio to the full model's, both (interval, selection,
+        density).
     """
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt = _half(ids)
     recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)
     others = overlap.statistic_of_others(overlap.statistic(recording))
 
-    def at(density: float, number: int) -> xr.DataArray:
-        # A few twins at a time: each holds weights of its own.
-        methods = ["static", "GRIFFIN", "random"]
-        twins = _twins(model, methods, others.isel(sequence=number), None, density, seed + number)
-        return _losses(model, twins, [ids[number]], prompt)[:, 0].mean("distance")
+    wanted = ["static", "GRIFFIN", "random"]
 
     def measure(number: int) -> xr.DataArray:
-        losses = [at(density, number) for density in DENSITIES]
-        return xr.concat(losses, dimension("density", DENSITIES))
+        reference = others.isel(sequence=number)
+        twins = {
+            f"{name} {density}": twin
+            for density in DENSITIES
+            for name, twin in _twins(wanted, reference, None, seed + number, density).items()
+        }
+        losses = _losses(model, twins, [ids[number]], prompt)[:, 0].mean("distance")
+        parts = [
+            losses.sel(selection=["full", *(f"{name} {density}" for name in wanted)])
+            for density in DENSITIES
+        ]
+        parts = [part.assign_coords(selection=["full", *wanted]) for part in parts]
+        return xr.concat(parts, dimension("density", DENSITIES))
 
-    data = xr.Dataset({"perplexity": _perplexity(_each(measure, names, progress))})
+    data = _perplexity(_each(measure, names, progress))
     source = source_of(recording)
     listed = (f"{d}: {_listed(data.perplexity.sel(density=d))}" for d in (0.5, 0.7, 0.9))
     caption = (
-        f"Perplexity of {source['model']} on {len(ids[0]) - prompt} tokens after prompts of "
-        f"{prompt}, by density, over {len(ids)} texts with 95% bootstrap bands. At density "
+        f"Perplexity of {source['model']}, relative to the full model's, on "
+        f"{len(ids[0]) - prompt} tokens after prompts of {prompt}, by density, over {len(ids)} "
+        "texts with 95% bootstrap bands. Absolute, at density "
         f"{'. At '.join(listed)}. Static: the other texts' experts. Guessing would give "
         f"{_vocabulary(model):,}."
     )
@@ -178,7 +184,8 @@ def loss_by_method(
     Returns
     -------
     xarray.Dataset
-        At density 0.5: ``perplexity`` (interval, selection); ``excess`` and ``captured`` (text,
+        At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
+        (interval, selection); ``excess`` and ``captured`` (text,
         excerpt, selection), the loss above the full model's, in nats per token, and the share of
         the scored tokens' energy in the full model that the experts keep, mean over layers;
         ``between_methods`` and ``between_excerpts`` (interval), Spearman's rank correlation of
@@ -199,9 +206,9 @@ def loss_by_method(
         # Static experts from the other texts, not from other excerpts of the same one.
         others = np.sqrt(energy.isel(sequence=text_of != text_of[number]).mean("sequence"))
         own = later.isel(sequence=number)
-        twins = _twins(model, METHODS, others, own, seed=seed + number)
-        losses = _losses(model, twins, [excerpts[number]], prompt)[:, 0].mean("distance")
-        return xr.Dataset({"loss": losses, "captured": _captured(twins, own)})
+        twins = _twins(METHODS, others, own, seed + number)
+        losses, captured = _losses_and_energy(model, twins, [excerpts[number]], prompt, own)
+        return xr.Dataset({"loss": losses[:, 0].mean("distance"), "captured": captured})
 
     def measure(number: int) -> xr.Dataset:
         parts = [measure_excerpt(count * number + n) for n in range(count)]
@@ -217,20 +224,18 @@ def loss_by_method(
         **by_selection,
     )
     under = [part.sel(selection="GRIFFIN") for part in (captured, excess)]
-    data = xr.Dataset(
-        {
-            "perplexity": _perplexity(values.loss.mean("excerpt")),
-            "excess": excess.rename(sequence="text"),
-            "captured": captured.rename(sequence="text"),
-            "between_methods": bootstrap(within.mean("excerpt")),
-            "between_excerpts": _between_excerpts(*under),
-        }
+    data = _perplexity(values.loss.mean("excerpt")).assign(
+        excess=excess.rename(sequence="text"),
+        captured=captured.rename(sequence="text"),
+        between_methods=bootstrap(within.mean("excerpt")),
+        between_excerpts=_between_excerpts(*under),
     )
     source = source_of(recording)
     caption = (
-        f"{source['model']} at density {_DENSITY} on {len(excerpts[0]) - prompt} tokens after "
-        f"prompts of {prompt}, {count} excerpts of each of {len(ids)} texts, with 95% bootstrap "
-        f"intervals over texts. Perplexity: {_listed(data.perplexity)}; guessing would give "
+        f"{source['model']} at density {_DENSITY}: perplexity, relative to the full model's, on "
+        f"{len(excerpts[0]) - prompt} tokens after prompts of {prompt}, {count} excerpts of each "
+        f"of {len(ids)} texts, with 95% bootstrap intervals over texts. Absolute: "
+        f"{_listed(data.perplexity)}; guessing would give "
         f"{_vocabulary(model):,}. Below: the loss above the full model's against the energy of "
         "the scored tokens that the experts capture (chance 0.5). Spearman's rank correlation: "
         f"{said(data.between_methods)} between the methods on one excerpt, "
@@ -255,16 +260,17 @@ def loss_by_batch(
     Returns
     -------
     xarray.Dataset
-        At density 0.5: ``perplexity`` (interval, batch_size), for all sizes that divide the
-        number of texts (at 1 each has its own, as with ``scope="sequence"``), and ``baseline``
-        (interval, selection), each text alone, with the full model and with static experts.
+        At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
+        (interval, selection, batch_size), of the full model, GRIFFIN, and static experts, for all
+        sizes that divide the number of texts. At 1 each text has its own experts, as with
+        ``scope="sequence"``; only GRIFFIN's depend on the size.
     """
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt, count = _half(ids), len(ids)
     recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)
     others = overlap.statistic_of_others(overlap.statistic(recording))
     random = np.random.default_rng(seed)
-    twins = {"GRIFFIN": griffin(model, _DENSITY)}
+    twins = _twins(["GRIFFIN"], None, None, seed)
 
     def shared(size: int) -> xr.DataArray:
         losses = []
@@ -272,8 +278,10 @@ def loss_by_batch(
             mixed = random.permutation(count)
             batches = mixed.reshape(-1, size)
             parts = [_losses(model, twins, [ids[n] for n in batch], prompt) for batch in batches]
-            loss = xr.concat(parts, "sequence").sel(selection="GRIFFIN").mean("distance")
-            losses.append(loss.assign_coords(sequence=mixed).sortby("sequence"))
+            loss = xr.concat(parts, "sequence").sel(selection=["GRIFFIN"]).mean("distance")
+            losses.append(
+                loss.assign_coords(sequence=[names[n] for n in mixed]).sel(sequence=names)
+            )
         return xr.concat(losses, "grouping").mean("grouping")
 
     sizes = [size for size in range(1, count + 1) if count % size == 0]
@@ -281,23 +289,23 @@ def loss_by_batch(
     losses = xr.concat([shared(size) for size in bar], dimension("batch_size", sizes))
 
     def alone(number: int) -> xr.DataArray:
-        static = _twins(model, ["static"], others.isel(sequence=number), None)
+        static = _twins(["static"], others.isel(sequence=number), None, seed)
         return _losses(model, static, [ids[number]], prompt)[:, 0].mean("distance")
 
-    data = xr.Dataset(
-        {
-            "perplexity": _perplexity(losses),
-            "baseline": _perplexity(_each(alone, names, progress)),
-        }
+    baselines = _each(alone, names, progress).expand_dims(batch_size=sizes)
+    data = _perplexity(xr.concat([baselines, losses], "selection"))
+    griffins, full, static = (
+        data.perplexity.sel(selection=name) for name in ("GRIFFIN", "full", "static")
     )
     source = source_of(recording)
-    listed = (f"{size}: {said(data.perplexity, size, 0)}" for size in sizes)
+    listed = (f"{size}: {said(griffins, size, 0)}" for size in sizes)
     caption = (
-        f"Perplexity of {source['model']} under GRIFFIN at density {_DENSITY} on "
-        f"{len(ids[0]) - prompt} tokens after prompts of {prompt}, where the texts of a batch, all "
-        f"of different kinds, share their experts; {count} texts, with 95% bootstrap bands. By "
-        f"batch size: {'; '.join(listed)}. Each text alone: {_listed(data.baseline)} (the other "
-        "texts' experts). At batch size 1 each text has its own experts, as with "
+        f"Perplexity of {source['model']} under GRIFFIN at density {_DENSITY}, relative to the "
+        f"full model's, on {len(ids[0]) - prompt} tokens after prompts of {prompt}, where the "
+        f"texts of a batch, all of different kinds, share their experts; {count} texts, with 95% "
+        f"bootstrap bands. Absolute, by batch size: {'; '.join(listed)}; full "
+        f"{said(full[:, 0], digits=0)}, static (the other texts' experts) "
+        f"{said(static[:, 0], digits=0)}. At batch size 1 each text has its own experts, as with "
         'scope="sequence" at any size.'
     )
     return finished(data, source, names, ids, seed, caption, density=_DENSITY, prompt=prompt)
@@ -310,52 +318,72 @@ EXPERIMENTS: dict[str, Callable[..., xr.Dataset]] = {
 
 
 def _twins(
-    model: PreTrainedModel,
-    methods: Iterable[str],
-    others: xr.DataArray,
+    names: Iterable[str],
+    others: xr.DataArray | None,
     later: xr.DataArray | None,
+    seed: int,
     density: float = _DENSITY,
-    seed: int = 0,
-) -> dict[str, PreTrainedModel]:
-    """Twins by the figures' names; of those that need one, with the reference that they mean."""
+) -> dict[str, dict[str, Any]]:
+    """What griffin is to be given for each of the figures' names."""
     meant = {
         "GRIFFIN": ("topk", None),
         "hindsight": ("static", later),
         "static": ("static", others),
         "global-local": ("global-local", others),
     }
-    twins = {}
-    for name in methods:
+    options = {}
+    for name in names:
         method, reference = meant.get(name, (name, None))
-        twins[name] = griffin(model, density, method=method, reference=reference, seed=seed)
-    return twins
+        options[name] = {
+            "density": density,
+            "method": method,
+            "reference": reference,
+            "seed": seed,
+        }
+    return options
 
 
 def _losses(
     model: PreTrainedModel,
-    twins: dict[str, PreTrainedModel],
+    twins: dict[str, dict[str, Any]],
     ids: list[list[int]],
     prompt: int,
+    look: Callable[[PreTrainedModel], None] = lambda twin: None,
 ) -> xr.DataArray:
-    """Loss of each token after the prompt, (method, sequence, distance); the full model first."""
-    scored = side_by_side([*twins.values(), model], torch.tensor(ids), prompt)
-    scored = [scored[-1], *scored[:-1]]
-    values = torch.stack([-values[:, prompt - 1 :].double().cpu() for values in scored])
+    """Loss of each token after the prompt, (selection, sequence, distance); the full model first.
+
+    Each twin is made, used, shown to `look` and forgotten in turn, so that memory holds one.
+    """
+    made = (griffin(model, **options) for options in twins.values())
+    losses = []
+    for subject, values in side_by_side(chain(made, [model]), torch.tensor(ids), prompt):
+        losses.append(-values[:, prompt - 1 :].double().cpu())
+        look(subject)
+    values = torch.stack([losses[-1], *losses[:-1]])
     labels = {"selection": ["full", *twins], "distance": np.arange(values.shape[-1])}
     return xr.DataArray(values.numpy(), labels, ("selection", "sequence", "distance"))
 
 
-def _captured(twins: dict[str, PreTrainedModel], later: xr.DataArray) -> xr.DataArray:
-    """Share of later tokens' energy that each twin's experts keep, mean over layers."""
-    chosen = xr.zeros_like(later, dtype=bool)
-    masks = [xr.ones_like(chosen)]
-    for twin in twins.values():
-        mask = chosen.copy()
-        for layer, experts in twin.selection.items():
+def _losses_and_energy(
+    model: PreTrainedModel,
+    twins: dict[str, dict[str, Any]],
+    ids: list[list[int]],
+    prompt: int,
+    later: xr.DataArray,
+) -> tuple[xr.DataArray, xr.DataArray]:
+    """Losses, and the share of later tokens' energy that the experts keep, mean over layers."""
+    masks = []
+
+    def look(subject: PreTrainedModel) -> None:
+        mask = xr.full_like(later, subject is model, dtype=bool)
+        for layer, experts in getattr(subject, "selection", {}).items():
             mask.loc[{"layer": layer, "neuron": experts.numpy()}] = True
         masks.append(mask)
-    masks = xr.concat(masks, dimension("selection", ["full", *twins]))
-    return overlap.captured_energy(masks, later).mean("layer").reset_coords(drop=True)
+
+    losses = _losses(model, twins, ids, prompt, look)
+    masks = xr.concat([masks[-1], *masks[:-1]], dimension("selection", ["full", *twins]))
+    captured = overlap.captured_energy(masks, later).mean("layer").reset_coords(drop=True)
+    return losses, captured
 
 
 def _each(
@@ -366,9 +394,16 @@ def _each(
     return xr.concat([measure(number) for number in numbers], dimension("sequence", names))
 
 
-def _perplexity(losses: xr.DataArray) -> xr.DataArray:
-    """Of all texts together, with its interval: the interval of the mean loss, exponentiated."""
-    return np.exp(bootstrap(losses)).assign_attrs(long_name="perplexity", units="1")
+def _perplexity(losses: xr.DataArray) -> xr.Dataset:
+    """Of all texts together: intervals of mean losses, exponentiated.
+
+    Those of the ratio to the full model's are of the differences within each text.
+    """
+    excess = losses - losses.sel(selection="full")
+    data = np.exp(bootstrap(xr.Dataset({"perplexity": losses, "relative": excess})))
+    data.relative.attrs = {"long_name": "perplexity, relative to the full model's", "units": "1"}
+    data.perplexity.attrs = {"long_name": "perplexity", "units": "1"}
+    return data.transpose("interval", "selection", ...)
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:

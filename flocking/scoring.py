@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -78,7 +78,7 @@ def score(
             f"protocol={protocol!r} needs a token before the last one that is fed, to choose "
             "experts from: give a prompt of two tokens or more."
         )
-    (values,) = side_by_side([model], torch.tensor([prompt_ids + later_ids]), cut)
+    values = _log_likelihoods(model, torch.tensor([prompt_ids + later_ids]), cut)
     first = len(prompt_ids) - 1
     pruned = np.arange(first, fed) >= cut
     return xr.DataArray(
@@ -148,8 +148,7 @@ def perplexity(
     values = []
     with tqdm(total=len(rows), desc="scoring", unit="text", disable=not progress) as bar:
         for batch in rows.split(batch_size):
-            (scored,) = side_by_side([model], batch, prompt_length)
-            values.append(scored[:, prompt_length - 1 :])
+            values.append(_log_likelihoods(model, batch, prompt_length)[:, prompt_length - 1 :])
             bar.update(len(batch))
     likelihood = torch.cat([part.double().cpu() for part in values]).numpy()
     return xr.Dataset(
@@ -174,61 +173,84 @@ def _one(name: str, sequences: list[Tensor]) -> list[int]:
     return sequences[0].tolist()
 
 
-def side_by_side(models: Sequence[PreTrainedModel], ids: Tensor, cut: int) -> list[Tensor]:
+def side_by_side(
+    models: Iterable[PreTrainedModel], ids: Tensor, cut: int
+) -> Iterator[tuple[PreTrainedModel, Tensor]]:
     """Log-likelihoods of one text under several models, which share one run of its beginning.
-
-    That run, over `cut` tokens, is the full model's and gives each twin its experts. The full
-    model's rest is run in the same way, so that it compares with its twins'.
 
     Parameters
     ----------
-    models : list of transformers.PreTrainedModel
-        Twins of one model, and that model itself.
+    models : iterable of transformers.PreTrainedModel
+        Twins of one model, and that model itself, but not as the first. They are taken one at a
+        time: a generator's twins need not all be in memory at once.
     ids : Tensor of int64, shape (sequence, token)
         Without padding.
     cut : int
-        Tokens before the first that is computed pruned.
+        Tokens of the beginning, which is run in full and gives the experts.
 
-    Returns
-    -------
-    list of Tensor, float32, shape (sequence, token - 1)
-        For each model, of every token but the first, in nats.
+    Yields
+    ------
+    transformers.PreTrainedModel, Tensor of float32, shape (sequence, token - 1)
+        Each model, its experts still in force, and the log-likelihoods of every token but the
+        first, in nats.
     """
-    models = [unwrap(model) for model in models]
-    states = [model._griffin for model in models if isinstance(model, Twin)]
-    whole = states[0].whole if states else models[0]
-    if any(state.whole is not whole for state in states):
-        raise ValueError("these are twins of different models: compare those of one.")
-    ids = ids.to(whole.get_input_embeddings().weight.device)
-    ones = torch.ones_like(ids)
+    first = None
+    for model in map(unwrap, models):
+        if first is None:
+            first = model
+            head, past = _beginning(model, ids, cut)
+        elif isinstance(model, Twin):
+            model._griffin.adopt(first._griffin)
+        rest = _rest(model, ids, cut, copy.deepcopy(past))
+        yield model, torch.cat([head, rest], dim=1)
 
-    def run(model: PreTrainedModel, tokens: slice, past: Any = None) -> Any:
-        return model(
-            input_ids=ids[:, tokens],
-            attention_mask=ones[:, : tokens.stop],
-            past_key_values=past,
-            use_cache=True,
-        )
 
-    def likelihoods(logits: Tensor, start: int) -> Tensor:
-        due = ids[:, start + 1 : start + 1 + logits.shape[1], None]
-        return logits[:, : due.shape[1]].float().log_softmax(dim=-1).gather(-1, due)[..., 0]
+def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
+    """Of every token but the first, float32 (sequence, token - 1); `ids` has no padding.
 
-    head, tail = slice(0, cut), slice(cut, ids.shape[1] - 1)
-    with undisturbed(whole, seed=0):
-        if states:
-            outputs = states[0].prefill(lambda: run(whole, head), len(ids), None, None)
+    In two passes, the first over `cut` tokens: under a twin that one is the full model's and
+    gives the experts. A model alone is run in the same way, so that the two compare.
+    """
+    model = unwrap(model)
+    head, past = _beginning(model, ids, cut)
+    return torch.cat([head, _rest(model, ids, cut, past)], dim=1)
+
+
+def _beginning(model: PreTrainedModel, ids: Tensor, cut: int) -> tuple[Tensor, Any]:
+    """Log-likelihoods from the first `cut` tokens, run in full, and their cache."""
+    twin = isinstance(model, Twin)
+    whole = model._griffin.whole if twin else model
+    with undisturbed(model, seed=0):
+        if twin:
+            outputs = model._griffin.prefill(
+                lambda: _run(whole, ids, slice(0, cut)), len(ids), None, None
+            )
         else:
-            outputs = run(whole, head)
-        values = [likelihoods(outputs.logits, 0)] * len(models)
-        for number, model in enumerate(models):
-            if isinstance(model, Twin) and model._griffin is not states[0]:
-                model._griffin.adopt(states[0])
-            if tail.start == tail.stop:
-                continue
-            past = outputs.past_key_values
-            if number < len(models) - 1:
-                past = copy.deepcopy(past)
-            rest = run(model if isinstance(model, Twin) else whole, tail, past)
-            values[number] = torch.cat([values[number], likelihoods(rest.logits, cut)], dim=1)
-    return values
+            outputs = _run(whole, ids, slice(0, cut))
+    return _of_next_tokens(outputs.logits, ids, 0), outputs.past_key_values
+
+
+def _rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
+    """Log-likelihoods from the tokens after `cut`; changes the cache `past`."""
+    fed = ids.shape[1] - 1  # the last token predicts none of ours
+    if cut == fed:
+        return torch.zeros(len(ids), 0, device=model.device)
+    with undisturbed(model, seed=0):
+        logits = _run(model, ids, slice(cut, fed), past).logits
+    return _of_next_tokens(logits, ids, cut)
+
+
+def _run(model: PreTrainedModel, ids: Tensor, tokens: slice, past: Any = None) -> Any:
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    return model(
+        input_ids=ids[:, tokens],
+        attention_mask=torch.ones_like(ids[:, : tokens.stop]),
+        past_key_values=past,
+        use_cache=True,
+    )
+
+
+def _of_next_tokens(logits: Tensor, ids: Tensor, start: int) -> Tensor:
+    """Log-likelihoods of the tokens that follow those of `logits`, which begin at `start`."""
+    due = ids[:, start + 1 : start + 1 + logits.shape[1], None].to(logits.device)
+    return logits[:, : due.shape[1]].float().log_softmax(dim=-1).gather(-1, due)[..., 0]

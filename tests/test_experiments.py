@@ -38,7 +38,7 @@ def run(name: str, subject: tuple, **options: object) -> xr.Dataset:
 
 
 def test_every_experiment_has_a_figure() -> None:
-    assert EXPERIMENTS.keys() == FIGURES.keys()
+    assert gallery.EXPERIMENTS.keys() == FIGURES.keys()
 
 
 def test_heatmaps_hold_raw_activations(subject: tuple) -> None:
@@ -223,7 +223,7 @@ def drawn(ax: Axes, expected: np.ndarray) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", gallery.EXPERIMENTS)
 def test_committed_figures_show_their_numbers(name: str) -> None:
     """Redrawn from the JSON beside them: artists hold the numbers that the file holds."""
     content = json.loads((COMMITTED / f"{name}.json").read_text())
@@ -235,7 +235,8 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         if at is not None and name != "heatmaps":  # not a colour bar; axes share their labels
             assert ax.get_xlabel() or not at.is_last_row()
             texts = [label.get_text() for label in ax.get_yticklabels()]
-            assert ax.get_ylabel() or not at.is_first_col() or texts[0] in data.text
+            named = {"full model", *(data.text.values if "text" in data.dims else ())}
+            assert ax.get_ylabel() or not at.is_first_col() or texts[0] in named
     (caption,) = figure.subfigs[1].texts
     assert caption.get_text().replace("\n", " ") == data.attrs["caption"]
 
@@ -253,12 +254,26 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         shown = {round(x, 6) for line in axes[1].lines for x in np.ravel(line.get_xdata())}
         for weights in numbers["over_layers"]["data"][0]:
             assert {round(x, 6) for x in weights} <= shown
+    elif name == "loss_by_method":
+        names = numbers["perplexity"]["dims"], numbers["excess"]["dims"]
+        assert names == (["interval", "selection"], ["text", "excerpt", "selection"])
+        (upper, lower) = axes
+        shown = [line.get_xdata().item() for line in upper.lines if len(line.get_xdata()) == 1]
+        assert shown == pytest.approx(numbers["perplexity"]["data"][0])
+        x, y = (np.array(numbers[which]["data"], float) for which in ("captured", "excess"))
+        for column, line in enumerate(lower.lines, start=1):  # the first is the full model
+            np.testing.assert_allclose(line.get_xdata(), x[..., column].ravel())
+            np.testing.assert_allclose(line.get_ydata(), y[..., column].ravel())
+        assert len(lower.lines) == x.shape[-1] - 1
     else:
         panels = {
             "scores": ["flocking_score", "rank_consistency", "effective_neurons"],
             "sequence_overlap": ["within", "between", "specificity", "different_tokens"],
             "generation": ["jaccard_mean", "captured_mean"],
             "drift": ["jaccard", "captured"],
+            "loss_by_prompt": ["perplexity"],
+            "loss_by_density": ["perplexity"],
+            "loss_by_batch": ["perplexity"],
         }[name]
         for variable in panels:
             dims = numbers[variable]["dims"]
@@ -267,14 +282,16 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             for series in estimate.reshape(-1, estimate.shape[-1]):
                 assert any(drawn(ax, series) for ax in axes), (name, variable)
         bands = [c for ax in axes for c in ax.collections]
-        low, high = (np.array(numbers[panels[0]]["data"][n], float)[0] for n in (1, 2))
+        low, high = (
+            np.atleast_2d(np.array(numbers[panels[0]]["data"][n], float))[0] for n in (1, 2)
+        )
         spans = [c.get_paths()[0].vertices[:, 1] for c in bands]
         assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in spans)
     plt.close(figure)
 
 
 def test_committed_captions_are_of_this_model() -> None:
-    for name in EXPERIMENTS:
+    for name in gallery.EXPERIMENTS:
         content = json.loads((COMMITTED / f"{name}.json").read_text())
         assert content["attrs"]["model"] == "SmolLM2-135M-Instruct"
         assert content["attrs"]["seed"] == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import flocking
-from flocking.figures import heatmap
+from flocking.drawing import heatmap
 
 
 @pytest.fixture

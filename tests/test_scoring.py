@@ -9,6 +9,7 @@ import transformers as tf
 from conftest import build, random_ids
 
 import flocking
+from flocking.scoring import side_by_side
 
 
 def direct(model: tf.PreTrainedModel, ids: list[int]) -> np.ndarray:
@@ -107,6 +108,24 @@ def test_perplexity(scope: str) -> None:
     same = np.allclose(alone.log_likelihood, batch.log_likelihood, atol=2e-5)
     assert same == (scope == "sequence")
     assert full.sizes == {"sequence": 3, "distance": 10}
+
+
+def test_side_by_side_is_each_alone() -> None:
+    """Sharing the prompt's run changes no model's numbers, nor its experts."""
+    model = build("llama")
+    ids = torch.tensor(random_ids(26, 26))
+    options = [{"density": 0.5}, {"density": 0.25, "scope": "sequence"}, {"method": "magnitude"}]
+    twins = [flocking.griffin(model, **chosen) for chosen in options]
+    scored = list(side_by_side((subject for subject in (*twins, model)), ids, 16))
+    assert [subject for subject, _ in scored] == [*twins, model]
+    fixed = {"prompt_length": 16, "continuation_length": 10, "batch_size": 2, "progress": False}
+    for chosen, (subject, values) in zip([*options, None], scored, strict=True):
+        alone = model if chosen is None else flocking.griffin(model, **chosen)
+        due = flocking.perplexity(alone, ids.tolist(), **fixed).log_likelihood
+        np.testing.assert_array_equal(values[:, 15:].numpy(), due.values.astype(np.float32))
+        if chosen is not None:
+            for layer, experts in alone.selection.items():
+                assert torch.equal(subject.selection[layer], experts)
 
 
 def test_text_needs_a_tokenizer(embedded: tuple) -> None:
