@@ -47,7 +47,7 @@ notebook: env  ## JupyterLab on notebooks/
 
 browser: env  ## run the notebooks in JupyterLab in headless Chromium, keep pictures in out/
 	$(BIN)/python -m pip install --quiet --editable '.[browser]' --constraint constraints.txt
-	$(BIN)/python tests/in_browser.py flocking.ipynb your_model.ipynb
+	$(BIN)/python tests/in_browser.py flocking.ipynb griffin.ipynb your_model.ipynb
 
 benchmark: env  ## what recording costs and what GRIFFIN saves, in time and memory
 	$(BIN)/python benchmarks/recording.py

@@ -248,7 +248,7 @@ def figures(
     only: Annotated[
         list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the control's random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random weights and random experts.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:

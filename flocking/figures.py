@@ -245,7 +245,7 @@ def loss_by_density(data: xr.Dataset, figure: Figure) -> None:
     upper, axes = page(figure, data, 1, 1, height=2.6)
     _relative(axes[0, 0], data.relative)
     axes[0, 0].set_xlabel("density (fraction kept)")
-    legend(upper, axes, ncols=4)
+    legend(upper, axes, ncols=2)
 
 
 @in_style

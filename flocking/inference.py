@@ -49,8 +49,8 @@ def loss_by_prompt(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    tokens: int = 1537,
-    horizon: int = 512,
+    tokens: int = 1409,
+    horizon: int = 384,
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -74,8 +74,9 @@ def loss_by_prompt(
     -------
     xarray.Dataset
         At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
-        (interval, selection, prompt_length); ``relative_far`` (interval, selection,
-        prompt_length, distance) over the 64 tokens from ``distance`` after the prompt's end on.
+        (interval, selection, prompt_length); ``over_static`` (interval, prompt_length), GRIFFIN's
+        to that of static experts; ``relative_far`` (interval, selection, prompt_length, distance)
+        over the 64 tokens from ``distance`` after the prompt's end on.
     """
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     total = len(ids[0])
@@ -98,6 +99,7 @@ def loss_by_prompt(
     far = losses.coarsen(distance=step, boundary="trim", coord_func="min").mean()
     data = _perplexity(losses.mean("distance")).assign(relative_far=_perplexity(far).relative)
     far = data.relative_far.sel(selection="GRIFFIN").isel(prompt_length=-1)
+    over = data.over_static.transpose("prompt_length", "interval")
     source = source_of(recording)
     caption = (
         f"Perplexity of {source['model']} at density {_DENSITY}, relative to the full model's, on "
@@ -106,7 +108,8 @@ def loss_by_prompt(
         f"{_listed(data.perplexity.isel(prompt_length=0))}. "
         f"After {lengths[-1]}: {_listed(data.perplexity.isel(prompt_length=-1))}. Hindsight: the "
         "scored tokens' own experts; static: the other texts'; global-local: mean of the prompt's "
-        f"and the other texts' ranks. Guessing would give {_vocabulary(model):,}. Right: by "
+        f"and the other texts' ranks. GRIFFIN's over static's: {said(over[0])} and "
+        f"{said(over[-1])}. Guessing would give {_vocabulary(model):,}. Right: by "
         f"distance; GRIFFIN after {lengths[-1]} tokens has {said(far.isel(distance=0))} times the "
         f"full model's in the first {step} and {said(far.isel(distance=-1))} in the last {step}."
     )
@@ -130,7 +133,7 @@ def loss_by_density(
     -------
     xarray.Dataset
         ``perplexity`` and ``relative``, the ratio to the full model's, both (interval, selection,
-        density).
+        density), and ``over_static`` (interval, density), GRIFFIN's to that of static experts.
     """
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt = _half(ids)
@@ -235,8 +238,8 @@ def loss_by_method(
         f"{source['model']} at density {_DENSITY}: perplexity, relative to the full model's, on "
         f"{len(excerpts[0]) - prompt} tokens after prompts of {prompt}, {count} excerpts of each "
         f"of {len(ids)} texts, with 95% bootstrap intervals over texts. Absolute: "
-        f"{_listed(data.perplexity)}; guessing would give "
-        f"{_vocabulary(model):,}. Below: the loss above the full model's against the energy of "
+        f"{_listed(data.perplexity)}; GRIFFIN's over static's {said(data.over_static)}; "
+        f"guessing would give {_vocabulary(model):,}. Below: the loss above the full model's against the energy of "
         "the scored tokens that the experts capture (chance 0.5). Spearman's rank correlation: "
         f"{said(data.between_methods)} between the methods on one excerpt, "
         f"{said(data.between_excerpts)} between the {len(excerpts)} excerpts under GRIFFIN alone."
@@ -397,10 +400,14 @@ def _each(
 def _perplexity(losses: xr.DataArray) -> xr.Dataset:
     """Of all texts together: intervals of mean losses, exponentiated.
 
-    Those of the ratio to the full model's are of the differences within each text.
+    Those of ratios, to the full model's and of GRIFFIN's to static's, are of the differences
+    within each text.
     """
     excess = losses - losses.sel(selection="full")
-    data = np.exp(bootstrap(xr.Dataset({"perplexity": losses, "relative": excess})))
+    against = losses.sel(selection="GRIFFIN", drop=True) - losses.sel(selection="static", drop=True)
+    each = xr.Dataset({"perplexity": losses, "relative": excess, "over_static": against})
+    data = np.exp(bootstrap(each))
+    data.over_static.attrs = {"long_name": "GRIFFIN's perplexity over static's", "units": "1"}
     data.relative.attrs = {"long_name": "perplexity, relative to the full model's", "units": "1"}
     data.perplexity.attrs = {"long_name": "perplexity", "units": "1"}
     return data.transpose("interval", "selection", ...)

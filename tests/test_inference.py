@@ -81,6 +81,9 @@ def test_loss_by_prompt(subject: tuple) -> None:
             ("hindsight", "global-local", "static", "random"), expected, strict=True
         ):
             assert estimate(got.perplexity, selection=name) == pytest.approx(value, rel=1e-4), name
+        assert estimate(got.over_static) == pytest.approx(
+            np.exp(griffin.mean()) / expected[2], rel=1e-4
+        )
 
 
 def test_loss_by_density(subject: tuple) -> None:
