@@ -251,7 +251,7 @@ def loss_by_density(data: xr.Dataset, figure: Figure) -> None:
 @in_style
 def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     """Perplexity by method; loss against captured energy."""
-    _, axes = page(figure, data, 2, 1, height=4.2, height_ratios=[1, 1.4])
+    _, axes = page(figure, data, 2, 1, height=4, height_ratios=[1, 1.2])
     upper, lower = axes[:, 0]
     names = data.selection.values[1:]  # the first is the full model
     for row, name in enumerate(names):
@@ -259,7 +259,7 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
         look = {"ls": "none", "color": style["color"], "marker": style["marker"]}
         estimate, low, high = data.relative.sel(selection=name).values
         spread = [[estimate - low], [high - estimate]]
-        upper.errorbar(estimate, row, xerr=spread, ms=3.5, lw=1, **look)
+        upper.errorbar(estimate, row, xerr=spread, ms=3, lw=1, **look)
         here = data.sel(selection=name)
         x, y = np.ravel(here.captured.values), np.ravel(here.excess.values)
         lower.plot(x, y, ms=2.5, mew=0.6, alpha=0.7, label=style["label"], **look)
@@ -268,9 +268,11 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     upper.axvline(1, color="0.35", ls=":", lw=1)
     upper.set(xlabel=_RELATIVE, xscale="log")
     lower.set(xlabel="captured energy of the scored tokens", xlim=(None, 1))
-    lower.set_ylabel("loss above the full model's (nats)")
-    guide(0, lower, "full model")
-    lower.legend(frameon=False, loc="upper right")
+    lower.set_ylabel("loss above the full model's\n(nats; linear up to 1)")
+    guide(0, lower)
+    lower.set_yscale("symlog", linthresh=1)  # most differ by less than a nat, chance by many
+    lower.set_yticks([0, 0.5, 1, 2, 4, 8])
+    lower.yaxis.set_major_formatter(ScalarFormatter())
 
 
 @in_style

@@ -239,9 +239,9 @@ def loss_by_method(
         f"{len(excerpts[0]) - prompt} tokens after prompts of {prompt}, {count} excerpts of each "
         f"of {len(ids)} texts, with 95% bootstrap intervals over texts. Absolute: "
         f"{_listed(data.perplexity)}; GRIFFIN's over static's {said(data.over_static)}; "
-        f"guessing would give {_vocabulary(model):,}. Below: the loss above the full model's against the energy of "
-        "the scored tokens that the experts capture (chance 0.5). Spearman's rank correlation: "
-        f"{said(data.between_methods)} between the methods on one excerpt, "
+        f"guessing would give {_vocabulary(model):,}. Below: the loss above the full model's "
+        "against the energy of the scored tokens that the experts capture (chance 0.5). Spearman's "
+        f"rank correlation: {said(data.between_methods)} between the methods on one excerpt, "
         f"{said(data.between_excerpts)} between the {len(excerpts)} excerpts under GRIFFIN alone."
     )
     return finished(data, source, names, excerpts, seed, caption, density=_DENSITY, prompt=prompt)
