@@ -266,26 +266,26 @@ def loss_by_batch(
         At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
         (interval, selection, batch_size), of the full model, GRIFFIN, and static experts, for all
         sizes that divide the number of texts. At 1 each text has its own experts, as with
-        ``scope="sequence"``; only GRIFFIN's depend on the size.
+        ``scope="sequence"``; only GRIFFIN's depend on the size. ``over_alone`` (interval,
+        batch_size) is GRIFFIN's ratio to its own at size 1.
     """
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt, count = _half(ids), len(ids)
     recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)
     others = overlap.statistic_of_others(overlap.statistic(recording))
     random = np.random.default_rng(seed)
-    twins = _twins(["GRIFFIN"], None, None, seed)
+    twin = griffin(model, _DENSITY)
 
     def shared(size: int) -> xr.DataArray:
-        losses = []
-        for _ in range(_GROUPINGS if 1 < size < count else 1):
-            mixed = random.permutation(count)
-            batches = mixed.reshape(-1, size)
-            parts = [_losses(model, twins, [ids[n] for n in batch], prompt) for batch in batches]
-            loss = xr.concat(parts, "sequence").sel(selection=["GRIFFIN"]).mean("distance")
-            losses.append(
-                loss.assign_coords(sequence=[names[n] for n in mixed]).sel(sequence=names)
-            )
-        return xr.concat(losses, "grouping").mean("grouping")
+        values = np.zeros(count)
+        groupings = _GROUPINGS if 1 < size < count else 1
+        for _ in range(groupings):
+            for batch in random.permutation(count).reshape(-1, size):
+                rows = torch.tensor([ids[number] for number in batch])
+                ((_, scored),) = side_by_side([twin], rows, prompt)
+                values[batch] -= scored[:, prompt - 1 :].double().mean(dim=1).cpu().numpy()
+        labels = {"selection": ["GRIFFIN"], "sequence": names}
+        return xr.DataArray(values[None] / groupings, labels, ("selection", "sequence"))
 
     sizes = [size for size in range(1, count + 1) if count % size == 0]
     bar = tqdm(sizes, desc="scoring", unit="batch size", disable=not progress)
@@ -297,6 +297,8 @@ def loss_by_batch(
 
     baselines = _each(alone, names, progress).expand_dims(batch_size=sizes)
     data = _perplexity(xr.concat([baselines, losses], "selection"))
+    shares = losses.sel(selection="GRIFFIN", drop=True)
+    data["over_alone"] = np.exp(bootstrap(shares - shares.sel(batch_size=1, drop=True)))
     griffins, full, static = (
         data.perplexity.sel(selection=name) for name in ("GRIFFIN", "full", "static")
     )
@@ -305,11 +307,11 @@ def loss_by_batch(
     caption = (
         f"Perplexity of {source['model']} under GRIFFIN at density {_DENSITY}, relative to the "
         f"full model's, on {len(ids[0]) - prompt} tokens after prompts of {prompt}, where the "
-        f"texts of a batch, all of different kinds, share their experts; {count} texts, with 95% "
-        f"bootstrap bands. Absolute, by batch size: {'; '.join(listed)}; full "
+        f"texts of a batch share their experts; {count} texts, with 95% bootstrap bands. Absolute, by batch size: {'; '.join(listed)}; full "
         f"{said(full[:, 0], digits=0)}, static (the other texts' experts) "
-        f"{said(static[:, 0], digits=0)}. At batch size 1 each text has its own experts, as with "
-        'scope="sequence" at any size.'
+        f"{said(static[:, 0], digits=0)}. Sharing among {sizes[-1]} over having one's own: "
+        f"{said(data.over_alone, sizes[-1])}. At batch size 1 each text has its own experts, as "
+        'with scope="sequence" at any size.'
     )
     return finished(data, source, names, ids, seed, caption, density=_DENSITY, prompt=prompt)
 
