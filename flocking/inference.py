@@ -307,7 +307,8 @@ def loss_by_batch(
     caption = (
         f"Perplexity of {source['model']} under GRIFFIN at density {_DENSITY}, relative to the "
         f"full model's, on {len(ids[0]) - prompt} tokens after prompts of {prompt}, where the "
-        f"texts of a batch share their experts; {count} texts, with 95% bootstrap bands. Absolute, by batch size: {'; '.join(listed)}; full "
+        f"texts of a batch share their experts; {count} texts, with 95% bootstrap bands. "
+        f"Absolute, by batch size: {'; '.join(listed)}; full "
         f"{said(full[:, 0], digits=0)}, static (the other texts' experts) "
         f"{said(static[:, 0], digits=0)}. Sharing among {sizes[-1]} over having one's own: "
         f"{said(data.over_alone, sizes[-1])}. At batch size 1 each text has its own experts, as "
