@@ -235,7 +235,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         if at is not None and name != "heatmaps":  # not a colour bar; axes share their labels
             assert ax.get_xlabel() or not at.is_last_row()
             texts = [label.get_text() for label in ax.get_yticklabels()]
-            named = {"full model", *(data.text.values if "text" in data.dims else ())}
+            named = {"best in hindsight", *(data.text.values if "text" in data.dims else ())}
             assert ax.get_ylabel() or not at.is_first_col() or texts[0] in named
     (caption,) = figure.subfigs[1].texts
     assert caption.get_text().replace("\n", " ") == data.attrs["caption"]
@@ -259,32 +259,37 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         assert names == (["interval", "selection"], ["text", "excerpt", "selection"])
         (upper, lower) = axes
         shown = [line.get_xdata().item() for line in upper.lines if len(line.get_xdata()) == 1]
-        assert shown == pytest.approx(numbers["perplexity"]["data"][0])
+        assert shown == pytest.approx(numbers["relative"]["data"][0][1:])
         x, y = (np.array(numbers[which]["data"], float) for which in ("captured", "excess"))
-        for column, line in enumerate(lower.lines, start=1):  # the first is the full model
+        *points, _ = lower.lines  # the last is the full model's level
+        for column, line in enumerate(points, start=1):
             np.testing.assert_allclose(line.get_xdata(), x[..., column].ravel())
             np.testing.assert_allclose(line.get_ydata(), y[..., column].ravel())
-        assert len(lower.lines) == x.shape[-1] - 1
+        assert len(points) == x.shape[-1] - 1
     else:
         panels = {
             "scores": ["flocking_score", "rank_consistency", "effective_neurons"],
             "sequence_overlap": ["within", "between", "specificity", "different_tokens"],
             "generation": ["jaccard_mean", "captured_mean"],
             "drift": ["jaccard", "captured"],
-            "loss_by_prompt": ["perplexity"],
-            "loss_by_density": ["perplexity"],
-            "loss_by_batch": ["perplexity"],
+            "loss_by_prompt": ["relative"],
+            "loss_by_density": ["relative"],
+            "loss_by_batch": ["relative"],
         }[name]
+
+        def lines(variable: str, interval: int) -> np.ndarray:
+            """A row for each line: the full model, in units of itself, is none."""
+            values = np.atleast_2d(np.array(numbers[variable]["data"][interval], float))
+            return values[1:] if name.startswith("loss") else values
+
         for variable in panels:
             dims = numbers[variable]["dims"]
             assert dims[0] == "interval"
-            estimate = np.array(numbers[variable]["data"][0], float)
+            estimate = lines(variable, 0)
             for series in estimate.reshape(-1, estimate.shape[-1]):
                 assert any(drawn(ax, series) for ax in axes), (name, variable)
         bands = [c for ax in axes for c in ax.collections]
-        low, high = (
-            np.atleast_2d(np.array(numbers[panels[0]]["data"][n], float))[0] for n in (1, 2)
-        )
+        low, high = (lines(panels[0], n)[0] for n in (1, 2))
         spans = [c.get_paths()[0].vertices[:, 1] for c in bands]
         assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in spans)
     plt.close(figure)
