@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
+from scipy import stats
 
 import flocking
+from flocking.uncertainty import tails
 
 
 def pairs(n: int = 8, seed: int = 0) -> xr.DataArray:
@@ -27,9 +29,12 @@ def test_against_a_loop_over_resamples() -> None:
     )
     draws = np.random.default_rng(3).multinomial(9, np.full(9, 1 / 9), size=500)
     means = np.array([np.nanmean(np.repeat(values, row, axis=0), axis=0) for row in draws])
+    low, high = tails(9, 0.8)
+    assert 0.05 < low < 0.1
+    assert low + high == 1
     np.testing.assert_allclose(got.sel(interval="estimate"), np.nanmean(values, axis=0))
-    np.testing.assert_allclose(got.sel(interval="low"), np.quantile(means, 0.1, axis=0))
-    np.testing.assert_allclose(got.sel(interval="high"), np.quantile(means, 0.9, axis=0))
+    np.testing.assert_allclose(got.sel(interval="low"), np.quantile(means, low, axis=0))
+    np.testing.assert_allclose(got.sel(interval="high"), np.quantile(means, high, axis=0))
 
 
 def test_pairs_against_a_loop() -> None:
@@ -41,7 +46,7 @@ def test_pairs_against_a_loop() -> None:
         members = np.repeat(np.arange(8), row)
         kept = [values.values[a, b, 0] for a in members for b in members if a != b]
         means.append(np.mean(kept))
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, tails(8))
     assert got.sel(interval="low").item() == pytest.approx(low)
     assert got.sel(interval="high").item() == pytest.approx(high)
 
@@ -59,15 +64,24 @@ def test_pairs_that_resampling_made_identical_are_dropped() -> None:
         a, b = np.meshgrid(members, members)
         distinct = ~np.eye(8, dtype=bool)  # drops only each drawn place with itself
         careless.append(values.values[a, b, 0][distinct].mean())
-    assert np.quantile(careless, 0.025) > estimate
+    assert np.quantile(careless, tails(8)[0]) > estimate
 
 
-def test_coverage_is_near_the_level() -> None:
+@pytest.mark.parametrize("n", [12, 30])
+def test_coverage_is_near_the_level(n: int) -> None:
+    """For few sequences, too, where plain percentiles cover less (0.91 for twelve)."""
     random = np.random.default_rng(0)
-    data = xr.DataArray(random.normal(size=(30, 400)), dims=("sequence", "draw"))
-    _, low, high = flocking.bootstrap(data).values
+    data = xr.DataArray(random.normal(size=(n, 4000)), dims=("sequence", "draw"))
+    _, low, high = flocking.bootstrap(data, resamples=1000).values
     covered = ((low < 0) & (high > 0)).mean()
-    assert 0.88 < covered < 0.98
+    assert 0.93 < covered < 0.97
+
+
+def test_interval_of_normal_values_is_students() -> None:
+    values = np.random.default_rng(2).normal(size=12)
+    _, low, high = flocking.bootstrap(xr.DataArray(values, dims="sequence"), resamples=20_000)
+    due = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))
+    assert (high - low).item() == pytest.approx(due[1] - due[0], rel=0.05)
 
 
 def test_labels_datasets_and_seeds() -> None:
