@@ -5,9 +5,12 @@
 
 Every round lets each contestant decode once, in random order, so that whatever else the machine
 does falls on all alike; printed are the medians of the rounds' ratios, with quartiles. The bound is
-what parameters allow: those that the full model reads for a token over those that the twin reads
-(input embeddings are looked up, not read, unless they are the output matrix as well). Memory is
-the resident size of a process of its own after it has generated, less the same before loading.
+what reading allows: the parameters that the full model reads for a step over those that the twin
+reads, which with one selection a sequence has compact weights to read for each (input embeddings
+are looked up, not read, unless they are the output matrix as well). Where arithmetic is slower than
+reading, as for small batches on some processors, a twin can exceed it. Memory is what a process of
+its own has gained by loading and generating. Selection and copy are the shared twin's, in steps of
+the full model.
 """
 
 from __future__ import annotations
@@ -62,12 +65,13 @@ def quartiles(values: list[float]) -> str:
 
 
 def bound(model, twin) -> float:
-    """Parameters read for one token, full over pruned."""
+    """Parameters read for one step, full over pruned, after the twin has generated."""
     report = twin.report()
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
-    return (report.parameters - looked_up) / (report.active_parameters - looked_up)
+    full = report.parameters - looked_up
+    return full / (full - (report.ff_bytes - report.compact_bytes) / embedding.itemsize)
 
 
 def speed(name: str | None, dtype: str, options: argparse.Namespace) -> None:
@@ -92,15 +96,15 @@ def speed(name: str | None, dtype: str, options: argparse.Namespace) -> None:
             rounds.append(times)
             report = shared.report()
             costs.append((report.selection_seconds + report.copy_seconds) / times["full"])
-        limit = bound(model, shared)
         for contestant in list(contestants)[1:]:
+            limit = bound(model, contestants[contestant])
             ratios = [times["full"] / times[contestant] for times in rounds]
             share = statistics.median(ratios) / limit
             print(
                 f"{dtype:>9}  batch {batch}  {contestant:>11}: {quartiles(ratios)} times the full "
-                f"model's speed (parameters allow {limit:.2f}; {share:.2f} of it)"
+                f"model's speed (reading allows {limit:.2f}; {share:.2f} of it)"
             )
-        print(f"{dtype:>9}  batch {batch}  selection and copy: {quartiles(costs)} decode steps")
+        print(f"{dtype:>9}  batch {batch}  selection and copy: {quartiles(costs)} full steps")
 
 
 def resident(name: str | None, dtype: str, density: float, scope: str, batch: int, queue) -> None:

@@ -24,7 +24,7 @@ def global_statistic(
     """The statistic that texts have in common: root of the mean over them of energy per token.
 
     What a static selection ("static" in :func:`flocking.griffin`) is made from, and the global
-    part of global-local selection (GLASS, arXiv 2508.14302).
+    part of global-local selection (which GLASS, arXiv 2508.14302, takes from the model itself).
 
     Parameters
     ----------

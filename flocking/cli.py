@@ -25,6 +25,8 @@ import flocking
 from flocking.drawing import heatmap
 from flocking.gallery import regenerate
 from flocking.models import identity
+from flocking.passes import refuse_long
+from flocking.selection import METHODS
 
 _HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
 
@@ -76,13 +78,22 @@ Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
 
 
 def _load(model: str | None, device: str | None, dtype: str | None) -> tuple:
-    if dtype and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    kind = getattr(torch, dtype or "float32", None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
-    loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
     try:
-        return loaded.to(device or "cpu"), tokenizer
+        torch.empty(0, device=device or "cpu")
     except (RuntimeError, AssertionError) as problem:
-        raise ValueError(f"--device {device}: {str(problem).splitlines()[0]}") from problem
+        raise ValueError(
+            f"--device {device} cannot be used here: give cpu, or cuda or cuda:1 with a GPU and a "
+            "build of torch for it."
+        ) from problem
+    if model and not Path(model).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ValueError(
+            f"--model {model}: there is no such folder, and no hub id looks like that."
+        )
+    loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
+    return loaded.to(device or "cpu"), tokenizer
 
 
 def _read(name: str) -> str:
@@ -103,7 +114,7 @@ def _read(name: str) -> str:
             f"{where} is not text in UTF-8 (byte {problem.start}): convert it first."
         ) from problem
     if not text:
-        raise ValueError(f"{where} is empty: there is nothing to record.")
+        raise ValueError(f"{where} is empty: give some text.")
     return text
 
 
@@ -292,9 +303,12 @@ def generate(
     text = _read("-") if prompt == "-" else prompt
     if not text:
         raise ValueError("the prompt is empty: there is nothing to choose experts from.")
+    if method not in METHODS:
+        raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
     loaded, tokenizer = _load(model, device, dtype)
     twin = flocking.griffin(loaded, density, method=method, scope=scope)
-    inputs = tokenizer(text, return_tensors="pt").to(loaded.device)
+    inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.device)
+    refuse_long(loaded, [inputs["input_ids"][0]], max_new_tokens)
     subjects = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
     console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0))

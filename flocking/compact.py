@@ -40,10 +40,15 @@ class Compact:
             self.places.append((twin.get_submodule(parent), name))
         any_k = torch.arange(k, device=block.down.weight.device)
         self.shared = [cut(module, **self._indices(module, any_k)) for module in self.originals]
-        for module, place in zip(self.shared, self.places, strict=True):
-            module.forward = _refuse
-            put(*place, module)
         self.several: list[_BySequence] = []
+        for module, place in zip(self.shared, self.places, strict=True):
+            put(*place, module)
+        self.empty()
+
+    def empty(self) -> None:
+        """Refuse to run until the next :meth:`fill`."""
+        for module in (*self.shared, *self.several):
+            module.forward = refuse
 
     def _indices(self, module: nn.Module, experts: Tensor) -> dict[str, Tensor]:
         """Which outputs, or inputs, of a projection belong to these experts."""
@@ -60,7 +65,18 @@ class Compact:
         ----------
         experts : Tensor of int64, shape (k,) or (sequence, k)
             Ascending. One selection for all, or one for each sequence.
+
+        Raises
+        ------
+        RuntimeError
+            If the original was converted since the compact projections were made.
         """
+        for original, compact in zip(self.originals, self.shared, strict=True):
+            if original.weight.dtype != compact.weight.dtype:
+                raise RuntimeError(
+                    f"the original is in {original.weight.dtype} by now, and this twin in "
+                    f"{compact.weight.dtype}: make the twin again."
+                )
         self.experts = experts
         if experts.ndim == 1:
             for original, compact in zip(self.originals, self.shared, strict=True):
@@ -76,6 +92,8 @@ class Compact:
                 compact.weight = nn.Parameter(compact.weight.to("meta"), requires_grad=False)
             for module, place in zip(self.several, self.places, strict=True):
                 put(*place, module)
+        for compact in self.several:
+            vars(compact).pop("forward", None)
         for row, mine in enumerate(experts):
             for original, compact in zip(self.originals, self.several, strict=True):
                 bias = None if compact.bias is None else compact.bias[row]
@@ -93,7 +111,8 @@ class Compact:
         return sum(p.numel() * p.element_size() for p in weights if not p.is_meta)
 
 
-def _refuse(*args: object, **kwargs: object) -> NoReturn:
+def refuse(*args: object, **kwargs: object) -> NoReturn:
+    """In the place of a forward pass without experts."""
     raise RuntimeError(
         "this twin has no experts yet: call its generate, which chooses them from the prompt, or "
         "flocking.score; or run the original model."
@@ -139,7 +158,8 @@ class _BySequence(nn.Module):
             self.register_parameter(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        by_sequence = x.reshape(len(self.weight), -1, x.shape[-1])  # some blocks flatten tokens
+        # (Some blocks flatten the tokens of all sequences: the twin has looked at their number.)
+        by_sequence = x.reshape(len(self.weight), -1, x.shape[-1])
         weight = self.weight if self.transposed else self.weight.transpose(1, 2)
         y = torch.bmm(by_sequence, weight)
         if self.bias is not None:

@@ -11,7 +11,8 @@ import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models import control
-from flocking.recording import context, record
+from flocking.passes import context
+from flocking.recording import record
 
 WEIGHTS = ["trained", "control"]
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, _, _, SKY = sns.color_palette("colorblind")
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, _, _, _, SKY = sns.color_palette("colorblind")
 # Colour and dashes together, so that neither is needed to tell the lines apart.
 TRAINED = {"color": BLUE, "ls": "-", "label": "trained"}
 CONTROL = {"color": ORANGE, "ls": "--", "label": "random weights (control)"}
@@ -24,10 +24,10 @@ OTHERS = {"color": PURPLE, "ls": "-.", "label": "static: other texts"}
 MAGNITUDE = {"color": RED, "ls": (0, (1, 1)), "label": "static: weight magnitude"}
 _DOT = {"ms": 2.5}
 BY_SELECTION = {
-    "hindsight": {**HINDSIGHT, **_DOT, "marker": "v"},
+    "hindsight": {**HINDSIGHT, **_DOT, "marker": "v", "label": "hindsight: scored tokens"},
     "global-local": {
         **_DOT,
-        "color": SKY,
+        "color": ORANGE,
         "ls": (0, (3, 1)),
         "marker": "D",
         "label": "global-local",
@@ -35,7 +35,7 @@ BY_SELECTION = {
     "static": {**OTHERS, **_DOT, "marker": "s"},
     "GRIFFIN": {**_DOT, "color": BLUE, "ls": "-", "marker": "o", "label": "GRIFFIN"},
     "half-sampled": {**_DOT, "color": BROWN, "ls": "--", "marker": "<", "label": "half-sampled"},
-    "sampled": {**_DOT, "color": PINK, "ls": "--", "marker": ">", "label": "sampled"},
+    "sampled": {**_DOT, "color": SKY, "ls": "--", "marker": ">", "label": "sampled"},
     "random": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "random (chance)"},
     "magnitude": {**MAGNITUDE, **_DOT, "marker": "P"},
 }

@@ -28,7 +28,8 @@ from flocking.controlled import (
 )
 from flocking.feedforward import feedforwards
 from flocking.models import control
-from flocking.recording import context, record
+from flocking.passes import context
+from flocking.recording import record
 from flocking.uncertainty import bootstrap
 
 DENSITIES = [0.1, 0.25, 0.5, 0.75, 0.9]

@@ -17,7 +17,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -335,6 +335,18 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
             "(PreTrainedModel), since it has to know how to run it."
         )
     return list(_blocks_of(model))
+
+
+def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
+    """A shadow of `model` whose blocks are known without being proved again."""
+    copied = shadow(model)
+    twins = dict(zip(model.modules(), copied.modules(), strict=True))
+    moved = [
+        replace(block, up=twins[block.up], gate=twins.get(block.gate), down=twins[block.down])
+        for block in feedforwards(model)
+    ]
+    _blocks_of.remember(copied, moved)
+    return copied
 
 
 @per_model

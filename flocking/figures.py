@@ -34,6 +34,7 @@ from flocking.drawing import (
     page,
 )
 
+_ENLARGED = 5  # ratio of perplexities up to which the useful densities are shown again
 _RELATIVE = "perplexity (times the full model's)"
 
 
@@ -222,7 +223,7 @@ def text_kinds(data: xr.Dataset, figure: Figure) -> None:
 @in_style
 def loss_by_prompt(data: xr.Dataset, figure: Figure) -> None:
     """Perplexity by prompt length and by distance."""
-    upper, axes = page(figure, data, 1, 2, height=3.2)
+    upper, axes = page(figure, data, 1, 2, height=3.2, width_ratios=[1.1, 1], sharey=True)
     lengths, distances = axes[0]
     _relative(lengths, data.relative)
     lengths.set_xlabel("prompt length (tokens)")
@@ -235,16 +236,20 @@ def loss_by_prompt(data: xr.Dataset, figure: Figure) -> None:
     static = data.relative_far.sel(selection="static").isel(prompt_length=-1)
     band(static, distances, **BY_SELECTION["static"])
     guide(1, distances, "full model")
-    distances.set(xlabel="tokens after the prompt", ylim=(0, None))
+    distances.set(xlabel="tokens after the prompt", xlim=(0, None))
     legend(upper, axes, ncols=2)
 
 
 @in_style
 def loss_by_density(data: xr.Dataset, figure: Figure) -> None:
-    """Perplexity by density."""
-    upper, axes = page(figure, data, 1, 1, height=2.6)
-    _relative(axes[0, 0], data.relative)
-    axes[0, 0].set_xlabel("density (fraction kept)")
+    """Perplexity by density, and the part that is of use enlarged."""
+    upper, axes = page(figure, data, 1, 2, height=2.4)
+    everything, close = axes[0]
+    _relative(everything, data.relative)
+    _relative(close, data.relative.sel(density=slice(0.5, None)))
+    close.set(yscale="linear", ylabel="", ylim=(0.9, _ENLARGED))
+    for ax in axes[0]:
+        ax.set_xlabel("density (fraction kept)")
     legend(upper, axes, ncols=2)
 
 
@@ -253,7 +258,8 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     """Perplexity by method; loss against captured energy."""
     _, axes = page(figure, data, 2, 1, height=4, height_ratios=[1, 1.2])
     upper, lower = axes[:, 0]
-    names = data.selection.values[1:]  # the first is the full model
+    pruned = data.isel(selection=slice(1, None))  # the first is the full model
+    names = pruned.sortby(pruned.relative.sel(interval="estimate")).selection.values
     for row, name in enumerate(names):
         style = BY_SELECTION[name]
         look = {"ls": "none", "color": style["color"], "marker": style["marker"]}
@@ -267,12 +273,16 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     upper.invert_yaxis()
     upper.axvline(1, color="0.35", ls=":", lw=1)
     upper.set(xlabel=_RELATIVE, xscale="log")
-    lower.set(xlabel="captured energy of the scored tokens", xlim=(None, 1))
+    lower.set(xlabel="captured energy of the scored tokens (colours as above)", xlim=(None, 1))
     lower.set_ylabel("loss above the full model's\n(nats; linear up to 1)")
     guide(0, lower)
+    chance = data.attrs["density"]
+    lower.axvline(chance, color="0.35", ls=":", lw=1)
+    lower.annotate("chance", (chance, 0.98), xycoords=("data", "axes fraction"), va="top")
     lower.set_yscale("symlog", linthresh=1)  # most differ by less than a nat, chance by many
-    lower.set_yticks([0, 0.5, 1, 2, 4, 8])
+    lower.set_yticks([0, 0.5, 1, 2, 4, 8, 16])
     lower.yaxis.set_major_formatter(ScalarFormatter())
+    lower.set_ylim(-0.1, None)
 
 
 @in_style

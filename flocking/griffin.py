@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -18,14 +17,16 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from flocking.compact import Compact
-from flocking.feedforward import FeedForward, feedforwards
+from flocking.compact import Compact, refuse
+from flocking.feedforward import FeedForward, feedforwards, shadow_with_blocks
 from flocking.hooks import observe
 from flocking.moments import Moments, Windows
+from flocking.passes import refuse_forgetful
 from flocking.selection import METHODS, Method, by_reference, expert_count, global_local, top_k
-from flocking.shadow import per_model, shadow, unwrap
+from flocking.shadow import shadow, unwrap
 
 Scope = Literal["shared", "sequence"]
 _WITH_REFERENCE = ("static", "global-local")
@@ -38,10 +39,10 @@ class Report:
     Attributes
     ----------
     parameters, active_parameters : int
-        Of the original, and of those that decoding uses.
+        Of the original, and of those that decoding uses for one sequence.
     ff_bytes, compact_bytes : int
         Of the original's FF projections and of the compact ones. Both are in memory: a twin
-        decodes faster, and needs more memory, not less, while its original stays loaded.
+        needs more of it, not less, while its original stays loaded.
     prefilled_tokens : int
         Real tokens that the experts were chosen from, all sequences together.
     drafted_tokens, accepted_tokens : int
@@ -95,8 +96,8 @@ def griffin(
         Fraction of each layer's neurons kept, in (0, 1]; or one for each FF block, in order.
     method : str or callable
         Which neurons: "topk" (GRIFFIN), "sampled", "half-sampled", "random", "magnitude",
-        "static" or "global-local" (both need `reference`). Or a function of a statistic
-        (float64, shape (..., d_ff)), the number to keep, the :class:`FeedForward` and a
+        "static" or "global-local" (both need `reference`). Or a function of one statistic
+        (float64, shape (d_ff,)), the number to keep, the :class:`FeedForward` and a
         ``torch.Generator``, that returns scores of the same shape, the larger the better.
     scope : {"shared", "sequence"}
         In a batch, one selection for all sequences, from ``sum_b s_b / sqrt(n_b)`` with the
@@ -108,25 +109,31 @@ def griffin(
     weight : float
         Of the global ranks in "global-local" (GLASS, arXiv 2508.14302).
     seed : int
-        Of the methods that draw: the same prompt gives the same experts every time.
+        Of the methods that draw: the same prompt gives the same experts every time, with
+        ``scope="sequence"`` in any batch.
 
     Returns
     -------
     transformers.PreTrainedModel
         Of `model`'s class, with ``selection`` (the experts' indices by layer) and
         ``report()`` besides. Memory rises by the compact projections: nothing of `model` is
-        freed.
+        freed. Hooks on `model` do not act on the twin, nor the other way round. Values of
+        parameters are shared at all times; after any other change of `model` (its dtype, its
+        config, parameters that were replaced), make the twin again.
 
         In a second turn on a cache that this twin filled, the new turn's tokens join the
-        statistic of the earlier turns' (their generated tokens, computed pruned, do not count);
-        on any other cache the experts are chosen from the new tokens alone.
+        statistic of the earlier turns' (their generated tokens, computed pruned, do not count).
+        On any other cache, a copy of it, or one that was cut to less than its prompt, the
+        experts are chosen from the new tokens alone.
 
     Raises
     ------
     ValueError
         For a density outside of (0, 1] or that keeps no neuron, an unknown method or scope, a
-        missing reference, weights that are quantised or not in memory, a model that does not
-        generate, or a twin.
+        reference that is missing or another model's, weights that are quantised or not in
+        memory, a model that does not generate or cannot go on from a cache, or a twin.
+    TypeError
+        If `density` or `seed` is no number, or `reference` no DataArray.
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
 
@@ -139,17 +146,20 @@ def griffin(
     blocks = _prunable(model)
     if scope not in ("shared", "sequence"):
         raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
+    if not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed={seed!r}: give a whole number.")
     counts = [
         expert_count(each, block.d_ff)
         for each, block in zip(_densities(density, len(blocks)), blocks, strict=True)
     ]
     chosen = _method(method, reference, weight, blocks)
 
+    refuse_forgetful(model)
     twin = shadow(model)
     paths = {id(module): path for path, module in model.named_modules()}
     compacts = [Compact(twin, block, paths, k) for block, k in zip(blocks, counts, strict=True)]
     twin.__class__ = _twin_class(type(model))
-    twin._griffin = _State(model, compacts, chosen, scope, seed)
+    twin._griffin = _State(shadow_with_blocks(model), compacts, chosen, scope, int(seed))
     return twin
 
 
@@ -182,9 +192,14 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
 
 
 def _densities(density: float | Iterable[float], layers: int) -> list[float]:
-    if np.ndim(density) == 0 and not isinstance(density, Iterable):
-        return [float(density)] * layers
-    each = [float(value) for value in density]
+    try:
+        each = [float(value) for value in np.atleast_1d(density).tolist()]
+    except (TypeError, ValueError):
+        each = []
+    if isinstance(density, str) or not each:
+        raise TypeError(f"density={density!r}: give a number, or one for each of {layers}.")
+    if np.ndim(density) == 0:
+        return each * layers
     if len(each) != layers:
         raise ValueError(f"density has {len(each)} values: give one, or one for each of {layers}.")
     return each
@@ -205,18 +220,26 @@ def _method(
             f"method={method!r} needs reference: make it with flocking.global_statistic(model, "
             "texts, tokenizer=tokenizer)."
         )
+    if not isinstance(reference, xr.DataArray):
+        raise TypeError(
+            f"reference is a {type(reference).__name__}: give the DataArray that "
+            "flocking.global_statistic returns."
+        )
     if not {"layer", "neuron"} == set(reference.dims):
         raise ValueError(f"reference has dimensions {reference.dims}: give (layer, neuron).")
-    if missing := {block.layer for block in blocks} - set(reference.layer.values.tolist()):
-        raise ValueError(f"reference lacks layers {sorted(missing)}: make it from this model.")
-    static = {
-        block.layer: torch.from_numpy(
-            reference.sel(layer=block.layer).values[: block.d_ff].astype(np.float64)
+    layers, widest = [block.layer for block in blocks], max(block.d_ff for block in blocks)
+    if reference.layer.values.tolist() != layers or reference.sizes["neuron"] != widest:
+        raise ValueError(
+            f"reference is of {reference.sizes['layer']} layers of {reference.sizes['neuron']} "
+            f"neurons, and this model has {len(layers)} of {widest}: make it from this model."
         )
-        for block in blocks
+    values = reference.transpose("layer", "neuron").values.astype(np.float64)
+    static = {
+        block.layer: torch.from_numpy(row[: block.d_ff])
+        for block, row in zip(blocks, values, strict=True)
     }
-    if any(len(static[block.layer]) < block.d_ff for block in blocks):
-        raise ValueError(f"reference has {reference.sizes['neuron']} neurons: fewer than d_ff.")
+    if not all(row.isfinite().all() for row in static.values()):
+        raise ValueError("reference has values that are not finite: make it from this model.")
 
     def of(block: FeedForward) -> Tensor:
         return static[block.layer]
@@ -224,10 +247,27 @@ def _method(
     return by_reference(of) if method == "static" else global_local(of, weight)
 
 
-@per_model
-def _whole(model: PreTrainedModel) -> PreTrainedModel:
-    """The full model that twins prefill on: in eval mode, without compiled calls."""
-    return shadow(model)
+@dataclass
+class _Read:
+    """What was read in full: what experts are chosen from.
+
+    Attributes
+    ----------
+    moments : dict of int to Moments
+        By layer.
+    tokens : Tensor of int64, shape (sequence,)
+        Real tokens in the moments.
+    end : int
+        Tokens in the cache, padding included, when the last prompt had been read.
+    """
+
+    moments: dict[int, Moments]
+    tokens: Tensor
+    end: int = 0
+
+    def goes_on(self, past: Any, sequences: int) -> bool:
+        """Whether the cache `past` still holds what was read, for as many sequences."""
+        return len(self.tokens) == sequences and past.get_seq_length() >= self.end
 
 
 class _State:
@@ -235,17 +275,17 @@ class _State:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        whole: PreTrainedModel,
         compacts: list[Compact],
         method: Method,
         scope: Scope,
         seed: int,
     ) -> None:
-        self.whole = _whole(model)
+        self.whole = whole  # the full model that prompts are read by
         self.compacts, self.method, self.scope, self.seed = compacts, method, scope, seed
-        self.moments: dict[int, Moments] = {}
-        self.tokens: Tensor | None = None  # int64 (sequence,): real tokens in the moments
-        self.cache: Callable[[], object | None] = lambda: None
+        self.read: _Read | None = None  # what the experts were chosen from; None without experts
+        self.by_cache = WeakIdKeyDictionary()  # what was read into each cache
+        self.copies = 1  # how often each sequence is in the batch, as a beam search needs it
         self.seconds = (0.0, 0.0)
         self.draft: tuple[int, Tensor] | None = None  # where the last one began, and its tokens
         self.drafted = self.accepted = 0
@@ -265,6 +305,8 @@ class _State:
     ) -> Any:
         """Run the prompt on the full model, watched; choose the experts and copy them.
 
+        Whatever goes wrong on the way, the twin then has no experts.
+
         Parameters
         ----------
         run : callable
@@ -276,12 +318,14 @@ class _State:
         past : Cache or None
             What the prompt comes on top of.
         """
-        continues = past is not None and past is self.cache() and self.tokens is not None
-        if not continues:
-            self.moments, self.tokens = {}, None
+        self.forget()
+        read = None if past is None else self.by_cache.pop(past, None)
+        if read is not None and not read.goes_on(past, sequences):
+            read = None
+        if read is None:
             self.draft, self.drafted, self.accepted = None, 0, 0
-        self.cache = lambda: None  # until this prompt is through
-        first = self.tokens is None  # its first token is a window of its own, as in recordings
+        moments = {} if read is None else read.moments
+        first = read is None  # its first token is a window of its own, as in recordings
         seen: dict[int, int] = {}
         windows: dict[tuple[int, int], Windows] = {}
         number = _window_numbers(sequences, mask, first)
@@ -293,58 +337,97 @@ class _State:
             seen[block.layer] = start + tokens
             if (start, tokens) not in windows:
                 windows[start, tokens] = Windows.of(number(start, tokens))
-            if block.layer not in self.moments:
-                self.moments[block.layer] = Moments.zeros(
-                    sequences, 2, z.shape[-1], device=z.device
-                )
-            self.moments[block.layer].update(z, windows[start, tokens])
+            if block.layer not in moments:
+                # Kept for a second turn, which need not be in inference mode if this one is.
+                with torch.inference_mode(False):
+                    zeros = Moments.zeros(sequences, 2, z.shape[-1], device=z.device)
+                moments[block.layer] = zeros
+            moments[block.layer].update(z, windows[start, tokens])
 
         with torch.no_grad(), observe(self.whole, add):
             outputs = run()
-        real = (number(0, next(iter(seen.values()))) >= 0).sum(dim=1)
-        self.tokens = real if first else self.tokens + real
-        self.choose()
+        fed = next(iter(seen.values()))
+        real = (number(0, fed) >= 0).sum(dim=1)
+        read = _Read(moments, real if first else read.tokens + real)
+        self.choose(read)
         cache = getattr(outputs, "past_key_values", None)
         if cache is not None:
-            self.cache = weakref.ref(cache)
+            read.end = int(cache.get_seq_length())
+            self.by_cache[cache] = read
         return outputs
+
+    def expect(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Refuse a forward pass without experts, or of other sequences than they are for."""
+        if self.read is None:
+            refuse()
+        inputs = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        batch = next((len(x) for x in inputs if isinstance(x, Tensor)), None)
+        held = len(self.read.tokens)
+        if self.scope == "sequence" and batch is not None and held not in (1, batch):
+            raise RuntimeError(
+                f"this twin holds the experts of {held} sequences, and {batch} were given: call "
+                "its generate, which chooses them from the prompts."
+            )
 
     def adopt(self, other: _State) -> None:
         """Choose from the prompt that `other`, of another twin of the same model, was given."""
-        self.moments, self.tokens, self.cache = other.moments, other.tokens, lambda: None
-        self.choose()
+        self.forget()
+        self.choose(other.read)
 
+    def forget(self) -> None:
+        """No experts are in force: nothing runs until some are chosen."""
+        self.read = None
+        for compact in self.compacts:
+            compact.empty()
+
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def choose(self) -> None:
+    def choose(self, read: _Read) -> None:
         """From the moments to the experts in their compact projections."""
         started = time.perf_counter()
-        generator = torch.Generator().manual_seed(int(self.seed))
+        own = self.scope == "sequence"
+        # Each sequence draws the same numbers, so that it is in a batch what it is alone, and
+        # that a beam goes on with the experts of the beam that it comes from.
+        count = len(read.tokens) if own else 1
+        generators = [torch.Generator().manual_seed(self.seed) for _ in range(count)]
         experts = []
         for compact in self.compacts:
-            block = compact.block
             # As flocking.statistic has it: float32 windows, added in float64.
-            statistic = self.moments[block.layer].energy.double().sum(dim=1).sqrt()
-            if self.scope == "shared":
-                share = self.tokens.to(statistic.device).clamp_min(1).rsqrt()
-                statistic = (statistic * share[:, None]).sum(dim=0)
-            if not statistic.isfinite().all():
-                raise ValueError(
-                    f"activations of layer {block.layer} are not finite: no experts can be chosen."
-                )
-            score = self.method(statistic, compact.k, block, generator)
-            if score.shape != statistic.shape:
-                raise ValueError(
-                    f"method returned shape {tuple(score.shape)} where one score for each of "
-                    f"{tuple(statistic.shape)} is due."
-                )
-            mask = top_k(score, compact.k)
-            experts.append(mask.nonzero()[:, -1].unflatten(0, (*mask.shape[:-1], compact.k)))
+            statistic = read.moments[compact.block.layer].energy.double().sum(dim=1).sqrt()
+            if not own:
+                share = read.tokens.to(statistic.device).clamp_min(1).rsqrt()
+                statistic = (statistic * share[:, None]).sum(dim=0, keepdim=True)
+            mask = torch.stack(
+                [
+                    top_k(self._scores(compact, row, generator), compact.k)
+                    for row, generator in zip(statistic, generators, strict=True)
+                ]
+            )
+            indices = mask.nonzero()[:, -1].unflatten(0, (count, compact.k))
+            experts.append(indices if own else indices[0])
         _synchronize(statistic.device)
         chosen = time.perf_counter()
         for compact, indices in zip(self.compacts, experts, strict=True):
             compact.fill(indices)
         _synchronize(statistic.device)
         self.seconds = (chosen - started, time.perf_counter() - chosen)
+        self.read = read
+
+    def _scores(self, compact: Compact, statistic: Tensor, generator: torch.Generator) -> Tensor:
+        """The method's, if they can be: one number for each neuron."""
+        block = compact.block
+        if not statistic.isfinite().all():
+            raise ValueError(
+                f"activations of layer {block.layer} are not finite: no experts can be chosen."
+            )
+        scores = self.method(statistic, compact.k, block, generator)
+        due = f"one score for each of {len(statistic)} neurons is due"
+        if not isinstance(scores, Tensor) or scores.shape != statistic.shape:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"method returned {got} where {due}.")
+        if scores.isnan().any():
+            raise ValueError(f"method returned NaN in layer {block.layer} where {due}.")
+        return scores if scores.is_floating_point() else scores.double()
 
 
 def _window_numbers(
@@ -382,7 +465,7 @@ class Twin:
     @property
     def selection(self) -> dict[int, Tensor]:
         """Sorted indices of the experts by layer, int64 (k,), or (sequence, k) by sequence."""
-        if self._griffin.tokens is None:
+        if self._griffin.read is None:
             raise RuntimeError("no experts were chosen yet: call generate first.")
         return {c.block.layer: c.experts.cpu() for c in self._griffin.compacts}
 
@@ -398,7 +481,9 @@ class Twin:
             active_parameters=rest + sum(c.parameters for c in state.compacts),
             ff_bytes=sum(p.numel() * p.element_size() for p in ff.values()),
             compact_bytes=sum(c.bytes for c in state.compacts),
-            prefilled_tokens=0 if state.tokens is None else int(state.tokens.sum()),
+            prefilled_tokens=(
+                0 if state.read is None else int(state.read.tokens.sum()) // state.copies
+            ),
             drafted_tokens=state.drafted,
             accepted_tokens=state.accepted,
             selection_seconds=state.seconds[0],
@@ -414,7 +499,13 @@ class Twin:
     ) -> Any:
         if not model_kwargs.get("use_cache", True):
             raise ValueError(
-                "use_cache=False would run the prompt again, pruned, for every token: leave it out."
+                "use_cache=False, given or in the model's config, would run the prompt again, "
+                "pruned, for every token: give use_cache=True."
+            )
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                "guidance_scale would run the negative prompt pruned, on the prompt's experts: "
+                "leave it out, or use the original model."
             )
         past = model_kwargs.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
@@ -426,6 +517,7 @@ class Twin:
         if mask is not None:
             mask = mask[:, length:]
         state = self._griffin
+        state.copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         return state.prefill(
             lambda: state.whole._prefill(*arguments), len(input_ids), mask, past if length else None
         )
@@ -446,7 +538,21 @@ class Twin:
             "must be the full model's: call generate on the original, with assistant_model=twin."
         )
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Of the full model that reads the prompts, too."""
+        super().set_attn_implementation(*args, **kwargs)
+        self._griffin.whole.set_attn_implementation(*args, **kwargs)
+
     # What cannot be right is refused with a reason.
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse decoding loops that would not prefill, and generate."""
+        if kwargs.get("custom_generate") is not None:
+            raise ValueError(
+                "custom_generate would not run the prompt in full: leave it out, or use the "
+                "original model."
+            )
+        return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse."""
@@ -457,6 +563,10 @@ class Twin:
         raise ValueError(
             "a twin holds one prompt's experts: save the original, and make the twin again."
         )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse."""
+        self.save_pretrained()
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Return the twin where that changes nothing (pipelines ask for it), else refuse."""
@@ -471,9 +581,11 @@ class Twin:
 
     def _apply(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            "a twin shares its parameters with the original, which this would change too: convert "
+            "a twin shares its parameters with the original, which this would change too: change "
             "the original, then make the twin."
         )
+
+    resize_token_embeddings = load_state_dict = requires_grad_ = _apply
 
 
 @functools.cache
@@ -484,4 +596,10 @@ def _twin_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (Twin, cls), members)
+
+    @functools.wraps(cls.forward)
+    def forward(self: Twin, *args: Any, **kwargs: Any) -> Any:
+        self._griffin.expect(args, kwargs)
+        return cls.forward(self, *args, **kwargs)
+
+    return type(cls.__name__, (Twin, cls), {**members, "forward": forward})

@@ -4,6 +4,9 @@ Experiments as those of :mod:`flocking.experiments`. Scored is the loss (negativ
 nats per token) of a text's own tokens after a prompt, under the full model and under twins that
 share one run of that prompt. The chance level is random experts; a control with random weights
 has nothing to lose. Static experts, from the other texts alone, are the control of GRIFFIN's.
+
+Whether GRIFFIN's advantage over them is that of most texts or of a few, averages do not say:
+captions list it text by text.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from flocking.controlled import dimension, finished, said, same_length, source_o
 from flocking.griffin import griffin
 from flocking.recording import record
 from flocking.scoring import side_by_side
-from flocking.uncertainty import bootstrap
+from flocking.uncertainty import bootstrap, tails
 
 DENSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 METHODS = [
@@ -37,11 +40,14 @@ METHODS = [
     "random",
     "magnitude",
 ]
+_OVER_STATIC = "GRIFFIN's perplexity over static's"
 _DENSITY = 0.5
 _WINDOW = 16
 _EXCERPTS = 3
-_GROUPINGS = 2  # ways in which the texts are put together into batches
+_GROUPINGS = 4  # ways in which the texts are put together into batches
 _BIN = 64  # tokens over which losses by distance are averaged
+# The methods whose order is in question: without what knows the scored text, and what knows none.
+_CLOSE = [name for name in METHODS if name not in ("hindsight", "random", "magnitude")]
 
 
 def loss_by_prompt(
@@ -50,7 +56,7 @@ def loss_by_prompt(
     texts: Sequence[str],
     *,
     tokens: int = 1409,
-    horizon: int = 384,
+    horizon: int = 320,
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -63,8 +69,8 @@ def loss_by_prompt(
     texts : list of str
         Those with a ``name``, as of :func:`flocking.passages`, are labelled with it.
     tokens, horizon : int
-        Of each text, and how many of them are scored: the last, after a prompt of the 17, 65,
-        257, ... tokens that stand before them.
+        Of each text, and how many of them are scored, in whole windows of 16: the last, after a
+        prompt of the 17, 65, 257, ... tokens that stand before them. At most half are scored.
     seed : int
         Of random experts.
     progress : bool
@@ -76,11 +82,20 @@ def loss_by_prompt(
         At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
         (interval, selection, prompt_length); ``over_static`` (interval, prompt_length), GRIFFIN's
         to that of static experts; ``relative_far`` (interval, selection, prompt_length, distance)
-        over the 64 tokens from ``distance`` after the prompt's end on.
+        over 64 tokens around ``distance`` from the prompt's end, without the first one, which is
+        computed in full; ``ageing`` (interval, prompt_length), GRIFFIN's ratio in the
+        last 64 tokens to that in the first 64.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two texts, or they or `horizon` are too short.
     """
+    if horizon < _WINDOW:
+        raise ValueError(f"horizon={horizon}: give {_WINDOW} tokens or more, to be scored.")
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     total = len(ids[0])
-    horizon = min(horizon, (total - 1) // (2 * _WINDOW) * _WINDOW)
+    horizon = min(horizon // _WINDOW, (total - 1) // (2 * _WINDOW)) * _WINDOW
     lengths = [n + 1 for n in (16, 64, 256, 1024) if n + 1 + horizon <= total]
     recording = record(model, ids, tokenizer=tokenizer, window=_WINDOW, progress=progress)
     others = overlap.statistic_of_others(overlap.statistic(recording))
@@ -96,10 +111,17 @@ def loss_by_prompt(
 
     losses = _each(measure, names, progress)
     step = min(_BIN, horizon)
-    far = losses.coarsen(distance=step, boundary="trim", coord_func="min").mean()
+    pruned = losses.where(losses.distance > 0)
+    far = pruned.coarsen(distance=step, boundary="trim").mean()
     data = _perplexity(losses.mean("distance")).assign(relative_far=_perplexity(far).relative)
-    far = data.relative_far.sel(selection="GRIFFIN").isel(prompt_length=-1)
-    over = data.over_static.transpose("prompt_length", "interval")
+    excess = far.sel(selection="GRIFFIN") - far.sel(selection="full")
+    ageing = excess.isel(distance=-1, drop=True) - excess.isel(distance=0, drop=True)
+    data["ageing"] = np.exp(bootstrap(ageing))
+    data.ageing.attrs = _ratio(f"GRIFFIN's ratio in the last {step} tokens to the first {step}")
+    over, ages = (
+        [f"{said(values, length)} after {length}" for length in lengths]
+        for values in (data.over_static, data.ageing)
+    )
     source = source_of(recording)
     caption = (
         f"Perplexity of {source['model']} at density {_DENSITY}, relative to the full model's, on "
@@ -108,10 +130,10 @@ def loss_by_prompt(
         f"{_listed(data.perplexity.isel(prompt_length=0))}. "
         f"After {lengths[-1]}: {_listed(data.perplexity.isel(prompt_length=-1))}. Hindsight: the "
         "scored tokens' own experts; static: the other texts'; global-local: mean of the prompt's "
-        f"and the other texts' ranks. GRIFFIN's over static's: {said(over[0])} and "
-        f"{said(over[-1])}. Guessing would give {_vocabulary(model):,}. Right: by "
-        f"distance; GRIFFIN after {lengths[-1]} tokens has {said(far.isel(distance=0))} times the "
-        f"full model's in the first {step} and {said(far.isel(distance=-1))} in the last {step}."
+        f"and the other texts' ranks. GRIFFIN's over static's: {', '.join(over)}. Guessing would "
+        f"give {_vocabulary(model):,}. Right: by distance, in {step} tokens each, their middle "
+        "marked, without the first, which is computed in full. GRIFFIN's ratio in the last "
+        f"{step} to that in the first {step}: {', '.join(ages)}."
     )
     return finished(data, source, names, ids, seed, caption, density=_DENSITY, horizon=horizon)
 
@@ -134,6 +156,11 @@ def loss_by_density(
     xarray.Dataset
         ``perplexity`` and ``relative``, the ratio to the full model's, both (interval, selection,
         density), and ``over_static`` (interval, density), GRIFFIN's to that of static experts.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two texts, or they are too short.
     """
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt = _half(ids)
@@ -160,12 +187,13 @@ def loss_by_density(
     data = _perplexity(_each(measure, names, progress))
     source = source_of(recording)
     listed = (f"{d}: {_listed(data.perplexity.sel(density=d))}" for d in (0.5, 0.7, 0.9))
+    over = (f"{said(data.over_static, d)} at {d}" for d in (0.3, 0.5, 0.7, 0.9))
     caption = (
         f"Perplexity of {source['model']}, relative to the full model's, on "
         f"{len(ids[0]) - prompt} tokens after prompts of {prompt}, by density, over {len(ids)} "
         "texts with 95% bootstrap bands. Absolute, at density "
-        f"{'. At '.join(listed)}. Static: the other texts' experts. Guessing would give "
-        f"{_vocabulary(model):,}."
+        f"{'. At '.join(listed)}. Static: the other texts' experts; GRIFFIN's over static's: "
+        f"{', '.join(over)}. Guessing would give {_vocabulary(model):,}. Right: the same, enlarged."
     )
     return finished(data, source, names, ids, seed, caption, prompt=prompt)
 
@@ -191,8 +219,15 @@ def loss_by_method(
         (interval, selection); ``excess`` and ``captured`` (text,
         excerpt, selection), the loss above the full model's, in nats per token, and the share of
         the scored tokens' energy in the full model that the experts keep, mean over layers;
-        ``between_methods`` and ``between_excerpts`` (interval), Spearman's rank correlation of
-        the two between the methods on one excerpt, and between all excerpts under GRIFFIN.
+        Spearman's rank correlation of the two (interval): ``between_methods`` on one excerpt,
+        ``between_close_methods``, those without hindsight, random and magnitude, which differ
+        most by construction, and ``between_excerpts`` under GRIFFIN; ``over_static_by_text``
+        (text), GRIFFIN's perplexity to that of static experts.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two texts, or they are too short.
     """
     room = (tokens - 1) * _EXCERPTS + 1
     ids, names = same_length(model, tokenizer, texts, room, _WINDOW, least=65)
@@ -220,28 +255,44 @@ def loss_by_method(
     values = _each(measure, names, progress)
     excess, captured = values.loss - values.loss.sel(selection="full"), values.captured
     by_selection = {"input_core_dims": [["selection"], ["selection"]], "vectorize": True}
-    within = xr.apply_ufunc(
-        _rank_correlation,
-        captured.sel(selection=METHODS),
-        excess.sel(selection=METHODS),
-        **by_selection,
+    within, close = (
+        xr.apply_ufunc(
+            _rank_correlation,
+            captured.sel(selection=names),
+            excess.sel(selection=names),
+            **by_selection,
+        )
+        for names in (METHODS, _CLOSE)
     )
     under = [part.sel(selection="GRIFFIN") for part in (captured, excess)]
+    by_text = excess.sel(selection="GRIFFIN") - excess.sel(selection="static")
     data = _perplexity(values.loss.mean("excerpt")).assign(
         excess=excess.rename(sequence="text"),
         captured=captured.rename(sequence="text"),
         between_methods=bootstrap(within.mean("excerpt")),
+        between_close_methods=bootstrap(close.mean("excerpt")),
         between_excerpts=_between_excerpts(*under),
+        over_static_by_text=np.exp(by_text.mean("excerpt")).rename(sequence="text"),
     )
+    data.excess.attrs = {"long_name": "loss above the full model's", "units": "nat"}
+    data.captured.attrs = {"long_name": "captured energy of the scored tokens", "units": "1"}
+    data.over_static_by_text.attrs = _ratio(_OVER_STATIC)
+    for name in ("methods", "close_methods", "excerpts"):
+        long_name = f"rank correlation of captured energy and loss, between {name}"
+        data[f"between_{name}"].attrs = {"long_name": long_name.replace("_", " "), "units": "1"}
+    by_text = data.over_static_by_text.sortby(data.over_static_by_text)
+    listed = (f"{name} {value:.2f}" for name, value in by_text.to_series().items())
     source = source_of(recording)
     caption = (
         f"{source['model']} at density {_DENSITY}: perplexity, relative to the full model's, on "
         f"{len(excerpts[0]) - prompt} tokens after prompts of {prompt}, {count} excerpts of each "
         f"of {len(ids)} texts, with 95% bootstrap intervals over texts. Absolute: "
-        f"{_listed(data.perplexity)}; GRIFFIN's over static's {said(data.over_static)}; "
-        f"guessing would give {_vocabulary(model):,}. Below: the loss above the full model's "
+        f"{_listed(data.perplexity)}; guessing would give {_vocabulary(model):,}. Hindsight: the "
+        f"scored tokens' own experts. GRIFFIN's over static's: {said(data.over_static)}; by text "
+        f"{', '.join(listed)}. Below: the loss above the full model's "
         "against the energy of the scored tokens that the experts capture (chance 0.5). Spearman's "
         f"rank correlation: {said(data.between_methods)} between the methods on one excerpt, "
+        f"{said(data.between_close_methods)} without hindsight, random and magnitude; "
         f"{said(data.between_excerpts)} between the {len(excerpts)} excerpts under GRIFFIN alone."
     )
     return finished(data, source, names, excerpts, seed, caption, density=_DENSITY, prompt=prompt)
@@ -267,7 +318,13 @@ def loss_by_batch(
         (interval, selection, batch_size), of the full model, GRIFFIN, and static experts, for all
         sizes that divide the number of texts. At 1 each text has its own experts, as with
         ``scope="sequence"``; only GRIFFIN's depend on the size. ``over_alone`` (interval,
-        batch_size) is GRIFFIN's ratio to its own at size 1.
+        batch_size) is GRIFFIN's ratio to its own at size 1. Between 1 and all, each text is in
+        four batches drawn at random; intervals are over texts, with these batches as they are.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two texts, or they are too short.
     """
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt, count = _half(ids), len(ids)
@@ -299,20 +356,22 @@ def loss_by_batch(
     data = _perplexity(xr.concat([baselines, losses], "selection"))
     shares = losses.sel(selection="GRIFFIN", drop=True)
     data["over_alone"] = np.exp(bootstrap(shares - shares.sel(batch_size=1, drop=True)))
+    data.over_alone.attrs = _ratio("GRIFFIN's perplexity over its own at batch size 1")
     griffins, full, static = (
         data.perplexity.sel(selection=name) for name in ("GRIFFIN", "full", "static")
     )
     source = source_of(recording)
     listed = (f"{size}: {said(griffins, size, 0)}" for size in sizes)
+    alone = (f"{said(data.over_alone, size)} in batches of {size}" for size in sizes[1:])
     caption = (
         f"Perplexity of {source['model']} under GRIFFIN at density {_DENSITY}, relative to the "
         f"full model's, on {len(ids[0]) - prompt} tokens after prompts of {prompt}, where the "
         f"texts of a batch share their experts; {count} texts, with 95% bootstrap bands. "
         f"Absolute, by batch size: {'; '.join(listed)}; full "
         f"{said(full[:, 0], digits=0)}, static (the other texts' experts) "
-        f"{said(static[:, 0], digits=0)}. Sharing among {sizes[-1]} over having one's own: "
-        f"{said(data.over_alone, sizes[-1])}. At batch size 1 each text has its own experts, as "
-        'with scope="sequence" at any size.'
+        f"{said(static[:, 0], digits=0)}. Sharing over having one's own, in {_GROUPINGS} ways to "
+        f"make up the smaller batches: {', '.join(alone)}. At batch size 1 each text has its own "
+        'experts, as with scope="sequence" at any size.'
     )
     return finished(data, source, names, ids, seed, caption, density=_DENSITY, prompt=prompt)
 
@@ -410,10 +469,14 @@ def _perplexity(losses: xr.DataArray) -> xr.Dataset:
     against = losses.sel(selection="GRIFFIN", drop=True) - losses.sel(selection="static", drop=True)
     each = xr.Dataset({"perplexity": losses, "relative": excess, "over_static": against})
     data = np.exp(bootstrap(each))
-    data.over_static.attrs = {"long_name": "GRIFFIN's perplexity over static's", "units": "1"}
-    data.relative.attrs = {"long_name": "perplexity, relative to the full model's", "units": "1"}
+    data.over_static.attrs = _ratio(_OVER_STATIC)
+    data.relative.attrs = _ratio("perplexity, relative to the full model's")
     data.perplexity.attrs = {"long_name": "perplexity", "units": "1"}
     return data.transpose("interval", "selection", ...)
+
+
+def _ratio(long_name: str) -> dict[str, str]:
+    return {"long_name": long_name, "units": "1"}
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -427,7 +490,7 @@ def _between_excerpts(x: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
     x, y = (values.transpose("sequence", "excerpt").values for values in (x, y))
     draws = np.random.default_rng(0).integers(len(x), size=(2000, len(x)))
     drawn = [_rank_correlation(x[draw], y[draw]) for draw in draws]
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    low, high = np.nanquantile(drawn, tails(len(x)))
     values = [_rank_correlation(x, y), low, high]
     return xr.DataArray(values, {"interval": ["estimate", "low", "high"]}, ("interval",))
 

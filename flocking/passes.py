@@ -1,4 +1,4 @@
-"""Forward passes: without the head, in chunks, continued, and leaving no trace."""
+"""Forward passes: what fits, without the head, in chunks, continued, and leaving no trace."""
 
 from __future__ import annotations
 
@@ -57,6 +57,33 @@ def forward(
     return base(**inputs)
 
 
+def context(model: PreTrainedModel) -> int | None:
+    """Most tokens that the model takes at once, as far as it says so."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    limits = [getattr(config, name, None) for name in names]
+    for path, module in model.named_modules():  # RoBERTa's kind starts behind the padding index
+        if (
+            path.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit and limit > 0), default=None)
+
+
+def refuse_long(model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int = 0) -> None:
+    """Raise a ValueError for the first text that does not fit the model's :func:`context`."""
+    limit = context(model)
+    fed = max(0, max_new_tokens - 1)  # the last new token is never fed back
+    for number, prompt in enumerate(prompts):
+        if limit and len(prompt) + fed > limit:
+            new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
+            raise ValueError(
+                f"text {number} has {len(prompt)} tokens{new}, {len(prompt) + fed - limit} more "
+                f"than the model's context of {limit}: shorten it or split it."
+            )
+
+
 def chunks(model: PreTrainedModel, batch: int, length: int) -> list[slice]:
     """The pieces in which `length` tokens of each of `batch` sequences are fed."""
     step = max(1, CHUNK_TOKENS // batch)
@@ -88,6 +115,8 @@ class Traits(NamedTuple):
     ----------
     causal : bool
         Later tokens do not matter to earlier ones.
+    continuable : bool
+        A short text may be fed in two pieces, over a cache.
     chunkable : bool
         A text may be fed in pieces, over a cache.
     paddable : bool
@@ -95,6 +124,7 @@ class Traits(NamedTuple):
     """
 
     causal: bool
+    continuable: bool
     chunkable: bool
     paddable: bool
 
@@ -138,8 +168,18 @@ def traits(model: PreTrainedModel) -> Traits:
         by_length = _rotates_by_length(model.config)
         return Traits(
             causal=same(changed),
-            chunkable=not by_length and same(chunked),
+            continuable=(continuable := same(chunked)),
+            chunkable=not by_length and continuable,
             paddable=not by_length and same(padded),
+        )
+
+
+def refuse_forgetful(model: PreTrainedModel) -> None:
+    """Raise a ValueError if the model cannot go on from a cache of what it has read."""
+    if not traits(model).continuable:
+        raise ValueError(
+            f"{type(model).__name__} cannot go on from a cache of its prompt: what comes after "
+            "would be computed without it."
         )
 
 

@@ -19,7 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
 from flocking.hooks import choose, observe
 from flocking.moments import Layout, Moments, Windows, window_counts
-from flocking.passes import batches, chunks, continued, forward, traits, undisturbed
+from flocking.passes import (
+    batches,
+    chunks,
+    continued,
+    forward,
+    refuse_long,
+    traits,
+    undisturbed,
+)
 from flocking.shadow import unwrap
 from flocking.tokens import Text, tokenize
 
@@ -137,7 +145,7 @@ def record(
     model = unwrap(model)
     _refuse_model(model, max_new_tokens)
     prompts, texts, tokenizer, special = tokenize(model, text, tokenizer)
-    _refuse_long(model, prompts, max_new_tokens)
+    refuse_long(model, prompts, max_new_tokens)
     blocks = choose(feedforwards(model), layers)
     raw = choose(blocks, None if relative is True else relative, "relative") if relative else []
     _refuse_large(prompts, blocks, raw, window, max_new_tokens, ranks, progress)
@@ -206,32 +214,6 @@ def _refuse_model(model: nn.Module, max_new_tokens: int) -> None:
             f"{name} is no causal language model, so a continuation cannot be replayed: leave out "
             "max_new_tokens, or load its causal class."
         )
-
-
-def context(model: PreTrainedModel) -> int | None:
-    """Most tokens that the model takes at once, as far as it says so."""
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-    limits = [getattr(config, name, None) for name in names]
-    for path, module in model.named_modules():  # RoBERTa's kind starts behind the padding index
-        if (
-            path.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            limits.append(module.num_embeddings - module.padding_idx - 1)
-    return min((limit for limit in limits if limit and limit > 0), default=None)
-
-
-def _refuse_long(model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int) -> None:
-    limit = context(model)
-    fed = max(0, max_new_tokens - 1)  # the last new token is never fed back
-    for number, prompt in enumerate(prompts):
-        if limit and len(prompt) + fed > limit:
-            new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
-            raise ValueError(
-                f"text {number} has {len(prompt)} tokens{new}, {len(prompt) + fed - limit} more "
-                f"than the model's context of {limit}: shorten it or split it."
-            )
 
 
 def _refuse_large(

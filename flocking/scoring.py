@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.griffin import Twin
-from flocking.passes import undisturbed
+from flocking.passes import refuse_forgetful, refuse_long, undisturbed
 from flocking.shadow import unwrap
-from flocking.tokens import tokenize
+from flocking.tokens import Prompts, tokenize
 
 Protocol = Literal["context", "last-token"]
 
@@ -46,9 +46,10 @@ def score(
     protocol : {"context", "last-token"}
         Which positions are pruned. "context": the prompt is run in full, and all tokens of the
         continuation but the first, whose logits are the prompt's last ones, are computed pruned.
-        "last-token": all that is fed but its last token is run in full and gives the experts, so
-        that the last token of the continuation alone is computed pruned, as in the
-        classification tasks of Dong, Chen and Chi (2024, arXiv 2404.01365, section 5.1).
+        "last-token": of the tokens that are fed, the last one alone is computed pruned, with
+        experts chosen from all before it, so that only the likelihood of the continuation's last
+        token is touched, as in the classification tasks of Dong, Chen and Chi (2024, arXiv
+        2404.01365, section 5.1).
 
     Returns
     -------
@@ -58,20 +59,22 @@ def score(
     Raises
     ------
     ValueError
-        If prompt or continuation has no token, or the protocol is unknown or has no token to
-        choose experts from.
+        If prompt or continuation has no token, both together do not fit the model's context, or
+        the protocol is unknown or has no token to choose experts from, or the model cannot go
+        on from a cache.
     """
-    prompts = tokenize(model, prompt, tokenizer)
-    prompt_ids = _one("prompt", prompts.ids)
+    if protocol not in ("context", "last-token"):
+        raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
+    prompts = _one("prompt", model, prompt, tokenizer)
     if isinstance(continuation, str):
         if prompts.tokenizer is None:
             raise ValueError("continuation is text: give the tokenizer, or token ids.")
         continuation = prompts.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    later_ids = _one("continuation", tokenize(model, continuation).ids)
-    if protocol not in ("context", "last-token"):
-        raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
+    prompt_ids = prompts.ids[0].tolist()
+    later_ids = _one("continuation", model, continuation).ids[0].tolist()
     # All is fed but the last token; `cut` of it in full, under a twin.
     fed = len(prompt_ids) + len(later_ids) - 1
+    _refuse(model, [torch.tensor(prompt_ids + later_ids[:-1])])
     cut = len(prompt_ids) if protocol == "context" else fed - 1
     if cut < 1:
         raise ValueError(
@@ -132,7 +135,7 @@ def perplexity(
     Raises
     ------
     ValueError
-        If a text is too short, or a length is below 1.
+        If a text is too short, a length is below 1, or the lengths do not fit the model's context.
     """
     if prompt_length < 1 or continuation_length < 1 or batch_size < 1:
         raise ValueError(
@@ -145,6 +148,7 @@ def perplexity(
         if len(row) < length:
             raise ValueError(f"text {number} has {len(row)} tokens, and {length} are needed.")
     rows = torch.stack([row[:length] for row in ids])
+    _refuse(model, [row[:-1] for row in rows])
     values = []
     with tqdm(total=len(rows), desc="scoring", unit="text", disable=not progress) as bar:
         for batch in rows.split(batch_size):
@@ -167,10 +171,27 @@ def perplexity(
     )
 
 
-def _one(name: str, sequences: list[Tensor]) -> list[int]:
-    if len(sequences) != 1:
-        raise ValueError(f"{name} has {len(sequences)} sequences: score one at a time.")
-    return sequences[0].tolist()
+def _one(
+    name: str,
+    model: PreTrainedModel,
+    text: str | Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Prompts:
+    """Tokens of one sequence; errors say which argument it was."""
+    try:
+        prompts = tokenize(model, text, tokenizer)
+    except ValueError as problem:
+        raise ValueError(f"{name}: {problem}") from problem
+    if len(prompts.ids) != 1:
+        raise ValueError(f"{name} has {len(prompts.ids)} sequences: score one at a time.")
+    return prompts
+
+
+def _refuse(model: PreTrainedModel, fed: list[Tensor]) -> None:
+    model = unwrap(model)
+    refuse_long(model, fed)
+    if not isinstance(model, Twin):  # of which griffin has made sure
+        refuse_forgetful(model)
 
 
 def side_by_side(

@@ -19,6 +19,17 @@ from flocking.shadow import fused_rows, width
 def expert_count(density: float, d_ff: int) -> int:
     """Neurons kept at a density: ``floor(density * d_ff + 1e-9)``.
 
+    Parameters
+    ----------
+    density : float
+        Fraction to keep, in (0, 1].
+    d_ff : int
+        Neurons there are.
+
+    Returns
+    -------
+    int
+
     Raises
     ------
     ValueError
@@ -88,8 +99,9 @@ def magnitude(block: FeedForward) -> Tensor:
 # --------------------------------------------------------------------------------------
 # Methods
 
-# From a statistic (..., d_ff), the number k to keep, the block and a source of random numbers, a
-# score for each neuron. A user's own function fits the same place.
+# From a statistic (float64, shape (..., neuron)), the number k to keep, the block and a source of
+# random numbers, a score for each neuron, of which the k largest are kept. GRIFFIN gives one
+# statistic at a time, shape (d_ff,). A user's own function fits the same place.
 Method = Callable[[Tensor, int, FeedForward, torch.Generator], Tensor]
 
 
@@ -151,7 +163,8 @@ def global_local(reference: Callable[[FeedForward], Tensor], weight: float) -> M
     """Ranks within the prompt and ranks over other texts, averaged.
 
     Global-local aggregation of ranks (GLASS, arXiv 2508.14302):
-    ``(1 - weight) * rank(s) + weight * rank(reference)``, ranks ascending.
+    ``(1 - weight) * rank(s) + weight * rank(reference)``, ranks ascending. GLASS's global ranks
+    are the model's own; here they are those of a calibration set of texts.
 
     Parameters
     ----------

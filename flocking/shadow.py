@@ -50,7 +50,7 @@ def cut(
     outputs, inputs : Tensor of int64, shape (k,), optional
         Indices to keep.
     """
-    compact = copy.copy(projection)
+    compact = _separate(projection)
     vars(compact).pop("forward", None)  # accelerate's wrapper would call the whole projection
     compact._parameters = parameters = dict(projection._parameters)
     out_axis = 1 if stored_transposed(projection) else 0
@@ -94,14 +94,26 @@ def shadow(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
-        for name, value in vars(module).items():
-            if "hooks" in name and isinstance(value, dict):
-                memo[id(value)] = type(value)()
+        memo.update({id(hooks): type(hooks)() for hooks in _hooks_of(module).values()})
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-            del module.forward
+        # A compiled forward, or what generate keeps once it has compiled for a static cache.
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "_torchdynamo_orig_callable"):
+                delattr(module, name)
     return twin.eval()
+
+
+def _hooks_of(module: nn.Module) -> dict[str, dict]:
+    """Hooks of every kind, by the attribute that holds them."""
+    return {k: v for k, v in vars(module).items() if "hooks" in k and isinstance(v, dict)}
+
+
+def _separate(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module, whose hooks are its own (none)."""
+    copied = copy.copy(module)
+    vars(copied).update({name: type(hooks)() for name, hooks in _hooks_of(module).items()})
+    return copied
 
 
 @contextmanager
@@ -125,7 +137,7 @@ def put(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """`module` with another forward; attributes such as ``weight`` stay readable."""
-    changed = copy.copy(module)
+    changed = _separate(module)
     changed.forward = forward
     return changed
 
@@ -142,21 +154,29 @@ def per_model(find: Callable[[nn.Module], _Found]) -> Callable[[nn.Module], _Fou
 
     @functools.wraps(find)
     def remembering(model: nn.Module) -> _Found:
-        config = getattr(model, "config", None)
-        modules, kinds = {}, set()
-        for path, module in model.named_modules():
-            modules[path] = id(module)
-            for p in module._parameters.values():
-                kinds.add(p if p is None else (p.device.type, p.dtype))
-        state = (
-            modules,
-            kinds,
-            getattr(model, "name_or_path", None),
-            getattr(config, "is_decoder", None),
-            getattr(config, "_attn_implementation", None),
-        )
+        state = _state_of(model)
         if model not in known or known[model][0] != state:
             known[model] = (state, find(model))
         return known[model][1]
 
+    def remember(model: nn.Module, found: _Found) -> None:
+        known[model] = (_state_of(model), found)
+
+    remembering.remember = remember  # what is known of a model already, such as of its shadow
     return remembering
+
+
+def _state_of(model: nn.Module) -> tuple[object, ...]:
+    config = getattr(model, "config", None)
+    modules, kinds = {}, set()
+    for path, module in model.named_modules():
+        modules[path] = id(module)
+        for p in module._parameters.values():
+            kinds.add(p if p is None else (p.device.type, p.dtype))
+    return (
+        modules,
+        kinds,
+        getattr(model, "name_or_path", None),
+        getattr(config, "is_decoder", None),
+        getattr(config, "_attn_implementation", None),
+    )

@@ -68,7 +68,7 @@ def tokenize(
     strings = all(isinstance(item, str) for item in text)
     if strings:
         if empty := [number for number, item in enumerate(text) if not item]:
-            raise ValueError(f"text {empty[0]} is empty: there is nothing to record.")
+            raise ValueError(f"text {empty[0]} is empty: give one of a token or more.")
         tokenizer = tokenizer or _tokenizer_of(model)
         ids = [tokenizer(item)["input_ids"] for item in text]
         special = _special(tokenizer)
@@ -113,7 +113,7 @@ def _unpadded(ids: list[Any], masks: Any, vocabulary: int) -> list[Tensor]:
                 )
             prompt = prompt[real]
         if len(prompt) == 0:
-            raise ValueError(f"text {number} has no tokens left after padding: nothing to record.")
+            raise ValueError(f"text {number} has no tokens beside padding: give one or more.")
         if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
             raise ValueError(
                 f"text {number} has token ids from {int(prompt.min())} to {int(prompt.max())}, but "

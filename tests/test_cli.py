@@ -183,8 +183,12 @@ def test_generate(model: str) -> None:
     ("arguments", "message"),
     [
         (["x", "--density", 0], "density=0.0: give the fraction"),
-        (["x", "--method", "best"], "method='best': choose from topk"),
-        (["x", "--method", "static"], "needs reference"),
+        (["x", "--method", "best"], "--method best: choose from topk"),
+        (["x", "--method", "static"], "--method static: choose from topk"),
+        (["x", "--max-new-tokens", 300], "300 new ones, 44 more than the model's context of 256"),
+        (["x", "--dtype", "int8"], "--dtype int8: give float32"),
+        (["x", "--device", "cuda:7"], "--device cuda:7 cannot be used here: give cpu"),
+        (["x", "--model", "/no/such/folder"], "--model /no/such/folder: there is no such folder"),
         (["x", "--scope", "all"], "scope='all': give 'shared' or 'sequence'"),
         (["x", "--max-new-tokens", 0], "--max-new-tokens 0: give 1 or more"),
         ([""], "the prompt is empty"),
@@ -192,7 +196,7 @@ def test_generate(model: str) -> None:
     ids=str,
 )
 def test_generate_refuses(model: str, arguments: list, message: str) -> None:
-    result = run("generate", *arguments, "--model", model)
+    result = run("generate", "--model", model, *arguments)
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output

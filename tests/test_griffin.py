@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -305,6 +306,26 @@ def test_beams_with_experts_by_sequence(name: str) -> None:
         assert torch.equal(generate(twin, ids[row : row + 1], num_beams=3)[0], together[row])
 
 
+@pytest.mark.parametrize("method", ["sampled", "half-sampled", "random"])
+def test_a_sequence_draws_in_a_batch_what_it_draws_alone(
+    llama: tf.PreTrainedModel, method: str
+) -> None:
+    """And so do its beams, which go on from one another."""
+    twin = flocking.griffin(llama, 0.5, method=method, scope="sequence")
+    ids = tokens(20, 20, 20)
+    together = generate(twin, ids, num_beams=3, num_return_sequences=2)
+    assert twin.report().prefilled_tokens == 60
+    chosen = as_masks(twin, llama)
+    for row in range(3):
+        alone = generate(twin, ids[row : row + 1], num_beams=3, num_return_sequences=2)
+        assert torch.equal(alone, together[2 * row : 2 * row + 2])
+        assert twin.report().prefilled_tokens == 20
+        mask = as_masks(twin, llama)
+        for beam in range(3):
+            np.testing.assert_array_equal(chosen[3 * row + beam], mask[beam])
+            np.testing.assert_array_equal(mask[beam], mask[0])
+
+
 def test_shares_experts_by_the_papers_weighted_sum(pair: tuple) -> None:
     model, twin = pair
     lengths = (30, 9)
@@ -372,12 +393,42 @@ def test_a_second_turn_adds_to_the_statistic(pair: tuple) -> None:
         model(ids[:, kept:], past_key_values=turn.past_key_values)
     for layer, experts in twin.selection.items():
         assert experts.tolist() == energy[layer].topk(80).indices.sort().values.tolist()
+    # Other prompts in between do not matter, nor does where inference mode begins and ends.
+    with torch.inference_mode():
+        turn = generate(again, tokens(20), return_dict_in_generate=True)
+    generate(again, tokens(11, seed=2))
+    flocking.score(again, *random_ids(7, 3))
+    generate(again, ids, past_key_values=turn.past_key_values)
+    assert again.report().prefilled_tokens == 20 + (ids.shape[1] - kept)
+    for layer, experts in twin.selection.items():
+        assert torch.equal(again.selection[layer], experts)
     # On a cache that is not its own, the new tokens alone count.
     with torch.no_grad():
         other = model(ids[:, :kept], use_cache=True).past_key_values
     generate(twin, ids, past_key_values=other)
     assert twin.report().prefilled_tokens == ids.shape[1] - kept
     assert second.shape[1] > ids.shape[1]
+
+
+def test_a_second_turn_on_a_changed_cache_chooses_afresh(pair: tuple) -> None:
+    _, twin = pair
+    for change, batch in (
+        (lambda cache: cache.crop(10 - cache.get_seq_length()), 1),
+        (lambda cache: cache.batch_repeat_interleave(2), 2),
+    ):
+        cache = generate(twin, tokens(40), return_dict_in_generate=True).past_key_values
+        change(cache)
+        kept = cache.get_seq_length()
+        ids = torch.cat((tokens(*[kept] * batch), tokens(*[12] * batch, seed=5)), dim=1)
+        generate(twin, ids, 2, past_key_values=cache)
+        assert twin.report().prefilled_tokens == 12 * batch
+    cache = generate(twin, tokens(40), return_dict_in_generate=True).past_key_values
+    cache.crop(
+        45 - cache.get_seq_length()
+    )  # some of the generation is undone, nothing of the prompt
+    ids = torch.cat((tokens(45), tokens(12, seed=5)), dim=1)
+    generate(twin, ids, 2, past_key_values=cache)
+    assert twin.report().prefilled_tokens == 40 + 12
 
 
 def test_in_a_pipeline_with_a_chat_template(embedded: tuple) -> None:
@@ -438,6 +489,97 @@ def test_of_a_compiled_model(llama: tf.PreTrainedModel) -> None:
     )
     generate(llama, ids)
     assert torch.equal(generate(flocking.griffin(llama, 0.5), ids), expected)
+
+
+def test_of_a_model_that_generate_has_compiled(llama: tf.PreTrainedModel) -> None:
+    """For a static cache generate compiles the model's call, on a GPU by itself, and keeps it."""
+    ids = tokens(20)
+    config = tf.generation.CompileConfig(backend="eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": config}
+    expected = generate(flocking.griffin(llama, 0.5), ids)
+    full = generate(llama, ids, **options)
+    assert "_compiled_call" in vars(llama)
+    twin = flocking.griffin(llama, 0.5)
+    for more in ({}, {"prefill_chunk_size": 7}):
+        assert torch.equal(generate(twin, ids, **options, **more), expected)
+    assert not torch.equal(expected, full)
+    assert torch.equal(generate(llama, ids, **options), full)
+
+
+def test_two_twins_in_two_threads(llama: tf.PreTrainedModel) -> None:
+    """One's prompt does not count for the other's experts."""
+    twins = [flocking.griffin(llama, density) for density in (0.5, 0.3)]
+    prompts = [tokens(100, seed=seed) for seed in (1, 2)]
+    alone = [generate(*pair) for pair in zip(twins, prompts, strict=True)]
+    # The second is given its prompt in the middle of the first's.
+    inner: list[Tensor] = []
+    layer = twins[0]._griffin.whole.model.layers[1]
+    forward = layer.forward
+
+    def interrupted(*args: object, **kwargs: object) -> Tensor:
+        if not inner:
+            inner.append(generate(twins[1], prompts[1]))
+        return forward(*args, **kwargs)
+
+    layer.forward = interrupted
+    assert torch.equal(generate(twins[0], prompts[0]), alone[0])
+    assert torch.equal(inner[0], alone[1])
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for got, due in zip(pool.map(generate, twins, prompts), alone, strict=True):
+                assert torch.equal(got, due)
+
+
+def test_hooks_act_where_they_were_put(llama: tf.PreTrainedModel) -> None:
+    """Those on a twin not on its original, nor the other way round, nor on another twin."""
+    ids = tokens(20)
+    twin, other = flocking.griffin(llama, 0.5), flocking.griffin(llama, 1.0)
+    full, pruned = generate(llama, ids), generate(twin, ids)
+    handles = [
+        layer.mlp.down_proj.register_forward_hook(lambda module, args, output: output * 0)
+        for layer in twin.model.layers
+    ]
+    assert not torch.equal(generate(twin, ids), pruned)
+    assert torch.equal(generate(llama, ids), full)
+    assert torch.equal(generate(other, ids), full)
+    for handle in handles:
+        handle.remove()
+    llama.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, output: output * 0)
+    assert not torch.equal(generate(llama, ids), full)
+    assert torch.equal(generate(other, ids), full)
+    seen = []
+    with flocking.observe(twin, lambda block, z: seen.append(z.shape[-1])):
+        llama(ids)
+        generate(twin, ids, 3)
+    assert set(seen) == {80}
+
+
+@pytest.mark.parametrize("change", ["assigned", "head", "buffer", "config"])
+def test_a_new_twin_is_of_the_model_as_it_is_now(change: str) -> None:
+    model, ids = build("gemma2"), tokens(20)
+    generate(flocking.griffin(model, 1.0), ids)
+    with torch.no_grad():
+        if change == "assigned":
+            state = {name: value * 1.5 for name, value in model.state_dict().items()}
+            model.load_state_dict(state, assign=True)
+        elif change == "head":
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
+        elif change == "buffer":
+            model.model.rotary_emb.inv_freq.mul_(0.3)
+        else:
+            model.config.final_logit_softcapping = 0.5
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    got, due = (generate(m, ids, 4, **options) for m in (flocking.griffin(model, 1.0), model))
+    for a, b in zip(got.logits, due.logits, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_of_a_model_converted_since(llama: tf.PreTrainedModel) -> None:
+    twin = flocking.griffin(llama, 0.5)
+    llama.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"original is in torch\.bfloat16 by now"):
+        generate(twin, tokens(20))
 
 
 def test_of_a_model_in_training(llama: tf.PreTrainedModel) -> None:
@@ -593,9 +735,16 @@ def test_a_users_own_method(llama: tf.PreTrainedModel) -> None:
     twin = flocking.griffin(llama, 0.5, method=lowest)
     generate(twin, tokens(20))
     np.testing.assert_array_equal(as_masks(twin, llama), ~expected_selection(llama, tokens(20))[0])
-    wrong = flocking.griffin(llama, method=lambda s, k, b, g: s[:3])
-    with pytest.raises(ValueError, match="one score for each"):
-        generate(wrong, tokens(20))
+    twin = flocking.griffin(llama, 0.5, method=lambda s, k, b, g: torch.arange(160) > 60)
+    generate(twin, tokens(20))
+    assert twin.selection[0].tolist() == [*range(61, 141)]
+    for wrong, message in (
+        (lambda s, k, b, g: s[:3], r"returned \(3,\) where one score for each of 160 neurons"),
+        (lambda s, k, b, g: None, "returned NoneType where one score"),
+        (lambda s, k, b, g: s * float("nan"), "returned NaN in layer 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(flocking.griffin(llama, method=wrong), tokens(20))
 
 
 # --------------------------------------------------------------------------------------
@@ -621,12 +770,24 @@ def test_refuses_what_makes_no_twin(llama: tf.PreTrainedModel, options: dict, me
         flocking.griffin(llama, **options)
 
 
+@pytest.mark.parametrize("density", ["0.5", None, [], "half"])
+def test_density_is_a_number(llama: tf.PreTrainedModel, density: object) -> None:
+    with pytest.raises(TypeError, match="give a number, or one for each of 2"):
+        flocking.griffin(llama, density)
+
+
 def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None:
     reference = flocking.global_statistic(llama, random_ids(20), progress=False)
-    with pytest.raises(ValueError, match=r"lacks layers \[0\]"):
+    with pytest.raises(ValueError, match="of 1 layers of 160 neurons, and this model has 2 of 160"):
         flocking.griffin(llama, method="static", reference=reference.isel(layer=[1]))
-    with pytest.raises(ValueError, match="fewer than d_ff"):
-        flocking.griffin(llama, method="static", reference=reference.isel(neuron=slice(9)))
+    for width in (9, 500):  # also a wider model's, whose first neurons are others
+        other = reference.reindex(neuron=range(width), fill_value=1.0)
+        with pytest.raises(ValueError, match=f"of 2 layers of {width} neurons"):
+            flocking.griffin(llama, method="static", reference=other)
+    with pytest.raises(ValueError, match="not finite"):
+        flocking.griffin(llama, method="static", reference=reference.where(reference.layer > 0))
+    with pytest.raises(TypeError, match="reference is a ndarray"):
+        flocking.griffin(llama, method="static", reference=reference.values)
     with pytest.raises(ValueError, match="give \\(layer, neuron\\)"):
         flocking.griffin(llama, method="static", reference=reference.isel(layer=0))
     with pytest.raises(ValueError, match="weight=2"):
@@ -666,7 +827,7 @@ def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
         twin(ids)
     with pytest.raises(RuntimeError, match="no experts were chosen"):
         _ = twin.selection
-    with pytest.raises(ValueError, match="use_cache=False would run"):
+    with pytest.raises(ValueError, match="use_cache=False, given or in the model"):
         generate(twin, ids, use_cache=False)
     with pytest.raises(ValueError, match="assistant_model=twin"):
         generate(twin, ids, assistant_model=model)
@@ -676,19 +837,25 @@ def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
         flocking.griffin(twin)
     with pytest.raises(ValueError, match="batch continuously"):
         twin.generate_batch([[1, 2]])
-    with pytest.raises(ValueError, match="save the original"):
-        twin.save_pretrained("nowhere")
+    for save in (twin.save_pretrained, twin.push_to_hub):
+        with pytest.raises(ValueError, match="save the original"):
+            save("nowhere")
     for convert in (
         lambda: twin.half(),
         lambda: twin.to(torch.bfloat16),
         lambda: twin.to("meta"),
         lambda: twin.double(),
         lambda: twin.bfloat16(),
+        lambda: twin.resize_token_embeddings(VOCABULARY + 8),
+        lambda: twin.load_state_dict(model.state_dict(), strict=False),
+        lambda: twin.requires_grad_(False),
     ):
         with pytest.raises(ValueError, match="shares its parameters"):
             convert()
     assert twin.to("cpu") is twin.to(torch.float32) is twin
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.get_input_embeddings().weight.shape[0] == VOCABULARY
     generate(twin, ids)
     with pytest.raises(ValueError, match="record the original"):
         flocking.record(twin, ids.tolist())
@@ -696,12 +863,84 @@ def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
     assert type(twin).__name__ == type(model).__name__
 
 
+def test_refuses_models_that_cannot_go_on_from_a_cache() -> None:
+    """Decoding would read the whole prompt pruned, or begin without its state."""
+    small = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    gpt = tf.OpenAIGPTLMHeadModel(
+        tf.OpenAIGPTConfig(**small, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    )
+    recurrent = tf.RecurrentGemmaForCausalLM(
+        tf.RecurrentGemmaConfig(
+            **small,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            lru_width=64,
+            attention_window_size=16,
+            block_types=["recurrent", "recurrent", "attention"],
+        )
+    )
+    for model in (gpt, recurrent):
+        for attempt in (flocking.griffin, lambda model: flocking.score(model, [5, 6], [7, 8])):
+            with pytest.raises(ValueError, match="cannot go on from a cache of its prompt"):
+                attempt(model)
+
+
+def test_refuses_other_sequences_than_the_experts_are_for() -> None:
+    for name in ("llama", "opt"):
+        twin = flocking.griffin(build(name), 0.5, scope="sequence")
+        generate(twin, tokens(20, 20))
+        for batch in (1, 4):
+            with pytest.raises(RuntimeError, match=f"experts of 2 sequences, and {batch} were"):
+                twin(tokens(*[6] * batch))
+        with pytest.raises(RuntimeError, match="experts of 2 sequences"):
+            twin(input_ids=tokens(6))
+        generate(twin, tokens(20))
+        assert twin(tokens(6, 6)).logits.shape[:2] == (2, 6)
+
+
+def test_refuses_loops_that_would_not_prefill(pair: tuple) -> None:
+    _, twin = pair
+    generate(twin, tokens(20))
+    with pytest.raises(ValueError, match="custom_generate would not run the prompt in full"):
+        generate(twin, tokens(20), custom_generate=lambda model, *args, **kwargs: None)
+    with pytest.raises(ValueError, match="guidance_scale would run the negative prompt pruned"):
+        generate(twin, tokens(20), guidance_scale=1.5, negative_prompt_ids=tokens(5))
+    twin.config.use_cache = False
+    twin.generation_config.use_cache = False
+    with pytest.raises(ValueError, match="or in the model's config"):
+        generate(twin, tokens(20))
+
+
 def test_an_interrupted_prompt_leaves_no_half_chosen_experts(pair: tuple) -> None:
-    """The next prompt is chosen from itself alone."""
+    """None at all, whatever interrupts it; the next prompt is chosen from itself alone."""
     model, twin = pair
     ids = tokens(20)
-    generate(twin, ids)
-    with pytest.raises(IndexError):
-        generate(twin, torch.full((1, 5), VOCABULARY + 7))
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*args: object) -> Tensor:
+        raise Interrupted
+
+    state = twin._griffin
+    method, fill = state.method, state.compacts[1].fill
+    for attempt in ("prompt", "method", "copy"):
+        generate(twin, ids)
+        if attempt == "method":
+            state.method = interrupt
+        elif attempt == "copy":
+            state.compacts[1].fill = interrupt
+        row = torch.full((1, 5), VOCABULARY + 7) if attempt == "prompt" else tokens(9)
+        with pytest.raises((IndexError, Interrupted)):
+            generate(twin, row)
+        with pytest.raises(RuntimeError, match="no experts were chosen"):
+            _ = twin.selection
+        for run in (twin, twin.model):
+            with pytest.raises(RuntimeError, match="no experts yet"):
+                run(ids)
+        assert twin.report().prefilled_tokens == 0
+        state.method, state.compacts[1].fill = method, fill
     generate(twin, ids)
     np.testing.assert_array_equal(as_masks(twin, model), expected_selection(model, ids)[0])

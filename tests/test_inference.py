@@ -65,8 +65,9 @@ def test_loss_by_prompt(subject: tuple) -> None:
         assert estimate(got.perplexity, selection="GRIFFIN") == pytest.approx(
             np.exp(griffin.mean()), rel=1e-4
         )
-        near = estimate(got.relative_far, selection="GRIFFIN", distance=0)
-        assert near == pytest.approx(np.exp((griffin - full)[:, :64].mean()), rel=1e-4)
+        near = estimate(got.relative_far, selection="GRIFFIN", distance=31.5)
+        assert near == pytest.approx(np.exp((griffin - full)[:, 1:64].mean()), rel=1e-4)
+        assert estimate(got.ageing) == 1  # one piece of 64 tokens only
         by_text = []
         for number, row in enumerate(rows):
             others = static(model, [text for n, text in enumerate(ids) if n != number])

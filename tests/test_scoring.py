@@ -153,8 +153,18 @@ def test_refuses() -> None:
         flocking.score(model, prompt, later, protocol="last")
     with pytest.raises(ValueError, match="prompt of two tokens"):
         flocking.score(model, prompt[:1], later[:1], protocol="last-token")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="continuation: text is empty"):
         flocking.score(model, prompt, [])
+    with pytest.raises(ValueError, match="prompt: text 0 is empty"):
+        flocking.score(model, "", later)
+    long = random_ids(250)[0]
+    assert flocking.score(model, long, random_ids(7)[0]).sizes == {"token": 7}
+    with pytest.raises(ValueError, match="257 tokens, 1 more than the model's context of 256"):
+        flocking.score(model, long, random_ids(8)[0])
+    with pytest.raises(ValueError, match="299 tokens, 43 more"):
+        flocking.perplexity(
+            model, random_ids(300), prompt_length=200, continuation_length=100, progress=False
+        )
     with pytest.raises(ValueError, match="2 sequences: score one"):
         flocking.score(model, [prompt, prompt], later)
     options = {"prompt_length": 6, "continuation_length": 6}
