@@ -273,7 +273,7 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     upper.invert_yaxis()
     upper.axvline(1, color="0.35", ls=":", lw=1)
     upper.set(xlabel=_RELATIVE, xscale="log")
-    lower.set(xlabel="captured energy of the scored tokens (colours as above)", xlim=(None, 1))
+    lower.set(xlabel="captured energy (colours as above)", xlim=(None, 1))
     lower.set_ylabel("loss above the full model's\n(nats; linear up to 1)")
     guide(0, lower)
     chance = data.attrs["density"]
