@@ -38,7 +38,7 @@ class Compact:
         for module in self.originals:
             parent, _, name = paths[id(module)].rpartition(".")
             self.places.append((twin.get_submodule(parent), name))
-        any_k = torch.arange(k, device=block.down.weight.device)
+        any_k = torch.arange(k, device=block.weight.device)
         self.shared = [cut(module, **self._indices(module, any_k)) for module in self.originals]
         self.several: list[_BySequence] = []
         for module, place in zip(self.shared, self.places, strict=True):

@@ -183,9 +183,9 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
             f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
         )
     for block in blocks:
-        if not block.down.weight.is_floating_point():
+        if not block.weight.is_floating_point():
             raise ValueError(
-                f"{name} has weights of {block.down.weight.dtype} in {block.path}: GRIFFIN copies "
+                f"{name} has weights of {block.weight.dtype} in {block.path}: GRIFFIN copies "
                 "floating-point weights only."
             )
     return blocks
