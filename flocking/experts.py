@@ -1,10 +1,9 @@
 """Mixtures of experts, by transformers' experts interface: watched, cut down, told apart.
 
 There, all experts of a layer are one module with three-dimensional weights, whose forward is
-looked up by name for every call. A module that is watched is given a config of its own with the name
-of an implementation registered here: it runs the one that the model was to use, by way of a
-stand-in that hands out what comes out of the activation function, the input of the
-down-projections.
+looked up by name for every call. A module that is watched is given a config of its own with the
+name of an implementation registered here: it runs the one that the model was to use, by way of a
+stand-in that hands out what the activation function gives, the input of the down-projections.
 """
 
 from __future__ import annotations
@@ -96,6 +95,63 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
         else:
             torch.gather(whole, axis, index, out=compact._parameters[name].data)
     return compact
+
+
+def row_norms(experts: nn.Module) -> Tensor:
+    """Product of each neuron's gate and up row norms, or up row norm, (expert, neuron)."""
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    weight = experts._parameters[name].detach().float()
+    norms = torch.linalg.vector_norm(weight, dim=1 if experts.is_transposed else 2)
+    if not experts.has_gate:
+        return norms
+    pair = (2, -1) if experts.is_concatenated else (-1, 2)
+    return norms.unflatten(1, pair).prod(dim=1 if experts.is_concatenated else 2)
+
+
+class BySequence(nn.Module):
+    """Experts cut down to other neurons for each sequence of the batch.
+
+    The sequences' experts stand side by side, and each token is routed to those of its own.
+
+    Parameters
+    ----------
+    original : torch.nn.Module
+        All experts whole.
+    compact : torch.nn.Module
+        What :func:`take` returned of them.
+    sequences : int
+    """
+
+    def __init__(self, original: nn.Module, compact: nn.Module, sequences: int) -> None:
+        super().__init__()
+        self.sequences, self.count = sequences, shape(compact)[0]
+        self.all = separate(compact)
+        vars(self.all).pop("forward", None)
+        self.all._parameters = dict(compact._parameters)
+        self.all.num_experts = sequences * self.count
+        for name, value in compact._parameters.items():
+            if value is not None:
+                whole = original._parameters[name].detach()
+                room = whole.new_empty(sequences * self.count, *value.shape[1:])
+                if value.shape == whole.shape:  # the down-projections' biases, whatever is kept
+                    room.copy_(whole.repeat(sequences, *[1] * (whole.ndim - 1)))
+                self.all._parameters[name] = nn.Parameter(room, requires_grad=False)
+
+    def fill(self, row: int, original: nn.Module, neurons: Tensor) -> None:
+        """Copy the weights of one sequence's neurons, int64 (expert, k)."""
+        mine = separate(self.all)
+        here = slice(row * self.count, (row + 1) * self.count)
+        mine._parameters = {
+            name: value if value is None else value.detach()[here]
+            for name, value in self.all._parameters.items()
+        }
+        take(original, neurons, out=mine)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Of (token, hidden), all sequences' tokens one after another."""
+        tokens = torch.arange(len(top_k_index), device=top_k_index.device)
+        sequence = tokens // (len(tokens) // self.sequences)
+        return self.all(hidden_states, top_k_index + sequence[:, None] * self.count, top_k_weights)
 
 
 class _StandIn:

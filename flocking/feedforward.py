@@ -194,8 +194,8 @@ def _prove_experts(
     if experts.down_proj.is_meta:
         return math.nan
     count, d_ff = shape(experts)
-    halves = [torch.randperm(d_ff, generator=generator)[: d_ff // 2].sort()[0] for _ in range(count)]
-    half = torch.stack(halves).to(experts.down_proj.device)
+    orders = [torch.randperm(d_ff, generator=generator, device="cpu") for _ in range(count)]
+    half = torch.stack(orders)[:, : d_ff // 2].sort(dim=1)[0].to(experts.down_proj.device)
     mask = torch.zeros(count, d_ff, dtype=experts.down_proj.dtype, device=half.device)
     mask.scatter_(1, half, 1)
 
