@@ -1,6 +1,6 @@
 """Which of transformers' model types can be recorded and pruned: built small, tried, and listed.
 
-    .venv/bin/python benchmarks/coverage.py [--types llama mixtral ...] [--out docs/architectures.md]
+    .venv/bin/python benchmarks/coverage.py [--types llama ...] [--out docs/architectures.md]
 
 Every type in transformers' mappings of causal, masked and encoder-decoder language models is built
 from its own default config, shrunk by one set of rules, with random weights. Its FF blocks are
@@ -65,7 +65,10 @@ RULES = [
     (r"rotary_dim$", 8),
     (r"rank$", 16),
     (r"intermediate|ffn_dim|ffn_hidden|feed_forward|^dff$|dim_ff$|d_ff$|n_inner|d_inner$", 160),
-    (r"hidden_size|d_model|n_embd|(emb|embed|embds|proj|hidden)_dim|embedding_size|width$|_dim$", 64),
+    (
+        r"hidden_size|d_model|n_embd|(emb|embed|embds|proj|hidden)_dim|embedding_size|width$|_dim$",
+        64,
+    ),
 ]
 TOKENS = {"pad": 0, "bos": 1, "eos": 2}
 
@@ -158,7 +161,9 @@ def tried(mapping: str, kind: str) -> Row:
     try:
         blocks = flocking.feedforwards(model)
     except UnsupportedModelError as problem:
-        return row._replace(recorded="no", griffin="no" if causal else "", reason=_first_line(problem))
+        return row._replace(
+            recorded="no", griffin="no" if causal else "", reason=_first_line(problem)
+        )
     row = row._replace(ff=", ".join(sorted({block.kind for block in blocks})))
     problem = recording_problem(model)
     row = row._replace(recorded="no" if problem else "yes", reason=problem)
@@ -224,7 +229,13 @@ def griffin_problem(model: tf.PreTrainedModel, blocks: list[flocking.FeedForward
 
 def _activation(model: tf.PreTrainedModel) -> str:
     config = model.config.get_text_config(decoder=True)
-    names = ("hidden_act", "hidden_activation", "activation_function", "activation", "mlp_hidden_act")
+    names = (
+        "hidden_act",
+        "hidden_activation",
+        "activation_function",
+        "activation",
+        "mlp_hidden_act",
+    )
     return next((str(a) for name in names if (a := getattr(config, name, None))), "")
 
 

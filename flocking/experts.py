@@ -64,6 +64,9 @@ def _axes(experts: nn.Module) -> Iterator[tuple[str, int, bool]]:
 def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> nn.Module:
     """Experts with some of their neurons, as a copy or in the memory of an earlier one.
 
+    Grouped matrix products take rows of whole multiples of 16 bytes only. Where `k` neurons do not
+    fill them, the copy has a few more, which add nothing to its output.
+
     Parameters
     ----------
     experts : torch.nn.Module
@@ -76,7 +79,9 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
     compact = separate(experts) if out is None else out
     if out is None:
         compact._parameters = dict(experts._parameters)
-    d_ff = shape(experts)[1]
+    d_ff, k = shape(experts)[1], neurons.shape[1]
+    more = -k % (16 // experts.down_proj.element_size())
+    neurons = torch.cat((neurons, neurons[:, :1].expand(-1, more)), dim=1)
     for name, axis, fused in _axes(experts):
         index = neurons
         if fused:
@@ -94,6 +99,8 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
             compact._parameters[name] = kept
         else:
             torch.gather(whole, axis, index, out=compact._parameters[name].data)
+    down = compact.down_proj.detach()
+    down.narrow(1 if experts.is_transposed else 2, k, more).zero_()
     return compact
 
 
