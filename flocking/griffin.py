@@ -445,7 +445,8 @@ class _State:
             statistic = torch.where(unreached, by_weights, statistic)
             self.unreached += int(unreached.sum())
         scores = self.method(statistic, compact.k, block, generator)
-        due = f"one score for each of {tuple(statistic.shape)} neurons is due"
+        size = " x ".join(map(str, statistic.shape))
+        due = f"one score for each of {size} neurons is due"
         if not isinstance(scores, Tensor) or scores.shape != statistic.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"method returned {got} where {due}.")
