@@ -8,12 +8,12 @@ are candidates too; ``feedforward.py`` proves which of them are blocks.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
 
+from flocking.experts import is_experts, shape
 from flocking.shadow import width
 
 
@@ -25,16 +25,19 @@ class Candidate(NamedTuple):
     d_ff: int
     fused: bool = False
     interleaved: bool = False
+    experts: int = 1  # a mixture's, whose neurons `d_ff` counts together
 
     @property
     def scope(self) -> str:
         """Path of the smallest module that holds all of the projections."""
-        parts = [path.split(".")[:-1] for path in (self.down, *self.ups)]
+        parts = [path.split(".")[: -1 if self.ups else None] for path in (self.down, *self.ups)]
         shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
         return ".".join(names[0] for names in shared)
 
     def __str__(self) -> str:
         """What it is called in an error: ``gate + up -> down``."""
+        if not self.ups:
+            return f"{self.down} ({self.experts} experts)"
         layout = (" (interleaved)" if self.interleaved else " (fused)") if self.fused else ""
         return f"{' + '.join(self.ups)}{layout} -> {self.down}"
 
@@ -55,6 +58,10 @@ def candidates_in(layer: nn.Module) -> Iterator[Candidate]:
     For each possible down-projection (d_ff -> d), the up-projections (d -> d_ff, or
     d -> 2 d_ff if fused) are sought in the smallest module around it that has any.
     """
+    for path, module in layer.named_modules():
+        if is_experts(module):
+            experts, d = shape(module)
+            yield Candidate(path, (), experts * d, experts=experts)
     widths = {path: w for path, module in layer.named_modules() if (w := width(module))}
     for down, (d_ff, d) in widths.items():
         if d_ff < 2:
@@ -71,11 +78,3 @@ def candidates_in(layer: nn.Module) -> Iterator[Candidate]:
         yield from (Candidate(down, pair, d_ff) for pair in itertools.combinations(single, 2))
         for up, interleaved in itertools.product(fused, (False, True)):
             yield Candidate(down, (up,), d_ff, fused=True, interleaved=interleaved)
-
-
-def experts_in(layer: nn.Module) -> str | None:
-    """Path of a mixture of experts in `layer`: as ever, the modules say so themselves."""
-    for path, module in layer.named_modules():
-        if any(re.search("experts?$", name, re.I) for name in (path, type(module).__name__)):
-            return path
-    return None

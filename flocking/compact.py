@@ -7,8 +7,60 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from flocking import experts as mixtures
 from flocking.feedforward import FeedForward
 from flocking.shadow import cut, fused_rows, put, stored_transposed, width
+
+
+class _Projection:
+    """One projection of a dense block, and how its compact copies are made and filled."""
+
+    def __init__(self, block: FeedForward, original: nn.Module) -> None:
+        self.block, self.original = block, original
+
+    def _indices(self, experts: Tensor) -> dict[str, Tensor]:
+        """Which outputs, or inputs, belong to these experts."""
+        if self.original is self.block.down:
+            return {"inputs": experts}
+        if self.block.kind == "fused":
+            experts = fused_rows(experts, self.block.d_ff, self.block.interleaved)
+        return {"outputs": experts}
+
+    def cut(self, experts: Tensor) -> nn.Module:
+        return cut(self.original, **self._indices(experts))
+
+    def by_sequence(self, compact: nn.Module, sequences: int) -> nn.Module:
+        return _BySequence(self.original, compact, sequences)
+
+    def fill(self, compact: nn.Module, experts: Tensor, row: int | None = None) -> None:
+        """Copy the experts' weights; `row` says which sequence's they are, if not everyone's."""
+        here = ... if row is None else row
+        bias = None if compact.bias is None else compact.bias.data[here]
+        _copy(self.original, compact.weight.data[here], bias, **self._indices(experts))
+
+
+class _Mixture:
+    """The same for all experts of a mixture, of each of which some neurons are kept."""
+
+    def __init__(self, block: FeedForward) -> None:
+        self.block, self.original = block, block.down
+
+    def _neurons(self, experts: Tensor) -> Tensor:
+        """Numbers within each of the mixture's experts, (expert, k), of those among all."""
+        count, d = mixtures.shape(self.original)
+        return experts.view(count, -1) - torch.arange(count, device=experts.device)[:, None] * d
+
+    def cut(self, experts: Tensor) -> nn.Module:
+        return mixtures.take(self.original, self._neurons(experts))
+
+    def by_sequence(self, compact: nn.Module, sequences: int) -> nn.Module:
+        return mixtures.BySequence(self.original, compact, sequences)
+
+    def fill(self, compact: nn.Module, experts: Tensor, row: int | None = None) -> None:
+        if row is None:
+            mixtures.take(self.original, self._neurons(experts), out=compact)
+        else:
+            compact.fill(row, self.original, self._neurons(experts))
 
 
 class Compact:
@@ -22,25 +74,29 @@ class Compact:
     block : FeedForward
         Of the original model.
     k : int
-        Number of experts.
-    experts : Tensor of int64, shape (k,) or (sequence, k)
+        Number of experts; in a mixture, of each of its experts' neurons.
+    experts : Tensor of int64, shape (experts,) or (sequence, experts)
         Their indices, ascending; none before the first fill.
     """
 
     def __init__(self, twin: nn.Module, block: FeedForward, paths: dict[int, str], k: int) -> None:
         self.block, self.k = block, k
         self.experts = torch.empty(0, dtype=torch.int64)
-        ups = [block.up] if block.kind != "gated" else [block.up, block.gate]
-        self.originals = [*ups, block.down]
+        if block.kind == "experts":
+            self.parts = [_Mixture(block)]
+        else:
+            ups = [block.up] if block.kind != "gated" else [block.up, block.gate]
+            self.parts = [_Projection(block, module) for module in (*ups, block.down)]
         # Where they stand in the twin, as the module that holds each (no cycle through the twin
         # itself, whose memory would then wait for the garbage collector) and its name there.
         self.places = []
-        for module in self.originals:
-            parent, _, name = paths[id(module)].rpartition(".")
+        for part in self.parts:
+            parent, _, name = paths[id(part.original)].rpartition(".")
             self.places.append((twin.get_submodule(parent), name))
-        any_k = torch.arange(k, device=block.down.weight.device)
-        self.shared = [cut(module, **self._indices(module, any_k)) for module in self.originals]
-        self.several: list[_BySequence] = []
+        neurons = torch.arange(block.d_ff, device=block.weight.device).view(block.experts, -1)
+        any_k = neurons[:, :k].flatten()
+        self.shared = [part.cut(any_k) for part in self.parts]
+        self.several: list[nn.Module] = []
         for module, place in zip(self.shared, self.places, strict=True):
             put(*place, module)
         self.empty()
@@ -50,20 +106,12 @@ class Compact:
         for module in (*self.shared, *self.several):
             module.forward = refuse
 
-    def _indices(self, module: nn.Module, experts: Tensor) -> dict[str, Tensor]:
-        """Which outputs, or inputs, of a projection belong to these experts."""
-        if module is self.block.down:
-            return {"inputs": experts}
-        if self.block.kind == "fused":
-            experts = fused_rows(experts, self.block.d_ff, self.block.interleaved)
-        return {"outputs": experts}
-
     def fill(self, experts: Tensor) -> None:
         """Copy the experts' weights; memory is only taken where the number of sequences changes.
 
         Parameters
         ----------
-        experts : Tensor of int64, shape (k,) or (sequence, k)
+        experts : Tensor of int64, shape (experts,) or (sequence, experts)
             Ascending. One selection for all, or one for each sequence.
 
         Raises
@@ -71,33 +119,34 @@ class Compact:
         RuntimeError
             If the original was converted since the compact projections were made.
         """
-        for original, compact in zip(self.originals, self.shared, strict=True):
-            if original.weight.dtype != compact.weight.dtype:
+        for part, compact in zip(self.parts, self.shared, strict=True):
+            now, then = (next(m.parameters()).dtype for m in (part.original, compact))
+            if now != then:
                 raise RuntimeError(
-                    f"the original is in {original.weight.dtype} by now, and this twin in "
-                    f"{compact.weight.dtype}: make the twin again."
+                    f"the original is in {now} by now, and this twin in {then}: make the twin "
+                    "again."
                 )
         self.experts = experts
         if experts.ndim == 1:
-            for original, compact in zip(self.originals, self.shared, strict=True):
-                _copy(original, compact.weight, compact.bias, **self._indices(original, experts))
+            for part, compact in zip(self.parts, self.shared, strict=True):
+                part.fill(compact, experts)
                 vars(compact).pop("forward", None)
             return
-        if len(self.several) == 0 or self.several[0].weight.shape[0] != len(experts):
+        if len(self.several) == 0 or self.several[0].sequences != len(experts):
             self.several = [
-                _BySequence(original, compact, len(experts))
-                for original, compact in zip(self.originals, self.shared, strict=True)
+                part.by_sequence(compact, len(experts))
+                for part, compact in zip(self.parts, self.shared, strict=True)
             ]
             for compact in self.shared:  # only their shapes are of use from now on
-                compact.weight = nn.Parameter(compact.weight.to("meta"), requires_grad=False)
+                for name, value in compact.named_parameters(recurse=False):
+                    value = nn.Parameter(value.to("meta"), requires_grad=False)
+                    compact.register_parameter(name, value)
             for module, place in zip(self.several, self.places, strict=True):
                 put(*place, module)
-        for compact in self.several:
+        for part, compact in zip(self.parts, self.several, strict=True):
+            for row, mine in enumerate(experts):
+                part.fill(compact, mine, row)
             vars(compact).pop("forward", None)
-        for row, mine in enumerate(experts):
-            for original, compact in zip(self.originals, self.several, strict=True):
-                bias = None if compact.bias is None else compact.bias[row]
-                _copy(original, compact.weight[row], bias, **self._indices(original, mine))
 
     @property
     def parameters(self) -> int:
@@ -132,9 +181,9 @@ def _copy(
     out_axis = 1 if stored_transposed(original) else 0
     axis = out_axis if outputs is not None else 1 - out_axis
     kept = (outputs if outputs is not None else inputs).to(weight.device)
-    torch.index_select(original.weight.detach(), axis, kept, out=weight.data)
+    torch.index_select(original.weight.detach(), axis, kept, out=weight)
     if outputs is not None and bias is not None:
-        torch.index_select(original.bias.detach(), 0, kept, out=bias.data)
+        torch.index_select(original.bias.detach(), 0, kept, out=bias)
 
 
 class _BySequence(nn.Module):
@@ -146,6 +195,7 @@ class _BySequence(nn.Module):
 
     def __init__(self, original: nn.Module, compact: nn.Module, sequences: int) -> None:
         super().__init__()
+        self.sequences = sequences
         self.transposed = stored_transposed(compact)
         self.outputs = width(compact)[1]
         for name in ("weight", "bias"):
@@ -159,7 +209,7 @@ class _BySequence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # (Some blocks flatten the tokens of all sequences: the twin has looked at their number.)
-        by_sequence = x.reshape(len(self.weight), -1, x.shape[-1])
+        by_sequence = x.reshape(self.sequences, -1, x.shape[-1])
         weight = self.weight if self.transposed else self.weight.transpose(1, 2)
         y = torch.bmm(by_sequence, weight)
         if self.bias is not None:

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flocking.candidates import Candidate, candidates_in, experts_in, layers_of
+from flocking.candidates import Candidate, candidates_in, layers_of
+from flocking.experts import foreign_experts, is_experts, shape, take, watching
+from flocking.moments import Routed
 from flocking.shadow import (
     cut,
     fused_rows,
@@ -55,9 +57,10 @@ class FeedForward:
     path : str
         Path of the smallest module that holds all of the block's projections.
     d_ff : int
-        Number of neurons, the width of ``z``.
+        Number of neurons, the width of ``z``; of a mixture of experts, all of theirs together.
     up, down : torch.nn.Module
-        The projections. The input of ``down`` is the tensor ``z`` that is recorded.
+        The projections. The input of ``down`` is the tensor ``z`` that is recorded. Of a mixture
+        of experts, the one module that holds all of them.
     gate : torch.nn.Module or None
         The projection inside the activation function; None in a plain block, and the
         same module as ``up`` where the two are fused into one matrix of ``2 * d_ff`` rows.
@@ -65,6 +68,8 @@ class FeedForward:
         Whether a fused matrix alternates gate and up row by row (else it stacks them).
     error : float
         Largest relative error seen in the proof; NaN if unproved (meta device).
+    experts : int
+        Of a mixture, which share the neurons evenly; 1 in a dense block.
     """
 
     layer: int
@@ -75,10 +80,18 @@ class FeedForward:
     down: nn.Module = field(repr=False)
     interleaved: bool = field(default=False, repr=False)
     error: float = math.nan
+    experts: int = 1
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the down-projection(s); its device and dtype are the block's."""
+        return self.down.down_proj if self.kind == "experts" else self.down.weight
 
     @property
     def kind(self) -> str:
-        """``"plain"``, ``"gated"`` or ``"fused"`` (gate and up in one matrix)."""
+        """``"plain"``, ``"gated"``, ``"fused"`` (gate and up in one matrix) or ``"experts"``."""
+        if is_experts(self.down):
+            return "experts"
         if self.gate is None:
             return "plain"
         return "fused" if self.gate is self.up else "gated"
@@ -142,6 +155,8 @@ def _prove(
 
     Raises _RefusedError, or whatever the layer raises when it is run with cut projections.
     """
+    if not candidate.ups:
+        return _Proved(candidate, _prove_experts(layer, candidate, run, generator), ())
     bench = _Bench(layer, candidate, run)
     z, error = _prove_independent(bench, generator)
     if z.is_meta:  # no values to go by: by convention, the gate is defined first
@@ -169,6 +184,55 @@ def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tenso
     effect = relative_error(output, masked, whole)
     bench.check(effect, "its up-projection serves something else too")
     return z, max(error, relative_error(output, masked))
+
+
+def _prove_experts(
+    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], generator: torch.Generator
+) -> float:
+    """Each cut down to a random half of its neurons, experts compute those and no others."""
+    experts = layer.get_submodule(candidate.down)
+    if experts.down_proj.is_meta:
+        return math.nan
+    count, d_ff = shape(experts)
+    orders = [torch.randperm(d_ff, generator=generator, device="cpu") for _ in range(count)]
+    half = torch.stack(orders)[:, : d_ff // 2].sort(dim=1)[0].to(experts.down_proj.device)
+    mask = torch.zeros(count, d_ff, dtype=experts.down_proj.dtype, device=half.device)
+    mask.scatter_(1, half, 1)
+
+    def run_with(module: nn.Module, mask: Tensor | None = None) -> tuple[Any, Routed]:
+        seen: list[Routed] = []
+
+        def tap(routed: Routed) -> Tensor | None:
+            seen.append(routed)
+            return None if mask is None else routed.z * mask[routed.expert]
+
+        with replaced(layer, {candidate.down: module}), watching(module, tap):
+            output = run()
+        if len(seen) != 1:
+            raise _RefusedError(f"calls its experts {len(seen)} times in one forward")
+        return output, seen[0]
+
+    def check(error: float, reason: str) -> float:
+        if error > tolerance(mask.dtype):
+            raise _RefusedError(f"{reason} (relative error {error:.1g})")
+        return error
+
+    cut_output, cut_z = run_with(take(experts, half))
+    whole, z = run_with(experts)
+    masked, _ = run_with(experts, mask)
+    if z.expert.shape[0] != math.prod(_PROBE_SHAPE):
+        raise _RefusedError(f"lays out its activations as {z.shape}, not token by token")
+    if not (z.z.isfinite().all() and torch.equal(z.expert, cut_z.expert)):
+        raise _RefusedError("has activations that are not finite, or routes tokens at random")
+    kept = z.z.gather(-1, half[z.expert])
+    errors = [
+        check(relative_error(cut_z.z[..., : d_ff // 2], kept), "its neurons depend on each other"),
+        check(relative_error(whole, run()), "watched, it computes something else"),
+        relative_error(cut_output, masked),
+    ]
+    effect = relative_error(cut_output, masked, whole)
+    check(effect, "its up-projection serves something else too")
+    return max(errors)
 
 
 def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
@@ -222,6 +286,8 @@ def _probe(model: PreTrainedModel) -> None:
         return
     # Without values, some masks can be built from a padding mask and others only without.
     model.set_attn_implementation("eager")
+    if any(is_experts(module) for module in model.modules()):
+        model.set_experts_implementation("batched_mm")  # which looks at no values either
     try:
         model.base_model(**inputs, attention_mask=torch.ones_like(ids))
     except RuntimeError:
@@ -314,7 +380,8 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
     ------
     UnsupportedModelError
         If there is no such block, if one that other layers have cannot be proved in a
-        layer, or if the model is a mixture of experts. It names what was looked at.
+        layer, or if the model's experts do not follow transformers' interface. It names what
+        was looked at.
 
     Warns
     -----
@@ -354,10 +421,10 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
     name = type(model).__name__
     layers = dict(layers_of(model))
     for path, layer in layers.items():
-        if (experts := experts_in(layer)) is not None:
+        if (experts := foreign_experts(layer)) is not None:
             raise UnsupportedModelError(
-                f"{name} is a mixture of experts ({path}.{experts}), which flocking cannot record "
-                "yet: choose a dense model."
+                f"{name} is a mixture of experts that does not follow transformers' experts "
+                f"interface ({path}.{experts}), so that they cannot be watched."
             )
     candidates = {path: list(candidates_in(layer)) for path, layer in layers.items()}
     if not layers:  # no stack: look at the model as a whole
@@ -450,7 +517,7 @@ def _assemble(model: nn.Module, found: dict[str, list[_Proved]]) -> list[FeedFor
     unique = len(set(positions)) == len(positions) and all(len(b) == 1 for b in found.values())
     for position, (prefix, proved) in zip(positions, found.items(), strict=True):
         for candidate, error, order in proved:
-            inside = (*order, candidate.down)
+            inside = (*(order or [candidate.down]), candidate.down)
             *gate, up, down = (model.get_submodule(f"{prefix}.{p}".lstrip(".")) for p in inside)
             if any(block.down is down for block in blocks):
                 raise UnsupportedModelError(
@@ -467,6 +534,7 @@ def _assemble(model: nn.Module, found: dict[str, list[_Proved]]) -> list[FeedFor
                     down=down,
                     interleaved=candidate.interleaved,
                     error=error,
+                    experts=candidate.experts,
                 )
             )
     return blocks

@@ -23,9 +23,17 @@ from transformers import PreTrainedModel
 from flocking.compact import Compact, refuse
 from flocking.feedforward import FeedForward, feedforwards, shadow_with_blocks
 from flocking.hooks import observe
-from flocking.moments import Moments, Windows
+from flocking.moments import Moments, Routed, Windows
 from flocking.passes import refuse_forgetful
-from flocking.selection import METHODS, Method, by_reference, expert_count, global_local, top_k
+from flocking.selection import (
+    METHODS,
+    Method,
+    by_reference,
+    expert_count,
+    global_local,
+    magnitude,
+    top_k,
+)
 from flocking.shadow import shadow, unwrap
 
 Scope = Literal["shared", "sequence"]
@@ -45,6 +53,9 @@ class Report:
         needs more of it, not less, while its original stays loaded.
     prefilled_tokens : int
         Real tokens that the experts were chosen from, all sequences together.
+    unreached_experts : int
+        Of mixtures of experts, how many no token of the prompt was routed to, layers and (with
+        ``scope="sequence"``) sequences added up: their neurons are chosen by their weights.
     drafted_tokens, accepted_tokens : int
         As ``assistant_model``: how many the twin proposed since the last prompt, and how many of
         those the full model took. The last proposal is in neither, as nobody tells its fate.
@@ -57,6 +68,7 @@ class Report:
     ff_bytes: int
     compact_bytes: int
     prefilled_tokens: int
+    unreached_experts: int
     drafted_tokens: int
     accepted_tokens: int
     selection_seconds: float
@@ -98,7 +110,8 @@ def griffin(
         Which neurons: "topk" (GRIFFIN), "sampled", "half-sampled", "random", "magnitude",
         "static" or "global-local" (both need `reference`). Or a function of one statistic
         (float64, shape (d_ff,)), the number to keep, the :class:`FeedForward` and a
-        ``torch.Generator``, that returns scores of the same shape, the larger the better.
+        ``torch.Generator``, that returns scores of the same shape, the larger the better. (A
+        mixture of experts has shape (expert, neuron), and as many neurons of each are kept.)
     scope : {"shared", "sequence"}
         In a batch, one selection for all sequences, from ``sum_b s_b / sqrt(n_b)`` with the
         ``n_b`` real tokens of each (ibid., section 4.3), or each sequence its own, for which
@@ -149,7 +162,7 @@ def griffin(
     if not isinstance(seed, int | np.integer):
         raise TypeError(f"seed={seed!r}: give a whole number.")
     counts = [
-        expert_count(each, block.d_ff)
+        expert_count(each, block.d_ff // block.experts)
         for each, block in zip(_densities(density, len(blocks)), blocks, strict=True)
     ]
     chosen = _method(method, reference, weight, blocks)
@@ -183,9 +196,9 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
             f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
         )
     for block in blocks:
-        if not block.down.weight.is_floating_point():
+        if not block.weight.is_floating_point():
             raise ValueError(
-                f"{name} has weights of {block.down.weight.dtype} in {block.path}: GRIFFIN copies "
+                f"{name} has weights of {block.weight.dtype} in {block.path}: GRIFFIN copies "
                 "floating-point weights only."
             )
     return blocks
@@ -286,6 +299,7 @@ class _State:
         self.read: _Read | None = None  # what the experts were chosen from; None without experts
         self.by_cache = WeakIdKeyDictionary()  # what was read into each cache
         self.copies = 1  # how often each sequence is in the batch, as a beam search needs it
+        self.unreached = 0  # experts of mixtures that no token of the prompt was routed to
         self.seconds = (0.0, 0.0)
         self.draft: tuple[int, Tensor] | None = None  # where the last one began, and its tokens
         self.drafted = self.accepted = 0
@@ -330,8 +344,10 @@ class _State:
         windows: dict[tuple[int, int], Windows] = {}
         number = _window_numbers(sequences, mask, first)
 
-        def add(block: FeedForward, z: Tensor) -> None:
-            z = z.reshape(sequences, -1, z.shape[-1])  # some blocks flatten tokens
+        def add(block: FeedForward, z: Tensor | Routed) -> None:
+            # Some blocks flatten the tokens of all sequences.
+            size = () if isinstance(z, Routed) else (z.shape[-1],)
+            z = z.reshape(sequences, -1, *size)
             tokens = z.shape[1]
             start = seen.get(block.layer, 0)
             seen[block.layer] = start + tokens
@@ -340,11 +356,11 @@ class _State:
             if block.layer not in moments:
                 # Kept for a second turn, which need not be in inference mode if this one is.
                 with torch.inference_mode(False):
-                    zeros = Moments.zeros(sequences, 2, z.shape[-1], device=z.device)
+                    zeros = Moments.zeros(sequences, 2, block.d_ff, device=block.weight.device)
                 moments[block.layer] = zeros
             moments[block.layer].update(z, windows[start, tokens])
 
-        with torch.no_grad(), observe(self.whole, add):
+        with torch.no_grad(), observe(self.whole, add, routed=True):
             outputs = run()
         fed = next(iter(seen.values()))
         real = (number(0, fed) >= 0).sum(dim=1)
@@ -391,6 +407,7 @@ class _State:
         count = len(read.tokens) if own else 1
         generators = [torch.Generator().manual_seed(self.seed) for _ in range(count)]
         experts = []
+        self.unreached = 0
         for compact in self.compacts:
             # As flocking.statistic has it: float32 windows, added in float64.
             statistic = read.moments[compact.block.layer].energy.double().sum(dim=1).sqrt()
@@ -403,7 +420,7 @@ class _State:
                     for row, generator in zip(statistic, generators, strict=True)
                 ]
             )
-            indices = mask.nonzero()[:, -1].unflatten(0, (count, compact.k))
+            indices = mask.flatten(1).nonzero()[:, -1].unflatten(0, (count, -1))
             experts.append(indices if own else indices[0])
         _synchronize(statistic.device)
         chosen = time.perf_counter()
@@ -420,8 +437,16 @@ class _State:
             raise ValueError(
                 f"activations of layer {block.layer} are not finite: no experts can be chosen."
             )
+        if block.kind == "experts":
+            statistic = statistic.view(block.experts, -1)
+            # Of an expert that no token was routed to, the text says nothing: by its weights.
+            unreached = (statistic == 0).all(dim=1, keepdim=True)
+            by_weights = magnitude(block).to(statistic).view_as(statistic)
+            statistic = torch.where(unreached, by_weights, statistic)
+            self.unreached += int(unreached.sum())
         scores = self.method(statistic, compact.k, block, generator)
-        due = f"one score for each of {len(statistic)} neurons is due"
+        size = " x ".join(map(str, statistic.shape))
+        due = f"one score for each of {size} neurons is due"
         if not isinstance(scores, Tensor) or scores.shape != statistic.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"method returned {got} where {due}.")
@@ -473,7 +498,7 @@ class Twin:
         """Parameters, bytes and times: see :class:`Report`."""
         state = self._griffin
         originals = {id(p): p for p in state.whole.parameters()}
-        pruned = [m for c in state.compacts for m in c.originals]
+        pruned = [part.original for c in state.compacts for part in c.parts]
         ff = {id(p): p for module in pruned for p in module.parameters()}
         rest = sum(p.numel() for key, p in originals.items() if key not in ff)
         return Report(
@@ -484,6 +509,7 @@ class Twin:
             prefilled_tokens=(
                 0 if state.read is None else int(state.read.tokens.sum()) // state.copies
             ),
+            unreached_experts=state.unreached,
             drafted_tokens=state.drafted,
             accepted_tokens=state.accepted,
             selection_seconds=state.seconds[0],

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from flocking.experts import watching
 from flocking.feedforward import FeedForward, feedforwards
+from flocking.moments import Routed
 from flocking.shadow import unwrap
 
 
@@ -52,6 +54,7 @@ def observe(
     callback: Callable[[FeedForward, Tensor], Tensor | None],
     *,
     layers: Iterable[int] | None = None,
+    routed: bool = False,
 ) -> Iterator[list[FeedForward]]:
     """Call ``callback(block, z)`` at every FF block of every forward pass in the ``with``.
 
@@ -68,9 +71,14 @@ def observe(
         d_ff), or (sequence * token, d_ff) where a block flattens its input as OPT's does, in
         the model's dtype and on its layer's device: the very tensor that the model
         goes on with, so copy what you keep and change nothing in place. Return None to
-        leave the model alone, or a tensor to use in place of ``z``.
+        leave the model alone, or a tensor to use in place of ``z``. A mixture of experts has
+        the neurons of all its experts side by side, shape (sequence * token, d_ff), zero at
+        those that a token is not routed to.
     layers : iterable of int, optional
         Layers to watch; all by default.
+    routed : bool
+        Give the callback a mixture's activations as :class:`flocking.moments.Routed`, at the
+        experts that each token is routed to alone, and take them back as ``Routed.z`` is.
 
     Yields
     ------
@@ -105,15 +113,25 @@ def observe(
 
         return hook
 
-    handles = []
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            for block in blocks:
-                handles.append(block.down.register_forward_pre_hook(hook_of(block)))
-            yield blocks
-    finally:
-        for handle in handles:
-            handle.remove()
+    def tap_of(block: FeedForward) -> Callable[[Routed], Tensor | None]:
+        def tap(z: Routed) -> Tensor | None:
+            silent.discard(block)
+            if routed:
+                return callback(block, z)
+            replacement = callback(block, z.dense())
+            return None if replacement is None else z.of(replacement)
+
+        return tap
+
+    with ExitStack() as everything:
+        everything.enter_context(torch.compiler.set_stance("force_eager"))
+        for block in blocks:
+            if block.kind == "experts":
+                everything.enter_context(watching(block.down, tap_of(block)))
+            else:
+                handle = block.down.register_forward_pre_hook(hook_of(block))
+                everything.callback(handle.remove)
+        yield blocks
     if silent:
         names = [block.path for block in blocks if block in silent]
         which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

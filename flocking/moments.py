@@ -26,6 +26,45 @@ def window_counts(prompts: list[int], totals: list[int], window: int | None) -> 
     return -(-(max(prompts) - 1) // step), -(-new // step)
 
 
+class Routed(NamedTuple):
+    """Activations of a mixture of experts: of each token, those of the experts it is routed to.
+
+    Attributes
+    ----------
+    z : Tensor, shape (..., slot, d)
+        Input of the down-projection of the expert in each of a token's slots, whose neurons
+        are `d`.
+    expert : Tensor of int64, shape (..., slot)
+        Number of that expert.
+    experts : int
+        How many there are.
+    """
+
+    z: Tensor
+    expert: Tensor
+    experts: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of :meth:`dense`."""
+        return (*self.expert.shape[:-1], self.experts * self.z.shape[-1])
+
+    def reshape(self, *tokens: int) -> Routed:
+        """The same with other dimensions before the slots."""
+        z, expert = (x.reshape(*tokens, *x.shape[-n:]) for x, n in ((self.z, 2), (self.expert, 1)))
+        return Routed(z, expert, self.experts)
+
+    def dense(self) -> Tensor:
+        """All experts' neurons side by side, shape (..., experts * d), zero where not routed."""
+        full = self.z.new_zeros(*self.expert.shape[:-1], self.experts, self.z.shape[-1])
+        return full.scatter(-2, self.expert[..., None].expand_as(self.z), self.z).flatten(-2)
+
+    def of(self, dense: Tensor) -> Tensor:
+        """What stands in `dense` at the experts that each token is routed to, shaped as `z`."""
+        full = dense.unflatten(-1, (self.experts, -1))
+        return full.gather(-2, self.expert[..., None].expand_as(self.z))
+
+
 class Layout(NamedTuple):
     """Windows, the same for all sequences: the first token, the prompt's, the generation's."""
 
@@ -115,11 +154,14 @@ class Moments:
     rank : Tensor of float32, shape (sequence, window, neuron), or None
         Sums of each token's ranks over the neurons, ties averaged, standardised to mean
         0 and length 1 (so that the product of two tokens' is Spearman's correlation).
+    routed : Tensor of float32, shape (sequence, window, expert), or None
+        Number of tokens that were routed to each expert of a mixture.
     """
 
     energy: Tensor
     mass: Tensor
     rank: Tensor | None = None
+    routed: Tensor | None = None
 
     @classmethod
     def zeros(
@@ -129,21 +171,30 @@ class Moments:
         d_ff: int,
         *,
         ranks: bool = False,
+        experts: int | None = None,
         device: torch.device | str | None = None,
     ) -> Moments:
         """Moments of no token yet."""
-        shape = (sequences, windows, d_ff)
-        count = 3 if ranks else 2
-        return cls(*(torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(count)))
+
+        def sums(width: int) -> Tensor:
+            return torch.zeros((sequences, windows, width), dtype=torch.float32, device=device)
+
+        return cls(
+            energy=sums(d_ff),
+            mass=sums(d_ff),
+            rank=sums(d_ff) if ranks else None,
+            routed=None if experts is None else sums(experts),
+        )
 
     @torch.no_grad()
-    def update(self, z: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    def update(self, z: Tensor | Routed, windows: Windows) -> tuple[Tensor, Tensor]:
         """Add a chunk of tokens; the activations themselves are not kept.
 
         Parameters
         ----------
-        z : Tensor, shape (sequence, token, d_ff)
-            Input of the down-projection, in any floating dtype.
+        z : Tensor or Routed, shape (sequence, token, d_ff)
+            Input of the down-projection, in any floating dtype; of a mixture of experts, r is
+            relative to the norm over all experts that the token is routed to.
         windows : Windows
             Where the chunk's tokens belong, on any device.
 
@@ -153,6 +204,13 @@ class Moments:
             ``||z||_2`` (in the activations' own units) and ``a = ||r||_1`` (unitless, at
             most ``sqrt(d_ff)``); 0 at padding. Not finite where ``z`` is not.
         """
+        if isinstance(z, Routed):
+            windows = windows.to(z.z.device)
+            if self.routed is not None:
+                self._count(z, windows)
+            if self.rank is None:
+                return self._add_routed(z, windows)
+            z = z.dense()
         windows = windows.to(z.device)
         pieces = []
         for tokens, here in windows.spans:
@@ -189,6 +247,33 @@ class Moments:
             self.rank[:, here].baddbmm_(member, standardised_ranks(powers))
         return norm, l1
 
+    def _add_routed(self, routed: Routed, windows: Windows) -> tuple[Tensor, Tensor]:
+        """The same without the zeros of experts that a token is not routed to."""
+        z = routed.z.float()
+        if windows.padding is not None:
+            z = z.masked_fill(windows.padding[..., None, None], 0)
+        norm = z.square().sum(dim=(-1, -2)).sqrt_()
+        divisor = norm.clamp_min(1e-18)
+        r = z.abs() / divisor[..., None, None]
+        place = (self._places(windows) * routed.experts + routed.expert).flatten()
+        for sums, values in ((self.energy, r.square()), (self.mass, r)):
+            rows = sums.view(-1, z.shape[-1])  # (sequence, window, expert) x its neurons
+            rows.index_put_((place,), values.flatten(0, 2), accumulate=True)
+        return norm, r.sum(dim=(-1, -2))
+
+    def _count(self, routed: Routed, windows: Windows) -> None:
+        """Tokens by the experts that they are routed to."""
+        real = windows.weights.sum(dim=1).to(self.routed.dtype)
+        place = (self._places(windows) * routed.experts + routed.expert).flatten()
+        each = real[..., None].expand(routed.expert.shape).flatten()
+        self.routed.view(-1).index_put_((place,), each, accumulate=True)
+
+    def _places(self, windows: Windows) -> Tensor:
+        """Number, over all sequences, of each token's window, shape (sequence, token, 1)."""
+        window = windows.first + windows.weights.argmax(dim=1)
+        sequence = torch.arange(len(window), device=window.device)[:, None]
+        return (sequence * self.energy.shape[1] + window)[..., None]
+
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of tokens, of the same sequences and windows.
 
@@ -204,8 +289,10 @@ class Moments:
             )
         if (self.rank is None) != (other.rank is None):
             raise ValueError("only one of the two moments has ranks: record both with ranks.")
-        rank = None if self.rank is None else self.rank + other.rank
-        return Moments(self.energy + other.energy, self.mass + other.mass, rank)
+        if (self.routed is None) != (other.routed is None):
+            raise ValueError("only one of the two moments is of a mixture of experts.")
+        mine, theirs = self.state_dict(), other.state_dict()
+        return Moments(**{name: value + theirs[name] for name, value in mine.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums by name, for ``safetensors`` or a message to another process."""

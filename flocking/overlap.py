@@ -180,6 +180,8 @@ def weight_magnitude(model: PreTrainedModel) -> xr.DataArray:
         "neuron": np.arange(values.shape[1]),
         "d_ff": ("layer", [block.d_ff for block in blocks]),
     }
+    if any(block.kind == "experts" for block in blocks):
+        coordinates["experts"] = ("layer", [block.experts for block in blocks])
     return named(
         xr.DataArray(values, coordinates, ("layer", "neuron")), "statistic", "weight magnitude"
     )
@@ -193,7 +195,7 @@ def select(values: xr.DataArray, density: float | Iterable[float] = 0.5) -> xr.D
     """The experts: per sequence and layer, the neurons with the largest statistic.
 
     ``k = floor(density * d_ff + 1e-9)`` neurons, ties to the lowest index, among each
-    layer's own ``d_ff``.
+    layer's own ``d_ff``; of a mixture of experts, among those of each.
 
     Parameters
     ----------
@@ -223,13 +225,17 @@ def select(values: xr.DataArray, density: float | Iterable[float] = 0.5) -> xr.D
     widths = np.broadcast_to(
         values.d_ff if "d_ff" in values.coords else values.sizes["neuron"], len(by_layer)
     )
+    mixtures = np.broadcast_to(values.experts if "experts" in values.coords else 1, len(by_layer))
     chosen = np.zeros(by_layer.shape, bool)
-    for mask, layer, d_ff in zip(chosen, by_layer.values, widths.tolist(), strict=True):
+    for mask, layer, d_ff, experts in zip(
+        chosen, by_layer.values, widths.tolist(), mixtures.tolist(), strict=True
+    ):
         d_ff = min(d_ff, values.sizes["neuron"])
         known = torch.from_numpy(layer[..., :d_ff].astype(np.float64))
         absent = known.isnan().any(dim=-1, keepdim=True)
-        k = expert_count(float(density), d_ff)
-        mask[..., :d_ff] = top_k(known.nan_to_num(), k) & ~absent
+        k = expert_count(float(density), d_ff // experts)
+        by_expert = known.nan_to_num().unflatten(-1, (experts, -1))
+        mask[..., :d_ff] = top_k(by_expert, k).flatten(-2) & ~absent
     labelled = by_layer.copy(data=chosen)
     labelled = labelled.transpose(..., *values.dims)
     if "layer" not in values.dims:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
 from flocking.hooks import choose, observe
-from flocking.moments import Layout, Moments, Windows, window_counts
+from flocking.moments import Layout, Moments, Routed, Windows, window_counts
 from flocking.passes import (
     batches,
     chunks,
@@ -107,6 +107,10 @@ def record(
             Real tokens in the window, 0 where a sequence has none.
         ``rank`` (sequence, layer, window, neuron), float32, with `ranks`
             Sums of each token's standardised ranks.
+        ``routed`` (sequence, layer, window, routed_expert), float32, of mixtures of experts
+            How many of the window's tokens were routed to each expert. The neurons of all
+            experts lie side by side; coordinate ``expert`` (layer, neuron) says whose they are
+            (-1 in dense layers), ``experts`` (layer) how many there are (1 in dense layers).
         ``relative`` (sequence, layer, token, neuron), float16, with `relative`
             ``r`` itself, NaN at padding. If that is not every recorded layer, its
             dimension ``layer`` is called ``relative_layer``.
@@ -170,7 +174,7 @@ def record(
         model=str(getattr(model, "name_or_path", "")),
         revision=str(getattr(config, "_commit_hash", None) or ""),
         architecture=type(model).__name__,
-        dtype=str(blocks[0].down.weight.dtype).removeprefix("torch."),
+        dtype=str(blocks[0].weight.dtype).removeprefix("torch."),
         special_tokens=special,
         window="phase" if window is None else window,
         max_new_tokens=max_new_tokens,
@@ -282,6 +286,9 @@ class _Recorder:
         }
         for name in ("norm", "l1"):
             self.arrays[name] = np.full((n, len(blocks), n_tokens), np.nan, np.float32)
+        if any(block.kind == "experts" for block in blocks):
+            experts = max(block.experts for block in blocks)
+            self.arrays["routed"] = np.zeros((n, len(blocks), n_windows, experts), np.float32)
         if raw:
             shape = (n, len(raw), n_tokens, d_ff)
             self.arrays["relative"] = np.full(shape, np.nan, np.float16)
@@ -301,13 +308,14 @@ class _Recorder:
                 len(self.layout.phase),
                 block.d_ff,
                 ranks=self.ranks,
-                device=block.down.weight.device,
+                experts=block.experts if block.kind == "experts" else None,
+                device=block.weight.device,
             )
             for block in self.blocks
         }
         self.norms = {
             block: torch.zeros(
-                (2, *self.real.shape), dtype=torch.float32, device=block.down.weight.device
+                (2, *self.real.shape), dtype=torch.float32, device=block.weight.device
             )
             for block in self.blocks
         }
@@ -318,7 +326,7 @@ class _Recorder:
         self.windows = Windows.of(self.layout.window[self.rows, tokens])
         self.passes += 1
 
-    def __call__(self, block: FeedForward, z: Tensor) -> None:
+    def __call__(self, block: FeedForward, z: Tensor | Routed) -> None:
         windows = self.windows
         n, tokens = windows.weights.shape[::2]
         if z.shape[:-1] not in ((n, tokens), (n * tokens,)):
@@ -326,11 +334,13 @@ class _Recorder:
                 f"{block.path} was given {tuple(z.shape[:-1])} tokens where {n} x {tokens} were "
                 "fed: this model adds, drops or rearranges tokens, which record cannot follow."
             )
-        z = z.reshape(n, tokens, block.d_ff)  # some layers flatten the batch
+        mixed = isinstance(z, Routed)
+        z = z.reshape(n, tokens) if mixed else z.reshape(n, tokens, block.d_ff)  # some flatten
         norm, l1 = self.moments[block].update(z, windows)
         self.norms[block][:, :, self.tokens] = torch.stack((norm, l1))
         self.calls[block] += 1
         if block in self.raw:
+            z = z.dense() if mixed else z
             r = z.float().abs() / norm.masked_fill(norm == 0, 1)[..., None]
             if windows.padding is not None:
                 r.masked_fill_(windows.padding.to(r.device)[..., None], torch.nan)
@@ -363,7 +373,7 @@ class _Recorder:
             self.arrays["norm"][here] = norm.masked_fill(~real, torch.nan)
             self.arrays["l1"][here] = l1.masked_fill(~real, torch.nan)
             for name, value in self.moments[block].state_dict().items():
-                self.arrays[name][self.rows, number, :, : block.d_ff] = value.cpu()
+                self.arrays[name][self.rows, number, :, : value.shape[-1]] = value.cpu()
 
 
 def _run(
@@ -378,7 +388,7 @@ def _run(
     lengths = [len(sequence) for sequence in sequences]
     groups = batches(model, lengths, batch_size)
     with (
-        observe(model, recorder, layers=layers),
+        observe(model, recorder, layers=layers, routed=True),
         tqdm(total=sum(lengths), desc="recording", unit="token", disable=not progress) as bar,
     ):
         for rows in groups:
@@ -451,6 +461,14 @@ def _label(
         "token_text": (("sequence", "token"), np.array(token_text, dtype=object)),
         "token_window": (("sequence", "token"), window),
     }
+    if "routed" in arrays:
+        variables["routed"] = (
+            ("sequence", "layer", "window", "routed_expert"),
+            arrays["routed"],
+            {"long_name": "tokens routed to the expert"},
+        )
+        coordinates["experts"] = ("layer", [block.experts for block in blocks])
+        coordinates["expert"] = (("layer", "neuron"), _expert_of_neurons(blocks))
     if recorder.raw:
         numbers = [block.layer for block in recorder.raw]
         dim = "layer" if recorder.raw == blocks else "relative_layer"
@@ -462,3 +480,12 @@ def _label(
             {"long_name": "relative activation", "units": "1"},
         )
     return xr.Dataset(variables, coordinates)
+
+
+def _expert_of_neurons(blocks: list[FeedForward]) -> np.ndarray:
+    """(layer, neuron): the expert that each neuron belongs to, -1 where there are none."""
+    whose = np.full((len(blocks), max(block.d_ff for block in blocks)), -1, np.int32)
+    for row, block in zip(whose, blocks, strict=True):
+        if block.kind == "experts":
+            row[: block.d_ff] = np.arange(block.d_ff) // (block.d_ff // block.experts)
+    return whose

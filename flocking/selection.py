@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flocking.experts import row_norms
 from flocking.feedforward import FeedForward
 from flocking.shadow import fused_rows, width
 
@@ -77,18 +78,20 @@ def magnitude(block: FeedForward) -> Tensor:
     Tensor of float32, shape (d_ff,)
         On the block's own device, in the weights' units (squared for gated blocks).
     """
+    if block.kind == "experts":
+        return row_norms(block.down).flatten()
 
-    def row_norms(projection: torch.nn.Module) -> Tensor:
+    def norms_of(projection: torch.nn.Module) -> Tensor:
         weight = projection.weight.float()
         if weight.shape[0] != width(projection)[1]:  # GPT-2's Conv1D is stored transposed
             weight = weight.T
         return torch.linalg.vector_norm(weight, dim=1)
 
-    norms = row_norms(block.up)
+    norms = norms_of(block.up)
     if block.kind == "plain":
         return norms
     if block.kind == "gated":
-        return norms * row_norms(block.gate)
+        return norms * norms_of(block.gate)
     neurons = torch.arange(block.d_ff, device=norms.device)
     both = norms[fused_rows(neurons, block.d_ff, block.interleaved)]
     return both.unflatten(0, (-1, 2) if block.interleaved else (2, -1)).prod(
@@ -101,7 +104,8 @@ def magnitude(block: FeedForward) -> Tensor:
 
 # From a statistic (float64, shape (..., neuron)), the number k to keep, the block and a source of
 # random numbers, a score for each neuron, of which the k largest are kept. GRIFFIN gives one
-# statistic at a time, shape (d_ff,). A user's own function fits the same place.
+# statistic at a time, shape (d_ff,), or (expert, neuron) of a mixture of experts, in each of which
+# k neurons are kept. A user's own function fits the same place.
 Method = Callable[[Tensor, int, FeedForward, torch.Generator], Tensor]
 
 
@@ -141,7 +145,7 @@ def by_magnitude(
     statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator
 ) -> Tensor:
     """Static: the weights' own norms, see :func:`magnitude`; the text does not matter."""
-    return magnitude(block).expand_as(statistic)
+    return magnitude(block).reshape(statistic.shape)
 
 
 def by_reference(reference: Callable[[FeedForward], Tensor]) -> Method:
@@ -154,7 +158,7 @@ def by_reference(reference: Callable[[FeedForward], Tensor]) -> Method:
     """
 
     def method(statistic: Tensor, k: int, block: FeedForward, generator: object) -> Tensor:
-        return reference(block).to(statistic).expand_as(statistic)
+        return reference(block).to(statistic).reshape(statistic.shape)
 
     return method
 
@@ -182,7 +186,7 @@ def global_local(reference: Callable[[FeedForward], Tensor], weight: float) -> M
         raise ValueError(f"weight={weight}: give the weight of the global ranks, from 0 to 1.")
 
     def method(statistic: Tensor, k: int, block: FeedForward, generator: object) -> Tensor:
-        static = _ranks(reference(block).to(statistic))
+        static = _ranks(reference(block).to(statistic).reshape(statistic.shape))
         return (1 - weight) * _ranks(statistic) + weight * static
 
     return method

@@ -50,7 +50,7 @@ def cut(
     outputs, inputs : Tensor of int64, shape (k,), optional
         Indices to keep.
     """
-    compact = _separate(projection)
+    compact = separate(projection)
     vars(compact).pop("forward", None)  # accelerate's wrapper would call the whole projection
     compact._parameters = parameters = dict(projection._parameters)
     out_axis = 1 if stored_transposed(projection) else 0
@@ -109,7 +109,7 @@ def _hooks_of(module: nn.Module) -> dict[str, dict]:
     return {k: v for k, v in vars(module).items() if "hooks" in k and isinstance(v, dict)}
 
 
-def _separate(module: nn.Module) -> nn.Module:
+def separate(module: nn.Module) -> nn.Module:
     """A shallow copy of a module, whose hooks are its own (none)."""
     copied = copy.copy(module)
     vars(copied).update({name: type(hooks)() for name, hooks in _hooks_of(module).items()})
@@ -137,7 +137,7 @@ def put(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """`module` with another forward; attributes such as ``weight`` stay readable."""
-    changed = _separate(module)
+    changed = separate(module)
     changed.forward = forward
     return changed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
@@ -76,6 +77,17 @@ ARCHITECTURES = {
     "olmo2": lambda: tf.Olmo2Config(**_COMMON, num_key_value_heads=2),
     "stablelm": lambda: tf.StableLmConfig(**_COMMON, num_key_value_heads=2),
     "bert": lambda: tf.BertConfig(**_COMMON),
+    # Mixtures of experts: four of 40 neurons.
+    "mixtral": lambda: tf.MixtralConfig(
+        **{**_GROUPED, "intermediate_size": 40}, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "gpt_oss": lambda: tf.GptOssConfig(  # transposed, gate and up row by row, biases, clamped
+        **{**_GROUPED, "intermediate_size": 40},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
 }
 
 
@@ -125,10 +137,12 @@ def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
 def activations(model: tf.PreTrainedModel, ids: list[int]) -> dict[int, torch.Tensor]:
     """Each layer's z over one unpadded sequence, from a bare hook of our own: the reference."""
     kept = {}
+
+    def keep(module: torch.nn.Module, args: tuple, output: object, layer: int) -> None:
+        kept[layer] = by_expert(module, *args[:2]) if hasattr(module, "has_gate") else args[0]
+
     hooks = [
-        block.down.register_forward_hook(
-            lambda module, args, output, layer=block.layer: kept.update({layer: args[0].detach()})
-        )
+        block.down.register_forward_hook(functools.partial(keep, layer=block.layer))
         for block in flocking.feedforwards(model)
     ]
     try:
@@ -137,4 +151,17 @@ def activations(model: tf.PreTrainedModel, ids: list[int]) -> dict[int, torch.Te
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: z.reshape(len(ids), -1).clone() for layer, z in kept.items()}
+    return {layer: z.detach().reshape(len(ids), -1).clone() for layer, z in kept.items()}
+
+
+def by_expert(experts: torch.nn.Module, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A mixture's z, token by token and expert by expert, from its weights: (token, d_ff)."""
+    up = experts.gate_up_proj if experts.is_transposed else experts.gate_up_proj.transpose(1, 2)
+    z = torch.zeros(len(x), len(up), up.shape[2] // 2)
+    for token, chosen in enumerate(index.tolist()):
+        for expert in chosen:
+            both = x[token] @ up[expert]
+            if experts.has_bias:
+                both = both + experts.gate_up_proj_bias[expert]
+            z[token, expert] = experts._apply_gate(both)
+    return z.flatten(1)

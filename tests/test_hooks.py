@@ -82,8 +82,12 @@ def test_a_returned_tensor_replaces_z(tiny: tf.PreTrainedModel) -> None:
         whole = tiny(ids)[0]
         with flocking.observe(tiny, lambda ff, z: z * mask, layers=[0]):
             masked = tiny(ids)[0]
-        transposed = isinstance(block.down, tf.pytorch_utils.Conv1D)
-        block.down.weight.mul_(mask[:, None] if transposed else mask)
+        if block.kind == "experts":
+            mask = mask.view(block.experts, -1)
+            mask = mask[:, :, None] if block.down.is_transposed else mask[:, None]
+        elif isinstance(block.down, tf.pytorch_utils.Conv1D):
+            mask = mask[:, None]
+        block.weight.mul_(mask)
         torch.testing.assert_close(masked, tiny(ids)[0])
     assert not torch.allclose(masked, whole)
 

@@ -1,0 +1,322 @@
+"""Mixtures of experts: watched without a trace, cut down, and what belongs to which expert."""
+
+from __future__ import annotations
+
+import copy
+
+import conftest
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from conftest import build, random_ids
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import flocking
+from flocking.experts import row_norms, shape, take, watching
+from flocking.moments import Moments, Routed, Windows
+
+SMALL = {
+    "vocab_size": conftest.VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 256,
+}
+MIXTURES = ["mixtral", "gpt_oss"]
+# With shared experts beside the routed ones; and with a dense first layer as well.
+SHARED = {
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **SMALL, num_experts=4, shared_expert_intermediate_size=80
+    ),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(
+        **SMALL,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    ),
+}
+
+
+def shared(name: str) -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(SHARED[name]()).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def experts_of(model: tf.PreTrainedModel) -> list[torch.nn.Module]:
+    return [block.down for block in flocking.feedforwards(model) if block.kind == "experts"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_are_found(name: str) -> None:
+    blocks = flocking.feedforwards(build(name))
+    assert [(b.layer, b.path, b.kind, b.d_ff, b.experts) for b in blocks] == [
+        (n, f"model.layers.{n}.mlp.experts", "experts", 160, 4) for n in (0, 1)
+    ]
+    assert all(block.error < 1e-5 for block in blocks)
+    located = flocking.feedforwards(build(name).to("meta"))
+    assert [(b.path, b.d_ff, b.experts) for b in located] == [
+        (b.path, b.d_ff, b.experts) for b in blocks
+    ]
+
+
+def test_stand_beside_shared_and_dense_blocks() -> None:
+    found = {
+        name: [(b.path.partition("layers.")[2], b.kind, b.d_ff) for b in flocking.feedforwards(m)]
+        for name, m in ((name, shared(name)) for name in SHARED)
+    }
+    assert found == {
+        "qwen2_moe": [
+            ("0.mlp.experts", "experts", 160),
+            ("0.mlp.shared_expert", "gated", 80),
+            ("1.mlp.experts", "experts", 160),
+            ("1.mlp.shared_expert", "gated", 80),
+        ],
+        "deepseek_v3": [
+            ("0.mlp", "gated", 160),
+            ("1.mlp.experts", "experts", 320),
+            ("1.mlp.shared_experts", "gated", 40),
+        ],
+    }
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_watching_changes_nothing(name: str, implementation: str) -> None:
+    model = build(name)
+    model.set_experts_implementation(implementation)
+    config = copy.deepcopy(model.config.to_dict())
+    owners = [experts.config for experts in experts_of(model)]
+    ids = torch.tensor(random_ids(20, 20))
+    with torch.no_grad():
+        plain = model(ids).logits
+        seen = []
+        with flocking.observe(model, lambda block, z: seen.append((block.layer, z))):
+            watched = model(ids).logits
+        after = model(ids).logits
+    assert torch.equal(after, plain)
+    if implementation == "eager":  # is watched as grouped_mm
+        torch.testing.assert_close(watched, plain, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(watched, plain)
+    assert [(layer, z.shape) for layer, z in seen] == [(0, (40, 160)), (1, (40, 160))]
+    assert model.config.to_dict() == config
+    assert all(e.config is own for e, own in zip(experts_of(model), owners, strict=True))
+    assert model.get_experts_implementation()[""] == implementation
+    assert {"grouped_mm", "batched_mm", "flocking"} <= set(ALL_EXPERTS_FUNCTIONS.keys())
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_hands_out_the_tensor_computed_by_hand(name: str, implementation: str) -> None:
+    model = build(name)
+    model.set_experts_implementation(implementation)
+    ids = random_ids(30)[0]
+    due = conftest.activations(model, ids)
+    seen: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), flocking.observe(model, lambda b, z: seen.update({b.layer: z})):
+        model(torch.tensor([ids]))
+    for layer, z in seen.items():
+        torch.testing.assert_close(z, due[layer], rtol=1e-5, atol=1e-6)
+        assert ((z != 0).unflatten(-1, (4, -1)).any(-1).sum(-1) == 2).all()  # two experts a token
+        assert z.std() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_replaced_activations_are_what_is_computed_with(name: str, implementation: str) -> None:
+    """Masked through the hook, experts give what they give cut down to the mask."""
+    model = build(name)
+    model.set_experts_implementation(implementation)
+    experts = experts_of(model)[0]
+    generator = torch.Generator().manual_seed(1)
+    half = torch.stack([torch.randperm(40, generator=generator)[:20].sort()[0] for _ in range(4)])
+    mask = torch.zeros(4, 40).scatter_(1, half, 1)
+    x, weights = torch.randn(9, 64, generator=generator), torch.rand(9, 2, generator=generator)
+    index = torch.rand(9, 4, generator=generator).argsort(dim=1)[:, :2]
+    with torch.no_grad():
+        with watching(experts, lambda routed: routed.z * mask[routed.expert]):
+            masked = experts(x, index, weights)
+        whole, cut = experts(x, index, weights), take(experts, half)
+        got = cut(x, index, weights)
+    torch.testing.assert_close(got, masked, rtol=1e-5, atol=1e-6)
+    assert (whole - masked).abs().max() > 0.1 * whole.abs().max()
+    assert shape(cut) == (4, 20)
+    assert shape(experts) == (4, 40)
+    # Into memory that is there already.
+    other = torch.stack([torch.randperm(40, generator=generator)[:20].sort()[0] for _ in range(4)])
+    places = {n: p.data_ptr() for n, p in cut.named_parameters()}
+    take(experts, other, out=cut)
+    assert places == {n: p.data_ptr() for n, p in cut.named_parameters()}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            cut(x, index, weights), take(experts, other)(x, index, weights), rtol=0, atol=0
+        )
+
+
+def test_weight_magnitude_is_by_hand() -> None:
+    for name in MIXTURES:
+        experts = experts_of(build(name))[0]
+        up = experts.gate_up_proj.detach()
+        up = up.transpose(1, 2) if experts.is_transposed else up
+        gate, up = (up[:, ::2], up[:, 1::2]) if name == "gpt_oss" else up.chunk(2, dim=1)
+        torch.testing.assert_close(row_norms(experts), gate.norm(dim=2) * up.norm(dim=2))
+
+
+@pytest.mark.parametrize("name", [*MIXTURES, *SHARED])
+def test_recorded_in_a_batch_as_alone_and_by_hand(name: str) -> None:
+    model = build(name) if name in MIXTURES else shared(name)
+    texts = random_ids(30, 17, 5)
+    batch = flocking.record(model, texts, batch_size=3, window=8, progress=False)
+    for number, text in enumerate(texts):
+        alone = flocking.record(model, text, window=8, progress=False)
+        for layer, z in conftest.activations(model, text).items():
+            r = z.double().abs() / z.double().norm(dim=-1, keepdim=True)
+            experts = int(batch.experts.sel(layer=layer))
+            reached = (z != 0).unflatten(-1, (experts, -1)).any(-1).double()
+            for recording, row in ((batch, number), (alone, 0)):
+                here = recording.sel(layer=layer).isel(sequence=row)
+                windows = [slice(0, 1), *(slice(a, a + 8) for a in range(1, len(text), 8))]
+                for window, tokens in enumerate(windows):
+                    got = here.isel(window=window)
+                    for name_, due in (("energy", r[tokens] ** 2), ("mass", r[tokens])):
+                        values = got[name_].values[: z.shape[1]]
+                        np.testing.assert_allclose(values, due.sum(0), atol=1e-5)
+                    if experts > 1:
+                        np.testing.assert_array_equal(got.routed[:experts], reached[tokens].sum(0))
+                np.testing.assert_allclose(here.l1[: len(text)], r.sum(-1), rtol=1e-5)
+                np.testing.assert_allclose(here.norm[: len(text)], z.norm(dim=-1), rtol=1e-5)
+                whose = here.expert.values[: z.shape[1]]
+                due = np.repeat(np.arange(experts), z.shape[1] // experts) if experts > 1 else -1
+                np.testing.assert_array_equal(whose, np.broadcast_to(due, whose.shape))
+
+
+def test_ranks_and_raw_activations() -> None:
+    model, text = build("mixtral"), random_ids(20)[0]
+    recording = flocking.record(model, text, ranks=True, relative=True, window=8, progress=False)
+    z = conftest.activations(model, text)[1]
+    r = z / z.norm(dim=-1, keepdim=True)
+    np.testing.assert_allclose(
+        recording.relative.sel(layer=1)[0], r.abs().numpy(), atol=1e-3, rtol=1e-3
+    )
+    plain = Moments.zeros(1, 1, 160, ranks=True)
+    plain.update(z[None], Windows.of(torch.zeros(1, 20, dtype=torch.int64)))
+    np.testing.assert_allclose(
+        recording["rank"].sel(layer=1)[0].sum("window"), plain.rank[0, 0], atol=1e-5
+    )
+    assert 0 < flocking.rank_consistency(recording).sel(layer=1).item() < 1
+
+
+def test_routed_activations_side_by_side() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 2, 5, generator=generator)
+    expert = torch.tensor([[0, 3], [2, 1], [3, 0]])
+    routed = Routed(z, expert, 4)
+    dense = routed.dense()
+    assert dense.shape == routed.shape == (3, 20)
+    for token in range(3):
+        for slot in range(2):
+            first = 5 * int(expert[token, slot])
+            assert torch.equal(dense[token, first : first + 5], z[token, slot])
+    assert (dense != 0).sum() == 30
+    assert torch.equal(routed.of(dense), z)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_griffin_beside_shared_and_dense_blocks(name: str) -> None:
+    model = shared(name)
+    ids, later = (torch.tensor(random_ids(24, 24, seed=seed)) for seed in (0, 1))
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    full = model.generate(ids, **options)
+    for scope in ("shared", "sequence"):
+        whole = flocking.griffin(model, 1.0, scope=scope)
+        assert torch.equal(whole.generate(ids, **options), full)
+        twin = flocking.griffin(model, 0.5, scope=scope)
+        twin.generate(ids, **options)
+        keep = {}
+        for block in flocking.feedforwards(model):
+            experts = twin.selection[block.layer].expand(2, -1)
+            assert experts.shape[1] == block.d_ff // 2
+            keep[block.layer] = torch.zeros(2, 1, block.d_ff).scatter_(2, experts[:, None], 1)
+            by_expert = keep[block.layer].view(2, block.experts, -1).sum(-1)
+            assert (by_expert == block.d_ff // block.experts // 2).all()
+
+        def masked(block: flocking.FeedForward, z: torch.Tensor, keep=keep) -> torch.Tensor:
+            return (z.view(2, -1, block.d_ff) * keep[block.layer]).view_as(z)
+
+        with torch.no_grad():
+            past = model(ids, use_cache=True).past_key_values
+            other = copy.deepcopy(past)
+            with flocking.observe(model, masked):
+                due = model(later, past_key_values=past).logits
+            got = twin(later, past_key_values=other).logits
+            unpruned = model(torch.cat((ids, later), 1)).logits[:, 24:]
+        assert (got - due).abs().max() <= 1e-5 * due.abs().max()
+        assert (got - unpruned).abs().max() > 1e-2 * due.abs().max()
+
+
+def test_experts_that_the_prompt_did_not_reach_keep_their_largest_neurons() -> None:
+    model = build("mixtral")
+    twin = flocking.griffin(model, 0.5)
+    counts = []
+    for tokens in (1, 60):
+        ids = torch.tensor(random_ids(tokens))
+        twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+        due = conftest.activations(model, ids[0].tolist())
+        counts.append(0)
+        for block in flocking.feedforwards(model):
+            z = due[block.layer]
+            statistic = (z / z.norm(dim=-1, keepdim=True)).norm(dim=0).view(4, 40)
+            chosen = twin.selection[block.layer].view(4, 20) - 40 * torch.arange(4)[:, None]
+            for expert, norms in enumerate(row_norms(block.down)):
+                reached = bool((statistic[expert] > 0).any())
+                counts[-1] += not reached
+                by = statistic[expert] if reached else norms
+                assert chosen[expert].tolist() == by.topk(20).indices.sort().values.tolist()
+        assert twin.report().unreached_experts == counts[-1]
+    assert counts[0] == 4  # of two layers with four experts, one token reaches two in each
+    assert counts[1] < 4
+
+
+def test_watched_by_one_at_a_time() -> None:
+    model = build("mixtral")
+    with flocking.observe(model, lambda block, z: None):
+        with (
+            pytest.raises(RuntimeError, match="watched already"),
+            flocking.observe(model, lambda block, z: None),
+        ):
+            pass
+        model(torch.tensor(random_ids(5)))
+    with flocking.observe(model, lambda block, z: None):
+        model(torch.tensor(random_ids(5)))
+
+
+def test_experts_of_another_kind_are_refused_by_name() -> None:
+    small = {k: v for k, v in SMALL.items() if k != "moe_intermediate_size"}
+    model = tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(**small, num_local_experts=2, head_dim=16, intermediate_size_mlp=160)
+    )
+    with pytest.raises(flocking.UnsupportedModelError, match=r"feed_forward\.experts.*watched"):
+        flocking.feedforwards(model)
