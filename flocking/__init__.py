@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from flocking.calibration import global_statistic
+from flocking.checking import check
 from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
 from flocking.griffin import griffin
 from flocking.hooks import observe
@@ -47,6 +48,7 @@ __all__ = [
     "captured_energy",
     "chance_consistency",
     "chance_jaccard",
+    "check",
     "consistency",
     "control",
     "drift",

@@ -73,6 +73,10 @@ def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub id; the embedded model by default.")]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="Folder or hub id; the embedded model by default."),
+]
 Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
 
@@ -94,6 +98,13 @@ def _load(model: str | None, device: str | None, dtype: str | None) -> tuple:
         )
     loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
     return loaded.to(device or "cpu"), tokenizer
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console.width = 120
+    return console
 
 
 def _read(name: str) -> str:
@@ -215,9 +226,7 @@ def demo(
     stored, picture = out / "demo.zarr", out / "demo.png"
     for path in (stored, picture):
         _refuse_existing(path, overwrite=True)
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width to keep to
-        console.width = 120
+    console = _console()
     loaded, tokenizer = _load(model, device, dtype)
     passages = flocking.passages()
     ids = [tokenizer(passage)["input_ids"][:512] for passage in passages]
@@ -325,6 +334,53 @@ def generate(
     if compare:
         console.print(table)
         console.print("Speed is of decoding, without the prompt; one run says little about it.")
+
+
+@app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")
+@_one_sentence
+def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
+    """Show a model's FF blocks, how exactly each was proved, and whether GRIFFIN can prune it."""
+    loaded, _ = _load(model, device, dtype)
+    blocks = flocking.feedforwards(loaded)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("layer", "module", "kind", "hidden", "d_ff", "experts", "proof's error"):
+        table.add_column(column, justify="left" if column in ("module", "kind") else "right")
+    for block in blocks:
+        hidden = block.weight.shape[-1] * block.weight.shape[-2] // (block.d_ff // block.experts)
+        experts = block.experts if block.kind == "experts" else ""
+        cells = (block.layer, block.path, block.kind, hidden, block.d_ff, experts)
+        table.add_row(*map(str, cells), f"{block.error:.1g}")
+    console = _console()
+    console.print(f"[bold]{type(loaded).__name__}[/bold], {loaded.num_parameters():,} parameters")
+    console.print(table)
+    try:
+        twin = flocking.griffin(loaded)
+    except ValueError as problem:
+        console.print(f"recorded: yes; GRIFFIN: no. {problem}")
+        return
+    share = twin.report().active_parameters / loaded.num_parameters()
+    console.print(f"recorded: yes; GRIFFIN: yes, at density 0.5 with {share:.0%} of the parameters")
+
+
+@app.command(epilog="Example: flocking check my-model && echo fit for use")
+@_one_sentence
+def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
+    """Try on a model what must hold for its recordings and twins to be right; exit code 1 if not.
+
+    Proof of the FF blocks, the same output while watched, batches against their members, experts
+    against the analysis, and twins against the full model, masked or at density 1.
+    """
+    results = flocking.check(*_load(model, device, dtype))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("check", "", "relative error", "allowed", ""):
+        table.add_column(column)
+    words = {True: "passed", False: "FAILED"}
+    for name, row in results.iterrows():
+        numbers = ("" if np.isnan(x) else f"{x:.1g}" for x in (row.error, row.allowed))
+        table.add_row(name, words.get(row.passed, "does not apply"), *numbers, row.reason)
+    _console().print(table)
+    if (results.passed == False).any():  # noqa: E712 (NA is neither)
+        raise typer.Exit(1)
 
 
 class _Clock(TextStreamer):

@@ -40,8 +40,10 @@ def foreign_experts(layer: nn.Module) -> str | None:
     """Path of experts in `layer` that do not follow the interface, which nobody can watch."""
     for path, module in layer.named_modules():
         named = re.search("experts?$", path, re.I) or re.search("experts?$", type(module).__name__)
-        stacked = any(p is not None and p.ndim == 3 for p in module._parameters.values())
-        if named and stacked and not is_experts(module):
+        several = isinstance(module, nn.ModuleList | nn.ModuleDict) or any(
+            p is not None and p.ndim == 3 for p in module._parameters.values()
+        )
+        if named and several and not is_experts(module):
             return path
     return None
 

@@ -115,8 +115,10 @@ class Traits(NamedTuple):
     ----------
     causal : bool
         Later tokens do not matter to earlier ones.
+    decodes : bool
+        What follows a text may be fed one token at a time, over a cache, as generation does.
     continuable : bool
-        A short text may be fed in two pieces, over a cache.
+        It may be fed in one piece, over a cache.
     chunkable : bool
         A text may be fed in pieces, over a cache.
     paddable : bool
@@ -124,6 +126,7 @@ class Traits(NamedTuple):
     """
 
     causal: bool
+    decodes: bool
     continuable: bool
     chunkable: bool
     paddable: bool
@@ -151,6 +154,15 @@ def traits(model: PreTrainedModel) -> Traits:
         second = run(ids[:, 8:], ones, past=first.past_key_values)
         return torch.cat((first[0], second[0]), dim=1)
 
+    def decoded() -> Tensor:
+        output = run(ids[:, :12], ones[:, :12], keep=True)
+        parts = [output[0]]
+        for end in range(13, 17):
+            past = output.past_key_values
+            output = run(ids[:, end - 1 : end], ones[:, :end], past=past, keep=True)
+            parts.append(output[0])
+        return torch.cat(parts, dim=1)
+
     def padded() -> Tensor:
         pads = torch.zeros_like(ids[:, :8])
         return run(torch.cat((ids, pads), 1), torch.cat((ones, pads), 1))[0][:, :16]
@@ -168,18 +180,27 @@ def traits(model: PreTrainedModel) -> Traits:
         by_length = _rotates_by_length(model.config)
         return Traits(
             causal=same(changed),
+            decodes=same(decoded),
             continuable=(continuable := same(chunked)),
             chunkable=not by_length and continuable,
             paddable=not by_length and same(padded),
         )
 
 
-def refuse_forgetful(model: PreTrainedModel) -> None:
-    """Raise a ValueError if the model cannot go on from a cache of what it has read."""
-    if not traits(model).continuable:
+def refuse_forgetful(model: PreTrainedModel, *, pieces: bool = False) -> None:
+    """Raise a ValueError if the model cannot go on from a cache of what it has read.
+
+    One token at a time, or also by `pieces` of several.
+    """
+    if not traits(model).decodes:
         raise ValueError(
             f"{type(model).__name__} cannot go on from a cache of its prompt: what comes after "
             "would be computed without it."
+        )
+    if pieces and not traits(model).continuable:
+        raise ValueError(
+            f"{type(model).__name__} takes only one token at a time on top of a cache, and what "
+            "comes after the prompt is scored in one piece: score it with another model."
         )
 
 

@@ -190,8 +190,8 @@ def _one(
 def _refuse(model: PreTrainedModel, fed: list[Tensor]) -> None:
     model = unwrap(model)
     refuse_long(model, fed)
-    if not isinstance(model, Twin):  # of which griffin has made sure
-        refuse_forgetful(model)
+    whole = model._griffin.whole if isinstance(model, Twin) else model
+    refuse_forgetful(whole, pieces=True)
 
 
 def side_by_side(

@@ -200,3 +200,30 @@ def test_generate_refuses(model: str, arguments: list, message: str) -> None:
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_inspect(model: str) -> None:
+    result = run("inspect", model)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("LlamaForCausalLM, ")
+    for layer in (0, 1):
+        row = next(line for line in lines if f"model.layers.{layer}.mlp" in line).split()
+        assert row[:5] == [str(layer), f"model.layers.{layer}.mlp", "gated", "64", "160"]
+        assert float(row[5]) < 1e-4
+    assert lines[-1].startswith("recorded: yes; GRIFFIN: yes, at density 0.5 with ")
+    missing = run("inspect", "/no/such/folder")
+    assert missing.exit_code == 2
+    assert "there is no such folder" in missing.output
+
+
+def test_check(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("check", model)
+    assert result.exit_code == 0
+    rows = {line.partition("  ")[0]: line for line in result.stdout.splitlines()[1:]}
+    assert list(rows) == ["proof", "watching", "batch", "experts", "density 1", "density 0.5"]
+    assert all("passed" in row for row in rows.values())
+    monkeypatch.setattr("flocking.checking.tolerance", lambda dtype: -1.0)
+    failing = run("check", model)
+    assert failing.exit_code == 1
+    assert failing.output.count("FAILED") == 6

@@ -55,7 +55,7 @@ def test_imports_point_one_way() -> None:
         {"hooks", "selection", "compact"},
         {"passes", "overlap"},
         {"recording", "griffin"},
-        {"controlled", "calibration", "scoring"},
+        {"controlled", "calibration", "checking", "scoring"},
         {"experiments", "inference"},
         {"gallery"},
         {"__init__"},

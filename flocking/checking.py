@@ -1,0 +1,182 @@
+"""What holds of the models in the test suite, tried on a user's own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.feedforward import feedforwards
+from flocking.griffin import griffin
+from flocking.hooks import observe
+from flocking.overlap import select, statistic
+from flocking.passes import refuse_forgetful, undisturbed
+from flocking.recording import record
+from flocking.shadow import unwrap
+from flocking.texts import passages
+from flocking.trial import relative_error, tolerance
+
+_LENGTHS = (24, 17, 9)  # tokens of the texts that are tried
+
+
+def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> pd.DataFrame:
+    """Try on `model` what must hold for its recordings and its twins to be right.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Left as it is.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        To try it on real text; on random tokens without.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each check, by its name: ``passed`` (NA where it does not apply), ``error``,
+        the largest relative error, ``allowed``, what rounding alone explains in the model's
+        dtype, and ``reason``, why it failed or does not apply.
+
+    Examples
+    --------
+    >>> table = flocking.check(model)
+    >>> assert table.passed.all()
+    """
+    model = unwrap(model)
+    rows: dict[str, dict[str, object]] = {}
+    allowed = math.nan
+    texts: list[list[int]] = []
+    for name, (attempt, generates) in _CHECKS.items():
+        row = rows[name] = {"passed": False, "error": math.nan, "allowed": allowed, "reason": ""}
+        try:
+            if generates and (problem := _cannot_generate(model)):
+                row |= {"passed": None, "reason": problem}
+                continue
+            texts = texts or _texts(model, tokenizer)
+            with undisturbed(model, seed=0):
+                row["error"] = attempt(model, texts)
+            allowed = row["allowed"] = tolerance(feedforwards(model)[0].weight.dtype)
+            row["passed"] = bool(row["error"] <= allowed)
+            if not row["passed"]:
+                row["reason"] = "the error is more than rounding explains"
+        except Exception as problem:  # whatever a model has against it is what is asked for
+            row["reason"] = str(problem).strip() or type(problem).__name__
+            if name == "proof":  # nothing else can be tried without blocks
+                break
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("check")
+    return table.astype({"passed": "boolean"})
+
+
+def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """Token ids of a few short texts of unequal length."""
+    if tokenizer is not None:
+        chosen = passages()[: len(_LENGTHS)]
+        return [tokenizer(t)["input_ids"][:n] for t, n in zip(chosen, _LENGTHS, strict=True)]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in _LENGTHS]
+
+
+def _cannot_generate(model: PreTrainedModel) -> str:
+    """Why there can be no twin of this model; nothing if there can."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        return "it is no decoder-only model that generates"
+    try:
+        refuse_forgetful(model)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def _proof(model: PreTrainedModel, texts: list[list[int]]) -> float:
+    """The FF blocks compute what is recorded of them."""
+    return max(block.error for block in feedforwards(model))
+
+
+def _watched(model: PreTrainedModel, texts: list[list[int]]) -> float:
+    """Outputs under watch, and after it, are those without."""
+    ids = torch.tensor(texts[:1], device=model.device)
+    plain = model.base_model(ids)[0]
+    with observe(model, lambda block, z: None):
+        watched = model.base_model(ids)[0]
+    return max(relative_error(other, plain) for other in (watched, model.base_model(ids)[0]))
+
+
+def _batch(model: PreTrainedModel, texts: list[list[int]]) -> float:
+    """Texts recorded in one batch are what they are alone."""
+    together = statistic(record(model, texts, batch_size=len(texts), window=8, progress=False))
+    error = 0.0
+    for number, text in enumerate(texts):
+        alone = statistic(record(model, text, window=8, progress=False)).isel(sequence=0)
+        difference = np.abs(together.isel(sequence=number) - alone)
+        error = max(error, float(difference.max() / alone.max()))
+    return error
+
+
+def _experts(model: PreTrainedModel, texts: list[list[int]]) -> float:
+    """A twin's experts are those of the analysis: share of neurons of which this is not so."""
+    twin = griffin(model)
+    _generate(twin, texts[0])
+    analysed = statistic(record(model, texts[0], window=None, progress=False)).isel(sequence=0)
+    selected = select(analysed).to_numpy()
+    different = 0
+    for place, block in enumerate(feedforwards(model)):
+        mine = np.zeros(block.d_ff, bool)
+        mine[twin.selection[block.layer].numpy()] = True
+        moved = (mine != selected[place][: block.d_ff]).reshape(block.experts, -1)
+        # Where a mixture's expert was not reached, the twin goes by its weights.
+        reached = analysed.to_numpy()[place][: block.d_ff].reshape(block.experts, -1).any(axis=1)
+        different += int(moved[reached].sum())
+    return different / selected.size
+
+
+def _pruned(density: float) -> Callable[[PreTrainedModel, list[list[int]]], float]:
+    """A twin computes what the full model does with all other neurons masked."""
+
+    def attempt(model: PreTrainedModel, texts: list[list[int]]) -> float:
+        twin = griffin(model, density)
+        _generate(twin, texts[0])
+        keep = {
+            block: torch.zeros(block.d_ff, dtype=block.weight.dtype, device=block.weight.device)
+            for block in feedforwards(model)
+        }
+        for block, mask in keep.items():
+            mask[twin.selection[block.layer].to(mask.device)] = 1
+        later = torch.tensor([texts[1][:1]], device=model.device)
+        ids = torch.tensor(texts[:1], device=model.device)
+        past = model(ids, use_cache=True).past_key_values
+        other = copy.deepcopy(past)
+        with observe(model, lambda block, z: z * keep[block]):
+            due = model(later, past_key_values=past, use_cache=True).logits
+        got = twin(later, past_key_values=other, use_cache=True).logits
+        return relative_error(got, due)
+
+    return attempt
+
+
+def _generate(twin: PreTrainedModel, text: list[int]) -> Tensor:
+    ids = torch.tensor([text], device=twin.device)
+    return twin.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=2,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+
+
+# By name: the check, and whether it needs a model that generates.
+_CHECKS: dict[str, tuple[Callable[[PreTrainedModel, list[list[int]]], float], bool]] = {
+    "proof": (_proof, False),
+    "watching": (_watched, False),
+    "batch": (_batch, False),
+    "experts": (_experts, True),
+    "density 1": (_pruned(1.0), True),
+    "density 0.5": (_pruned(0.5), True),
+}
