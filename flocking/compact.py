@@ -97,8 +97,10 @@ class Compact:
         any_k = neurons[:, :k].flatten()
         self.shared = [part.cut(any_k) for part in self.parts]
         self.several: list[nn.Module] = []
-        for module, place in zip(self.shared, self.places, strict=True):
-            put(*place, module)
+        for module, (parent, name) in zip(self.shared, self.places, strict=True):
+            if hasattr(module, "config"):  # a mixture's, which says how it is computed
+                module.config = parent.get_submodule(name).config
+            put(parent, name, module)
         self.empty()
 
     def empty(self) -> None:

@@ -12,6 +12,7 @@ Everything is tried on a shadow of the model (see ``shadow.py``), never on the m
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from flocking.candidates import Candidate, candidates_in, layers_of
 from flocking.experts import foreign_experts, is_experts, shape, take, watching
@@ -440,9 +441,15 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
         forward = layer.forward
 
         def run_and_prove(*args: Any, **kwargs: Any) -> Any:
+            def run() -> Any:  # from the same cache every time, if the model insists on one
+                again = {
+                    name: copy.deepcopy(value) if isinstance(value, Cache) else value
+                    for name, value in kwargs.items()
+                }
+                return forward(*args, **again)
+
             calls[path] += 1
             if calls[path] == 1:
-                run = lambda: forward(*args, **kwargs)  # noqa: E731
                 found[path], refused[path] = _search(layer, candidates[path], run, broken)
             return forward(*args, **kwargs)
 
