@@ -19,28 +19,23 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from flocking.candidates import Candidate, candidates_in, layers_of
-from flocking.experts import foreign_experts, is_experts, shape, take, watching
-from flocking.moments import Routed
+from flocking.experts import foreign_experts, is_experts
+from flocking.proof import PROBE_SHAPE, Proved, RefusedError, prove
 from flocking.shadow import (
-    cut,
-    fused_rows,
     per_model,
     replaced,
     shadow,
     unwrap,
     with_forward,
 )
-from flocking.trial import relative_error, tolerance, trial
-
-_PROBE_SHAPE = (2, 8)  # sequences x tokens of the one forward pass that the proof runs
-_FLIPPED = 3  # the token whose change must not reach the others
+from flocking.trial import trial
 
 
 class UnsupportedModelError(ValueError):
@@ -99,182 +94,14 @@ class FeedForward:
 
 
 # --------------------------------------------------------------------------------------
-# Proving by function
-
-
-class _RefusedError(Exception):
-    """A candidate failed the proof; the message says why."""
-
-
-class _Proved(NamedTuple):
-    """A candidate that passed, its largest relative error, and its ups, the gate first."""
-
-    candidate: Candidate
-    error: float
-    order: tuple[str, ...]
-
-
-class _Bench:
-    """One candidate in a shadow's layer, to be run in one way and another."""
-
-    def __init__(self, layer: nn.Module, candidate: Candidate, run: Callable[[], Any]) -> None:
-        self.layer, self.candidate, self.run = layer, candidate, run
-        self.down = layer.get_submodule(candidate.down)
-        self.ups = {path: layer.get_submodule(path) for path in candidate.ups}
-        self.tolerance = tolerance(self.down.weight.dtype)
-
-    def run_with(
-        self,
-        ups: dict[str, nn.Module],
-        down: nn.Module | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Any, Tensor]:
-        """Output of the layer with these projections, and the z that reached the last one."""
-        seen: list[Tensor] = []
-        final = self.down if down is None else down
-
-        def tap(z: Tensor) -> Tensor:
-            seen.append(z)
-            return final(z if mask is None else z * mask)
-
-        with replaced(self.layer, {**ups, self.candidate.down: with_forward(self.down, tap)}):
-            output = self.run()
-        if len(seen) != 1:
-            raise _RefusedError(f"calls its down-projection {len(seen)} times in one forward")
-        return output, seen[0]
-
-    def check(self, error: float, reason: str) -> float:
-        if error > self.tolerance:
-            raise _RefusedError(f"{reason} (relative error {error:.1g})")
-        return error
-
-
-def _prove(
-    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], generator: torch.Generator
-) -> _Proved:
-    """The proof for one candidate of a shadow's layer, which `run` calls.
-
-    Raises _RefusedError, or whatever the layer raises when it is run with cut projections.
-    """
-    if not candidate.ups:
-        return _Proved(candidate, _prove_experts(layer, candidate, run, generator), ())
-    bench = _Bench(layer, candidate, run)
-    z, error = _prove_independent(bench, generator)
-    if z.is_meta:  # no values to go by: by convention, the gate is defined first
-        return _Proved(candidate, math.nan, candidate.ups)
-    return _Proved(candidate, max(error, _prove_tokenwise(bench, z)), _gate_first(bench, z))
-
-
-def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Cut down to a random half of the neurons, the layer computes those and no others."""
-    d_ff, weight = bench.candidate.d_ff, bench.down.weight
-    half = torch.randperm(d_ff, generator=generator, device="cpu")[: d_ff // 2].sort().values
-    mask = torch.zeros(d_ff, dtype=weight.dtype, device="cpu").index_fill_(0, half, 1)
-    half, mask = half.to(weight.device), mask.to(weight.device)
-    fused = bench.candidate.fused
-    rows = fused_rows(half, d_ff, bench.candidate.interleaved) if fused else half
-    cut_ups = {path: cut(up, outputs=rows) for path, up in bench.ups.items()}
-    output, z_half = bench.run_with(cut_ups, cut(bench.down, inputs=half))
-    whole, z = bench.run_with({})
-    masked, _ = bench.run_with({}, mask=mask)
-    if z.shape[:-1] not in (_PROBE_SHAPE, (math.prod(_PROBE_SHAPE),)):
-        raise _RefusedError(f"lays out its activations as {tuple(z.shape)}, not token by token")
-    if not z.is_meta and not (z.isfinite().all() and (z * (1 - mask)).any()):
-        raise _RefusedError("has activations that are all zero, or not finite")
-    error = bench.check(relative_error(z_half, z[..., half]), "its neurons depend on each other")
-    effect = relative_error(output, masked, whole)
-    bench.check(effect, "its up-projection serves something else too")
-    return z, max(error, relative_error(output, masked))
-
-
-def _prove_experts(
-    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], generator: torch.Generator
-) -> float:
-    """Each cut down to a random half of its neurons, experts compute those and no others."""
-    experts = layer.get_submodule(candidate.down)
-    if experts.down_proj.is_meta:
-        return math.nan
-    count, d_ff = shape(experts)
-    orders = [torch.randperm(d_ff, generator=generator, device="cpu") for _ in range(count)]
-    half = torch.stack(orders)[:, : d_ff // 2].sort(dim=1)[0].to(experts.down_proj.device)
-    mask = torch.zeros(count, d_ff, dtype=experts.down_proj.dtype, device=half.device)
-    mask.scatter_(1, half, 1)
-
-    def run_with(module: nn.Module, mask: Tensor | None = None) -> tuple[Any, Routed]:
-        seen: list[Routed] = []
-
-        def tap(routed: Routed) -> Tensor | None:
-            seen.append(routed)
-            return None if mask is None else routed.z * mask[routed.expert]
-
-        with replaced(layer, {candidate.down: module}), watching(module, tap):
-            output = run()
-        if len(seen) != 1:
-            raise _RefusedError(f"calls its experts {len(seen)} times in one forward")
-        return output, seen[0]
-
-    def check(error: float, reason: str) -> float:
-        if error > tolerance(mask.dtype):
-            raise _RefusedError(f"{reason} (relative error {error:.1g})")
-        return error
-
-    cut_output, cut_z = run_with(take(experts, half))
-    whole, z = run_with(experts)
-    masked, _ = run_with(experts, mask)
-    if z.expert.shape[0] != math.prod(_PROBE_SHAPE):
-        raise _RefusedError(f"lays out its activations as {z.shape}, not token by token")
-    if not (z.z.isfinite().all() and torch.equal(z.expert, cut_z.expert)):
-        raise _RefusedError("has activations that are not finite, or routes tokens at random")
-    kept = z.z.gather(-1, half[z.expert])
-    errors = [
-        check(relative_error(cut_z.z[..., : d_ff // 2], kept), "its neurons depend on each other"),
-        check(relative_error(whole, run()), "watched, it computes something else"),
-        relative_error(cut_output, masked),
-    ]
-    effect = relative_error(cut_output, masked, whole)
-    check(effect, "its up-projection serves something else too")
-    return max(errors)
-
-
-def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
-    """Another value at one token changes no other token's z.
-
-    Attention's values would. (Cutting alone might let an attention without heads pass.)
-    """
-
-    def flipping(up: nn.Module) -> nn.Module:
-        def forward(x: Tensor) -> Tensor:
-            y = up(x).clone()
-            y[..., _FLIPPED, :] *= -1
-            return y
-
-        return with_forward(up, forward)
-
-    _, flipped = bench.run_with({path: flipping(up) for path, up in bench.ups.items()})
-    others = [token for token in range(z.shape[-2]) if token != _FLIPPED]
-    error = relative_error(flipped[..., others, :], z[..., others, :])
-    return bench.check(error, "it mixes tokens")
-
-
-def _gate_first(bench: _Bench, z: Tensor) -> tuple[str, ...]:
-    """The up-projections, the gate first: z is linear in up and not in the gate.
-
-    Where both or neither is linear, the first one defined is called the gate.
-    """
-    linear = {}
-    for path, up in bench.ups.items():
-        _, negated = bench.run_with({path: with_forward(up, lambda x, up=up: -up(x))})
-        linear[path] = relative_error(negated, -z) <= bench.tolerance
-    if not bench.candidate.fused and len(linear) == 1 and all(linear.values()):
-        raise _RefusedError("it has no activation function: two factors of one matrix")
-    return tuple(sorted(bench.candidate.ups, key=linear.get))  # stable
+# Locating and proving all of a model's blocks
 
 
 def _probe(model: PreTrainedModel) -> None:
     """One small forward pass of random tokens, without the head and without a cache."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(weight.shape[0], _PROBE_SHAPE, generator=generator, device="cpu")
+    ids = torch.randint(weight.shape[0], PROBE_SHAPE, generator=generator, device="cpu")
     ids = ids.to(weight.device)
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
@@ -318,14 +145,14 @@ def _search(
     candidates: list[Candidate],
     run: Callable[[], Any],
     broken: dict[tuple[type, Candidate], str],
-) -> tuple[list[_Proved], dict[Candidate, str]]:
+) -> tuple[list[Proved], dict[Candidate, str]]:
     """The candidates of one shadow layer that pass, and why the others do not.
 
     `broken` remembers, over the layers, what a layer of this class cannot even be run
     with (attention's projections, mostly), so that this is tried only once.
     """
     generator = torch.Generator().manual_seed(0)
-    found: list[_Proved] = []
+    found: list[Proved] = []
     refused: dict[Candidate, str] = {}
     calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
     for candidate in candidates:
@@ -337,8 +164,8 @@ def _search(
             refused[candidate] = reason
             continue
         try:
-            found.append(_prove(layer, candidate, run, generator))
-        except _RefusedError as problem:
+            found.append(prove(layer, candidate, run, generator))
+        except RefusedError as problem:
             refused[candidate] = str(problem)
         except Exception as problem:  # a wrong candidate may break the layer in any way
             reason = "cut, it fails: " + str(problem).strip().partition("\n")[0]
@@ -431,7 +258,7 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
     if not layers:  # no stack: look at the model as a whole
         layers, candidates = {"": model}, {"": list(candidates_in(model))}
 
-    found: dict[str, list[_Proved]] = {}
+    found: dict[str, list[Proved]] = {}
     refused: dict[str, dict[Candidate, str]] = {}
     broken: dict[tuple[type, Candidate], str] = {}
     calls: dict[str, int] = dict.fromkeys(layers, 0)
@@ -480,7 +307,7 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
 def _refuse_gaps(
     name: str,
     layers: dict[str, nn.Module],
-    found: dict[str, list[_Proved]],
+    found: dict[str, list[Proved]],
     refused: dict[str, dict[Candidate, str]],
     calls: dict[str, int],
 ) -> None:
@@ -514,7 +341,7 @@ def _refuse_gaps(
         )
 
 
-def _assemble(model: nn.Module, found: dict[str, list[_Proved]]) -> list[FeedForward]:
+def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForward]:
     """The blocks, on the modules of the model itself."""
     blocks: list[FeedForward] = []
     numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", path) for path in found]

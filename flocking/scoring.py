@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.griffin import Twin
 from flocking.passes import refuse_forgetful, refuse_long, undisturbed
 from flocking.shadow import unwrap
 from flocking.tokens import Prompts, tokenize
+from flocking.twin import Twin
 
 Protocol = Literal["context", "last-token"]
 

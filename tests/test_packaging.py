@@ -50,7 +50,8 @@ def test_imports_point_one_way() -> None:
     floors = [
         {"shadow", "trial", "moments", "texts", "metrics", "uncertainty", "drawing"},
         {"figures", "experts", "tokens", "models"},
-        {"candidates"},
+        {"candidates", "twin"},
+        {"proof"},
         {"feedforward"},
         {"hooks", "selection", "compact"},
         {"passes", "overlap"},
