@@ -16,7 +16,7 @@ from flocking.feedforward import feedforwards
 from flocking.griffin import griffin
 from flocking.hooks import observe
 from flocking.overlap import select, statistic
-from flocking.passes import refuse_forgetful, undisturbed
+from flocking.passes import undisturbed
 from flocking.recording import record
 from flocking.shadow import unwrap
 from flocking.texts import passages
@@ -84,10 +84,8 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
 
 def _cannot_generate(model: PreTrainedModel) -> str:
     """Why there can be no twin of this model; nothing if there can."""
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        return "it is no decoder-only model that generates"
     try:
-        refuse_forgetful(model)
+        griffin(model)
     except ValueError as problem:
         return str(problem)
     return ""

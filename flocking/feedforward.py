@@ -18,6 +18,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import Cache, PreTrainedModel
 
 from flocking.candidates import Candidate, candidates_in, layers_of
 from flocking.experts import foreign_experts, is_experts
-from flocking.proof import PROBE_SHAPE, Proved, RefusedError, prove
+from flocking.proof import PROBE_SHAPE, Proved, RefusedError, prove, prove_recordable
 from flocking.shadow import (
     per_model,
     replaced,
@@ -66,6 +67,9 @@ class FeedForward:
         Largest relative error seen in the proof; NaN if unproved (meta device).
     experts : int
         Of a mixture, which share the neurons evenly; 1 in a dense block.
+    prunable : bool
+        Whether its neurons are independent of each other. Where they are not (a norm between
+        the activation function and the down-projection, say), they can be recorded only.
     """
 
     layer: int
@@ -77,6 +81,7 @@ class FeedForward:
     interleaved: bool = field(default=False, repr=False)
     error: float = math.nan
     experts: int = 1
+    prunable: bool = True
 
     @property
     def weight(self) -> Tensor:
@@ -154,12 +159,15 @@ def _search(
     generator = torch.Generator().manual_seed(0)
     found: list[Proved] = []
     refused: dict[Candidate, str] = {}
+    tried: list[Candidate] = []
     calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
     for candidate in candidates:
         if not all(calls.get(up, math.inf) < calls.get(candidate.down, -1) for up in candidate.ups):
             continue  # what runs after the down-projection, or never, is not its up-projection
         if any(candidate.down == proved.candidate.down for proved in found):
             continue
+        if candidate.ups:
+            tried.append(candidate)
         if reason := broken.get((type(layer), candidate)):
             refused[candidate] = reason
             continue
@@ -170,6 +178,12 @@ def _search(
         except Exception as problem:  # a wrong candidate may break the layer in any way
             reason = "cut, it fails: " + str(problem).strip().partition("\n")[0]
             refused[candidate] = broken[type(layer), candidate] = reason
+    # Only where nothing can be cut, and the widest: gates may look like such blocks, too.
+    for candidate in sorted(tried, key=lambda c: (-c.d_ff, -len(c.ups))):
+        if found:
+            break
+        with suppress(Exception):  # why it is no block at all was said above
+            found.append(prove_recordable(layer, candidate, run))
     return found, refused
 
 
@@ -350,7 +364,7 @@ def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForw
     # a layer would make that ambiguous: then blocks are counted in the order they stand.
     unique = len(set(positions)) == len(positions) and all(len(b) == 1 for b in found.values())
     for position, (prefix, proved) in zip(positions, found.items(), strict=True):
-        for candidate, error, order in proved:
+        for candidate, error, order, prunable in proved:
             inside = (*(order or [candidate.down]), candidate.down)
             *gate, up, down = (model.get_submodule(f"{prefix}.{p}".lstrip(".")) for p in inside)
             if any(block.down is down for block in blocks):
@@ -369,6 +383,7 @@ def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForw
                     interleaved=candidate.interleaved,
                     error=error,
                     experts=candidate.experts,
+                    prunable=prunable,
                 )
             )
     return blocks

@@ -152,6 +152,11 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
         raise ValueError(
             f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
         )
+    if fixed := [block.path for block in blocks if not block.prunable]:
+        raise ValueError(
+            f"{name} cannot be pruned, only recorded: in {len(fixed)} FF blocks ({fixed[0]}, ...) "
+            "neurons depend on each other, as where a norm precedes the down-projection."
+        )
     for block in blocks:
         if not block.weight.is_floating_point():
             raise ValueError(

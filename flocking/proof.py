@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flocking.candidates import Candidate
 from flocking.experts import shape, take, watching
 from flocking.moments import Routed
-from flocking.shadow import cut, fused_rows, replaced, with_forward
+from flocking.shadow import cut, fused_rows, replaced, width, with_forward
 from flocking.trial import relative_error, tolerance
 
 PROBE_SHAPE = (2, 8)  # sequences x tokens of the one forward pass that the proof runs
@@ -34,6 +34,7 @@ class Proved(NamedTuple):
     candidate: Candidate
     error: float
     order: tuple[str, ...]
+    prunable: bool = True
 
 
 class _Bench:
@@ -87,6 +88,59 @@ def prove(
     return Proved(candidate, max(error, _prove_tokenwise(bench, z)), _gate_first(bench, z))
 
 
+def prove_recordable(layer: nn.Module, candidate: Candidate, run: Callable[[], Any]) -> Proved:
+    """A weaker proof, for blocks whose neurons depend on each other: they can be recorded alone.
+
+    Where a norm lies between the activation function and the down-projection (BitNet), or only
+    the highest neurons stay active (Gemma 3n), no block can be cut. It is one all the same
+    if its z belongs to one token each, depends on the up-projections and on nothing else, and not
+    linearly.
+    """
+    bench = _Bench(layer, candidate, run)
+    whole, z = bench.run_with({})
+    _refuse_layout(z)
+    error = _prove_tokenwise(bench, z)
+    order = _gate_first(bench, z)
+    # What the up-projections give is held fast, and all else in the layer is another.
+    given: dict[str, Tensor] = {}
+
+    def keeping(path: str, up: nn.Module) -> nn.Module:
+        def forward(x: Tensor) -> Tensor:
+            given[path] = up(x)
+            return given[path]
+
+        return with_forward(up, forward)
+
+    def negated(module: nn.Module) -> nn.Module:
+        return with_forward(module, lambda x, *args, **kwargs: -module(x, *args, **kwargs))
+
+    bench.run_with({path: keeping(path, up) for path, up in bench.ups.items()})
+    held = {
+        path: with_forward(up, lambda x, path=path: given[path]) for path, up in bench.ups.items()
+    }
+    others = {
+        path: negated(module)
+        for path, module in layer.named_modules()
+        if width(module) and path not in (*candidate.ups, candidate.down)
+    }
+    for path, up in bench.ups.items():
+        _, other = bench.run_with({path: negated(up)})
+        if relative_error(other, z) <= bench.tolerance:
+            raise RefusedError(f"its activations do not depend on {path}")
+    _, z_held = bench.run_with({**others, **held})
+    error = max(error, relative_error(z_held, z))
+    bench.check(error, "its activations depend on more than its up-projections")
+    masked, _ = bench.run_with({}, mask=torch.zeros_like(z[..., :1]))
+    if relative_error(masked, whole) <= bench.tolerance:
+        raise RefusedError("it adds nothing to the layer's output")
+    return Proved(candidate, error, order, prunable=False)
+
+
+def _refuse_layout(z: Tensor) -> None:
+    if z.shape[:-1] not in (PROBE_SHAPE, (math.prod(PROBE_SHAPE),)):
+        raise RefusedError(f"lays out its activations as {tuple(z.shape)}, not token by token")
+
+
 def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tensor, float]:
     """Cut down to a random half of the neurons, the layer computes those and no others."""
     d_ff, weight = bench.candidate.d_ff, bench.down.weight
@@ -99,8 +153,7 @@ def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tenso
     output, z_half = bench.run_with(cut_ups, cut(bench.down, inputs=half))
     whole, z = bench.run_with({})
     masked, _ = bench.run_with({}, mask=mask)
-    if z.shape[:-1] not in (PROBE_SHAPE, (math.prod(PROBE_SHAPE),)):
-        raise RefusedError(f"lays out its activations as {tuple(z.shape)}, not token by token")
+    _refuse_layout(z)
     if not z.is_meta and not (z.isfinite().all() and (z * (1 - mask)).any()):
         raise RefusedError("has activations that are all zero, or not finite")
     error = bench.check(relative_error(z_half, z[..., half]), "its neurons depend on each other")

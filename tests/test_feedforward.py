@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import conftest
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -110,6 +111,64 @@ def test_records_the_tensor_computed_by_hand(tiny: tf.PreTrainedModel) -> None:
         expected = by_hand(block, tiny.config, inputs[block.layer])
         torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-6)
         assert z.std() > 1e-3
+
+
+def bitnet() -> tf.PreTrainedModel:
+    """A norm lies between the gate's product and the down-projection."""
+    config = tf.BitNetConfig(
+        vocab_size=conftest.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def test_neurons_that_depend_on_each_other_are_recorded_and_not_pruned() -> None:
+    model = bitnet()
+    blocks = flocking.feedforwards(model)
+    assert [(b.path, b.kind, b.d_ff, b.prunable) for b in blocks] == [
+        (f"model.layers.{n}.mlp", "gated", 160, False) for n in (0, 1)
+    ]
+    ids = conftest.random_ids(20)[0]
+    recording = flocking.record(model, ids, progress=False)
+    for block, z in zip(blocks, conftest.activations(model, ids).values(), strict=True):
+        mlp = model.get_submodule(block.path)
+        assert (block.gate, block.up, block.down) == (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        np.testing.assert_allclose(recording.norm.sel(layer=block.layer)[0], z.norm(dim=-1))
+    with pytest.raises(ValueError, match=r"only recorded: in 2 FF blocks \(model\.layers\.0\.mlp"):
+        flocking.griffin(model)
+    table = flocking.check(model)
+    assert table.passed[:3].all()
+    assert table.passed[3:].isna().all()
+
+
+def test_gates_of_attention_are_no_blocks() -> None:
+    """Their product with the attention's output looks like one, and depends on other tokens."""
+
+    class Gated(nn.Module):
+        def __init__(self, attention: nn.Module) -> None:
+            super().__init__()
+            self.attention, self.gate = attention, nn.Linear(64, 64)
+            self.out, self.attention.o_proj = attention.o_proj, nn.Identity()
+
+        def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple:
+            mixed, weights = self.attention(hidden_states=hidden_states, **kwargs)
+            return self.out(mixed * torch.sigmoid(self.gate(hidden_states))), weights
+
+    model = bitnet()
+    for layer in model.model.layers:
+        layer.self_attn = Gated(layer.self_attn)
+        layer.mlp = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="no feed-forward block"):
+        flocking.feedforwards(model)
 
 
 def test_located_without_proof_on_the_meta_device(
