@@ -176,14 +176,15 @@ def tried(mapping: str, kind: str) -> Row:
         )
     row = row._replace(ff=", ".join(sorted({block.kind for block in blocks})))
     checks = flocking.check(model)
-    recording, griffin = (
+    recording, experts, griffin = (
         "; ".join(f"{name}: {_first_line(row.reason)}" for name, row in part.iterrows())
-        for part in (failed(checks[:3]), failed(checks[3:]))
+        for part in (failed(checks[:3]), failed(checks[3:4]), failed(checks[4:]))
     )
     if causal and (unfit := checks.reason[checks.passed.isna()]).size:
         griffin = _first_line(unfit.iloc[0])
     row = row._replace(
-        recorded="no" if recording else "yes", reason="; ".join(filter(None, (recording, griffin)))
+        recorded="no" if recording else "yes",
+        reason="; ".join(filter(None, (recording, experts, griffin))),
     )
     return row._replace(griffin="no" if griffin else "yes") if causal else row
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import feedforwards
@@ -118,6 +118,13 @@ def _batch(model: PreTrainedModel, texts: list[list[int]]) -> float:
 
 def _experts(model: PreTrainedModel, texts: list[list[int]]) -> float:
     """A twin's experts are those of the analysis: share of neurons of which this is not so."""
+    ids = torch.tensor(texts[:1], device=model.device)
+    generated = _generate(model, texts[0]).logits[0]
+    if relative_error(generated, model(ids).logits[:, -1]) > tolerance(generated.dtype):
+        raise ValueError(
+            "transformers' generate does not give this model what a plain forward pass does (other "
+            "positions, say), so that a twin's experts in generation are not those of a recording"
+        )
     twin = griffin(model)
     _generate(twin, texts[0])
     analysed = statistic(record(model, texts[0], window=None, progress=False)).isel(sequence=0)
@@ -157,15 +164,17 @@ def _pruned(density: float) -> Callable[[PreTrainedModel, list[list[int]]], floa
     return attempt
 
 
-def _generate(twin: PreTrainedModel, text: list[int]) -> Tensor:
-    ids = torch.tensor([text], device=twin.device)
-    return twin.generate(
+def _generate(model: PreTrainedModel, text: list[int]) -> Any:
+    ids = torch.tensor([text], device=model.device)
+    return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=2,
         do_sample=False,
         use_cache=True,
         pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
 
 

@@ -414,8 +414,11 @@ def test_found_out_behind_a_massive_residual_too(llama: tf.PreTrainedModel, size
     llama.model.embed_tokens.weight.data[:, 5] *= size
     for layer in llama.model.layers:
         layer.mlp = UsedTwice(layer.mlp)
-    with pytest.raises(UnsupportedModelError, match="serves something else too"):
-        flocking.feedforwards(llama)
+    blocks = flocking.feedforwards(llama)
+    assert [block.prunable for block in blocks] == [False, False]  # recorded, but not cut
+    assert [block.down for block in blocks] == [layer.mlp.down for layer in llama.model.layers]
+    with pytest.raises(ValueError, match="cannot be pruned, only recorded"):
+        flocking.griffin(llama)
 
 
 def test_a_massive_residual_hides_no_true_block(llama: tf.PreTrainedModel) -> None:
