@@ -235,7 +235,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         if at is not None and name != "heatmaps":  # not a colour bar; axes share their labels
             assert ax.get_xlabel() or not at.is_last_row()
             texts = [label.get_text() for label in ax.get_yticklabels()]
-            named = {"best in hindsight", *(data.text.values if "text" in data.dims else ())}
+            named = {"hindsight: scored tokens", *(data.text.values if "text" in data.dims else ())}
             assert ax.get_ylabel() or not at.is_first_col() or texts[0] in named
     (caption,) = figure.subfigs[1].texts
     assert caption.get_text().replace("\n", " ") == data.attrs["caption"]
