@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 import flocking
 from flocking import experiments, gallery
+from flocking.drawing import BY_SELECTION
 from flocking.experiments import EXPERIMENTS
 from flocking.figures import FIGURES
 
@@ -259,10 +260,16 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         assert names == (["interval", "selection"], ["text", "excerpt", "selection"])
         (upper, lower) = axes
         shown = [line.get_xdata().item() for line in upper.lines if len(line.get_xdata()) == 1]
-        assert shown == pytest.approx(numbers["relative"]["data"][0][1:])
+        values = np.array(numbers["relative"]["data"][0])
+        order = values.argsort()  # best first; the full model, which comes first, is not drawn
+        assert order[0] == 0
+        assert shown == pytest.approx(values[order[1:]].tolist())
+        names = [content["coords"]["selection"]["data"][n] for n in order[1:]]
+        labels = [label.get_text() for label in upper.get_yticklabels()]
+        assert labels == [BY_SELECTION[name]["label"] for name in names]
         x, y = (np.array(numbers[which]["data"], float) for which in ("captured", "excess"))
-        *points, _ = lower.lines  # the last is the full model's level
-        for column, line in enumerate(points, start=1):
+        *points, _, _ = lower.lines  # the last are the full model's level, and chance
+        for column, line in zip(order[1:], points, strict=True):
             np.testing.assert_allclose(line.get_xdata(), x[..., column].ravel())
             np.testing.assert_allclose(line.get_ydata(), y[..., column].ravel())
         assert len(points) == x.shape[-1] - 1
