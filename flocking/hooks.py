@@ -7,6 +7,7 @@ registers a hook.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -46,6 +47,31 @@ def choose(
     if not wanted:
         raise ValueError(f"{argument} is empty: name at least one layer, or leave it out for all.")
     return [block for block in blocks if block.layer in wanted]
+
+
+_eager_lock = threading.Lock()
+_eager_stack, _eager_users = ExitStack(), 0
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Nothing runs compiled, until the last of all threads that ask for it is through.
+
+    (The stance belongs to the process: two threads that each restored what they had found would
+    leave one's for good.)
+    """
+    global _eager_users
+    with _eager_lock:
+        if _eager_users == 0:
+            _eager_stack.enter_context(torch.compiler.set_stance("force_eager"))
+        _eager_users += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_users -= 1
+            if _eager_users == 0:
+                _eager_stack.close()
 
 
 @contextmanager
@@ -124,7 +150,7 @@ def observe(
         return tap
 
     with ExitStack() as everything:
-        everything.enter_context(torch.compiler.set_stance("force_eager"))
+        everything.enter_context(_eager())
         for block in blocks:
             if block.kind == "experts":
                 everything.enter_context(watching(block.down, tap_of(block)))

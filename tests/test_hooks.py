@@ -152,6 +152,25 @@ def test_compiled_models_are_seen(llama: tf.PreTrainedModel, how) -> None:
     assert len(flocking.feedforwards(how(again))) == 2  # proved on a model compiled already
 
 
+def test_compiling_goes_on_when_the_last_of_several_is_through() -> None:
+    """The stance is the process's, and threads need not leave in the order of their coming."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    first, second = conftest.build("llama"), conftest.build("llama")
+    watches = [flocking.observe(model, lambda ff, z: None) for model in (first, second)]
+    for watch in watches:
+        watch.__enter__()
+    for number, (watch, model) in enumerate(zip(watches, (first, second), strict=True)):
+        model(torch.tensor(conftest.random_ids(5)))
+        watch.__exit__(None, None, None)
+        torch.compile(lambda x, n=number: x + n, backend=backend)(torch.ones(3))
+        assert len(compiled) == number
+
+
 def test_a_hook_that_never_fired_is_an_error(llama: tf.PreTrainedModel) -> None:
     with (
         pytest.raises(RuntimeError, match=r"2 of 2 observed FF blocks never ran .*layers\.0\.mlp"),

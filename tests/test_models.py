@@ -121,7 +121,7 @@ def test_control_is_the_same_architecture_with_other_weights(tiny) -> None:
     again, other = flocking.control(tiny, seed=1), flocking.control(tiny, seed=2)
     for mine, theirs in zip(control.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    block, unlike, mine = (flocking.feedforwards(m)[0].up.weight for m in (control, other, tiny))
+    block, unlike, mine = (flocking.feedforwards(m)[0].weight for m in (control, other, tiny))
     assert not torch.equal(block, unlike)
     assert not torch.equal(block, mine)
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
