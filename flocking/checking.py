@@ -42,12 +42,21 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = No
         the largest relative error, ``allowed``, what rounding alone explains in the model's
         dtype, and ``reason``, why it failed or does not apply.
 
+    Raises
+    ------
+    TypeError
+        If `model` is no transformers model.
+
     Examples
     --------
     >>> table = flocking.check(model)
     >>> assert table.passed.all()
     """
     model = unwrap(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}: give a transformers model (PreTrainedModel)."
+        )
     rows: dict[str, dict[str, object]] = {}
     allowed = math.nan
     texts: list[list[int]] = []

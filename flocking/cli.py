@@ -93,9 +93,7 @@ def _load(model: str | None, device: str | None, dtype: str | None) -> tuple:
             "build of torch for it."
         ) from problem
     if model and not Path(model).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ValueError(
-            f"--model {model}: there is no such folder, and no hub id looks like that."
-        )
+        raise ValueError(f"model {model}: there is no such folder, and no hub id looks like that.")
     loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
     return loaded.to(device or "cpu"), tokenizer
 

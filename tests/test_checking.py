@@ -55,6 +55,8 @@ def test_fails_where_a_batch_is_not_its_members(
 
 
 def test_says_what_cannot_be_tried() -> None:
+    with pytest.raises(TypeError, match="model is a Linear: give a transformers model"):
+        flocking.check(torch.nn.Linear(2, 2))
     small = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
     table = flocking.check(tf.MambaForCausalLM(tf.MambaConfig(**small)))
     assert table.index.tolist() == ["proof"]

@@ -188,7 +188,7 @@ def test_generate(model: str) -> None:
         (["x", "--max-new-tokens", 300], "300 new ones, 44 more than the model's context of 256"),
         (["x", "--dtype", "int8"], "--dtype int8: give float32"),
         (["x", "--device", "cuda:7"], "--device cuda:7 cannot be used here: give cpu"),
-        (["x", "--model", "/no/such/folder"], "--model /no/such/folder: there is no such folder"),
+        (["x", "--model", "/no/such/folder"], "model /no/such/folder: there is no such folder"),
         (["x", "--scope", "all"], "scope='all': give 'shared' or 'sequence'"),
         (["x", "--max-new-tokens", 0], "--max-new-tokens 0: give 1 or more"),
         ([""], "the prompt is empty"),
