@@ -27,20 +27,25 @@ demo: env  ## record the packaged passages, print the table, write out/demo.*
 figures: env  ## run the experiments and draw figures/ (minutes; only what is out of date)
 	$(BIN)/flocking figures --out figures
 
-test: env  ## ruff and the test suite
+test: env $(VENV)/torchao  ## ruff and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest
+
+# Apart, since transformers imports it wherever it finds it, and it complains about what it lacks.
+$(VENV)/torchao: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ torchao --constraint constraints.txt
+	@touch $@
 
 # torch stays as pinned: other versions bring gigabytes along. Deprecation warnings of old
 # packages about their own dependencies are not ours to fail on.
 test-oldest:  ## the test suite on the oldest versions that pyproject.toml admits
-	$(MAKE) VENV=.venv-oldest env
+	$(MAKE) VENV=.venv-oldest env .venv-oldest/torchao
 	.venv-oldest/bin/python -c 'import tomllib; \
 		project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*(d.replace(">=", "==") for d in project["dependencies"] if "torch" not in d))' \
 		| xargs .venv-oldest/bin/python -m pip install --quiet
-	.venv-oldest/bin/python -m pytest -o filterwarnings=default
+	PYTHONPATH=.venv-oldest/torchao .venv-oldest/bin/python -m pytest -o filterwarnings=default
 
 notebook: env  ## JupyterLab on notebooks/
 	$(BIN)/jupyter lab notebooks

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from flocking.experts import is_experts, shape
-from flocking.shadow import width
+from flocking.projections import projections, width
 
 
 class Candidate(NamedTuple):
@@ -62,7 +62,7 @@ def candidates_in(layer: nn.Module) -> Iterator[Candidate]:
         if is_experts(module):
             experts, d = shape(module)
             yield Candidate(path, (), experts * d, experts=experts)
-    widths = {path: w for path, module in layer.named_modules() if (w := width(module))}
+    widths = {path: width(module) for path, module in projections(layer).items()}
     for down, (d_ff, d) in widths.items():
         if d_ff < 2:
             continue

@@ -17,6 +17,7 @@ from flocking.griffin import griffin
 from flocking.hooks import observe
 from flocking.overlap import select, statistic
 from flocking.passes import undisturbed
+from flocking.projections import device_of
 from flocking.recording import record
 from flocking.shadow import unwrap
 from flocking.texts import passages
@@ -91,6 +92,10 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
     return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in _LENGTHS]
 
 
+def _device(model: PreTrainedModel) -> torch.device:
+    return device_of(model.get_input_embeddings())
+
+
 def _cannot_generate(model: PreTrainedModel) -> str:
     """Why there can be no twin of this model; nothing if there can."""
     try:
@@ -107,7 +112,7 @@ def _proof(model: PreTrainedModel, texts: list[list[int]]) -> float:
 
 def _watched(model: PreTrainedModel, texts: list[list[int]]) -> float:
     """Outputs under watch, and after it, are those without."""
-    ids = torch.tensor(texts[:1], device=model.device)
+    ids = torch.tensor(texts[:1], device=_device(model))
     plain = model.base_model(ids)[0]
     with observe(model, lambda block, z: None):
         watched = model.base_model(ids)[0]
@@ -127,7 +132,7 @@ def _batch(model: PreTrainedModel, texts: list[list[int]]) -> float:
 
 def _experts(model: PreTrainedModel, texts: list[list[int]]) -> float:
     """A twin's experts are those of the analysis: share of neurons of which this is not so."""
-    ids = torch.tensor(texts[:1], device=model.device)
+    ids = torch.tensor(texts[:1], device=_device(model))
     generated = _generate(model, texts[0]).logits[0]
     if relative_error(generated, model(ids).logits[:, -1]) > tolerance(generated.dtype):
         raise ValueError(
@@ -156,13 +161,13 @@ def _pruned(density: float) -> Callable[[PreTrainedModel, list[list[int]]], floa
         twin = griffin(model, density)
         _generate(twin, texts[0])
         keep = {
-            block: torch.zeros(block.d_ff, dtype=block.weight.dtype, device=block.weight.device)
+            block: torch.zeros(block.d_ff, dtype=block.weight.dtype, device=block.device)
             for block in feedforwards(model)
         }
         for block, mask in keep.items():
             mask[twin.selection[block.layer].to(mask.device)] = 1
-        later = torch.tensor([texts[1][:1]], device=model.device)
-        ids = torch.tensor(texts[:1], device=model.device)
+        later = torch.tensor([texts[1][:1]], device=_device(model))
+        ids = torch.tensor(texts[:1], device=_device(model))
         past = model(ids, use_cache=True).past_key_values
         other = copy.deepcopy(past)
         with observe(model, lambda block, z: z * keep[block]):
@@ -174,7 +179,7 @@ def _pruned(density: float) -> Callable[[PreTrainedModel, list[list[int]]], floa
 
 
 def _generate(model: PreTrainedModel, text: list[int]) -> Any:
-    ids = torch.tensor([text], device=model.device)
+    ids = torch.tensor([text], device=_device(model))
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

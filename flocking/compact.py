@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from flocking import experts as mixtures
 from flocking.feedforward import FeedForward
-from flocking.shadow import cut, fused_rows, put, stored_transposed, width
+from flocking.projections import (
+    byte_count,
+    copy_cut,
+    cut,
+    fused_rows,
+    loaded,
+    stored_transposed,
+    width,
+)
+from flocking.shadow import put
 
 
 class _Projection:
@@ -34,9 +43,10 @@ class _Projection:
 
     def fill(self, compact: nn.Module, experts: Tensor, row: int | None = None) -> None:
         """Copy the experts' weights; `row` says which sequence's they are, if not everyone's."""
-        here = ... if row is None else row
-        bias = None if compact.bias is None else compact.bias.data[here]
-        _copy(self.original, compact.weight.data[here], bias, **self._indices(experts))
+        weight, bias = (p if p is None else p.detach() for p in (compact.weight, compact.bias))
+        if row is not None:
+            weight, bias = weight[row], bias if bias is None else bias[row]
+        copy_cut(self.original, weight, bias, **self._indices(experts))
 
 
 class _Mixture:
@@ -93,7 +103,7 @@ class Compact:
         for part in self.parts:
             parent, _, name = paths[id(part.original)].rpartition(".")
             self.places.append((twin.get_submodule(parent), name))
-        neurons = torch.arange(block.d_ff, device=block.weight.device).view(block.experts, -1)
+        neurons = torch.arange(block.d_ff, device=block.device).view(block.experts, -1)
         any_k = neurons[:, :k].flatten()
         self.shared = [part.cut(any_k) for part in self.parts]
         self.several: list[nn.Module] = []
@@ -159,7 +169,7 @@ class Compact:
     def bytes(self) -> int:
         """Of the weights and biases that are held."""
         weights = [p for m in (*self.shared, *self.several) for p in m.parameters()]
-        return sum(p.numel() * p.element_size() for p in weights if not p.is_meta)
+        return sum(byte_count(p) for p in weights if not p.is_meta)
 
 
 def refuse(*args: object, **kwargs: object) -> NoReturn:
@@ -168,24 +178,6 @@ def refuse(*args: object, **kwargs: object) -> NoReturn:
         "this twin has no experts yet: call its generate, which chooses them from the prompt, or "
         "flocking.score; or run the original model."
     )
-
-
-@torch.no_grad()
-def _copy(
-    original: nn.Module,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    outputs: Tensor | None = None,
-    inputs: Tensor | None = None,
-) -> None:
-    """The given outputs or inputs of a projection into memory that is there already."""
-    out_axis = 1 if stored_transposed(original) else 0
-    axis = out_axis if outputs is not None else 1 - out_axis
-    kept = (outputs if outputs is not None else inputs).to(weight.device)
-    torch.index_select(original.weight.detach(), axis, kept, out=weight)
-    if outputs is not None and bias is not None:
-        torch.index_select(original.bias.detach(), 0, kept, out=bias)
 
 
 class _BySequence(nn.Module):
@@ -200,14 +192,15 @@ class _BySequence(nn.Module):
         self.sequences = sequences
         self.transposed = stored_transposed(compact)
         self.outputs = width(compact)[1]
-        for name in ("weight", "bias"):
-            value, whole = getattr(compact, name, None), getattr(original, name, None)
-            if value is not None:
-                room = whole.new_empty(sequences, *value.shape)
-                if value.shape == whole.shape:  # a down-projection's bias, whatever the experts
-                    room.copy_(whole.detach())
-                value = nn.Parameter(room, requires_grad=False)
-            self.register_parameter(name, value)
+        with loaded(original):
+            for name in ("weight", "bias"):
+                value, whole = getattr(compact, name, None), getattr(original, name, None)
+                if value is not None:
+                    room = whole.new_empty(sequences, *value.shape)
+                    if value.shape == whole.shape:  # a down-projection's bias, whatever is kept
+                        room.copy_(whole.detach())
+                    value = nn.Parameter(room, requires_grad=False)
+                self.register_parameter(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         # (Some blocks flatten the tokens of all sequences: the twin has looked at their number.)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flocking.moments import Routed
-from flocking.shadow import fused_rows, separate
+from flocking.projections import fused_rows, loaded, without_accelerate
+from flocking.shadow import separate
 
 _NAME = "flocking"
 # What hands out activations in rows that we can tell apart. Others (eager loops, kernels that
@@ -78,8 +79,14 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
     out : torch.nn.Module, optional
         What :func:`take` returned for as many.
     """
-    compact = separate(experts) if out is None else out
-    if out is None:
+    with loaded(experts):
+        return _take(experts, neurons, out)
+
+
+def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Module:
+    compact = out
+    if compact is None:
+        compact = without_accelerate(separate(experts))
         compact._parameters = dict(experts._parameters)
     d_ff, k = shape(experts)[1], neurons.shape[1]
     more = -k % (16 // experts.down_proj.element_size())
@@ -109,7 +116,8 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
 def row_norms(experts: nn.Module) -> Tensor:
     """Product of each neuron's gate and up row norms, or up row norm, (expert, neuron)."""
     name = "gate_up_proj" if experts.has_gate else "up_proj"
-    weight = experts._parameters[name].detach().float()
+    with loaded(experts):
+        weight = experts._parameters[name].detach().float()
     norms = torch.linalg.vector_norm(weight, dim=1 if experts.is_transposed else 2)
     if not experts.has_gate:
         return norms
@@ -138,13 +146,14 @@ class BySequence(nn.Module):
         vars(self.all).pop("forward", None)
         self.all._parameters = dict(compact._parameters)
         self.all.num_experts = sequences * self.count
-        for name, value in compact._parameters.items():
-            if value is not None:
-                whole = original._parameters[name].detach()
-                room = whole.new_empty(sequences * self.count, *value.shape[1:])
-                if value.shape == whole.shape:  # the down-projections' biases, whatever is kept
-                    room.copy_(whole.repeat(sequences, *[1] * (whole.ndim - 1)))
-                self.all._parameters[name] = nn.Parameter(room, requires_grad=False)
+        with loaded(original):
+            for name, value in compact._parameters.items():
+                if value is not None:
+                    whole = original._parameters[name].detach()
+                    room = whole.new_empty(sequences * self.count, *value.shape[1:])
+                    if value.shape == whole.shape:  # the down-projections' biases, whole
+                        room.copy_(whole.repeat(sequences, *[1] * (whole.ndim - 1)))
+                    self.all._parameters[name] = nn.Parameter(room, requires_grad=False)
 
     def fill(self, row: int, original: nn.Module, neurons: Tensor) -> None:
         """Copy the weights of one sequence's neurons, int64 (expert, k)."""

@@ -28,14 +28,9 @@ from transformers import Cache, PreTrainedModel
 
 from flocking.candidates import Candidate, candidates_in, layers_of
 from flocking.experts import foreign_experts, is_experts
+from flocking.projections import device_of, is_loaded
 from flocking.proof import PROBE_SHAPE, Proved, RefusedError, prove, prove_recordable
-from flocking.shadow import (
-    per_model,
-    replaced,
-    shadow,
-    unwrap,
-    with_forward,
-)
+from flocking.shadow import per_model, replaced, shadow, unwrap, with_forward
 from flocking.trial import trial
 
 
@@ -85,8 +80,13 @@ class FeedForward:
 
     @property
     def weight(self) -> Tensor:
-        """Of the down-projection(s); its device and dtype are the block's."""
+        """Of the down-projection(s); without values while they are offloaded."""
         return self.down.down_proj if self.kind == "experts" else self.down.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes, which need not be where its weights are kept."""
+        return device_of(self.down, "down_proj" if self.kind == "experts" else "weight")
 
     @property
     def kind(self) -> str:
@@ -104,17 +104,18 @@ class FeedForward:
 
 def _probe(model: PreTrainedModel) -> None:
     """One small forward pass of random tokens, without the head and without a cache."""
-    weight = model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(weight.shape[0], PROBE_SHAPE, generator=generator, device="cpu")
-    ids = ids.to(weight.device)
+    vocabulary = embeddings.weight.shape[0]
+    ids = torch.randint(vocabulary, PROBE_SHAPE, generator=generator, device="cpu")
+    ids = ids.to(device_of(embeddings))
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     for module in model.modules():  # a cache would carry one trial's tokens into the next
         if hasattr(getattr(module, "config", None), "use_cache"):
             module.config.use_cache = False
-    if not weight.is_meta:
+    if is_loaded(embeddings):
         model.base_model(**inputs, attention_mask=torch.ones_like(ids))
         return
     # Without values, some masks can be built from a padding mask and others only without.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
@@ -24,6 +24,7 @@ from flocking.feedforward import FeedForward, feedforwards, shadow_with_blocks
 from flocking.hooks import observe
 from flocking.moments import Moments, Routed, Windows
 from flocking.passes import refuse_forgetful
+from flocking.projections import is_loaded, is_plain
 from flocking.selection import (
     METHODS,
     Method,
@@ -116,6 +117,11 @@ def griffin(
     blocks = _prunable(model)
     if scope not in ("shared", "sequence"):
         raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
+    if scope == "sequence" and not all(is_plain(b.down) or b.kind == "experts" for b in blocks):
+        raise ValueError(
+            f"{type(model).__name__} is quantised, and scope='sequence' multiplies plain weights: "
+            "give scope='shared', or load it unquantised."
+        )
     if not isinstance(seed, int | np.integer):
         raise TypeError(f"seed={seed!r}: give a whole number.")
     counts = [
@@ -137,33 +143,34 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
     name = type(model).__name__
     if isinstance(model, Twin):
         raise ValueError("model is a twin already: give griffin the original.")
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        kind = getattr(model.config.quantization_config, "quant_method", "quantised")
-        raise ValueError(
-            f"{name} is quantised ({kind}), and GRIFFIN copies plain weights: load it without "
-            "quantization_config, or with dequantize()."
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"{name} has weights on the meta device or offloaded: load it into memory first."
-        )
+    if not all(map(is_loaded, model.modules())):
+        raise ValueError(f"{name} has weights on the meta device, without values: load them first.")
     blocks = feedforwards(model)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(
             f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
         )
-    if fixed := [block.path for block in blocks if not block.prunable]:
+    if fixed := [block for block in blocks if not block.prunable]:
         raise ValueError(
-            f"{name} cannot be pruned, only recorded: in {len(fixed)} FF blocks ({fixed[0]}, ...) "
-            "neurons depend on each other, as where a norm precedes the down-projection."
+            f"{name} cannot be pruned, only recorded: in {len(fixed)} FF blocks ({fixed[0].path}, "
+            f"...) {_why_fixed(fixed[0])}."
         )
-    for block in blocks:
-        if not block.weight.is_floating_point():
-            raise ValueError(
-                f"{name} has weights of {block.weight.dtype} in {block.path}: GRIFFIN copies "
-                "floating-point weights only."
-            )
     return blocks
+
+
+def _why_fixed(block: FeedForward) -> str:
+    """Why a block's neurons cannot be taken out of it."""
+    odd = [p for p in (block.gate, block.up, block.down) if p is not None and not is_plain(p)]
+    if not odd:
+        return "neurons depend on each other, as where a norm precedes the down-projection"
+    if isinstance(odd[0], nn.Linear):
+        return (
+            f"weights are quantised ({type(odd[0].weight).__name__}) in a way that does not let "
+            "one neuron be told from the next: load it unquantised, or quantised row by row, as "
+            "torchao's Int8WeightOnlyConfig does"
+        )
+    kind = f"{type(odd[0]).__module__}.{type(odd[0]).__qualname__}"
+    return f"projections are of {kind}: if these are adapters, merge them (merge_and_unload)"
 
 
 def _densities(density: float | Iterable[float], layers: int) -> list[float]:
@@ -318,7 +325,7 @@ class _State:
             if block.layer not in moments:
                 # Kept for a second turn, which need not be in inference mode if this one is.
                 with torch.inference_mode(False):
-                    zeros = Moments.zeros(sequences, 2, block.d_ff, device=block.weight.device)
+                    zeros = Moments.zeros(sequences, 2, block.d_ff, device=block.device)
                 moments[block.layer] = zeros
             moments[block.layer].update(z, windows[start, tokens])
 

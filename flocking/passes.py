@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from flocking.projections import device_of
 from flocking.shadow import per_model, shadow
 from flocking.trial import private_randomness, relative_error, tolerance, trial
 
@@ -48,7 +49,7 @@ def forward(
         1 for real tokens, those of `past` included.
     """
     base = model.base_model
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     if past is not None:
         inputs["past_key_values"] = past
@@ -228,7 +229,7 @@ def continued(
     copied.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad
     )
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     sequences = []
     for prompt in tqdm(prompts, "generating", unit="text", disable=not progress):
         ids = prompt[None].to(device)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from flocking.candidates import Candidate
 from flocking.experts import shape, take, watching
 from flocking.moments import Routed
-from flocking.shadow import cut, fused_rows, replaced, width, with_forward
+from flocking.projections import cut, device_of, fused_rows, is_loaded, projections
+from flocking.shadow import replaced, with_forward
 from flocking.trial import relative_error, tolerance
 
 PROBE_SHAPE = (2, 8)  # sequences x tokens of the one forward pass that the proof runs
@@ -120,8 +121,8 @@ def prove_recordable(layer: nn.Module, candidate: Candidate, run: Callable[[], A
     }
     others = {
         path: negated(module)
-        for path, module in layer.named_modules()
-        if width(module) and path not in (*candidate.ups, candidate.down)
+        for path, module in projections(layer).items()
+        if path not in (*candidate.ups, candidate.down)
     }
     for path, up in bench.ups.items():
         _, other = bench.run_with({path: negated(up)})
@@ -143,10 +144,10 @@ def _refuse_layout(z: Tensor) -> None:
 
 def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tensor, float]:
     """Cut down to a random half of the neurons, the layer computes those and no others."""
-    d_ff, weight = bench.candidate.d_ff, bench.down.weight
+    d_ff, device = bench.candidate.d_ff, device_of(bench.down)
     half = torch.randperm(d_ff, generator=generator, device="cpu")[: d_ff // 2].sort().values
-    mask = torch.zeros(d_ff, dtype=weight.dtype, device="cpu").index_fill_(0, half, 1)
-    half, mask = half.to(weight.device), mask.to(weight.device)
+    mask = torch.zeros(d_ff, dtype=bench.down.weight.dtype, device="cpu").index_fill_(0, half, 1)
+    half, mask = half.to(device), mask.to(device)
     fused = bench.candidate.fused
     rows = fused_rows(half, d_ff, bench.candidate.interleaved) if fused else half
     cut_ups = {path: cut(up, outputs=rows) for path, up in bench.ups.items()}
@@ -167,11 +168,12 @@ def _prove_experts(
 ) -> float:
     """Each cut down to a random half of its neurons, experts compute those and no others."""
     experts = layer.get_submodule(candidate.down)
-    if experts.down_proj.is_meta:
+    if not is_loaded(experts):
         return math.nan
+    device = device_of(experts, "down_proj")
     count, d_ff = shape(experts)
     orders = [torch.randperm(d_ff, generator=generator, device="cpu") for _ in range(count)]
-    half = torch.stack(orders)[:, : d_ff // 2].sort(dim=1)[0].to(experts.down_proj.device)
+    half = torch.stack(orders)[:, : d_ff // 2].sort(dim=1)[0].to(device)
     mask = torch.zeros(count, d_ff, dtype=experts.down_proj.dtype, device=half.device)
     mask.scatter_(1, half, 1)
 

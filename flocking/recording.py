@@ -28,6 +28,7 @@ from flocking.passes import (
     traits,
     undisturbed,
 )
+from flocking.projections import is_loaded
 from flocking.shadow import unwrap
 from flocking.tokens import Text, tokenize
 
@@ -203,11 +204,8 @@ def _refuse_model(model: nn.Module, max_new_tokens: int) -> None:
             "model is a twin, whose neurons are one prompt's experts: record the original, or use "
             "flocking.observe around the twin's own generate."
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"{name} has weights on the meta device, without values: load them first, and "
-            "without offloading to the CPU or to disk."
-        )
+    if not all(map(is_loaded, model.modules())):
+        raise ValueError(f"{name} has weights on the meta device, without values: load them first.")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{name} is of an encoder-decoder kind, which record cannot feed yet: use "
@@ -309,14 +307,12 @@ class _Recorder:
                 block.d_ff,
                 ranks=self.ranks,
                 experts=block.experts if block.kind == "experts" else None,
-                device=block.weight.device,
+                device=block.device,
             )
             for block in self.blocks
         }
         self.norms = {
-            block: torch.zeros(
-                (2, *self.real.shape), dtype=torch.float32, device=block.weight.device
-            )
+            block: torch.zeros((2, *self.real.shape), dtype=torch.float32, device=block.device)
             for block in self.blocks
         }
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.passes import refuse_forgetful, refuse_long, undisturbed
+from flocking.projections import device_of
 from flocking.shadow import unwrap
 from flocking.tokens import Prompts, tokenize
 from flocking.twin import Twin
@@ -262,7 +263,7 @@ def _rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
 
 
 def _run(model: PreTrainedModel, ids: Tensor, tokens: slice, past: Any = None) -> Any:
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    ids = ids.to(device_of(model.get_input_embeddings()))
     return model(
         input_ids=ids[:, tokens],
         attention_mask=torch.ones_like(ids[:, : tokens.stop]),

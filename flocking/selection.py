@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flocking.experts import row_norms
 from flocking.feedforward import FeedForward
-from flocking.shadow import fused_rows, width
+from flocking.projections import dense, fused_rows
 
 
 def expert_count(density: float, d_ff: int) -> int:
@@ -82,10 +82,7 @@ def magnitude(block: FeedForward) -> Tensor:
         return row_norms(block.down).flatten()
 
     def norms_of(projection: torch.nn.Module) -> Tensor:
-        weight = projection.weight.float()
-        if weight.shape[0] != width(projection)[1]:  # GPT-2's Conv1D is stored transposed
-            weight = weight.T
-        return torch.linalg.vector_norm(weight, dim=1)
+        return torch.linalg.vector_norm(dense(projection), dim=1)
 
     norms = norms_of(block.up)
     if block.kind == "plain":

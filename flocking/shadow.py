@@ -13,76 +13,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-
-# --------------------------------------------------------------------------------------
-# Projections: the one place that knows how a weight matrix lies in memory
-
-
-def width(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a projection, or None if `module` is not one."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        return None
-    if isinstance(module, nn.Linear):
-        return weight.shape[1], weight.shape[0]
-    if isinstance(module, Conv1D):  # GPT-2's, stored transposed
-        return weight.shape[0], weight.shape[1]
-    return None
-
-
-def stored_transposed(projection: nn.Module) -> bool:
-    """Whether a weight has one column, instead of one row, for each output, as GPT-2's has."""
-    return isinstance(projection, Conv1D)
-
-
-def cut(
-    projection: nn.Module, *, outputs: Tensor | None = None, inputs: Tensor | None = None
-) -> nn.Module:
-    """A copy of `projection` that keeps only the given outputs (with bias) or inputs.
-
-    Parameters
-    ----------
-    projection : torch.nn.Module
-        An ``nn.Linear`` or transformers' ``Conv1D``; left as it is.
-    outputs, inputs : Tensor of int64, shape (k,), optional
-        Indices to keep.
-    """
-    compact = separate(projection)
-    vars(compact).pop("forward", None)  # accelerate's wrapper would call the whole projection
-    compact._parameters = parameters = dict(projection._parameters)
-    out_axis = 1 if stored_transposed(projection) else 0
-    for index, axis in ((outputs, out_axis), (inputs, 1 - out_axis)):
-        if index is not None:
-            kept = parameters["weight"].index_select(axis, index)
-            parameters["weight"] = nn.Parameter(kept, requires_grad=False)
-    if outputs is not None and parameters.get("bias") is not None:
-        kept = parameters["bias"].index_select(0, outputs)
-        parameters["bias"] = nn.Parameter(kept, requires_grad=False)
-    d_in, d_out = width(compact)
-    if stored_transposed(projection):
-        compact.nx, compact.nf = d_in, d_out
-    else:
-        compact.in_features, compact.out_features = d_in, d_out
-    return compact
-
-
-def fused_rows(neurons: Tensor, d_ff: int, interleaved: bool) -> Tensor:
-    """Output indices of `neurons`, gate and up, in a fused matrix of ``2 * d_ff`` outputs."""
-    if interleaved:
-        return torch.stack((2 * neurons, 2 * neurons + 1), dim=1).flatten()
-    return torch.cat((neurons, neurons + d_ff))
-
-
-# --------------------------------------------------------------------------------------
-# The shadow: a copy of the modules that shares the weights, to try things on
+from torch import nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, where `model` is what ``torch.compile`` made of it."""
-    return getattr(model, "_orig_mod", model)
+    """The model itself, where `model` is what ``torch.compile`` or PEFT made of it."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"model adds {model.active_peft_config.peft_type.value.lower()} tokens of its own, "
+                "which belong to no text: give its get_base_model(), without them."
+            )
+        model = model.get_base_model()  # its adapters are inside, in the place of projections
+    return model
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -95,6 +39,8 @@ def shadow(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
         memo.update({id(hooks): type(hooks)() for hooks in _hooks_of(module).values()})
+        if hasattr(module, "_hf_hook"):  # accelerate's, which holds the values of what it offloads
+            memo[id(module._hf_hook)] = module._hf_hook
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         # A compiled forward, or what generate keeps once it has compiled for a static cache.

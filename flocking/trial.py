@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flocking.projections import parts
+
 
 @contextmanager
 def private_randomness(model: nn.Module, seed: int) -> Iterator[None]:
@@ -35,7 +37,9 @@ class _ReadOnly(TorchDispatchMode):
 
     def __init__(self, tensors: Iterator[Tensor]) -> None:
         super().__init__()
-        self.storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+        # Kept, since an address is only one's own for as long as one lives.
+        storages = [part.untyped_storage() for tensor in tensors for part in parts(tensor)]
+        self.storages = {storage._cdata: storage for storage in storages}
         self.written: dict[Any, list[tuple[int, str]]] = {}  # by operation: its written arguments
 
     def __torch_dispatch__(

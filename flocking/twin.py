@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.projections import byte_count
+
 
 @dataclass(frozen=True)
 class Report:
@@ -70,14 +72,17 @@ class Twin:
     def report(self) -> Report:
         """Parameters, bytes and times: see :class:`Report`."""
         state = self._griffin
-        originals = {id(p): p for p in state.whole.parameters()}
         pruned = [part.original for c in state.compacts for part in c.parts]
         ff = {id(p): p for module in pruned for p in module.parameters()}
-        rest = sum(p.numel() for key, p in originals.items() if key not in ff)
+        # (Counted apart, and tied ones by name: where accelerate offloads, parameters change.)
+        tied = getattr(state.whole, "all_tied_weights_keys", {})
+        named = state.whole.named_parameters()
+        parameters = sum(p.numel() for name, p in named if name not in tied)
+        rest = parameters - sum(p.numel() for p in ff.values())
         return Report(
-            parameters=sum(p.numel() for p in originals.values()),
+            parameters=parameters,
             active_parameters=rest + sum(c.parameters for c in state.compacts),
-            ff_bytes=sum(p.numel() * p.element_size() for p in ff.values()),
+            ff_bytes=sum(map(byte_count, ff.values())),
             compact_bytes=sum(c.bytes for c in state.compacts),
             prefilled_tokens=(
                 0 if state.read is None else int(state.read.tokens.sum()) // state.copies

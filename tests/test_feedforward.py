@@ -15,7 +15,8 @@ from transformers.activations import ACT2FN
 
 import flocking
 from flocking.feedforward import UnsupportedModelError
-from flocking.shadow import cut, fused_rows, shadow
+from flocking.projections import cut, fused_rows
+from flocking.shadow import shadow
 from flocking.trial import relative_error
 
 # Written down by hand from each model's source: kind and names of (gate, up, down).

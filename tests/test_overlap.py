@@ -12,7 +12,7 @@ import xarray as xr
 
 import flocking
 from flocking.experts import row_norms
-from flocking.shadow import width
+from flocking.projections import width
 
 
 def relative(model, ids: list[int]) -> dict[int, np.ndarray]:
