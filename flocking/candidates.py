@@ -59,10 +59,9 @@ def candidates_in(layer: nn.Module) -> Iterator[Candidate]:
     d -> 2 d_ff if fused) are sought in the smallest module around it that has any.
     """
     for path, module in layer.named_modules():
-        if is_experts(module):
-            experts, d = shape(module)
-            yield Candidate(path, (), experts * d, experts=experts)
-    widths = {path: width(module) for path, module in projections(layer).items()}
+        yield from candidates_of((path,), [module])
+    found = projections(layer)
+    widths = {path: width(module) for path, module in found.items()}
     for down, (d_ff, d) in widths.items():
         if d_ff < 2:
             continue
@@ -74,7 +73,22 @@ def candidates_in(layer: nn.Module) -> Iterator[Candidate]:
             near = [p for p in widths if p != down and (not scope or p.startswith(scope + "."))]
             single = [path for path in near if widths[path] == (d, d_ff)]
             fused = [path for path in near if widths[path] == (d, 2 * d_ff)]
-        yield from (Candidate(down, (up,), d_ff) for up in single)
-        yield from (Candidate(down, pair, d_ff) for pair in itertools.combinations(single, 2))
-        for up, interleaved in itertools.product(fused, (False, True)):
-            yield Candidate(down, (up,), d_ff, fused=True, interleaved=interleaved)
+        for ups in (*zip(single), *zip(fused), *itertools.combinations(single, 2)):
+            yield from candidates_of((down, *ups), [found[path] for path in (down, *ups)])
+
+
+def candidates_of(paths: tuple[str, ...], modules: list[nn.Module]) -> Iterator[Candidate]:
+    """What a down-projection and its up-projections, or a mixture alone, may be together."""
+    (down, *ups), (last, *firsts) = paths, modules
+    if not ups and is_experts(last):
+        experts, d = shape(last)
+        yield Candidate(down, (), experts * d, experts=experts)
+    sizes = [width(module) for module in firsts]
+    if width(last) is None or not sizes:
+        return
+    d_ff, d = width(last)
+    if len(ups) <= 2 and all(size == (d, d_ff) for size in sizes):
+        yield Candidate(down, tuple(ups), d_ff)
+    elif sizes == [(d, 2 * d_ff)]:
+        for interleaved in (False, True):
+            yield Candidate(down, tuple(ups), d_ff, fused=True, interleaved=interleaved)

@@ -12,26 +12,25 @@ Everything is tried on a shadow of the model (see ``shadow.py``), never on the m
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from flocking.candidates import Candidate, candidates_in, layers_of
+from flocking.candidates import Candidate, candidates_in, candidates_of, layers_of
 from flocking.experts import foreign_experts, is_experts
-from flocking.projections import device_of, is_loaded
-from flocking.proof import PROBE_SHAPE, Proved, RefusedError, prove, prove_recordable
-from flocking.shadow import per_model, replaced, shadow, unwrap, with_forward
-from flocking.trial import trial
+from flocking.projections import device_of, width
+from flocking.proof import Proved
+from flocking.search import Findings, search
+from flocking.shadow import per_model, shadow, unwrap
 
 
 class UnsupportedModelError(ValueError):
@@ -98,111 +97,22 @@ class FeedForward:
         return "fused" if self.gate is self.up else "gated"
 
 
-# --------------------------------------------------------------------------------------
-# Locating and proving all of a model's blocks
+Locate = Mapping[str, Iterable[str]] | Callable[[PreTrainedModel], Mapping[str, Iterable[str]]]
 
 
-def _probe(model: PreTrainedModel) -> None:
-    """One small forward pass of random tokens, without the head and without a cache."""
-    embeddings = model.get_input_embeddings()
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = embeddings.weight.shape[0]
-    ids = torch.randint(vocabulary, PROBE_SHAPE, generator=generator, device="cpu")
-    ids = ids.to(device_of(embeddings))
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    for module in model.modules():  # a cache would carry one trial's tokens into the next
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
-    if is_loaded(embeddings):
-        model.base_model(**inputs, attention_mask=torch.ones_like(ids))
-        return
-    # Without values, some masks can be built from a padding mask and others only without.
-    model.set_attn_implementation("eager")
-    if any(is_experts(module) for module in model.modules()):
-        model.set_experts_implementation("batched_mm")  # which looks at no values either
-    try:
-        model.base_model(**inputs, attention_mask=torch.ones_like(ids))
-    except RuntimeError:
-        model.base_model(**inputs)
+class _Wish(NamedTuple):
+    """What a user said of a model."""
+
+    locate: Locate | None = None
+    allow_partial: bool = False
 
 
-def _order_of_calls(layer: nn.Module, paths: set[str], run: Callable[[], Any]) -> dict[str, int]:
-    """When each of these modules is first called in one run of the layer; absent if never."""
-    calls: dict[str, int] = {}
-
-    def noting(path: str) -> nn.Module:
-        module = layer.get_submodule(path)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            calls.setdefault(path, len(calls))
-            return module(*args, **kwargs)
-
-        return with_forward(module, forward)
-
-    with replaced(layer, {path: noting(path) for path in paths}):
-        run()
-    return calls
+_wishes: weakref.WeakKeyDictionary[nn.Module, _Wish] = weakref.WeakKeyDictionary()
 
 
-def _search(
-    layer: nn.Module,
-    candidates: list[Candidate],
-    run: Callable[[], Any],
-    broken: dict[tuple[type, Candidate], str],
-) -> tuple[list[Proved], dict[Candidate, str]]:
-    """The candidates of one shadow layer that pass, and why the others do not.
-
-    `broken` remembers, over the layers, what a layer of this class cannot even be run
-    with (attention's projections, mostly), so that this is tried only once.
-    """
-    generator = torch.Generator().manual_seed(0)
-    found: list[Proved] = []
-    refused: dict[Candidate, str] = {}
-    tried: list[Candidate] = []
-    calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
-    for candidate in candidates:
-        if not all(calls.get(up, math.inf) < calls.get(candidate.down, -1) for up in candidate.ups):
-            continue  # what runs after the down-projection, or never, is not its up-projection
-        if any(candidate.down == proved.candidate.down for proved in found):
-            continue
-        if candidate.ups:
-            tried.append(candidate)
-        if reason := broken.get((type(layer), candidate)):
-            refused[candidate] = reason
-            continue
-        try:
-            found.append(prove(layer, candidate, run, generator))
-        except RefusedError as problem:
-            refused[candidate] = str(problem)
-        except Exception as problem:  # a wrong candidate may break the layer in any way
-            reason = "cut, it fails: " + str(problem).strip().partition("\n")[0]
-            refused[candidate] = broken[type(layer), candidate] = reason
-    # Only where nothing can be cut, and the widest: gates may look like such blocks, too.
-    for candidate in sorted(tried, key=lambda c: (-c.d_ff, -len(c.ups))):
-        if found:
-            break
-        with suppress(Exception):  # why it is no block at all was said above
-            found.append(prove_recordable(layer, candidate, run))
-    return found, refused
-
-
-def _describe(layers: dict[str, nn.Module], refused: dict[str, dict[Candidate, str]]) -> str:
-    """What was looked at, and what was missing, for the error message."""
-    lines = []
-    for path, layer in itertools.islice(layers.items(), 2):
-        lines.append(f"  {path or 'the model'} ({type(layer).__name__}):")
-        reasons = refused.get(path, {})
-        lines += [f"    {candidate}: {reason}" for candidate, reason in list(reasons.items())[:12]]
-        if not reasons:
-            lines.append("    no up- and down-projection around one tensor of width d_ff")
-    if len(layers) > 2:
-        lines.append(f"  and {len(layers) - 2} more")
-    return "\n".join(lines)
-
-
-def feedforwards(model: nn.Module) -> list[FeedForward]:
+def feedforwards(
+    model: nn.Module, *, locate: Locate | None = None, allow_partial: bool | None = None
+) -> list[FeedForward]:
     """Every FF block of `model`, in the order of its layers.
 
     Each block is located by structure and proved by function on random tokens, on a
@@ -213,7 +123,18 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        With or without a head, compiled or not.
+        With or without a head, compiled or not, with PEFT's adapters or without.
+    locate : dict, or function that makes one of the model, optional
+        Where the blocks are, if looking for them does not find them: from the path of each
+        block's down-projection to those of its up-projection, or of its gate and its up-projection
+        in either order. (Of a mixture of experts that follows transformers' interface, from its
+        path to none.) They go through the same proof.
+    allow_partial : bool, optional
+        Go on without blocks that cannot be proved, or that belong to no one layer; by default they
+        are an error.
+
+        What `locate` and `allow_partial` say holds for this model from then on, in
+        :func:`record`, :func:`observe` and :func:`griffin` too.
 
     Returns
     -------
@@ -222,15 +143,19 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
     Raises
     ------
     UnsupportedModelError
-        If there is no such block, if one that other layers have cannot be proved in a
-        layer, or if the model's experts do not follow transformers' interface. It names what
-        was looked at.
+        If there is no such block, if one that other layers have, or that was given, cannot be
+        proved in a layer, or if the model's experts do not follow transformers' interface. It
+        names what was looked at.
+    ValueError
+        If `locate` names modules that are not there, or no projections of fitting sizes.
+    TypeError
+        If `locate` is nothing of the kind.
 
     Warns
     -----
     UserWarning
         If some layers of the stack hold no such block, or do not run on text, and are
-        left out.
+        left out, or if blocks are left out by `allow_partial`.
 
     Examples
     --------
@@ -244,7 +169,20 @@ def feedforwards(model: nn.Module) -> list[FeedForward]:
             f"{type(model).__name__} is not a transformers model: flocking needs one "
             "(PreTrainedModel), since it has to know how to run it."
         )
-    return list(_blocks_of(model))
+    before = _wishes.get(model, _Wish())
+    wish = _Wish(
+        before.locate if locate is None else locate,
+        before.allow_partial if allow_partial is None else bool(allow_partial),
+    )
+    if wish == before:
+        return list(_blocks_of(model))
+    _wishes[model] = wish
+    _blocks_of.forget(model)
+    try:
+        return list(_blocks_of(model))
+    except Exception:
+        _wishes[model] = before
+        raise
 
 
 def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
@@ -262,98 +200,169 @@ def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
 @per_model
 def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
     name = type(model).__name__
+    wish = _wishes.get(model, _Wish())
     layers = dict(layers_of(model))
-    for path, layer in layers.items():
-        if (experts := foreign_experts(layer)) is not None:
-            raise UnsupportedModelError(
-                f"{name} is a mixture of experts that does not follow transformers' experts "
-                f"interface ({path}.{experts}), so that they cannot be watched."
-            )
-    candidates = {path: list(candidates_in(layer)) for path, layer in layers.items()}
-    if not layers:  # no stack: look at the model as a whole
-        layers, candidates = {"": model}, {"": list(candidates_in(model))}
-
-    found: dict[str, list[Proved]] = {}
-    refused: dict[str, dict[Candidate, str]] = {}
-    broken: dict[tuple[type, Candidate], str] = {}
-    calls: dict[str, int] = dict.fromkeys(layers, 0)
-    copied = shadow(model)
-
-    def probing(path: str, layer: nn.Module) -> Callable[..., Any]:
-        forward = layer.forward
-
-        def run_and_prove(*args: Any, **kwargs: Any) -> Any:
-            def run() -> Any:  # from the same cache every time, if the model insists on one
-                again = {
-                    name: copy.deepcopy(value) if isinstance(value, Cache) else value
-                    for name, value in kwargs.items()
-                }
-                return forward(*args, **again)
-
-            calls[path] += 1
-            if calls[path] == 1:
-                found[path], refused[path] = _search(layer, candidates[path], run, broken)
-            return forward(*args, **kwargs)
-
-        return run_and_prove
-
-    for path in layers:
-        layer = copied.get_submodule(path)
-        layer.forward = probing(path, layer)
+    # Where there is no stack, or a block is spread over it, that is the whole model without head.
+    whole = next(path for path, module in model.named_modules() if module is model.base_model)
+    problems: dict[str, str] = {}
+    if wish.locate is not None:
+        candidates = _given(model, wish.locate, layers, whole)
+    else:
+        candidates = {path: list(candidates_in(layer)) for path, layer in layers.items()}
+        if not layers:
+            candidates = {whole: list(candidates_in(model.base_model))}
+        for path, layer in layers.items():
+            if (experts := foreign_experts(layer)) is not None:
+                problems[f"{path}.{experts}"] = (
+                    "are experts that do not follow transformers' experts interface, so that they "
+                    "cannot be watched"
+                )
+        _refuse(name, problems, wish)
     try:
-        with trial(copied):
-            _probe(copied)
+        found = search(model, candidates)
     except Exception as problem:  # whatever a model raises that cannot be run like this
         reason = str(problem).strip().partition("\n")[0]
         raise UnsupportedModelError(
             f"{name} could not be run on a few random tokens, to prove its blocks: {reason}."
         ) from problem
 
-    if not any(found.values()):
+    if not found.any:
         raise UnsupportedModelError(
             f"{name} has no feed-forward block that flocking can prove: it needs an up-projection "
             "(with or without a gate), an activation function and a down-projection, as Linear or "
-            f"Conv1D modules, around one tensor. It looked at:\n{_describe(layers, refused)}"
+            f"Conv1D modules, around one tensor. It looked at:\n{_describe(model, found)}"
         )
-    _refuse_gaps(name, layers, found, refused, calls)
-    return _assemble(model, {path: proved for path, proved in found.items() if proved})
+    # What a user names must all be there; else what one layer has, all others must have.
+    due = {path: {c.down for c in each} for path, each in candidates.items()}
+    if wish.locate is None:
+        proved = {path: {b.candidate.down for b in each} for path, each in found.proved.items()}
+        everywhere = set().union(*proved.values())
+        due = {
+            path: everywhere & dict(model.get_submodule(path).named_modules()).keys()
+            for path in candidates
+            if found.calls[path] and not proved[path]
+        }
+    problems = _left_out(model, found, due)
+    _refuse(name, problems, wish._replace(allow_partial=wish.allow_partial and found.any))
+    _warn_of_gaps(name, candidates, found, problems)
+    return _assemble(model, {path: each for path, each in found.proved.items() if each})
 
 
-def _refuse_gaps(
-    name: str,
-    layers: dict[str, nn.Module],
-    found: dict[str, list[Proved]],
-    refused: dict[str, dict[Candidate, str]],
-    calls: dict[str, int],
+def _given(
+    model: PreTrainedModel, locate: Locate, layers: dict[str, nn.Module], whole: str
+) -> dict[str, list[Candidate]]:
+    """The candidates that a user names, by the layer that holds them."""
+    given = locate(model) if callable(locate) else locate
+    if not isinstance(given, Mapping) or not given:
+        raise TypeError(
+            "locate: give a dict from the path of each block's down-projection to those of its "
+            "up-projections, or a function of the model that returns one."
+        )
+    candidates: dict[str, list[Candidate]] = {}
+    for down, ups in given.items():
+        paths = (down, *((ups,) if isinstance(ups, str) else ups))
+        modules = dict(model.named_modules())
+        if missing := [path for path in paths if path not in modules]:
+            raise ValueError(f"locate names {missing[0]!r}, and the model has no such module.")
+        holder = next(
+            (layer for layer in layers if all(path.startswith(f"{layer}.") for path in paths)),
+            whole,
+        )
+        inside = tuple(path.removeprefix(f"{holder}.") for path in paths)
+        fitting = list(candidates_of(inside, [modules[path] for path in paths]))
+        if not fitting:
+            sizes = ", ".join(f"{path} {width(modules[path])}" for path in paths)
+            raise ValueError(
+                f"locate: these are no down-projection (d_ff, d) with up-projections (d, d_ff), or "
+                f"one of (d, 2 d_ff): {sizes}."
+            )
+        candidates.setdefault(holder, []).extend(fitting)
+    return candidates
+
+
+def _left_out(model: PreTrainedModel, found: Findings, due: dict[str, set[str]]) -> dict[str, str]:
+    """Blocks that must not go missing without a word, and why; those that are none are dropped."""
+    problems: dict[str, str] = {}
+    places: dict[nn.Module, list[str]] = {}
+    for path, blocks in found.proved.items():
+        for block in blocks:
+            place = ".".join(filter(None, (path, block.candidate.down)))
+            places.setdefault(model.get_submodule(place), []).append(place)
+    shared = {place: here for here in places.values() for place in here if len(here) > 1}
+    for path, blocks in found.proved.items():
+        if blocks and found.calls[path] > 1:
+            problems[path or "the model"] = (
+                f"runs {found.calls[path]} times in one forward (its layers share weights), so "
+                "what is recorded there would belong to no one layer"
+            )
+            blocks.clear()
+        for block in list(blocks):
+            place = ".".join(filter(None, (path, block.candidate.down)))
+            if place in shared:
+                problems[place] = (
+                    f"is shared between layers ({', '.join(shared[place])}), so what is recorded "
+                    "there would belong to no one layer"
+                )
+                blocks.remove(block)
+    for path, downs in due.items():
+        here = {block.candidate.down for block in found.proved.get(path, [])}
+        for down in sorted(downs - here):
+            place = ".".join(filter(None, (path, down)))
+            if place in problems or path in problems:
+                continue
+            reasons = [why for c, why in found.refused.get(path, {}).items() if c.down == down]
+            problems[place] = (
+                f"could not be proved: {reasons[-1] if reasons else 'it is no Linear'}"
+            )
+    return problems
+
+
+def _refuse(name: str, problems: dict[str, str], wish: _Wish) -> None:
+    """An error, or a warning if the user allows it, for what cannot be recorded."""
+    if not problems:
+        return
+    first, reason = next(iter(problems.items()))
+    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+    if not wish.allow_partial:
+        raise UnsupportedModelError(
+            f"{name}: {first} {reason}{more}. To go on without what cannot be recorded, in record "
+            "and griffin too, call flocking.feedforwards(model, allow_partial=True)."
+        )
+    warnings.warn(f"{name}: left out, since {first} {reason}{more}.", stacklevel=5)
+
+
+def _warn_of_gaps(
+    name: str, candidates: Iterable[str], found: Findings, problems: dict[str, str]
 ) -> None:
-    """A block that is proved in one layer and not in another must not be left out silently."""
-    proved = {path: {block.candidate.down for block in blocks} for path, blocks in found.items()}
-    everywhere = set().union(*proved.values())
-    stacks = {path.rpartition(".")[0] for path, blocks in found.items() if blocks}
-    left_out = []
-    for path, layer in layers.items():
-        here = proved.get(path, set())
-        if calls[path] > 1 and here:
-            raise UnsupportedModelError(
-                f"{name} runs {path} {calls[path]} times in one forward (its layers share "
-                "weights), so what is recorded there would belong to no one layer."
-            )
-        missing = {down for down in everywhere - here if down in dict(layer.named_modules())}
-        if calls[path] and missing and not here:
-            down = sorted(missing)[0]
-            reasons = [why for c, why in refused.get(path, {}).items() if c.down == down]
-            raise UnsupportedModelError(
-                f"{name}: the feed-forward block of {path} (around {down}) could not be proved, "
-                f"though that of other layers was: {reasons[-1] if reasons else 'it is no Linear'}."
-            )
-        if not here and path.rpartition(".")[0] in stacks:
-            left_out.append(path)
+    """Layers that hold no block at all are left out, but not without a word."""
+    stacks = {path.rpartition(".")[0] for path, blocks in found.proved.items() if blocks}
+    left_out = [
+        path
+        for path in candidates
+        if not found.proved.get(path) and path.rpartition(".")[0] in stacks
+        if not any(f"{place}.".startswith(f"{path}.") for place in problems)
+    ]
     if left_out:
         warnings.warn(
             f"{name}: {len(left_out)} layers hold no feed-forward block, or do not run on text, "
             f"and are left out: {', '.join(left_out[:3])}{', ...' if left_out[3:] else ''}.",
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+def _describe(model: nn.Module, found: Findings) -> str:
+    """What was looked at, and what was missing, for the error message."""
+    lines = []
+    for path in itertools.islice(found.calls, 2):
+        layer = model.get_submodule(path)
+        lines.append(f"  {path or 'the model'} ({type(layer).__name__}):")
+        reasons = found.refused.get(path, {})
+        lines += [f"    {candidate}: {reason}" for candidate, reason in list(reasons.items())[-12:]]
+        if not reasons:
+            lines.append("    no up- and down-projection around one tensor of width d_ff")
+    if len(found.calls) > 2:
+        lines.append(f"  and {len(found.calls) - 2} more")
+    return "\n".join(lines)
 
 
 def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForward]:
@@ -368,11 +377,6 @@ def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForw
         for candidate, error, order, prunable in proved:
             inside = (*(order or [candidate.down]), candidate.down)
             *gate, up, down = (model.get_submodule(f"{prefix}.{p}".lstrip(".")) for p in inside)
-            if any(block.down is down for block in blocks):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} shares {prefix}.{candidate.down} between layers, so "
-                    "what is recorded there would belong to no one layer."
-                )
             blocks.append(
                 FeedForward(
                     layer=position if unique else len(blocks),

@@ -108,6 +108,7 @@ def per_model(find: Callable[[nn.Module], _Found]) -> Callable[[nn.Module], _Fou
     def remember(model: nn.Module, found: _Found) -> None:
         known[model] = (_state_of(model), found)
 
+    remembering.forget = lambda model: known.pop(model, None)
     remembering.remember = remember  # what is known of a model already, such as of its shadow
     return remembering
 

@@ -329,7 +329,7 @@ def test_a_block_left_out_of_one_layer_only_is_an_error(llama: tf.PreTrainedMode
     llama.model.layers[1].mlp.up_proj.weight.data.zero_()
     with pytest.raises(
         UnsupportedModelError,
-        match=r"model\.layers\.1 \(around mlp\.down_proj\) could not be proved",
+        match=r"model\.layers\.1\.mlp\.down_proj could not be proved",
     ):
         flocking.feedforwards(llama)
 
@@ -365,6 +365,39 @@ def test_a_layer_with_unknown_projections_is_an_error(llama: tf.PreTrainedModel)
     )
     with pytest.raises(UnsupportedModelError, match=r"could not be proved.*it is no Linear"):
         flocking.feedforwards(llama)
+
+
+def test_what_cannot_be_recorded_may_be_left_out(llama: tf.PreTrainedModel) -> None:
+    llama.model.layers[1].mlp.up_proj.weight.data.zero_()
+    with pytest.raises(UnsupportedModelError, match=r"allow_partial=True"):
+        flocking.record(llama, [[5, 6, 7]], progress=False)
+    with pytest.warns(UserWarning, match=r"left out, since model\.layers\.1\.mlp\.down_proj could"):
+        blocks = flocking.feedforwards(llama, allow_partial=True)
+    assert [block.layer for block in blocks] == [0]
+    # From then on, everywhere; until it is said otherwise.
+    assert flocking.record(llama, [[5, 6, 7]], progress=False).layer.values.tolist() == [0]
+    twin = flocking.griffin(llama)
+    twin.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=0)
+    assert list(twin.selection) == [0]
+    with pytest.raises(UnsupportedModelError, match=r"allow_partial=True"):
+        flocking.feedforwards(llama, allow_partial=False)
+
+
+def test_shared_blocks_are_left_out_wherever_they_are(llama: tf.PreTrainedModel) -> None:
+    layers = llama.model.layers
+    layers.append(conftest.build("llama").model.layers[0])
+    llama.config.num_hidden_layers = 3
+    llama.config.layer_types = ["full_attention"] * 3
+    layers[1].mlp = layers[0].mlp
+    with pytest.warns(UserWarning, match="left out, since .* is shared"):
+        blocks = flocking.feedforwards(llama, allow_partial=True)
+    assert [block.layer for block in blocks] == [2]
+
+
+def test_nothing_is_left_when_all_would_be_left_out(llama: tf.PreTrainedModel) -> None:
+    llama.model.layers[1].mlp = llama.model.layers[0].mlp
+    with pytest.raises(UnsupportedModelError, match="is shared"):
+        flocking.feedforwards(llama, allow_partial=True)
 
 
 def test_layers_without_a_block_are_named(llama: tf.PreTrainedModel) -> None:
@@ -429,7 +462,7 @@ def test_a_massive_residual_hides_no_true_block(llama: tf.PreTrainedModel) -> No
 
 def test_a_block_shared_by_two_layers_is_refused(llama: tf.PreTrainedModel) -> None:
     llama.model.layers[1].mlp = llama.model.layers[0].mlp
-    with pytest.raises(UnsupportedModelError, match=r"shares .*mlp\.down_proj between layers"):
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.down_proj is shared between layers"):
         flocking.feedforwards(llama)
 
 
@@ -540,3 +573,111 @@ def test_shadow_shares_weights_and_nothing_else(tiny: tf.PreTrainedModel) -> Non
     ids = torch.tensor(conftest.random_ids(9))
     with torch.no_grad():
         assert relative_error(copied(ids)[0], tiny(ids)[0]) == 0
+
+
+# --------------------------------------------------------------------------------------
+# Models whose blocks a user has to name
+
+
+class ListsConfig(tf.PreTrainedConfig):
+    model_type = "lists"
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(vocab_size=128, hidden_size=32, num_hidden_layers=3, **kwargs)
+
+
+class Lists(tf.PreTrainedModel):
+    """All up-projections in one list and all down-projections in another: no layer holds both."""
+
+    config_class = ListsConfig
+
+    def __init__(self, config: ListsConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(128, 32)
+        self.up = nn.ModuleList(nn.Linear(32, 80) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(80, 32) for _ in range(3))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: object = None) -> tuple:
+        x = self.embed(input_ids)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(nn.functional.gelu(up(x)))
+        return (x,)
+
+
+@pytest.fixture
+def lists() -> Lists:
+    torch.manual_seed(0)
+    model = Lists(ListsConfig()).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def test_blocks_that_a_user_names(lists: Lists) -> None:
+    with pytest.raises(UnsupportedModelError, match="no feed-forward block"):
+        flocking.feedforwards(lists)
+    named = {f"down.{n}": [f"up.{n}"] for n in range(3)}
+    blocks = flocking.feedforwards(lists, locate=named)
+    assert [(b.layer, b.down, b.up) for b in blocks] == [
+        (n, lists.down[n], lists.up[n]) for n in range(3)
+    ]
+    assert all(block.kind == "plain" and block.error < 1e-5 and block.prunable for block in blocks)
+    recording = flocking.record(lists, [[5, 6, 7, 8]], progress=False)  # from then on
+    z = conftest.activations(lists, [5, 6, 7, 8])
+    for layer in range(3):
+        r = z[layer] / z[layer].norm(dim=1, keepdim=True)
+        energy = recording.energy.sel(layer=layer).sum("window").values[0]
+        assert torch.allclose(torch.from_numpy(energy), (r**2).sum(0), atol=1e-5)
+
+
+def test_a_function_that_names_them(lists: Lists) -> None:
+    blocks = flocking.feedforwards(
+        lists, locate=lambda model: {f"down.{n}": f"up.{n}" for n in range(len(model.up))}
+    )
+    assert len(blocks) == 3
+
+
+def test_wrong_names_do_not_pass_the_proof(lists: Lists) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"down\.1 could not be proved"):
+        flocking.feedforwards(lists, locate={"down.0": "up.0", "down.1": "up.0"})
+    with pytest.raises(UnsupportedModelError, match=r"before its down-projection"):
+        flocking.feedforwards(lists, locate={"down.0": "up.1"})
+    with pytest.raises(UnsupportedModelError, match="no feed-forward block"):
+        flocking.feedforwards(lists)  # what failed is not remembered
+
+
+@pytest.mark.parametrize(
+    ("locate", "error", "match"),
+    [
+        ({"down.0": ["nowhere"]}, ValueError, "'nowhere'"),
+        ({"down.0": ["down.1"]}, ValueError, r"down\.1 \(80, 32\)"),
+        ({"down.0": []}, ValueError, r"d_ff, d"),
+        ({"embed": ["up.0"]}, ValueError, "None"),
+        ({}, TypeError, "give a dict"),
+        (["down.0"], TypeError, "give a dict"),
+    ],
+)
+def test_names_that_make_no_sense(
+    lists: Lists, locate: object, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        flocking.feedforwards(lists, locate=locate)
+
+
+def test_naming_what_would_be_found_changes_nothing(tiny: tf.PreTrainedModel) -> None:
+    found = flocking.feedforwards(tiny)
+    paths = {module: path for path, module in tiny.named_modules()}
+    named = {
+        paths[b.down]: []
+        if b.kind == "experts"
+        else [paths[m] for m in {b.up: None, b.gate: None} if m is not None]
+        for b in found
+    }
+    again = flocking.feedforwards(tiny, locate=named)
+    fields = ("layer", "path", "d_ff", "up", "gate", "down", "interleaved", "experts", "prunable")
+    for one, other in zip(again, found, strict=True):
+        assert all(getattr(one, field) == getattr(other, field) for field in fields)

@@ -53,6 +53,7 @@ def test_imports_point_one_way() -> None:
         {"trial", "figures", "experts", "tokens"},
         {"candidates", "models", "twin"},
         {"proof"},
+        {"search"},
         {"feedforward"},
         {"hooks", "selection", "compact"},
         {"passes", "overlap"},

@@ -1,0 +1,169 @@
+"""Proving all candidates of a model in one small forward pass of a shadow of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from flocking.candidates import Candidate
+from flocking.experts import is_experts
+from flocking.projections import device_of, is_loaded
+from flocking.proof import PROBE_SHAPE, Proved, RefusedError, prove, prove_recordable
+from flocking.shadow import replaced, shadow, with_forward
+from flocking.trial import trial
+
+
+class Findings(NamedTuple):
+    """What one pass found out, by the path of the layer.
+
+    Attributes
+    ----------
+    proved : dict of str to list of Proved
+    refused : dict of str to dict of Candidate to str
+        Why the other candidates are no blocks.
+    calls : dict of str to int
+        How often the layer ran.
+    """
+
+    proved: dict[str, list[Proved]]
+    refused: dict[str, dict[Candidate, str]]
+    calls: dict[str, int]
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a block at all."""
+        return any(self.proved.values())
+
+
+def search(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) -> Findings:
+    """Try the candidates of each layer, given by its path, where the pass comes by.
+
+    Raises
+    ------
+    Exception
+        Whatever the model raises if it cannot be run on a few random tokens.
+    """
+    found = Findings({}, {}, dict.fromkeys(candidates, 0))
+    broken: dict[tuple[type, Candidate], str] = {}
+    copied = shadow(model)
+
+    def probing(path: str, layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+
+        def run_and_prove(*args: Any, **kwargs: Any) -> Any:
+            def run() -> Any:  # from the same cache every time, if the model insists on one
+                again = {
+                    name: copy.deepcopy(value) if isinstance(value, Cache) else value
+                    for name, value in kwargs.items()
+                }
+                return forward(*args, **again)
+
+            found.calls[path] += 1
+            if found.calls[path] == 1:
+                results = _search_layer(layer, candidates[path], run, broken)
+                found.proved[path], found.refused[path] = results
+            return forward(*args, **kwargs)
+
+        return run_and_prove
+
+    for path in candidates:
+        layer = copied.get_submodule(path)
+        layer.forward = probing(path, layer)
+    with trial(copied):
+        _probe(copied)
+    return found
+
+
+def _probe(model: PreTrainedModel) -> None:
+    """One small forward pass of random tokens, without the head and without a cache."""
+    embeddings = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = embeddings.weight.shape[0]
+    ids = torch.randint(vocabulary, PROBE_SHAPE, generator=generator, device="cpu")
+    ids = ids.to(device_of(embeddings))
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    for module in model.modules():  # a cache would carry one trial's tokens into the next
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
+    if is_loaded(embeddings):
+        model.base_model(**inputs, attention_mask=torch.ones_like(ids))
+        return
+    # Without values, some masks can be built from a padding mask and others only without.
+    model.set_attn_implementation("eager")
+    if any(is_experts(module) for module in model.modules()):
+        model.set_experts_implementation("batched_mm")  # which looks at no values either
+    try:
+        model.base_model(**inputs, attention_mask=torch.ones_like(ids))
+    except RuntimeError:
+        model.base_model(**inputs)
+
+
+def _order_of_calls(layer: nn.Module, paths: set[str], run: Callable[[], Any]) -> dict[str, int]:
+    """When each of these modules is first called in one run of the layer; absent if never."""
+    calls: dict[str, int] = {}
+
+    def noting(path: str) -> nn.Module:
+        module = layer.get_submodule(path)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.setdefault(path, len(calls))
+            return module(*args, **kwargs)
+
+        return with_forward(module, forward)
+
+    with replaced(layer, {path: noting(path) for path in paths}):
+        run()
+    return calls
+
+
+def _search_layer(
+    layer: nn.Module,
+    candidates: list[Candidate],
+    run: Callable[[], Any],
+    broken: dict[tuple[type, Candidate], str],
+) -> tuple[list[Proved], dict[Candidate, str]]:
+    """The candidates of one shadow layer that pass, and why the others do not.
+
+    `broken` remembers, over the layers, what a layer of this class cannot even be run
+    with (attention's projections, mostly), so that this is tried only once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: list[Proved] = []
+    refused: dict[Candidate, str] = {}
+    untimely: dict[Candidate, str] = {}
+    tried: list[Candidate] = []
+    calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
+    for candidate in candidates:
+        if not all(calls.get(up, math.inf) < calls.get(candidate.down, -1) for up in candidate.ups):
+            untimely[candidate] = "its up-projection does not run before its down-projection"
+            continue
+        if any(candidate.down == proved.candidate.down for proved in found):
+            continue
+        if candidate.ups:
+            tried.append(candidate)
+        if reason := broken.get((type(layer), candidate)):
+            refused[candidate] = reason
+            continue
+        try:
+            found.append(prove(layer, candidate, run, generator))
+        except RefusedError as problem:
+            refused[candidate] = str(problem)
+        except Exception as problem:  # a wrong candidate may break the layer in any way
+            reason = "cut, it fails: " + str(problem).strip().partition("\n")[0]
+            refused[candidate] = broken[type(layer), candidate] = reason
+    # Only where nothing can be cut, and the widest: gates may look like such blocks, too.
+    for candidate in sorted(tried, key=lambda c: (-c.d_ff, -len(c.ups))):
+        if found:
+            break
+        with suppress(Exception):  # why it is no block at all was said above
+            found.append(prove_recordable(layer, candidate, run))
+    return found, untimely | refused
