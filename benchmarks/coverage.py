@@ -13,13 +13,14 @@ other neurons masked.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import signal
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,33 +51,60 @@ SECONDS = 90  # for one type
 # --------------------------------------------------------------------------------------
 # Shrinking: what a whole number in a config is set to, by the name it has there
 
+
+class Try(NamedTuple):
+    """A way of shrinking: sizes, and what is done with what a config works out from others."""
+
+    depth: int
+    width: int
+    head: int
+    lists: bool  # by layer are cut, or else left out
+    declared: bool = False  # start from what the class declares, and not from what came of it
+
+
+# The first that works is used. The last are for sizes that must fit one another, which a class
+# that works some out itself knows best, and for layers that must be there more than once.
+TRIES = [
+    *(Try(2, 64, head, lists) for head in (16, 32) for lists in (True, False)),
+    *(Try(4, 128, 32, lists, declared=True) for lists in (True, False)),
+]
 _HEAD = r"(head_dim|d_head|head_size|kv_channels|dim_head|d_kv|headdim)$"
 RULES = [
     (r"vocab_size|_vocab$", VOCABULARY),
     (r"position|seq_len|^n_ctx$|context_length|max_length|seq_length", 256),
-    (r"window|_len$|chunk_size|chunk_length|local_attention|block_size", 16),
-    (_HEAD, 16),
+    (r"window|_len$|(?<!tokenizer_)chunk_size|chunk_length|local_attention|block_size|budget$", 16),
+    (r"(left|right)_context$|filters$|compress_ratio$", 4),
+    (_HEAD, "head"),
+    (r"indexer_kv_heads$", 1),
     (r"(key_value_heads|kv_heads|query_groups|key_heads)$", 2),
     (r"heads?(_per_layer)?$", 4),
     (r"per_tok(en)?$|topk$|^moe_k$|^top_k$|topk_group$|n_group$|expert_group$|n_?groups$", 2),
-    (r"shared_experts$|offset$|first_k_dense_replace", 1),
+    (r"shared_experts$|offset$|first_k_dense_replace|dense_layers$|codebooks$", 1),
     (r"period$|interval$|every_n_layers$", 2),
     (r"experts?(_num)?$", 4),
     (r"shared_layers$", 0),
-    (r"(?<!cross_attention_)layers$|n_layer$|num_blocks$|per_stack$", 2),
+    (r"(?<!cross_attention_)layers$|n_layer$|num_blocks$|per_stack$", "depth"),
     (r"rotary_dim$", 8),
     (r"rank$", 16),
-    (r"intermediate|ffn_dim|ffn_hidden|feed_forward|^dff$|dim_ff$|d_ff$|n_inner|d_inner$", 160),
     (
-        r"hidden_size|d_model|n_embd|(emb|embed|embds|proj|hidden)_dim|embedding_size|width$|_dim$",
-        64,
+        r"intermediate|ffn_dim|ffn_hidden|feed_forward|^dff$|dim_ff$|d_ff$|n_inner|d_(inner|ssm)$",
+        160,
+    ),
+    (
+        r"hidden_size|d_model|n_embd|(emb|embed|embds|proj|hidden)_dim|(embedding|input)_size|"
+        r"width$|_dim$",
+        "width",
     ),
 ]
 TOKENS = {"pad": 0, "bos": 1, "eos": 2}
+# Numbers that some classes leave open, though their models need them.
+NEEDED = rf"key_value_heads$|per_tok$|(routed|shared)_experts$|^vocab_size$|^indexer_|{_HEAD}"
 
 
-def shrunk(config: tf.PreTrainedConfig, lists: bool, head: int) -> dict[str, object]:
-    """Arguments for a small config of the same class; `lists` by layer are cut or left out."""
+def shrunk(
+    config: tf.PreTrainedConfig, how: Try, lacking: dict[type, dict[str, object]]
+) -> dict[str, object]:
+    """Arguments for a small config of the same class; what classes are `lacking` is added."""
     values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     depths = {
         values.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -84,28 +112,41 @@ def shrunk(config: tf.PreTrainedConfig, lists: bool, head: int) -> dict[str, obj
     by_layer = [v for v in values.values() if isinstance(v, list | tuple) and len(v) in depths]
     # Two layers that differ in as many ways as there are.
     other = max(range(1, max([2, *map(len, by_layer)])), key=lambda n: _differing(by_layer, n))
+    if how.declared:
+        first = {field.name: field.default for field in dataclasses.fields(config)}
+        values = {
+            name: value if isinstance(value, tf.PreTrainedConfig | list | tuple) else first[name]
+            for name, value in values.items()
+            if name in first
+        }
     arguments: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, bool) or name == "qk_head_dim":  # which follows from others
             continue
         if isinstance(value, tf.PreTrainedConfig):
-            arguments[name] = shrunk(value, lists, head)
+            arguments[name] = {"model_type": value.model_type, **shrunk(value, how, lacking)}
         elif isinstance(value, list | tuple) and len(value) in depths and len(value) > 2:
-            if lists:
+            if how.lists:
                 two = [value[0], value[other]]
-                arguments[name] = [_small(name, v, head) if type(v) is int else v for v in two]
+                arguments[name] = [_small(name, v, how) if type(v) is int else v for v in two]
+                arguments[name] *= how.depth // 2
+                if set(arguments[name]) == {"linear_attention"}:
+                    arguments[name][-1] = "full_attention"  # whose cache counts the tokens
+        elif isinstance(value, list | tuple) and re.search("_dim$", name):  # the width, in parts
+            arguments[name] = [how.width // len(value)] * len(value)
         elif type(value) is int and re.search(r"(token_id|_id|_index)$", name):
             if "layer" not in name and value >= 0:
                 arguments[name] = next((n for key, n in TOKENS.items() if key in name), 3)
         elif type(value) is int:
-            arguments[name] = _small(name, value, head)
-        elif value is None and re.search(
-            f"key_value_heads$|per_tok$|routed_experts$|{_HEAD}", name
-        ):
-            arguments[name] = _small(name, sys.maxsize, head)
+            arguments[name] = _small(name, value, how)
+        elif getattr(config, name) in (None, {}):
+            needed = _needed(name, values, how)
+            arguments |= {} if needed is None else {name: needed}
     heads = values.get("num_attention_heads")
     if heads is not None and values.get("num_key_value_heads") == heads:
         arguments["num_key_value_heads"] = arguments["num_attention_heads"]
+    for name, value in lacking.get(type(config), {}).items():
+        arguments[name] = _small(name, value, how) if type(value) is int else value
     return arguments
 
 
@@ -113,10 +154,28 @@ def _differing(lists: list[list], layer: int) -> int:
     return sum(len(values) > layer and values[layer] != values[0] for values in lists)
 
 
-def _small(name: str, value: int, head: int) -> int:
-    for pattern, new in RULES:
+def _needed(name: str, values: dict[str, object], how: Try) -> object:
+    """What to put where a class leaves open what its model needs, or None."""
+    if re.search(NEEDED, name):
+        return _small(name, sys.maxsize, how)
+    if name == "layer_types":
+        return ["full_attention"] * how.depth
+    if name == "attn_layer_indices":
+        return [how.depth - 1]
+    if name == "rope_parameters":
+        rotation = {"rope_type": "default", "rope_theta": 10000.0}
+        return dict.fromkeys(values.get("layer_types") or (), rotation)
+    if name.startswith("default_"):  # the first of those that there are
+        return next(iter(values.get(f"{name.removeprefix('default_')}s") or ()), None)
+    # Most models do without these.
+    return {"pad_token_id": TOKENS["pad"], "clip_qkv": 8.0}.get(name) if how.declared else None
+
+
+def _small(name: str, value: int, how: Try) -> int:
+    for pattern, size in RULES:
         if re.search(pattern, name):
-            return value if value <= 0 else min(value, head if pattern == _HEAD else new)
+            new = getattr(how, size) if isinstance(size, str) else size
+            return value if value <= 0 else min(value, new)
     return value
 
 
@@ -124,13 +183,14 @@ def built(auto: type, kind: str, causal: bool) -> tf.PreTrainedModel:
     """A small model of this type that runs; of several tries, the first that does."""
     base = CONFIG_MAPPING[kind]()
     problems = []
-    for lists, head in ((True, 16), (False, 16), (True, 32), (False, 32)):
+    lacking: dict[type, dict[str, object]] = defaultdict(dict)
+    for how in TRIES:
         try:
-            arguments = shrunk(base, lists, head)
+            arguments = shrunk(base, how, lacking)
             if causal and hasattr(base, "is_decoder"):
                 arguments["is_decoder"] = True
             torch.manual_seed(0)
-            model = auto.from_config(CONFIG_MAPPING[kind](**arguments)).eval()
+            model = _of_config(auto, CONFIG_MAPPING[kind](**arguments)).eval()
             generator = torch.Generator().manual_seed(0)
             for parameter in model.parameters():  # nothing stays 0 or 1
                 parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
@@ -141,11 +201,35 @@ def built(auto: type, kind: str, causal: bool) -> tf.PreTrainedModel:
             return model
         except Exception as problem:  # whatever a config or a model has against it
             problems.append(problem)
+            # Where a class has no such field, the same field of another config may do.
+            if isinstance(problem, AttributeError) and isinstance(problem.obj, tf.PreTrainedConfig):
+                lacking[type(problem.obj)].update(_found(base.to_dict(), problem.name))
     raise problems[0]
+
+
+def _of_config(auto: type, config: tf.PreTrainedConfig) -> tf.PreTrainedModel:
+    """The model of a config, or of that part of it which the model's class takes."""
+    model_class = auto._model_mapping[type(config)]
+    own = [part for part in vars(config).values() if type(part) is model_class.config_class]
+    return model_class(own[0]) if own else auto.from_config(config)
+
+
+def _found(fields: dict[str, object], name: str) -> dict[str, object]:
+    """The field of this name, from wherever in nested fields it is first, if it is."""
+    if name in fields:
+        return {name: fields[name]}
+    inner = (_found(value, name) for value in fields.values() if isinstance(value, dict))
+    return next(filter(None, inner), {})
 
 
 # --------------------------------------------------------------------------------------
 # Trying
+
+
+# What modules are called, where there is an FF that could not be proved. Without any such name,
+# as in pure state-space models, there is none.
+EXPERTS = r"moe|expert"
+FF = rf"{EXPERTS}|mlp|ffn|feed_?forward|\bff\b|intermediate|fc_?\d|dense|glu"
 
 
 class Row(NamedTuple):
@@ -166,13 +250,18 @@ def tried(mapping: str, kind: str) -> Row:
     try:
         model = built(auto, kind, causal)
     except Exception as problem:
-        return Row(kind, recorded="not built", reason=_first_line(problem))
+        return Row(kind, recorded="not built", reason=_first_line(problem.__cause__ or problem))
     row = Row(kind, activation=_activation(model))
     try:
         blocks = flocking.feedforwards(model)
     except UnsupportedModelError as problem:
+        if not called(model, FF):
+            return row._replace(recorded="no FF")
         return row._replace(
-            recorded="no", griffin="no" if causal else "", reason=_first_line(problem)
+            ff="experts" if called(model, EXPERTS) else "",
+            recorded="no",
+            griffin="no" if causal else "",
+            reason=_first_line(problem),
         )
     row = row._replace(ff=", ".join(sorted({block.kind for block in blocks})))
     checks = flocking.check(model)
@@ -187,6 +276,14 @@ def tried(mapping: str, kind: str) -> Row:
         reason="; ".join(filter(None, (recording, experts, griffin))),
     )
     return row._replace(griffin="no" if griffin else "yes") if causal else row
+
+
+def called(model: tf.PreTrainedModel, names: str) -> bool:
+    """Whether any module is called so, by its place in the model or by its class."""
+    return any(
+        re.search(names, f"{path} {type(module).__name__}", re.IGNORECASE)
+        for path, module in model.named_modules()
+    )
 
 
 def failed(checks: pd.DataFrame) -> pd.DataFrame:
@@ -233,13 +330,23 @@ def limited(seconds: int) -> Iterator[None]:
 
 def summary(rows: list[Row]) -> str:
     """Counts, in a sentence."""
-    tried_types = [row for row in rows if row.recorded != "not built"]
-    state = Counter(row.recorded for row in tried_types)
-    text = f"{state['yes']} of {len(tried_types)} types that could be built are recorded"
-    if any(row.griffin for row in tried_types):
-        text += f", {sum(row.griffin == 'yes' for row in tried_types)} run GRIFFIN"
+    state = Counter(row.recorded for row in rows)
+    with_ff = [row for row in rows if row.recorded not in ("not built", "no FF")]
+    dense = [row for row in with_ff if "experts" not in row.ff]
+    recorded = _share(state["yes"], len(with_ff))
+    text = f"{recorded} types that could be built and have an FF are recorded"
+    if any(row.griffin for row in with_ff):
+        run = sum(row.griffin == "yes" for row in dense)
+        text += f", and {_share(run, len(dense))} dense ones run GRIFFIN"
     wrong = sum("than rounding explains" in row.reason for row in rows)
-    return f"{text}; {wrong} gave something wrong without an error."
+    return (
+        f"{text}; {wrong} gave something wrong without an error. Not counted: {state['not built']} "
+        f"that could not be built, {state['no FF']} without an FF (pure state-space models)."
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / max(whole, 1):.1%})"
 
 
 def page(tables: dict[str, list[Row]]) -> str:

@@ -16,7 +16,7 @@ from flocking.feedforward import feedforwards
 from flocking.griffin import griffin
 from flocking.hooks import observe
 from flocking.overlap import select, statistic
-from flocking.passes import undisturbed
+from flocking.passes import forward, undisturbed
 from flocking.projections import device_of
 from flocking.recording import record
 from flocking.shadow import unwrap
@@ -113,10 +113,14 @@ def _proof(model: PreTrainedModel, texts: list[list[int]]) -> float:
 def _watched(model: PreTrainedModel, texts: list[list[int]]) -> float:
     """Outputs under watch, and after it, are those without."""
     ids = torch.tensor(texts[:1], device=_device(model))
-    plain = model.base_model(ids)[0]
+
+    def run() -> torch.Tensor:
+        return forward(model, ids, torch.ones_like(ids))[0]
+
+    plain = run()
     with observe(model, lambda block, z: None):
-        watched = model.base_model(ids)[0]
-    return max(relative_error(other, plain) for other in (watched, model.base_model(ids)[0]))
+        watched = run()
+    return max(relative_error(other, plain) for other in (watched, run()))
 
 
 def _batch(model: PreTrainedModel, texts: list[list[int]]) -> float:

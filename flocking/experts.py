@@ -1,40 +1,53 @@
-"""Mixtures of experts, by transformers' experts interface: watched, cut down, told apart.
+"""Mixtures of experts whose weights are three-dimensional: found, cut down, told apart.
 
-There, all experts of a layer are one module with three-dimensional weights, whose forward is
-looked up by name for every call. A module that is watched is given a config of its own with the
-name of an implementation registered here: it runs the one that the model was to use, by way of a
-stand-in that hands out what the activation function gives, the input of the down-projections.
+All experts of a layer are one module, as transformers' experts interface has them, or Llama 4.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from flocking.moments import Routed
 from flocking.projections import fused_rows, loaded, without_accelerate
 from flocking.shadow import separate
 
-_NAME = "flocking"
-# What hands out activations in rows that we can tell apart. Others (eager loops, kernels that
-# fuse all) run as the first of these while they are watched, up to rounding.
-_TRANSPARENT = ("grouped_mm", "batched_mm")
-
-_watched: weakref.WeakKeyDictionary[nn.Module, tuple[Callable, str]] = weakref.WeakKeyDictionary()
-
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether `module` holds experts, and follows the interface."""
-    down = module._parameters.get("down_proj")
-    return hasattr(module, "has_gate") and down is not None and down.ndim == 3
+    """Whether `module` holds experts side by side, as the interface or Llama 4 has them."""
+    up, down = (
+        next((p for name in names if (p := module._parameters.get(name)) is not None), None)
+        for names in (("gate_up_proj", "up_proj"), ("down_proj",))
+    )
+    return up is not None and down is not None and up.ndim == down.ndim == 3
+
+
+def by_interface(experts: nn.Module) -> bool:
+    """Whether experts follow the interface; others are computed at once, for all tokens."""
+    return hasattr(experts, "has_gate")
+
+
+class _Layout(NamedTuple):
+    """How the weights lie in memory, in the interface's terms."""
+
+    has_gate: bool  # fused with up in one parameter
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+
+
+def _layout(experts: nn.Module) -> _Layout:
+    if by_interface(experts):
+        return _Layout(*(getattr(experts, name) for name in _Layout._fields))
+    fused = "gate_up_proj" in experts._parameters
+    up = experts._parameters["gate_up_proj" if fused else "up_proj"].shape
+    down = experts.down_proj.shape
+    # Told by sizes, as far as they differ; the proof would refuse what is told wrongly.
+    straight = up[2] == down[1] and up[1] == (2 if fused else 1) * down[2]
+    return _Layout(fused, has_bias=False, is_transposed=not straight, is_concatenated=True)
 
 
 def foreign_experts(layer: nn.Module) -> str | None:
@@ -52,16 +65,19 @@ def foreign_experts(layer: nn.Module) -> str | None:
 def shape(experts: nn.Module) -> tuple[int, int]:
     """Number of experts, and of neurons in each."""
     count, *matrix = experts.down_proj.shape
-    return count, matrix[0 if experts.is_transposed else 1]
+    return count, matrix[0 if _layout(experts).is_transposed else 1]
 
 
 def _axes(experts: nn.Module) -> Iterator[tuple[str, int, bool]]:
     """Each parameter that has neurons along an axis; whether gate and up are fused in it."""
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    yield up, 2 if experts.is_transposed else 1, experts.has_gate
-    if experts.has_bias:
-        yield f"{up}_bias", 1, experts.has_gate
-    yield "down_proj", 1 if experts.is_transposed else 2, False
+    layout = _layout(experts)
+    up = "gate_up_proj" if layout.has_gate else "up_proj"
+    yield up, 2 if layout.is_transposed else 1, layout.has_gate
+    if not layout.has_gate and experts._parameters.get("gate_proj") is not None:
+        yield "gate_proj", 2 if layout.is_transposed else 1, False
+    if layout.has_bias:
+        yield f"{up}_bias", 1, layout.has_gate
+    yield "down_proj", 1 if layout.is_transposed else 2, False
 
 
 def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> nn.Module:
@@ -94,7 +110,7 @@ def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Modu
     for name, axis, fused in _axes(experts):
         index = neurons
         if fused:
-            rows = [fused_rows(row, d_ff, not experts.is_concatenated) for row in neurons]
+            rows = [fused_rows(row, d_ff, not _layout(experts).is_concatenated) for row in neurons]
             index = torch.stack(rows)
         whole = experts._parameters[name].detach()
         for dim in range(1, whole.ndim):
@@ -109,20 +125,25 @@ def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Modu
         else:
             torch.gather(whole, axis, index, out=compact._parameters[name].data)
     down = compact.down_proj.detach()
-    down.narrow(1 if experts.is_transposed else 2, k, more).zero_()
+    down.narrow(1 if _layout(experts).is_transposed else 2, k, more).zero_()
     return compact
 
 
 def row_norms(experts: nn.Module) -> Tensor:
     """Product of each neuron's gate and up row norms, or up row norm, (expert, neuron)."""
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    layout = _layout(experts)
+    product = None
     with loaded(experts):
-        weight = experts._parameters[name].detach().float()
-    norms = torch.linalg.vector_norm(weight, dim=1 if experts.is_transposed else 2)
-    if not experts.has_gate:
-        return norms
-    pair = (2, -1) if experts.is_concatenated else (-1, 2)
-    return norms.unflatten(1, pair).prod(dim=1 if experts.is_concatenated else 2)
+        for name, axis, fused in _axes(experts):
+            weight = experts._parameters[name].detach()
+            if name == "down_proj" or weight.ndim != 3:
+                continue
+            norms = torch.linalg.vector_norm(weight.float(), dim=3 - axis)
+            if fused:
+                pair = (2, -1) if layout.is_concatenated else (-1, 2)
+                norms = norms.unflatten(1, pair).prod(dim=1 if layout.is_concatenated else 2)
+            product = norms if product is None else product * norms
+    return product
 
 
 class BySequence(nn.Module):
@@ -170,81 +191,3 @@ class BySequence(nn.Module):
         tokens = torch.arange(len(top_k_index), device=top_k_index.device)
         sequence = tokens // (len(tokens) // self.sequences)
         return self.all(hidden_states, top_k_index + sequence[:, None] * self.count, top_k_weights)
-
-
-class _StandIn:
-    """An experts module to its implementation, but for the activations that it hands to `tap`."""
-
-    def __init__(self, experts: nn.Module, tap: Callable[[Tensor], Tensor]) -> None:
-        self._experts, self._tap = experts, tap
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._experts, name)
-
-    def _apply_gate(self, x: Tensor) -> Tensor:
-        return self._tap(self._experts._apply_gate(x))
-
-    def act_fn(self, x: Tensor) -> Tensor:
-        return self._tap(self._experts.act_fn(x))
-
-
-def _run_watched(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """The implementation registered here: another's, with its activations handed out."""
-    callback, name = _watched[experts]
-    count, d_ff = shape(experts)
-    tokens, slots = top_k_index.shape
-    flat = top_k_index.reshape(-1)
-    # The grouped implementation sorts its rows by expert, as the same call does here.
-    order = torch.sort(flat)[1] if name == "grouped_mm" else None
-
-    def tap(rows: Tensor) -> Tensor:
-        z = rows
-        if order is not None:
-            z = torch.empty_like(rows)
-            z[order] = rows
-        routed = Routed(z.reshape(tokens, slots, d_ff), top_k_index, count)
-        replacement = callback(routed)
-        if replacement is None:
-            return rows
-        z = replacement.reshape(-1, d_ff)
-        return z if order is None else z[order]
-
-    run = ALL_EXPERTS_FUNCTIONS.get_interface(name, None)
-    return run(_StandIn(experts, tap), hidden_states, top_k_index, top_k_weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register(_NAME, _run_watched)
-
-
-@contextmanager
-def watching(experts: nn.Module, callback: Callable[[Routed], Tensor | None]) -> Iterator[None]:
-    """Call ``callback(routed)`` in every forward pass of `experts` inside of the ``with``.
-
-    Parameters
-    ----------
-    experts : torch.nn.Module
-        Its config is another, like its own, inside of the ``with``, and nothing else changes.
-    callback : callable
-        Gets the :class:`Routed` activations; may return others in the place of ``routed.z``.
-
-    Raises
-    ------
-    RuntimeError
-        If somebody watches these experts already, or they are spread over devices.
-    """
-    if experts in _watched:
-        raise RuntimeError("these experts are watched already: leave the other `with` first.")
-    if getattr(experts, "_is_expert_parallel", False):
-        raise RuntimeError("experts that are spread over devices cannot be watched.")
-    own = experts.config
-    name = own._experts_implementation
-    _watched[experts] = callback, name if name in _TRANSPARENT else _TRANSPARENT[0]
-    experts.config = copy.copy(own)
-    experts.config._experts_implementation_internal = _NAME
-    try:
-        yield
-    finally:
-        experts.config = own
-        del _watched[experts]

@@ -64,6 +64,8 @@ class FeedForward:
     prunable : bool
         Whether its neurons are independent of each other. Where they are not (a norm between
         the activation function and the down-projection, say), they can be recorded only.
+    token_first : bool
+        Whether the model computes z as (token, sequence, neuron), as XLNet does.
     """
 
     layer: int
@@ -76,6 +78,7 @@ class FeedForward:
     error: float = math.nan
     experts: int = 1
     prunable: bool = True
+    token_first: bool = field(default=False, repr=False)
 
     @property
     def weight(self) -> Tensor:
@@ -237,11 +240,11 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
     if wish.locate is None:
         proved = {path: {b.candidate.down for b in each} for path, each in found.proved.items()}
         everywhere = set().union(*proved.values())
-        due = {
-            path: everywhere & dict(model.get_submodule(path).named_modules()).keys()
-            for path in candidates
-            if found.calls[path] and not proved[path]
-        }
+        due = {}
+        for path in filter(found.calls.get, candidates):
+            due[path] = {c.down for c in candidates[path] if not c.ups}  # experts, always
+            if not proved[path]:
+                due[path] |= everywhere & dict(model.get_submodule(path).named_modules()).keys()
     problems = _left_out(model, found, due)
     _refuse(name, problems, wish._replace(allow_partial=wish.allow_partial and found.any))
     _warn_of_gaps(name, candidates, found, problems)
@@ -374,7 +377,7 @@ def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForw
     # a layer would make that ambiguous: then blocks are counted in the order they stand.
     unique = len(set(positions)) == len(positions) and all(len(b) == 1 for b in found.values())
     for position, (prefix, proved) in zip(positions, found.items(), strict=True):
-        for candidate, error, order, prunable in proved:
+        for candidate, error, order, prunable, token_first in proved:
             inside = (*(order or [candidate.down]), candidate.down)
             *gate, up, down = (model.get_submodule(f"{prefix}.{p}".lstrip(".")) for p in inside)
             blocks.append(
@@ -389,6 +392,7 @@ def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForw
                     error=error,
                     experts=candidate.experts,
                     prunable=prunable,
+                    token_first=token_first,
                 )
             )
     return blocks

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from flocking.compact import Compact, refuse
+from flocking.experts import by_interface
 from flocking.feedforward import FeedForward, feedforwards, shadow_with_blocks
 from flocking.hooks import observe
 from flocking.moments import Moments, Routed, Windows
@@ -117,10 +118,11 @@ def griffin(
     blocks = _prunable(model)
     if scope not in ("shared", "sequence"):
         raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
-    if scope == "sequence" and not all(is_plain(b.down) or b.kind == "experts" for b in blocks):
+    if scope == "sequence" and (odd := [b for b in blocks if not _is_separable(b)]):
         raise ValueError(
-            f"{type(model).__name__} is quantised, and scope='sequence' multiplies plain weights: "
-            "give scope='shared', or load it unquantised."
+            f"{type(model).__name__} has FF blocks ({odd[0].path}, ...) that are quantised, or "
+            "experts that do not follow transformers' interface: there, sequences cannot have "
+            "experts of their own; give scope='shared'."
         )
     if not isinstance(seed, int | np.integer):
         raise TypeError(f"seed={seed!r}: give a whole number.")
@@ -171,6 +173,13 @@ def _why_fixed(block: FeedForward) -> str:
         )
     kind = f"{type(odd[0]).__module__}.{type(odd[0]).__qualname__}"
     return f"projections are of {kind}: if these are adapters, merge them (merge_and_unload)"
+
+
+def _is_separable(block: FeedForward) -> bool:
+    """Whether sequences can be told apart in the forward pass of its projections."""
+    if block.kind == "experts":
+        return by_interface(block.down)
+    return is_plain(block.down) and not block.token_first
 
 
 def _densities(density: float | Iterable[float], layers: int) -> list[float]:

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from flocking.experts import watching
 from flocking.feedforward import FeedForward, feedforwards
 from flocking.moments import Routed
 from flocking.shadow import unwrap
+from flocking.watching import watching
 
 
 def choose(
@@ -134,8 +134,13 @@ def observe(
     def hook_of(block: FeedForward) -> Callable[..., tuple | None]:
         def hook(module: nn.Module, args: tuple) -> tuple | None:
             silent.discard(block)
-            replacement = callback(block, args[0])
-            return None if replacement is None else (replacement, *args[1:])
+            z = args[0]
+            replacement = callback(block, z.transpose(0, 1) if block.token_first else z)
+            if replacement is None:
+                return None
+            if block.token_first:
+                replacement = replacement.transpose(0, 1)
+            return (replacement, *args[1:])
 
         return hook
 

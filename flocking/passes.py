@@ -41,6 +41,8 @@ def forward(
 ) -> Any:
     """One pass without the head, over the cache `past` if given; keeping one if asked.
 
+    An encoder-decoder is given the text on both sides.
+
     Parameters
     ----------
     ids : Tensor of int64, shape (sequence, token)
@@ -51,9 +53,14 @@ def forward(
     base = model.base_model
     device = device_of(model.get_input_embeddings())
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    accepted = inspect.signature(base.forward).parameters
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+        if "decoder_attention_mask" in accepted:
+            inputs["decoder_attention_mask"] = inputs["attention_mask"]
     if past is not None:
         inputs["past_key_values"] = past
-    if "use_cache" in inspect.signature(base.forward).parameters:
+    if "use_cache" in accepted:
         inputs["use_cache"] = keep or past is not None
     return base(**inputs)
 

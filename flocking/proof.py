@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from flocking.candidates import Candidate
-from flocking.experts import shape, take, watching
+from flocking.experts import shape, take
 from flocking.moments import Routed
 from flocking.projections import cut, device_of, fused_rows, is_loaded, projections
 from flocking.shadow import replaced, with_forward
 from flocking.trial import relative_error, tolerance
+from flocking.watching import watching
 
 PROBE_SHAPE = (2, 8)  # sequences x tokens of the one forward pass that the proof runs
 _FLIPPED = 3  # the token whose change must not reach the others
@@ -36,6 +37,7 @@ class Proved(NamedTuple):
     error: float
     order: tuple[str, ...]
     prunable: bool = True
+    token_first: bool = False
 
 
 class _Bench:
@@ -46,6 +48,7 @@ class _Bench:
         self.down = layer.get_submodule(candidate.down)
         self.ups = {path: layer.get_submodule(path) for path in candidate.ups}
         self.tolerance = tolerance(self.down.weight.dtype)
+        self.token_first = False  # whether z is (token, sequence, neuron), as XLNet's is
 
     def run_with(
         self,
@@ -65,7 +68,12 @@ class _Bench:
             output = self.run()
         if len(seen) != 1:
             raise RefusedError(f"calls its down-projection {len(seen)} times in one forward")
-        return output, seen[0]
+        self.token_first = seen[0].shape[:-1] == PROBE_SHAPE[::-1]
+        return output, self.sequence_first(seen[0])
+
+    def sequence_first(self, x: Tensor) -> Tensor:
+        """A view of what the layer computes with."""
+        return x.transpose(0, 1) if self.token_first else x
 
     def check(self, error: float, reason: str) -> float:
         if error > self.tolerance:
@@ -85,8 +93,9 @@ def prove(
     bench = _Bench(layer, candidate, run)
     z, error = _prove_independent(bench, generator)
     if z.is_meta:  # no values to go by: by convention, the gate is defined first
-        return Proved(candidate, math.nan, candidate.ups)
-    return Proved(candidate, max(error, _prove_tokenwise(bench, z)), _gate_first(bench, z))
+        return Proved(candidate, math.nan, candidate.ups, token_first=bench.token_first)
+    error = max(error, _prove_tokenwise(bench, z))
+    return Proved(candidate, error, _gate_first(bench, z), token_first=bench.token_first)
 
 
 def prove_recordable(layer: nn.Module, candidate: Candidate, run: Callable[[], Any]) -> Proved:
@@ -131,10 +140,10 @@ def prove_recordable(layer: nn.Module, candidate: Candidate, run: Callable[[], A
     _, z_held = bench.run_with({**others, **held})
     error = max(error, relative_error(z_held, z))
     bench.check(error, "its activations depend on more than its up-projections")
-    masked, _ = bench.run_with({}, mask=torch.zeros_like(z[..., :1]))
+    masked, _ = bench.run_with({}, mask=z.new_zeros(1))
     if relative_error(masked, whole) <= bench.tolerance:
         raise RefusedError("it adds nothing to the layer's output")
-    return Proved(candidate, error, order, prunable=False)
+    return Proved(candidate, error, order, prunable=False, token_first=bench.token_first)
 
 
 def _refuse_layout(z: Tensor) -> None:
@@ -186,7 +195,9 @@ def _prove_experts(
 
         with replaced(layer, {candidate.down: module}), watching(module, tap):
             output = run()
-        if len(seen) != 1:
+        if not seen:
+            raise RefusedError("computes its experts in a way of its own, which cannot be watched")
+        if len(seen) > 1:
             raise RefusedError(f"calls its experts {len(seen)} times in one forward")
         return output, seen[0]
 
@@ -222,7 +233,7 @@ def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
     def flipping(up: nn.Module) -> nn.Module:
         def forward(x: Tensor) -> Tensor:
             y = up(x).clone()
-            y[..., _FLIPPED, :] *= -1
+            bench.sequence_first(y)[..., _FLIPPED, :] *= -1
             return y
 
         return with_forward(up, forward)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
+from flocking.feedforward import FeedForward, feedforwards
 from flocking.hooks import choose, observe
 from flocking.moments import Layout, Moments, Routed, Windows, window_counts
 from flocking.passes import (
@@ -60,8 +60,10 @@ def record(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Any dense model whose FF blocks :func:`flocking.feedforwards` can prove. Its
-        weights, hooks and training flags are as before afterwards.
+        Any model whose FF blocks :func:`flocking.feedforwards` can prove. Its weights, hooks
+        and training flags are as before afterwards. An encoder-decoder is given the text on both
+        sides, to its encoder to read and to its decoder as what it has written so far; layers are
+        counted through both stacks, and coordinate ``module`` says which is which.
     text : str, list of str, token ids, or a tokenizer's output
         Strings are tokenized with the special tokens that the tokenizer adds by default
         (attribute ``special_tokens`` says which) and no chat template: apply one
@@ -206,11 +208,6 @@ def _refuse_model(model: nn.Module, max_new_tokens: int) -> None:
         )
     if not all(map(is_loaded, model.modules())):
         raise ValueError(f"{name} has weights on the meta device, without values: load them first.")
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{name} is of an encoder-decoder kind, which record cannot feed yet: use "
-            "flocking.observe around your own forward pass."
-        )
     if max_new_tokens and not (model.can_generate() and traits(model).causal):
         raise ValueError(
             f"{name} is no causal language model, so a continuation cannot be replayed: leave out "

@@ -13,8 +13,9 @@ from conftest import build, random_ids
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import flocking
-from flocking.experts import row_norms, shape, take, watching
+from flocking.experts import row_norms, shape, take
 from flocking.moments import Moments, Routed, Windows
+from flocking.watching import watching
 
 SMALL = {
     "vocab_size": conftest.VOCABULARY,
@@ -313,10 +314,108 @@ def test_watched_by_one_at_a_time() -> None:
         model(torch.tensor(random_ids(5)))
 
 
-def test_experts_of_another_kind_are_refused_by_name() -> None:
+# --------------------------------------------------------------------------------------
+# Experts that do not follow the interface
+
+
+@pytest.fixture
+def llama4() -> tf.PreTrainedModel:
+    """Routed experts in every other layer, all computed at once, beside a shared one."""
     small = {k: v for k, v in SMALL.items() if k != "moe_intermediate_size"}
-    model = tf.Llama4ForCausalLM(
-        tf.Llama4TextConfig(**small, num_local_experts=2, head_dim=16, intermediate_size_mlp=160)
+    config = tf.Llama4TextConfig(
+        **{**small, "intermediate_size": 40, "num_experts_per_tok": 1},
+        num_local_experts=4,
+        head_dim=16,
+        intermediate_size_mlp=160,
+        interleave_moe_layer_step=2,
     )
-    with pytest.raises(flocking.UnsupportedModelError, match=r"feed_forward\.experts.*watched"):
+    torch.manual_seed(0)
+    model = tf.Llama4ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_experts_computed_at_once_are_recorded_as_by_hand(llama4: tf.PreTrainedModel) -> None:
+    blocks = flocking.feedforwards(llama4)
+    assert [(b.kind, b.experts, b.d_ff) for b in blocks] == [
+        ("gated", 1, 160),
+        ("experts", 4, 160),
+        ("gated", 1, 40),
+    ]
+    mixture = blocks[1]
+    texts = random_ids(9, 5)
+    recording = flocking.record(llama4, texts, window=4, progress=False)
+    logits = []
+    for row, ids in enumerate(texts):
+        given: list[torch.Tensor] = []
+        handle = mixture.down.register_forward_pre_hook(
+            lambda m, args, given=given: given.append(args[0])
+        )
+        with torch.no_grad():
+            logits.append(llama4(torch.tensor([ids])).logits)
+        handle.remove()
+        x = given[0].view(4, len(ids), 64)
+        gate, up = (x @ mixture.down.gate_up_proj).chunk(2, dim=-1)
+        z = (torch.nn.functional.silu(gate) * up).transpose(0, 1)  # (token, expert, d)
+        reached = z.abs().sum(dim=-1) > 0
+        assert (reached.sum(dim=1) == 1).all()
+        r = z.flatten(1) / z.flatten(1).norm(dim=1, keepdim=True)
+        got = recording.isel(sequence=row, layer=1)
+        assert np.allclose(got.energy.sum("window"), (r**2).sum(dim=0).detach(), atol=1e-5)
+        assert got.routed.sum("window").values.tolist() == reached.sum(dim=0).tolist()
+    with flocking.observe(llama4, lambda block, z: None):
+        watched = llama4(torch.tensor(texts[:1])).logits
+    assert torch.equal(watched, logits[0])
+    assert "down_proj" not in vars(mixture.down)
+
+
+def test_griffin_on_experts_computed_at_once(llama4: tf.PreTrainedModel) -> None:
+    assert flocking.check(llama4).passed.all()
+    with pytest.raises(ValueError, match="scope='shared'"):
+        flocking.griffin(llama4, scope="sequence")
+
+
+def test_weight_magnitude_of_experts_computed_at_once(llama4: tf.PreTrainedModel) -> None:
+    mixture = flocking.feedforwards(llama4)[1].down
+    gate, up = mixture.gate_up_proj.chunk(2, dim=2)
+    due = (gate.norm(dim=1) * up.norm(dim=1)).flatten()
+    assert torch.allclose(row_norms(mixture).flatten(), due)
+
+
+def test_experts_in_a_loop_of_their_own_are_refused_by_name() -> None:
+    config = tf.LongcatFlashConfig(
+        vocab_size=128,
+        hidden_size=64,
+        ffn_hidden_size=160,
+        expert_ffn_hidden_size=40,
+        num_layers=1,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    )
+    model = tf.LongcatFlashForCausalLM(config).eval()
+    with pytest.raises(flocking.UnsupportedModelError, match=r"mlp\.experts could not be proved"):
+        flocking.feedforwards(model)
+    with pytest.warns(UserWarning, match="left out"):
+        blocks = flocking.feedforwards(model, allow_partial=True)
+    assert {block.kind for block in blocks} == {"gated"}
+
+
+def test_experts_that_are_modules_of_their_own_are_refused_by_name() -> None:
+    config = tf.SwitchTransformersConfig(
+        vocab_size=128, d_model=64, d_ff=160, num_layers=2, num_sparse_encoder_layers=1, num_heads=4
+    )
+    model = tf.SwitchTransformersForConditionalGeneration(config).eval()
+    with pytest.raises(flocking.UnsupportedModelError, match=r"mlp\.experts are experts"):
         flocking.feedforwards(model)
