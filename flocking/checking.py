@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.utils import GenerateOutput
 
-from flocking.feedforward import feedforwards
+from flocking.feedforward import FeedForward, feedforwards
 from flocking.griffin import griffin
 from flocking.hooks import observe
 from flocking.overlap import select, statistic
@@ -163,34 +162,43 @@ def _pruned(density: float) -> Callable[[PreTrainedModel, list[list[int]]], floa
 
     def attempt(model: PreTrainedModel, texts: list[list[int]]) -> float:
         twin = griffin(model, density)
-        _generate(twin, texts[0])
+        got = _generate(twin, texts[0])
         keep = {
             block: torch.zeros(block.d_ff, dtype=block.weight.dtype, device=block.device)
             for block in feedforwards(model)
         }
         for block, mask in keep.items():
             mask[twin.selection[block.layer].to(mask.device)] = 1
-        later = torch.tensor([texts[1][:1]], device=_device(model))
-        ids = torch.tensor(texts[:1], device=_device(model))
-        past = model(ids, use_cache=True).past_key_values
-        other = copy.deepcopy(past)
-        with observe(model, lambda block, z: z * keep[block]):
-            due = model(later, past_key_values=past, use_cache=True).logits
-        got = twin(later, past_key_values=other, use_cache=True).logits
-        return relative_error(got, due)
+
+        def pruned(block: FeedForward, z: torch.Tensor) -> torch.Tensor | None:
+            """All but the prompt, whose tokens come in one pass."""
+            return z * keep[block] if z.shape[:-1].numel() == 1 else None
+
+        with observe(model, pruned):
+            due = _generate(model, texts[0], forced=got.sequences)
+        return relative_error(got.logits, due.logits)
 
     return attempt
 
 
-def _generate(model: PreTrainedModel, text: list[int]) -> Any:
+def _generate(
+    model: PreTrainedModel, text: list[int], forced: torch.Tensor | None = None
+) -> GenerateOutput:
+    """A few new tokens, greedily, or those of other sequences."""
     ids = torch.tensor([text], device=_device(model))
+
+    def force(sequences: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        due = forced[:, sequences.shape[1]]
+        return torch.full_like(scores, -torch.inf).index_fill_(1, due, 0)
+
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=2,
+        max_new_tokens=3,
         do_sample=False,
         use_cache=True,
         pad_token_id=0,
+        logits_processor=[] if forced is None else [force],
         return_dict_in_generate=True,
         output_logits=True,
     )

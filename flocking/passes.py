@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,7 +125,8 @@ class Traits(NamedTuple):
     causal : bool
         Later tokens do not matter to earlier ones.
     decodes : bool
-        What follows a text may be fed one token at a time, over a cache, as generation does.
+        What follows a text may be fed one token at a time, over a cache, as generation does, and
+        to another copy of the model than the one that read the text.
     continuable : bool
         It may be fed in one piece, over a cache.
     chunkable : bool
@@ -171,6 +173,37 @@ def traits(model: PreTrainedModel) -> Traits:
             parts.append(output[0])
         return torch.cat(parts, dim=1)
 
+    def generated() -> Tensor:
+        """Logits by `generate`, which knows how each model goes on; its tokens are forced."""
+        reader, writer = shadow(model), shadow(model)
+        writer._prefill = reader._prefill
+        forward = writer.forward
+
+        @functools.wraps(forward)
+        def one_token(*args: Any, **kwargs: Any) -> Any:
+            if kwargs["input_ids"].shape[1] != 1:
+                raise RuntimeError("it reads the text again for every new token")
+            return forward(*args, **kwargs)
+
+        writer.forward = one_token
+        writer.generation_config = GenerationConfig(pad_token_id=0)
+
+        def force(sequences: Tensor, scores: Tensor) -> Tensor:
+            due = ids[:, sequences.shape[1]].to(scores.device)
+            return torch.full_like(scores, -torch.inf).index_fill_(1, due, 0)
+
+        output = writer.generate(
+            ids[:, :12].to(device_of(copied.get_input_embeddings())),
+            attention_mask=ones[:, :12],
+            max_new_tokens=4,
+            do_sample=False,
+            use_cache=True,
+            logits_processor=[force],
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return torch.stack(output.logits, dim=1)
+
     def padded() -> Tensor:
         pads = torch.zeros_like(ids[:, :8])
         return run(torch.cat((ids, pads), 1), torch.cat((ones, pads), 1))[0][:, :16]
@@ -178,17 +211,23 @@ def traits(model: PreTrainedModel) -> Traits:
     with trial(copied):
         whole = run(ids, ones)[0]
 
-        def same(attempt: Callable[[], Tensor]) -> bool:
+        def same(attempt: Callable[[], Tensor], due: Tensor = whole) -> bool:
             try:
                 got = attempt()
-                return relative_error(got, whole[:, : got.shape[1]]) <= tolerance(whole.dtype)
+                return relative_error(got, due[:, : got.shape[1]]) <= tolerance(whole.dtype)
             except Exception:  # it cannot be done at all
                 return False
+
+        def generates() -> bool:
+            if not model.can_generate() or model.config.is_encoder_decoder:
+                return False
+            device = device_of(copied.get_input_embeddings())
+            return same(generated, copied(ids.to(device)).logits[:, 11:])
 
         by_length = _rotates_by_length(model.config)
         return Traits(
             causal=same(changed),
-            decodes=same(decoded),
+            decodes=same(decoded) or generates(),
             continuable=(continuable := same(chunked)),
             chunkable=not by_length and continuable,
             paddable=not by_length and same(padded),
