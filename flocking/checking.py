@@ -16,11 +16,11 @@ from flocking.griffin import griffin
 from flocking.hooks import observe
 from flocking.overlap import select, statistic
 from flocking.passes import forward, undisturbed
-from flocking.projections import device_of
+from flocking.projections import device_of, embeddings_of
 from flocking.recording import record
 from flocking.shadow import unwrap
 from flocking.texts import passages
-from flocking.trial import relative_error, tolerance
+from flocking.trial import private_randomness, relative_error, tolerance
 
 _LENGTHS = (24, 17, 9)  # tokens of the texts that are tried
 
@@ -86,13 +86,13 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
     if tokenizer is not None:
         chosen = passages()[: len(_LENGTHS)]
         return [tokenizer(t)["input_ids"][:n] for t, n in zip(chosen, _LENGTHS, strict=True)]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embeddings_of(model).weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in _LENGTHS]
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    return device_of(model.get_input_embeddings())
+    return device_of(embeddings_of(model))
 
 
 def _cannot_generate(model: PreTrainedModel) -> str:
@@ -191,17 +191,18 @@ def _generate(
         due = forced[:, sequences.shape[1]]
         return torch.full_like(scores, -torch.inf).index_fill_(1, due, 0)
 
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=3,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=0,
-        logits_processor=[] if forced is None else [force],
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    with private_randomness(model, 0):  # the same numbers each time, for models that draw some
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=3,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            logits_processor=[] if forced is None else [force],
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
 
 
 # By name: the check, and whether it needs a model that generates.

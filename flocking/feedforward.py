@@ -17,6 +17,7 @@ import math
 import re
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -28,7 +29,6 @@ from transformers import PreTrainedModel
 from flocking.candidates import Candidate, candidates_in, candidates_of, layers_of
 from flocking.experts import foreign_experts, is_experts
 from flocking.projections import device_of, width
-from flocking.proof import Proved
 from flocking.search import Findings, search
 from flocking.shadow import per_model, shadow, unwrap
 
@@ -66,6 +66,12 @@ class FeedForward:
         the activation function and the down-projection, say), they can be recorded only.
     token_first : bool
         Whether the model computes z as (token, sequence, neuron), as XLNet does.
+    offset : int or None
+        Where the text's tokens begin in a z that has rows for more than those: behind a prefix of
+        the model's own, or before what fills them up. None if there are no such rows.
+    call, calls : int
+        Which of its runs in one forward pass this is, of how many, from 0. (Where layers share
+        weights, or one is run repeatedly, each run counts as a layer.)
     """
 
     layer: int
@@ -79,6 +85,9 @@ class FeedForward:
     experts: int = 1
     prunable: bool = True
     token_first: bool = field(default=False, repr=False)
+    offset: int | None = field(default=None, repr=False)
+    call: int = field(default=0, repr=False)
+    calls: int = field(default=1, repr=False)
 
     @property
     def weight(self) -> Tensor:
@@ -245,10 +254,10 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
             due[path] = {c.down for c in candidates[path] if not c.ups}  # experts, always
             if not proved[path]:
                 due[path] |= everywhere & dict(model.get_submodule(path).named_modules()).keys()
-    problems = _left_out(model, found, due)
-    _refuse(name, problems, wish._replace(allow_partial=wish.allow_partial and found.any))
+    problems = _left_out(found, due)
+    _refuse(name, problems, wish)
     _warn_of_gaps(name, candidates, found, problems)
-    return _assemble(model, {path: each for path, each in found.proved.items() if each})
+    return _assemble(model, found)
 
 
 def _given(
@@ -283,40 +292,15 @@ def _given(
     return candidates
 
 
-def _left_out(model: PreTrainedModel, found: Findings, due: dict[str, set[str]]) -> dict[str, str]:
-    """Blocks that must not go missing without a word, and why; those that are none are dropped."""
+def _left_out(found: Findings, due: dict[str, set[str]]) -> dict[str, str]:
+    """Blocks that must not go missing without a word, and why they are."""
     problems: dict[str, str] = {}
-    places: dict[nn.Module, list[str]] = {}
-    for path, blocks in found.proved.items():
-        for block in blocks:
-            place = ".".join(filter(None, (path, block.candidate.down)))
-            places.setdefault(model.get_submodule(place), []).append(place)
-    shared = {place: here for here in places.values() for place in here if len(here) > 1}
-    for path, blocks in found.proved.items():
-        if blocks and found.calls[path] > 1:
-            problems[path or "the model"] = (
-                f"runs {found.calls[path]} times in one forward (its layers share weights), so "
-                "what is recorded there would belong to no one layer"
-            )
-            blocks.clear()
-        for block in list(blocks):
-            place = ".".join(filter(None, (path, block.candidate.down)))
-            if place in shared:
-                problems[place] = (
-                    f"is shared between layers ({', '.join(shared[place])}), so what is recorded "
-                    "there would belong to no one layer"
-                )
-                blocks.remove(block)
     for path, downs in due.items():
         here = {block.candidate.down for block in found.proved.get(path, [])}
         for down in sorted(downs - here):
-            place = ".".join(filter(None, (path, down)))
-            if place in problems or path in problems:
-                continue
             reasons = [why for c, why in found.refused.get(path, {}).items() if c.down == down]
-            problems[place] = (
-                f"could not be proved: {reasons[-1] if reasons else 'it is no Linear'}"
-            )
+            reason = reasons[-1] if reasons else "it is no Linear"
+            problems[".".join(filter(None, (path, down)))] = f"could not be proved: {reason}"
     return problems
 
 
@@ -368,17 +352,21 @@ def _describe(model: nn.Module, found: Findings) -> str:
     return "\n".join(lines)
 
 
-def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForward]:
+def _assemble(model: nn.Module, findings: Findings) -> list[FeedForward]:
     """The blocks, on the modules of the model itself."""
     blocks: list[FeedForward] = []
+    found = {path: proved for path, proved in findings.proved.items() if proved}
     numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", path) for path in found]
     positions = [int(match[1]) if match else 0 for match in numbers]
-    # A layer's number is its place in the stack, unless several stacks or several blocks
-    # a layer would make that ambiguous: then blocks are counted in the order they stand.
-    unique = len(set(positions)) == len(positions) and all(len(b) == 1 for b in found.values())
+    # A layer's number is its place in the stack, unless several stacks, or several blocks or runs
+    # of a layer would make that ambiguous: then they are counted in the order they stand.
+    unique = len(set(positions)) == len(positions) and all(
+        len(proved) == findings.calls[path] == 1 for path, proved in found.items()
+    )
     for position, (prefix, proved) in zip(positions, found.items(), strict=True):
-        for candidate, error, order, prunable, token_first in proved:
-            inside = (*(order or [candidate.down]), candidate.down)
+        for _, block in itertools.product(range(findings.calls[prefix]), proved):
+            candidate = block.candidate
+            inside = (*(block.order or [candidate.down]), candidate.down)
             *gate, up, down = (model.get_submodule(f"{prefix}.{p}".lstrip(".")) for p in inside)
             blocks.append(
                 FeedForward(
@@ -389,10 +377,16 @@ def _assemble(model: nn.Module, found: dict[str, list[Proved]]) -> list[FeedForw
                     gate=up if candidate.fused else (gate[0] if gate else None),
                     down=down,
                     interleaved=candidate.interleaved,
-                    error=error,
+                    error=block.error,
                     experts=candidate.experts,
-                    prunable=prunable,
-                    token_first=token_first,
+                    prunable=block.prunable,
+                    token_first=block.token_first,
+                    offset=block.offset,
                 )
             )
+    calls = Counter(block.down for block in blocks)
+    before: Counter[nn.Module] = Counter()
+    for number, block in enumerate(blocks):
+        blocks[number] = replace(block, call=before[block.down], calls=calls[block.down])
+        before[block.down] += 1
     return blocks

@@ -152,7 +152,7 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
         raise ValueError(
             f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
         )
-    if fixed := [block for block in blocks if not block.prunable]:
+    if fixed := [b for b in blocks if not b.prunable or b.calls > 1 or b.offset is not None]:
         raise ValueError(
             f"{name} cannot be pruned, only recorded: in {len(fixed)} FF blocks ({fixed[0].path}, "
             f"...) {_why_fixed(fixed[0])}."
@@ -162,12 +162,17 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
 
 def _why_fixed(block: FeedForward) -> str:
     """Why a block's neurons cannot be taken out of it."""
+    if block.calls > 1:
+        return "run several times in one forward pass"
+    if block.offset is not None:
+        return "are given more than the text's tokens"
     odd = [p for p in (block.gate, block.up, block.down) if p is not None and not is_plain(p)]
     if not odd:
         return "neurons depend on each other, as where a norm precedes the down-projection"
     if isinstance(odd[0], nn.Linear):
+        packed = odd[0] if type(odd[0].weight) is nn.Parameter else odd[0].weight
         return (
-            f"weights are quantised ({type(odd[0].weight).__name__}) in a way that does not let "
+            f"weights are quantised ({type(packed).__name__}) in a way that does not let "
             "one neuron be told from the next: load it unquantised, or quantised row by row, as "
             "torchao's Int8WeightOnlyConfig does"
         )
@@ -293,7 +298,12 @@ class _State:
         self.draft = None
 
     def prefill(
-        self, run: Callable[[], Any], sequences: int, mask: Tensor | None, past: Any
+        self,
+        run: Callable[[], Any],
+        sequences: int,
+        mask: Tensor | None,
+        past: Any,
+        tokens: int | None = None,
     ) -> Any:
         """Run the prompt on the full model, watched; choose the experts and copy them.
 
@@ -309,6 +319,8 @@ class _State:
             1 for real tokens; all if None.
         past : Cache or None
             What the prompt comes on top of.
+        tokens : int, optional
+            Of each sequence's prompt, if that is known.
         """
         self.forget()
         read = None if past is None else self.by_cache.pop(past, None)
@@ -341,6 +353,11 @@ class _State:
         with torch.no_grad(), observe(self.whole, add, routed=True):
             outputs = run()
         fed = next(iter(seen.values()))
+        if tokens is not None and set(seen.values()) != {tokens}:
+            raise RuntimeError(
+                f"{type(self.whole).__name__} was fed {tokens} tokens a sequence and computed "
+                f"{fed}: with tokens added, dropped or repeated, no experts can be chosen."
+            )
         real = (number(0, fed) >= 0).sum(dim=1)
         read = _Read(moments, real if first else read.tokens + real)
         self.choose(read)

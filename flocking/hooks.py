@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import operator
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from flocking.experts import is_experts
 from flocking.feedforward import FeedForward, feedforwards
 from flocking.moments import Routed
 from flocking.shadow import unwrap
@@ -130,23 +132,36 @@ def observe(
     model = unwrap(model)
     blocks = choose(feedforwards(model), layers)
     silent = set(blocks)
+    by_module: dict[nn.Module, dict[int, FeedForward]] = {}
+    for block in blocks:
+        by_module.setdefault(block.down, {})[block.call] = block
+    ran: Counter[nn.Module] = Counter()  # how often, in this forward pass
 
-    def hook_of(block: FeedForward) -> Callable[..., tuple | None]:
-        def hook(module: nn.Module, args: tuple) -> tuple | None:
-            silent.discard(block)
-            z = args[0]
-            replacement = callback(block, z.transpose(0, 1) if block.token_first else z)
-            if replacement is None:
-                return None
-            if block.token_first:
-                replacement = replacement.transpose(0, 1)
-            return (replacement, *args[1:])
+    def running(module: nn.Module) -> FeedForward | None:
+        """Which of a module's runs this is; None if it is not watched."""
+        mine = by_module[module]
+        block = mine.get(ran[module] % next(iter(mine.values())).calls)
+        ran[module] += 1
+        silent.discard(block)
+        return block
 
-        return hook
+    def hook(module: nn.Module, args: tuple) -> tuple | None:
+        block = running(module)
+        if block is None:
+            return None
+        z = args[0]
+        replacement = callback(block, z.transpose(0, 1) if block.token_first else z)
+        if replacement is None:
+            return None
+        if block.token_first:
+            replacement = replacement.transpose(0, 1)
+        return (replacement, *args[1:])
 
-    def tap_of(block: FeedForward) -> Callable[[Routed], Tensor | None]:
+    def tap_of(module: nn.Module) -> Callable[[Routed], Tensor | None]:
         def tap(z: Routed) -> Tensor | None:
-            silent.discard(block)
+            block = running(module)
+            if block is None:
+                return None
             if routed:
                 return callback(block, z)
             replacement = callback(block, z.dense())
@@ -156,11 +171,14 @@ def observe(
 
     with ExitStack() as everything:
         everything.enter_context(_eager())
-        for block in blocks:
-            if block.kind == "experts":
-                everything.enter_context(watching(block.down, tap_of(block)))
+        if any(block.calls > 1 for block in blocks):  # a pass that failed must not shift the next
+            handle = model.base_model.register_forward_pre_hook(lambda *_: ran.clear())
+            everything.callback(handle.remove)
+        for module in by_module:
+            if is_experts(module):
+                everything.enter_context(watching(module, tap_of(module)))
             else:
-                handle = block.down.register_forward_pre_hook(hook_of(block))
+                handle = module.register_forward_pre_hook(hook)
                 everything.callback(handle.remove)
         yield blocks
     if silent:

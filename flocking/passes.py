@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from flocking.projections import device_of
+from flocking.projections import device_of, embeddings_of
 from flocking.shadow import per_model, shadow
 from flocking.trial import private_randomness, relative_error, tolerance, trial
 
@@ -52,7 +52,7 @@ def forward(
         1 for real tokens, those of `past` included.
     """
     base = model.base_model
-    device = device_of(model.get_input_embeddings())
+    device = device_of(embeddings_of(model))
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     accepted = inspect.signature(base.forward).parameters
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
@@ -146,7 +146,7 @@ class Traits(NamedTuple):
 def traits(model: PreTrainedModel) -> Traits:
     """Find out by trial, on a shadow of the model and 16 random tokens."""
     copied = shadow(model)
-    vocabulary = copied.get_input_embeddings().weight.shape[0]
+    vocabulary = embeddings_of(copied).weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, 16), generator=generator, device="cpu")
     ones = torch.ones_like(ids)
@@ -193,7 +193,7 @@ def traits(model: PreTrainedModel) -> Traits:
             return torch.full_like(scores, -torch.inf).index_fill_(1, due, 0)
 
         output = writer.generate(
-            ids[:, :12].to(device_of(copied.get_input_embeddings())),
+            ids[:, :12].to(device_of(embeddings_of(copied))),
             attention_mask=ones[:, :12],
             max_new_tokens=4,
             do_sample=False,
@@ -221,7 +221,7 @@ def traits(model: PreTrainedModel) -> Traits:
         def generates() -> bool:
             if not model.can_generate() or model.config.is_encoder_decoder:
                 return False
-            device = device_of(copied.get_input_embeddings())
+            device = device_of(embeddings_of(copied))
             return same(generated, copied(ids.to(device)).logits[:, 11:])
 
         by_length = _rotates_by_length(model.config)
@@ -275,7 +275,7 @@ def continued(
     copied.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad
     )
-    device = device_of(model.get_input_embeddings())
+    device = device_of(embeddings_of(model))
     sequences = []
     for prompt in tqdm(prompts, "generating", unit="text", disable=not progress):
         ids = prompt[None].to(device)

@@ -83,15 +83,10 @@ def cut(
         raise ValueError(f"its {type(projection).__name__} cannot be cut")
     compact = without_accelerate(separate(projection))
     with loaded(projection):
-        compact._parameters = parameters = {
-            name: value if value is None else value.detach()
-            for name, value in projection._parameters.items()
-        }
+        compact._parameters = parameters = dict(projection._parameters)  # a bias may stay whole
         for name, axis, index in _taken(projection, outputs, inputs):
-            parameters[name] = _take(parameters[name], axis, index)
-        for name, value in parameters.items():
-            if value is not None:
-                parameters[name] = nn.Parameter(value, requires_grad=False)
+            kept = _take(parameters[name].detach(), axis, index)
+            parameters[name] = nn.Parameter(kept, requires_grad=False)
     d_in, d_out = parameters["weight"].shape[:: 1 if stored_transposed(projection) else -1]
     if stored_transposed(projection):
         compact.nx, compact.nf = d_in, d_out
@@ -192,6 +187,12 @@ def device_of(module: nn.Module, parameter: str = "weight") -> torch.device:
     if has_offloaded_params(module):
         return torch.device(module._hf_hook.execution_device)
     return getattr(module, parameter).device
+
+
+def embeddings_of(model: nn.Module) -> nn.Module:
+    """What looks up a model's tokens; the first, if it has several."""
+    found = model.get_input_embeddings().modules()
+    return next(module for module in found if getattr(module, "weight", None) is not None)
 
 
 def without_accelerate(module: nn.Module) -> nn.Module:

@@ -22,12 +22,19 @@ from flocking.shadow import replaced, with_forward
 from flocking.trial import relative_error, tolerance
 from flocking.watching import watching
 
-PROBE_SHAPE = (2, 8)  # sequences x tokens of the one forward pass that the proof runs
-_FLIPPED = 3  # the token whose change must not reach the others
+PROBE_SHAPE = (2, 9)  # sequences x tokens of the one forward pass that the proof runs
+FLIPPED = 3  # the token whose change must not reach the others
 
 
 class RefusedError(Exception):
     """A candidate failed the proof; the message says why."""
+
+
+class Rows(NamedTuple):
+    """Where the text's tokens stand, among more rows than there are tokens."""
+
+    offset: int
+    total: int  # of the proof's text
 
 
 class Proved(NamedTuple):
@@ -38,13 +45,16 @@ class Proved(NamedTuple):
     order: tuple[str, ...]
     prunable: bool = True
     token_first: bool = False
+    offset: int | None = None
 
 
 class _Bench:
     """One candidate in a shadow's layer, to be run in one way and another."""
 
-    def __init__(self, layer: nn.Module, candidate: Candidate, run: Callable[[], Any]) -> None:
-        self.layer, self.candidate, self.run = layer, candidate, run
+    def __init__(
+        self, layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None
+    ) -> None:
+        self.layer, self.candidate, self.run, self.rows = layer, candidate, run, rows
         self.down = layer.get_submodule(candidate.down)
         self.ups = {path: layer.get_submodule(path) for path in candidate.ups}
         self.tolerance = tolerance(self.down.weight.dtype)
@@ -80,9 +90,23 @@ class _Bench:
             raise RefusedError(f"{reason} (relative error {error:.1g})")
         return error
 
+    def refuse_layout(self, z: Tensor) -> None:
+        if z.shape[:-1] in (PROBE_SHAPE, (math.prod(PROBE_SHAPE),)):
+            self.rows = None
+        elif self.rows is None or z.shape[:-1] != (PROBE_SHAPE[0], self.rows.total):
+            raise RefusedError(f"lays out its activations as {tuple(z.shape)}, not token by token")
+
+    def proved(self, error: float, order: tuple[str, ...], prunable: bool = True) -> Proved:
+        offset = self.rows and self.rows.offset
+        return Proved(self.candidate, error, order, prunable, self.token_first, offset)
+
 
 def prove(
-    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], generator: torch.Generator
+    layer: nn.Module,
+    candidate: Candidate,
+    run: Callable[[], Any],
+    generator: torch.Generator,
+    rows: Rows | None = None,
 ) -> Proved:
     """The proof for one candidate of a shadow's layer, which `run` calls.
 
@@ -90,15 +114,17 @@ def prove(
     """
     if not candidate.ups:
         return Proved(candidate, _prove_experts(layer, candidate, run, generator), ())
-    bench = _Bench(layer, candidate, run)
+    bench = _Bench(layer, candidate, run, rows)
     z, error = _prove_independent(bench, generator)
     if z.is_meta:  # no values to go by: by convention, the gate is defined first
-        return Proved(candidate, math.nan, candidate.ups, token_first=bench.token_first)
+        return bench.proved(math.nan, candidate.ups)
     error = max(error, _prove_tokenwise(bench, z))
-    return Proved(candidate, error, _gate_first(bench, z), token_first=bench.token_first)
+    return bench.proved(error, _gate_first(bench, z))
 
 
-def prove_recordable(layer: nn.Module, candidate: Candidate, run: Callable[[], Any]) -> Proved:
+def prove_recordable(
+    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None = None
+) -> Proved:
     """A weaker proof, for blocks whose neurons depend on each other: they can be recorded alone.
 
     Where a norm lies between the activation function and the down-projection (BitNet), or only
@@ -106,9 +132,9 @@ def prove_recordable(layer: nn.Module, candidate: Candidate, run: Callable[[], A
     if its z belongs to one token each, depends on the up-projections and on nothing else, and not
     linearly.
     """
-    bench = _Bench(layer, candidate, run)
+    bench = _Bench(layer, candidate, run, rows)
     whole, z = bench.run_with({})
-    _refuse_layout(z)
+    bench.refuse_layout(z)
     error = _prove_tokenwise(bench, z)
     order = _gate_first(bench, z)
     # What the up-projections give is held fast, and all else in the layer is another.
@@ -143,12 +169,7 @@ def prove_recordable(layer: nn.Module, candidate: Candidate, run: Callable[[], A
     masked, _ = bench.run_with({}, mask=z.new_zeros(1))
     if relative_error(masked, whole) <= bench.tolerance:
         raise RefusedError("it adds nothing to the layer's output")
-    return Proved(candidate, error, order, prunable=False, token_first=bench.token_first)
-
-
-def _refuse_layout(z: Tensor) -> None:
-    if z.shape[:-1] not in (PROBE_SHAPE, (math.prod(PROBE_SHAPE),)):
-        raise RefusedError(f"lays out its activations as {tuple(z.shape)}, not token by token")
+    return bench.proved(error, order, prunable=False)
 
 
 def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -163,7 +184,7 @@ def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tenso
     output, z_half = bench.run_with(cut_ups, cut(bench.down, inputs=half))
     whole, z = bench.run_with({})
     masked, _ = bench.run_with({}, mask=mask)
-    _refuse_layout(z)
+    bench.refuse_layout(z)
     if not z.is_meta and not (z.isfinite().all() and (z * (1 - mask)).any()):
         raise RefusedError("has activations that are all zero, or not finite")
     error = bench.check(relative_error(z_half, z[..., half]), "its neurons depend on each other")
@@ -233,13 +254,13 @@ def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
     def flipping(up: nn.Module) -> nn.Module:
         def forward(x: Tensor) -> Tensor:
             y = up(x).clone()
-            bench.sequence_first(y)[..., _FLIPPED, :] *= -1
+            bench.sequence_first(y)[..., FLIPPED, :] *= -1
             return y
 
         return with_forward(up, forward)
 
     _, flipped = bench.run_with({path: flipping(up) for path, up in bench.ups.items()})
-    others = [token for token in range(z.shape[-2]) if token != _FLIPPED]
+    others = [token for token in range(z.shape[-2]) if token != FLIPPED]
     error = relative_error(flipped[..., others, :], z[..., others, :])
     return bench.check(error, "it mixes tokens")
 

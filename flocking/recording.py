@@ -322,6 +322,8 @@ class _Recorder:
     def __call__(self, block: FeedForward, z: Tensor | Routed) -> None:
         windows = self.windows
         n, tokens = windows.weights.shape[::2]
+        if block.offset is not None and z.shape[1] != tokens:  # there are rows that are no tokens
+            z = z[:, block.offset : block.offset + tokens]
         if z.shape[:-1] not in ((n, tokens), (n * tokens,)):
             raise RuntimeError(
                 f"{block.path} was given {tuple(z.shape[:-1])} tokens where {n} x {tokens} were "

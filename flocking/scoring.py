@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.passes import refuse_forgetful, refuse_long, undisturbed
-from flocking.projections import device_of
+from flocking.projections import device_of, embeddings_of
 from flocking.shadow import unwrap
 from flocking.tokens import Prompts, tokenize
 from flocking.twin import Twin
@@ -245,7 +245,7 @@ def _beginning(model: PreTrainedModel, ids: Tensor, cut: int) -> tuple[Tensor, A
     with undisturbed(model, seed=0):
         if twin:
             outputs = model._griffin.prefill(
-                lambda: _run(whole, ids, slice(0, cut)), len(ids), None, None
+                lambda: _run(whole, ids, slice(0, cut)), len(ids), None, None, cut
             )
         else:
             outputs = _run(whole, ids, slice(0, cut))
@@ -263,7 +263,7 @@ def _rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
 
 
 def _run(model: PreTrainedModel, ids: Tensor, tokens: slice, past: Any = None) -> Any:
-    ids = ids.to(device_of(model.get_input_embeddings()))
+    ids = ids.to(device_of(embeddings_of(model)))
     return model(
         input_ids=ids[:, tokens],
         attention_mask=torch.ones_like(ids[:, : tokens.stop]),

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from flocking.candidates import Candidate
 from flocking.experts import is_experts
-from flocking.projections import device_of, is_loaded
-from flocking.proof import PROBE_SHAPE, Proved, RefusedError, prove, prove_recordable
+from flocking.projections import device_of, embeddings_of, is_loaded
+from flocking.proof import (
+    FLIPPED,
+    PROBE_SHAPE,
+    Proved,
+    RefusedError,
+    Rows,
+    prove,
+    prove_recordable,
+)
 from flocking.shadow import replaced, shadow, with_forward
 from flocking.trial import trial
 
@@ -53,6 +61,7 @@ def search(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) -> Fi
     found = Findings({}, {}, dict.fromkeys(candidates, 0))
     broken: dict[tuple[type, Candidate], str] = {}
     copied = shadow(model)
+    rows = _rows(copied, candidates)
 
     def probing(path: str, layer: nn.Module) -> Callable[..., Any]:
         forward = layer.forward
@@ -67,7 +76,7 @@ def search(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) -> Fi
 
             found.calls[path] += 1
             if found.calls[path] == 1:
-                results = _search_layer(layer, candidates[path], run, broken)
+                results = _search_layer(layer, candidates[path], run, broken, rows)
                 found.proved[path], found.refused[path] = results
             return forward(*args, **kwargs)
 
@@ -81,12 +90,51 @@ def search(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) -> Fi
     return found
 
 
-def _probe(model: PreTrainedModel) -> None:
-    """One small forward pass of random tokens, without the head and without a cache."""
-    embeddings = model.get_input_embeddings()
+class _SeenError(Exception):
+    """Enough was seen of a forward pass."""
+
+
+def _rows(copied: PreTrainedModel, layers: Iterable[str]) -> Rows | None:
+    """Where the text is, if the first layer is given more rows than there are tokens.
+
+    Some models put tokens of their own before it, some fill it up behind to whole chunks: the row
+    that changes with a token says where they stand. None if rows are tokens.
+    """
+
+    def given(changed: bool) -> Tensor | None:
+        seen: list[Tensor] = []
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            seen.extend(x for x in tensors if x.ndim == 3 and x.is_floating_point())
+            raise _SeenError
+
+        stopping = {path: with_forward(copied.get_submodule(path), stop) for path in layers if path}
+        with replaced(copied, stopping), trial(copied), suppress(Exception):
+            _probe(copied, changed)
+        return seen[0] if seen else None
+
+    before = given(False)
+    if before is None or before.is_meta or before.shape[0] != PROBE_SHAPE[0]:
+        return None
+    total = before.shape[1]
+    if total <= PROBE_SHAPE[1]:
+        return None
+    other = (given(True) != before).any(dim=-1)[0].nonzero().flatten().tolist()
+    return Rows(other[0] - FLIPPED, total) if len(other) == 1 else None
+
+
+def _probe(model: PreTrainedModel, changed: bool = False) -> None:
+    """One small forward pass of random tokens, without the head and without a cache.
+
+    With one token `changed` to another, if so asked.
+    """
+    embeddings = embeddings_of(model)
     generator = torch.Generator().manual_seed(0)
     vocabulary = embeddings.weight.shape[0]
     ids = torch.randint(vocabulary, PROBE_SHAPE, generator=generator, device="cpu")
+    if changed:
+        ids[0, FLIPPED] = (ids[0, FLIPPED] + 1) % vocabulary
     ids = ids.to(device_of(embeddings))
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
@@ -130,6 +178,7 @@ def _search_layer(
     candidates: list[Candidate],
     run: Callable[[], Any],
     broken: dict[tuple[type, Candidate], str],
+    rows: Rows | None,
 ) -> tuple[list[Proved], dict[Candidate, str]]:
     """The candidates of one shadow layer that pass, and why the others do not.
 
@@ -154,7 +203,7 @@ def _search_layer(
             refused[candidate] = reason
             continue
         try:
-            found.append(prove(layer, candidate, run, generator))
+            found.append(prove(layer, candidate, run, generator, rows))
         except RefusedError as problem:
             refused[candidate] = str(problem)
         except Exception as problem:  # a wrong candidate may break the layer in any way
@@ -165,5 +214,5 @@ def _search_layer(
         if found:
             break
         with suppress(Exception):  # why it is no block at all was said above
-            found.append(prove_recordable(layer, candidate, run))
+            found.append(prove_recordable(layer, candidate, run, rows))
     return found, untimely | refused

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from flocking.projections import embeddings_of
 from flocking.shadow import per_model
 
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
@@ -74,7 +75,7 @@ def tokenize(
         special = _special(tokenizer)
     else:
         ids, special = _sequences(text), "as given"
-    prompts = _unpadded(ids, masks, model.get_input_embeddings().weight.shape[0])
+    prompts = _unpadded(ids, masks, embeddings_of(model).weight.shape[0])
     if strings:
         return Prompts(prompts, [str(item) for item in text], tokenizer, special)
     if tokenizer is None and getattr(model, "name_or_path", ""):

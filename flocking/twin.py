@@ -122,8 +122,13 @@ class Twin:
             mask = mask[:, length:]
         state = self._griffin
         state.copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        given = input_ids.shape[1] - length if "inputs_embeds" not in model_kwargs else None
         return state.prefill(
-            lambda: state.whole._prefill(*arguments), len(input_ids), mask, past if length else None
+            lambda: state.whole._prefill(*arguments),
+            len(input_ids),
+            mask,
+            past if length else None,
+            given,
         )
 
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import conftest
@@ -334,17 +335,62 @@ def test_a_block_left_out_of_one_layer_only_is_an_error(llama: tf.PreTrainedMode
         flocking.feedforwards(llama)
 
 
-def test_layers_that_share_weights_are_refused() -> None:
+def test_each_run_of_a_shared_layer_counts_as_a_layer() -> None:
+    """ALBERT runs one layer again and again: recorded run by run, and GRIFFIN refuses."""
     config = tf.AlbertConfig(
         vocab_size=128,
         hidden_size=64,
         embedding_size=32,
         intermediate_size=160,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
     )
-    with pytest.raises(UnsupportedModelError, match="2 times in one forward"):
-        flocking.feedforwards(tf.AlbertModel(config).eval())
+    torch.manual_seed(0)
+    model = tf.AlbertModel(config).eval()
+    blocks = flocking.feedforwards(model)
+    assert [(b.layer, b.call, b.calls) for b in blocks] == [(0, 0, 3), (1, 1, 3), (2, 2, 3)]
+    assert len({block.down for block in blocks}) == 1
+    texts = conftest.random_ids(6, 9)
+    recording = flocking.record(model, texts, progress=False)
+    for row, ids in enumerate(texts):
+        runs: list[torch.Tensor] = []
+        handle = blocks[0].down.register_forward_pre_hook(
+            lambda module, args, runs=runs: runs.append(args[0][0])
+        )
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+        handle.remove()
+        for layer, z in enumerate(runs):
+            due = (z / z.norm(dim=1, keepdim=True)).square().sum(dim=0)
+            got = recording.energy.isel(sequence=row, layer=layer).sum("window")
+            assert torch.allclose(torch.from_numpy(got.values), due, atol=1e-5)
+    only = flocking.record(model, texts, layers=[1], progress=False)
+    assert only.energy.isel(layer=0).equals(recording.energy.isel(layer=1))
+
+
+def test_a_pass_that_fails_does_not_shift_the_runs_of_the_next() -> None:
+    config = tf.AlbertConfig(
+        vocab_size=128,
+        hidden_size=64,
+        embedding_size=32,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
+    model = tf.AlbertModel(config).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    seen: list[int] = []
+
+    def callback(block: flocking.FeedForward, z: torch.Tensor) -> None:
+        seen.append(block.layer)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with flocking.observe(model, callback):
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+        model(ids)
+    assert seen == [0, 1, 0, 1, 2]
 
 
 class Strange(nn.Module):
@@ -381,23 +427,6 @@ def test_what_cannot_be_recorded_may_be_left_out(llama: tf.PreTrainedModel) -> N
     assert list(twin.selection) == [0]
     with pytest.raises(UnsupportedModelError, match=r"allow_partial=True"):
         flocking.feedforwards(llama, allow_partial=False)
-
-
-def test_shared_blocks_are_left_out_wherever_they_are(llama: tf.PreTrainedModel) -> None:
-    layers = llama.model.layers
-    layers.append(conftest.build("llama").model.layers[0])
-    llama.config.num_hidden_layers = 3
-    llama.config.layer_types = ["full_attention"] * 3
-    layers[1].mlp = layers[0].mlp
-    with pytest.warns(UserWarning, match="left out, since .* is shared"):
-        blocks = flocking.feedforwards(llama, allow_partial=True)
-    assert [block.layer for block in blocks] == [2]
-
-
-def test_nothing_is_left_when_all_would_be_left_out(llama: tf.PreTrainedModel) -> None:
-    llama.model.layers[1].mlp = llama.model.layers[0].mlp
-    with pytest.raises(UnsupportedModelError, match="is shared"):
-        flocking.feedforwards(llama, allow_partial=True)
 
 
 def test_layers_without_a_block_are_named(llama: tf.PreTrainedModel) -> None:
@@ -460,10 +489,16 @@ def test_a_massive_residual_hides_no_true_block(llama: tf.PreTrainedModel) -> No
     assert len(flocking.feedforwards(llama)) == 2
 
 
-def test_a_block_shared_by_two_layers_is_refused(llama: tf.PreTrainedModel) -> None:
-    llama.model.layers[1].mlp = llama.model.layers[0].mlp
-    with pytest.raises(UnsupportedModelError, match=r"mlp\.down_proj is shared between layers"):
-        flocking.feedforwards(llama)
+def test_a_block_shared_by_two_layers_counts_for_both(llama: tf.PreTrainedModel) -> None:
+    shared = copy.deepcopy(llama)
+    shared.model.layers[1].mlp = shared.model.layers[0].mlp
+    llama.model.layers[1].mlp.load_state_dict(llama.model.layers[0].mlp.state_dict())
+    blocks = flocking.feedforwards(shared)
+    assert [(b.layer, b.call, b.calls) for b in blocks] == [(0, 0, 2), (1, 1, 2)]
+    one, other = (flocking.record(m, [[5, 6, 7]], progress=False) for m in (shared, llama))
+    assert one.energy.equals(other.energy)
+    with pytest.raises(ValueError, match="run several times in one forward pass"):
+        flocking.griffin(shared)
 
 
 def test_added_layers_are_found(llama: tf.PreTrainedModel) -> None:

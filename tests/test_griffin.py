@@ -818,6 +818,20 @@ def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None
         flocking.griffin(llama, method="global-local", reference=reference, weight=2)
 
 
+class Packed(torch.nn.Linear):
+    """A Linear whose weight is bytes of another shape, as bitsandbytes has them."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = float(linear.weight.detach().abs().max() / 127)
+        packed = (linear.weight.detach() / self.scale).round().to(torch.int8).view(torch.uint8)
+        self.weight = torch.nn.Parameter(packed.reshape(-1, 1), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.view(torch.int8).view(self.out_features, self.in_features)
+        return x @ (weight * self.scale).T
+
+
 def test_refuses_models_that_cannot_be_pruned() -> None:
     with pytest.raises(ValueError, match="no decoder-only model that generates"):
         flocking.griffin(build("bert"))
@@ -826,10 +840,11 @@ def test_refuses_models_that_cannot_be_pruned() -> None:
     with pytest.raises(ValueError, match="on the meta device"):
         flocking.griffin(meta)
     quantised = build("llama")
-    quantised.is_quantized = True
-    quantised.config.quantization_config = type("Config", (), {"quant_method": "bitsandbytes"})()
-    with pytest.raises(ValueError, match="quantised \\(bitsandbytes\\)"):
+    for layer in quantised.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj)
+    with pytest.raises(ValueError, match=r"quantised \(Packed\)"):
         flocking.griffin(quantised)
+    assert flocking.record(quantised, [5, 6, 7], progress=False).sizes["layer"] == 2
 
 
 def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:

@@ -51,7 +51,7 @@ def test_imports_point_one_way() -> None:
         {"shadow", "moments", "texts", "metrics", "uncertainty", "drawing"},
         {"projections"},
         {"trial", "figures", "experts", "tokens"},
-        {"candidates", "models", "twin"},
+        {"candidates", "models", "twin", "watching"},
         {"proof"},
         {"search"},
         {"feedforward"},
