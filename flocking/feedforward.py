@@ -46,7 +46,8 @@ class FeedForward:
     layer : int
         Index of the decoder (or encoder) layer that holds the block.
     path : str
-        Path of the smallest module that holds all of the block's projections.
+        Path of the smallest module that holds all of the block's projections; of the
+        down-projection, where that is the whole model.
     d_ff : int
         Number of neurons, the width of ``z``; of a mixture of experts, all of theirs together.
     up, down : torch.nn.Module
@@ -371,7 +372,7 @@ def _assemble(model: nn.Module, findings: Findings) -> list[FeedForward]:
             blocks.append(
                 FeedForward(
                     layer=position if unique else len(blocks),
-                    path=".".join(part for part in (prefix, candidate.scope) if part),
+                    path=".".join(filter(None, (prefix, candidate.scope))) or candidate.down,
                     d_ff=candidate.d_ff,
                     up=up,
                     gate=up if candidate.fused else (gate[0] if gate else None),

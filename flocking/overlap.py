@@ -247,7 +247,7 @@ def select(values: xr.DataArray, density: float | Iterable[float] = 0.5) -> xr.D
     )
 
 
-def jaccard(a: xr.DataArray, b: xr.DataArray) -> xr.DataArray:
+def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArray:
     """Overlap of two selections: ``|A and B| / |A or B|``. See :func:`chance_jaccard`.
 
     Parameters
@@ -255,6 +255,8 @@ def jaccard(a: xr.DataArray, b: xr.DataArray) -> xr.DataArray:
     a, b : xarray.DataArray, bool, (..., neuron)
         Selections. Dimensions of the same name must have the same labels; the others are
         broadcast against each other.
+    dim : str
+        What is selected, if it is not neurons (``"routed_expert"``, say).
 
     Returns
     -------
@@ -267,12 +269,15 @@ def jaccard(a: xr.DataArray, b: xr.DataArray) -> xr.DataArray:
         If the labels differ along a dimension that both have.
     """
     for name, values in (("a", a), ("b", b)):
-        if values.dtype != bool or "neuron" not in values.dims:
-            raise ValueError(f"{name} is no selection: give what flocking.select returns.")
+        if values.dtype != bool or dim not in values.dims:
+            raise ValueError(
+                f"{name} is no selection along {dim!r}: give what flocking.select returns, or a "
+                "bool array and its dim."
+            )
     a, b = xr.align(a, b, join="exact")
     with xr.set_options(keep_attrs=False):
-        both = (a & b).sum("neuron")
-        sizes = a.sum("neuron"), b.sum("neuron")
+        both = (a & b).sum(dim)
+        sizes = a.sum(dim), b.sum(dim)
         values = both / (sizes[0] + sizes[1] - both).where((sizes[0] > 0) & (sizes[1] > 0))
     return named(values, "jaccard", "Jaccard overlap")
 

@@ -429,6 +429,38 @@ def test_what_cannot_be_recorded_may_be_left_out(llama: tf.PreTrainedModel) -> N
         flocking.feedforwards(llama, allow_partial=False)
 
 
+class Twice(nn.Module):
+    """Two FF blocks, one after the other."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x + self.first(x))
+
+
+def test_two_blocks_in_a_layer(llama: tf.PreTrainedModel) -> None:
+    other = conftest.build("llama", intermediate_size=96)
+    for layer, more in zip(llama.model.layers, other.model.layers, strict=True):
+        layer.mlp = Twice(layer.mlp, more.mlp)
+    blocks = flocking.feedforwards(llama)
+    assert [(b.layer, b.path.removeprefix("model.layers."), b.d_ff) for b in blocks] == [
+        (0, "0.mlp.first", 160),
+        (1, "0.mlp.second", 96),
+        (2, "1.mlp.first", 160),
+        (3, "1.mlp.second", 96),
+    ]
+    texts = conftest.random_ids(7, 5)
+    recording = flocking.record(llama, texts, progress=False)
+    for row, ids in enumerate(texts):
+        for layer, z in conftest.activations(llama, ids).items():
+            due = (z / z.norm(dim=1, keepdim=True)).square().sum(dim=0)
+            got = recording.energy.isel(sequence=row, layer=layer).sum("window")[: len(due)]
+            assert torch.allclose(torch.from_numpy(got.values), due, atol=1e-5)
+    assert flocking.check(llama).passed.all()
+
+
 def test_layers_without_a_block_are_named(llama: tf.PreTrainedModel) -> None:
     llama.model.layers[0].mlp = nn.Identity()
     with pytest.warns(UserWarning, match=r"1 layers hold no .* left out: model\.layers\.0"):
@@ -661,6 +693,7 @@ def test_blocks_that_a_user_names(lists: Lists) -> None:
         (n, lists.down[n], lists.up[n]) for n in range(3)
     ]
     assert all(block.kind == "plain" and block.error < 1e-5 and block.prunable for block in blocks)
+    assert [block.path for block in blocks] == ["down.0", "down.1", "down.2"]
     recording = flocking.record(lists, [[5, 6, 7, 8]], progress=False)  # from then on
     z = conftest.activations(lists, [5, 6, 7, 8])
     for layer in range(3):

@@ -100,9 +100,21 @@ def test_passages(embedded: tuple) -> None:
     compile(by_name["code"], "code", "exec")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "docs/models.md"]
+)
 def test_pages_are_there(page: str) -> None:
     assert (ROOT / page).read_text().strip()
+
+
+def test_the_python_of_the_page_about_models_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/models.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks:
+        exec(block, names)
+    assert names["same"].dims == ("sequence", "layer")
+    assert ((names["same"] >= 0) & (names["same"] <= 1)).all()
+    assert names["neurons"].sizes["neuron"] == 40
 
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
