@@ -256,7 +256,7 @@ def _rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
     """Log-likelihoods from the tokens after `cut`; changes the cache `past`."""
     fed = ids.shape[1] - 1  # the last token predicts none of ours
     if cut == fed:
-        return torch.zeros(len(ids), 0, device=model.device)
+        return torch.zeros(len(ids), 0, device=device_of(embeddings_of(model)))
     with undisturbed(model, seed=0):
         logits = _run(model, ids, slice(cut, fed), past).logits
     return _of_next_tokens(logits, ids, cut)
