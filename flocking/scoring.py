@@ -75,13 +75,8 @@ def score(
     later_ids = _one("continuation", model, continuation).ids[0].tolist()
     # All is fed but the last token; `cut` of it in full, under a twin.
     fed = len(prompt_ids) + len(later_ids) - 1
-    _refuse(model, [torch.tensor(prompt_ids + later_ids[:-1])])
-    cut = len(prompt_ids) if protocol == "context" else fed - 1
-    if cut < 1:
-        raise ValueError(
-            f"protocol={protocol!r} needs a token before the last one that is fed, to choose "
-            "experts from: give a prompt of two tokens or more."
-        )
+    refuse_unscorable(model, [torch.tensor(prompt_ids + later_ids[:-1])])
+    cut = cut_of(protocol, len(prompt_ids), fed + 1)
     values = _log_likelihoods(model, torch.tensor([prompt_ids + later_ids]), cut)
     first = len(prompt_ids) - 1
     pruned = np.arange(first, fed) >= cut
@@ -149,7 +144,7 @@ def perplexity(
         if len(row) < length:
             raise ValueError(f"text {number} has {len(row)} tokens, and {length} are needed.")
     rows = torch.stack([row[:length] for row in ids])
-    _refuse(model, [row[:-1] for row in rows])
+    refuse_unscorable(model, [row[:-1] for row in rows])
     values = []
     with tqdm(total=len(rows), desc="scoring", unit="text", disable=not progress) as bar:
         for batch in rows.split(batch_size):
@@ -188,7 +183,26 @@ def _one(
     return prompts
 
 
-def _refuse(model: PreTrainedModel, fed: list[Tensor]) -> None:
+def cut_of(protocol: Protocol, prompt: int, length: int) -> int:
+    """How many of a sequence's tokens are run in full; raise a ValueError if that is none.
+
+    Parameters
+    ----------
+    protocol : {"context", "last-token"}
+    prompt, length : int
+        Tokens of the prompt, and of the whole, of which all but the last are fed.
+    """
+    cut = prompt if protocol == "context" else length - 2
+    if cut < 1:
+        raise ValueError(
+            f"protocol={protocol!r} needs a token before the last one that is fed, to choose "
+            "experts from: give a prompt of two tokens or more."
+        )
+    return cut
+
+
+def refuse_unscorable(model: PreTrainedModel, fed: list[Tensor]) -> None:
+    """Raise a ValueError for a text that does not fit, or a model that cannot go on."""
     model = unwrap(model)
     refuse_long(model, fed)
     whole = model._griffin.whole if isinstance(model, Twin) else model
@@ -220,11 +234,12 @@ def side_by_side(
     for model in map(unwrap, models):
         if first is None:
             first = model
-            head, past = _beginning(model, ids, cut)
+            logits, past = beginning(model, ids, cut)
+            head = _of_next_tokens(logits, ids, 0)
         elif isinstance(model, Twin):
             model._griffin.adopt(first._griffin)
-        rest = _rest(model, ids, cut, copy.deepcopy(past))
-        yield model, torch.cat([head, rest], dim=1)
+        later = rest(model, ids, cut, copy.deepcopy(past))
+        yield model, torch.cat([head, _of_next_tokens(later, ids, cut)], dim=1)
 
 
 def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
@@ -234,12 +249,16 @@ def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
     gives the experts. A model alone is run in the same way, so that the two compare.
     """
     model = unwrap(model)
-    head, past = _beginning(model, ids, cut)
-    return torch.cat([head, _rest(model, ids, cut, past)], dim=1)
+    head, past = beginning(model, ids, cut)
+    later = rest(model, ids, cut, past)
+    return torch.cat([_of_next_tokens(head, ids, 0), _of_next_tokens(later, ids, cut)], dim=1)
 
 
-def _beginning(model: PreTrainedModel, ids: Tensor, cut: int) -> tuple[Tensor, Any]:
-    """Log-likelihoods from the first `cut` tokens, run in full, and their cache."""
+def beginning(model: PreTrainedModel, ids: Tensor, cut: int) -> tuple[Tensor, Any]:
+    """Logits of the first `cut` tokens, run in full, and their cache.
+
+    Under a twin, the experts are then chosen from them.
+    """
     twin = isinstance(model, Twin)
     whole = model._griffin.whole if twin else model
     with undisturbed(model, seed=0):
@@ -249,17 +268,16 @@ def _beginning(model: PreTrainedModel, ids: Tensor, cut: int) -> tuple[Tensor, A
             )
         else:
             outputs = _run(whole, ids, slice(0, cut))
-    return _of_next_tokens(outputs.logits, ids, 0), outputs.past_key_values
+    return outputs.logits, outputs.past_key_values
 
 
-def _rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
-    """Log-likelihoods from the tokens after `cut`; changes the cache `past`."""
+def rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
+    """Logits of the tokens from `cut` to the last but one; changes the cache `past`."""
     fed = ids.shape[1] - 1  # the last token predicts none of ours
     if cut == fed:
-        return torch.zeros(len(ids), 0, device=device_of(embeddings_of(model)))
+        return torch.zeros(len(ids), 0, 1, device=device_of(embeddings_of(model)))
     with undisturbed(model, seed=0):
-        logits = _run(model, ids, slice(cut, fed), past).logits
-    return _of_next_tokens(logits, ids, cut)
+        return _run(model, ids, slice(cut, fed), past).logits
 
 
 def _run(model: PreTrainedModel, ids: Tensor, tokens: slice, past: Any = None) -> Any:

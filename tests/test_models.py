@@ -63,11 +63,11 @@ def test_converted_once_and_again_when_the_file_changes(
         (folder / name).mkdir(parents=True)
 
     monkeypatch.setattr(models, "_convert", convert)
-    first = models._embedded()
-    assert models._embedded() == first
+    first = models.embedded()
+    assert models.embedded() == first
     assert Path(first).name == "SmolLM2-135M-Instruct"
     fake_wheel.write_bytes(b"GGUF, version 2")
-    assert models._embedded() != first
+    assert models.embedded() != first
     assert made == [b"GGUF, version 1", b"GGUF, version 2"]
 
 

@@ -1,0 +1,206 @@
+"""The harness's plug-in, on tasks of this file's own, read from local JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flocking
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from flocking.harness import GriffinLM  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
+
+CHOICES = [
+    ("The starlings rose from the reeds and", [" turned as one.", " ate the moon."], 0),
+    ("To boil an egg, first", [" paint the kettle.", " bring water to a boil."], 1),
+    ("She opened the umbrella because it", [" was raining hard.", " had eaten."], 0),
+]
+
+
+def asked(kind: str, *arguments: Any, task: str = "mine") -> list[Instance]:
+    return [Instance(kind, {}, args, n, metadata=(task, n, 1)) for n, args in enumerate(arguments)]
+
+
+PAIRS = [(context, choice) for context, choices, _ in CHOICES for choice in choices]
+
+
+@pytest.fixture(scope="module")
+def plain(embedded: tuple) -> HFLM:
+    model, tokenizer = embedded
+    return HFLM(pretrained=model, tokenizer=tokenizer)
+
+
+def griffin_lm(embedded: tuple, **options: Any) -> GriffinLM:
+    model, tokenizer = embedded
+    return GriffinLM(pretrained=model, tokenizer=tokenizer, **options)
+
+
+@pytest.mark.parametrize("protocol", ["context", "last-token"])
+def test_at_density_1_likelihoods_are_the_harnesss_own(
+    embedded: tuple, plain: HFLM, protocol: str
+) -> None:
+    lm = griffin_lm(embedded, density=1.0, protocol=protocol)
+    due = plain.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
+    got = lm.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
+    for (one, greedy), (other, other_greedy) in zip(got, due, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+        assert greedy == other_greedy
+
+
+@pytest.mark.parametrize("protocol", ["context", "last-token"])
+def test_likelihoods_are_those_of_score(embedded: tuple, protocol: str) -> None:
+    """Whatever they are asked with: alone, together, in another order."""
+    model, _ = embedded
+    lm = griffin_lm(embedded, protocol=protocol)
+    together = lm.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
+    backwards = lm.loglikelihood(asked("loglikelihood", *PAIRS[::-1]), disable_tqdm=True)
+    assert backwards[::-1] == together
+    twin = flocking.griffin(model)
+    for pair, (got, _) in zip(PAIRS, together, strict=True):
+        assert lm.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True) == [
+            together[PAIRS.index(pair)]
+        ]
+        context, later = lm._encode_pair(*pair)
+        due = flocking.score(twin, context, later, protocol=protocol)
+        assert got == pytest.approx(float(due.sum()), abs=1e-3)
+
+
+def test_says_what_share_was_pruned(embedded: tuple) -> None:
+    lm = griffin_lm(embedded)
+    lengths = [len(lm._encode_pair(*pair)[1]) for pair in PAIRS]
+    lm.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
+    lm.loglikelihood(asked("loglikelihood", ("Is it? Answer:", " yes"), task="boolq"), True)
+    share = lm.get_model_info()["pruned_share"]
+    assert share == {"mine": pytest.approx(1 - len(PAIRS) / sum(lengths)), "boolq": 0}
+    last = griffin_lm(embedded, protocol="last-token")
+    last.loglikelihood(asked("loglikelihood", ("Is it? Answer:", " yes"), task="boolq"), True)
+    assert last.get_model_info()["pruned_share"] == {"boolq": 1}
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(embedded: tuple, plain: HFLM) -> None:
+    model, tokenizer = embedded
+    lm = GriffinLM(pretrained=model, tokenizer=tokenizer, density=1.0, max_length=32)
+    short = HFLM(pretrained=model, tokenizer=tokenizer, max_length=32)
+    pair = ("word " * 60, " and more of the same")
+    (got,) = lm.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
+    (due,) = short.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
+    assert got[0] == pytest.approx(due[0], abs=1e-3)
+
+
+def test_an_empty_context_is_the_prefix_token(embedded: tuple, plain: HFLM) -> None:
+    lm = griffin_lm(embedded, density=1.0)
+    pair = ("", "The sun rose")
+    (got,) = lm.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
+    (due,) = plain.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
+    assert got[0] == pytest.approx(due[0], abs=1e-3)
+
+
+def test_generation_is_the_twins_in_any_batch(embedded: tuple) -> None:
+    model, tokenizer = embedded
+    prompts = [context for context, _, _ in CHOICES]
+    options = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    requests = asked("generate_until", *((prompt, dict(options)) for prompt in prompts))
+    twin = flocking.griffin(model)
+    due = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        new = twin.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids.input_ids.shape[1] :]
+        due.append(tokenizer.decode(new, skip_special_tokens=True).partition("\n")[0])
+    for batch_size in (1, 3):
+        lm = griffin_lm(embedded, batch_size=batch_size)
+        assert lm.generate_until(requests, disable_tqdm=True) == due
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"protocol": "last"}, "protocol='last'"),
+        ({"method": "best"}, "method='best'"),
+        ({"density": 0}, "density=0"),
+        ({"batch_size": "auto"}, "give a number"),
+    ],
+)
+def test_refuses(embedded: tuple, options: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        griffin_lm(embedded, **options)
+
+
+def test_refuses_rolling_likelihoods(embedded: tuple) -> None:
+    with pytest.raises(ValueError, match=r"flocking\.perplexity"):
+        griffin_lm(embedded).loglikelihood_rolling(asked("loglikelihood_rolling", ("text",)))
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """Two tasks as the harness defines them: choices, and generation."""
+    data = tmp_path / "items.jsonl"
+    rows = [
+        {"context": context, "choices": [c.strip() for c in choices], "label": label}
+        for context, choices, label in CHOICES
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = (
+        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n"
+    )
+    (tmp_path / "own_choices.yaml").write_text(
+        f"task: own_choices\n{common}output_type: multiple_choice\n"
+        'doc_to_text: "{{context}}"\ndoc_to_choice: choices\ndoc_to_target: label\n'
+        "metric_list:\n  - metric: acc\n"
+    )
+    (tmp_path / "own_text.yaml").write_text(
+        f"task: own_text\n{common}output_type: generate_until\n"
+        'doc_to_text: "{{context}}"\ndoc_to_target: "{{choices[label]}}"\n'
+        'generation_kwargs:\n  until: ["."]\n  max_gen_toks: 6\n'
+        "metric_list:\n  - metric: exact_match\n"
+    )
+    return tmp_path
+
+
+def test_the_harness_runs_it_from_the_command_line(
+    tasks: Path, embedded: tuple, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from typer.testing import CliRunner
+
+    from flocking.cli import app
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tasks / "cache"))
+    arguments = [
+        "lm-eval",
+        "run",
+        "--model",
+        "griffin",
+        "--model_args",
+        "pretrained=default,density=0.5,protocol=context",
+        "--tasks",
+        "own_choices,own_text",
+        "--include_path",
+        str(tasks),
+        "--batch_size",
+        "2",
+        "--output_path",
+        str(tasks / "out"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    (written,) = (tasks / "out").rglob("results*.json")
+    results = json.loads(written.read_text())
+    assert 0 <= results["results"]["own_choices"]["acc,none"] <= 1
+    assert "own_text" in results["results"]
+    assert results["config"]["griffin"]["density"] == 0.5
+    assert 0 < results["config"]["pruned_share"]["own_choices"] < 1
+
+
+def test_is_declared_where_the_harness_will_look() -> None:
+    from importlib.metadata import entry_points
+
+    (found,) = entry_points(group="lm_eval.models", name="griffin")
+    assert found.load() is GriffinLM
