@@ -224,7 +224,7 @@ def traits(model: PreTrainedModel) -> Traits:
             device = device_of(embeddings_of(copied))
             return same(generated, copied(ids.to(device)).logits[:, 11:])
 
-        by_length = _rotates_by_length(model.config)
+        by_length = _depends_on_length(model.config)
         return Traits(
             causal=same(changed),
             decodes=same(decoded) or generates(),
@@ -251,10 +251,16 @@ def refuse_forgetful(model: PreTrainedModel, *, pieces: bool = False) -> None:
         )
 
 
-def _rotates_by_length(config: PreTrainedConfig) -> bool:
-    """Whether rotary embeddings depend on the length of the text, which no short trial shows."""
-    found = str(getattr(config.get_text_config(), "rope_parameters", ""))
-    return "longrope" in found or "dynamic" in found
+def _depends_on_length(config: PreTrainedConfig) -> bool:
+    """Whether a text's length, padding included, matters in a way that no short trial shows.
+
+    Rotary embeddings may depend on it, and sparse attention starts to leave out keys beyond some
+    length, where ties may then be decided in another way.
+    """
+    text = config.get_text_config()
+    rotation = str(getattr(text, "rope_parameters", ""))
+    sparse = any(getattr(text, name, None) for name in ("index_topk", "keep_window_size"))
+    return "longrope" in rotation or "dynamic" in rotation or sparse
 
 
 def continued(

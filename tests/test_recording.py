@@ -519,6 +519,30 @@ def test_weights_on_the_meta_device_are_refused(llama: tf.PreTrainedModel) -> No
         record(llama.to("meta"), [5, 6])
 
 
+def test_sparse_attention_is_not_padded() -> None:
+    """Doge leaves out keys of texts longer than its window, padding included."""
+    config = tf.DogeConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        keep_window_size=24,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    model = tf.DogeForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    texts = conftest.random_ids(20, 60)
+    together = record(model, texts, window=None)
+    for row, ids in enumerate(texts):
+        alone = record(model, ids, window=None)
+        got = together.energy.isel(sequence=row)
+        assert np.allclose(got, alone.energy.isel(sequence=0), rtol=1e-4, atol=1e-6)
+
+
 ENCODER_DECODERS = {
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(vocab_size=128, d_model=64, d_ff=160, num_layers=2, num_heads=4, d_kv=16)
