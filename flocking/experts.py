@@ -124,7 +124,7 @@ def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Modu
             compact._parameters[name] = kept
         else:
             torch.gather(whole, axis, index, out=compact._parameters[name].data)
-    down = compact.down_proj.detach()
+    down = compact._parameters["down_proj"].detach()
     down.narrow(1 if _layout(experts).is_transposed else 2, k, more).zero_()
     return compact
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from flocking.candidates import Candidate, candidates_in, candidates_of, layers_of
 from flocking.experts import foreign_experts, is_experts
 from flocking.projections import device_of, width
-from flocking.search import Findings, search
+from flocking.search import UNTIMELY, Findings, search
 from flocking.shadow import per_model, shadow, unwrap
 
 
@@ -114,9 +114,9 @@ Locate = Mapping[str, Iterable[str]] | Callable[[PreTrainedModel], Mapping[str, 
 
 
 class _Wish(NamedTuple):
-    """What a user said of a model."""
+    """What a user said of a model; `located` are paths, the down-projection's first."""
 
-    locate: Locate | None = None
+    located: tuple[tuple[str, ...], ...] = ()
     allow_partial: bool = False
 
 
@@ -141,7 +141,7 @@ def feedforwards(
         Where the blocks are, if looking for them does not find them: from the path of each
         block's down-projection to those of its up-projection, or of its gate and its up-projection
         in either order. (Of a mixture of experts that follows transformers' interface, from its
-        path to none.) They go through the same proof.
+        path to none.) They go through the same proof. An empty dict: look for them again.
     allow_partial : bool, optional
         Go on without blocks that cannot be proved, or that belong to no one layer; by default they
         are an error.
@@ -184,7 +184,7 @@ def feedforwards(
         )
     before = _wishes.get(model, _Wish())
     wish = _Wish(
-        before.locate if locate is None else locate,
+        before.located if locate is None else _paths(model, locate),
         before.allow_partial if allow_partial is None else bool(allow_partial),
     )
     if wish == before:
@@ -207,7 +207,14 @@ def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
         for block in feedforwards(model)
     ]
     _blocks_of.remember(copied, moved)
+    inherit(model, copied)
     return copied
+
+
+def inherit(model: PreTrainedModel, copied: PreTrainedModel) -> None:
+    """What was said of a model holds for a copy of it."""
+    if model in _wishes:
+        _wishes[copied] = _wishes[model]
 
 
 @per_model
@@ -218,8 +225,8 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
     # Where there is no stack, or a block is spread over it, that is the whole model without head.
     whole = next(path for path, module in model.named_modules() if module is model.base_model)
     problems: dict[str, str] = {}
-    if wish.locate is not None:
-        candidates = _given(model, wish.locate, layers, whole)
+    if wish.located:
+        candidates = _given(model, wish.located, layers, whole)
     else:
         candidates = {path: list(candidates_in(layer)) for path, layer in layers.items()}
         if not layers:
@@ -247,36 +254,50 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
         )
     # What a user names must all be there; else what one layer has, all others must have.
     due = {path: {c.down for c in each} for path, each in candidates.items()}
-    if wish.locate is None:
+    if not wish.located:
         proved = {path: {b.candidate.down for b in each} for path, each in found.proved.items()}
         everywhere = set().union(*proved.values())
         due = {}
         for path in filter(found.calls.get, candidates):
             due[path] = {c.down for c in candidates[path] if not c.ups}  # experts, always
-            if not proved[path]:
-                due[path] |= everywhere & dict(model.get_submodule(path).named_modules()).keys()
+            there = dict(model.get_submodule(path).named_modules())
+            idle = {c.down for c, reason in found.refused[path].items() if reason == UNTIMELY}
+            due[path] |= (everywhere & there.keys()) - (idle if proved[path] else set())
     problems = _left_out(found, due)
     _refuse(name, problems, wish)
     _warn_of_gaps(name, candidates, found, problems)
     return _assemble(model, found)
 
 
-def _given(
-    model: PreTrainedModel, locate: Locate, layers: dict[str, nn.Module], whole: str
-) -> dict[str, list[Candidate]]:
-    """The candidates that a user names, by the layer that holds them."""
+def _paths(model: PreTrainedModel, locate: Locate) -> tuple[tuple[str, ...], ...]:
+    """What a user names, at once, whatever becomes of the user's dict."""
     given = locate(model) if callable(locate) else locate
-    if not isinstance(given, Mapping) or not given:
+    if not isinstance(given, Mapping):
         raise TypeError(
             "locate: give a dict from the path of each block's down-projection to those of its "
             "up-projections, or a function of the model that returns one."
         )
+    return tuple(
+        (down, *((ups,) if isinstance(ups, str) else tuple(ups))) for down, ups in given.items()
+    )
+
+
+def _given(
+    model: PreTrainedModel,
+    located: tuple[tuple[str, ...], ...],
+    layers: dict[str, nn.Module],
+    whole: str,
+) -> dict[str, list[Candidate]]:
+    """The candidates that a user names, by the layer that holds them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     candidates: dict[str, list[Candidate]] = {}
-    for down, ups in given.items():
-        paths = (down, *((ups,) if isinstance(ups, str) else ups))
-        modules = dict(model.named_modules())
+    for paths in located:
         if missing := [path for path in paths if path not in modules]:
             raise ValueError(f"locate names {missing[0]!r}, and the model has no such module.")
+        if outside := [path for path in paths if whole and not path.startswith(f"{whole}.")]:
+            raise ValueError(
+                f"locate names {outside[0]!r}, outside of {whole!r}, which is all that is run."
+            )
         holder = next(
             (layer for layer in layers if all(path.startswith(f"{layer}.") for path in paths)),
             whole,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from flocking.compact import Compact, refuse
 from flocking.experts import by_interface
-from flocking.feedforward import FeedForward, feedforwards, shadow_with_blocks
+from flocking.feedforward import FeedForward, feedforwards, inherit, shadow_with_blocks
 from flocking.hooks import observe
 from flocking.moments import Moments, Routed, Windows
 from flocking.passes import refuse_forgetful
@@ -136,9 +136,19 @@ def griffin(
     twin = shadow(model)
     paths = {id(module): path for path, module in model.named_modules()}
     compacts = [Compact(twin, block, paths, k) for block, k in zip(blocks, counts, strict=True)]
-    twin.__class__ = twin_class(type(model))
+    _become_twin(twin)
+    inherit(model, twin)
     twin._griffin = _State(shadow_with_blocks(model), compacts, chosen, scope, int(seed))
     return twin
+
+
+def _become_twin(copied: PreTrainedModel) -> None:
+    """Its class is a twin's, wherever accelerate keeps the forward of the class before."""
+    plain = type(copied)
+    copied.__class__ = twin_class(plain)
+    for name in ("_old_forward", "forward"):
+        if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
+            vars(copied)[name] = copied.__class__.forward.__get__(copied)
 
 
 def _prunable(model: PreTrainedModel) -> list[FeedForward]:
@@ -184,7 +194,8 @@ def _is_separable(block: FeedForward) -> bool:
     """Whether sequences can be told apart in the forward pass of its projections."""
     if block.kind == "experts":
         return by_interface(block.down)
-    return is_plain(block.down) and not block.token_first
+    parts = (block.up, block.gate or block.up, block.down)
+    return all(map(is_plain, parts)) and not block.token_first
 
 
 def _densities(density: float | Iterable[float], layers: int) -> list[float]:

@@ -139,7 +139,9 @@ def observe(
 
     def running(module: nn.Module) -> FeedForward | None:
         """Which of a module's runs this is; None if it is not watched."""
-        mine = by_module[module]
+        mine = by_module.get(module)
+        if mine is None:  # of a copy that a user made of the model in the meantime
+            return None
         block = mine.get(ran[module] % next(iter(mine.values())).calls)
         ran[module] += 1
         silent.discard(block)

@@ -38,11 +38,14 @@ class Routed(NamedTuple):
         Number of that expert.
     experts : int
         How many there are.
+    filled : Tensor of bool, shape (..., slot), or None
+        Which slots are in use; all if None. In others, z is zero.
     """
 
     z: Tensor
     expert: Tensor
     experts: int
+    filled: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +55,10 @@ class Routed(NamedTuple):
     def reshape(self, *tokens: int) -> Routed:
         """The same with other dimensions before the slots."""
         z, expert = (x.reshape(*tokens, *x.shape[-n:]) for x, n in ((self.z, 2), (self.expert, 1)))
-        return Routed(z, expert, self.experts)
+        filled = self.filled
+        if filled is not None:
+            filled = filled.reshape(*tokens, filled.shape[-1])
+        return Routed(z, expert, self.experts, filled)
 
     def dense(self) -> Tensor:
         """All experts' neurons side by side, shape (..., experts * d), zero where not routed."""
@@ -265,7 +271,10 @@ class Moments:
         """Tokens by the experts that they are routed to."""
         real = windows.weights.sum(dim=1).to(self.routed.dtype)
         place = (self._places(windows) * routed.experts + routed.expert).flatten()
-        each = real[..., None].expand(routed.expert.shape).flatten()
+        each = real[..., None].expand(routed.expert.shape)
+        if routed.filled is not None:
+            each = each * routed.filled
+        each = each.flatten()
         self.routed.view(-1).index_put_((place,), each, accumulate=True)
 
     def _places(self, windows: Windows) -> Tensor:

@@ -27,6 +27,8 @@ CHUNK_TOKENS = 8192
 def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode, no gradients, and random numbers of our own; all restored at the end."""
     training = [module for module in model.modules() if module.training]
+    # (BigBird's attention becomes a full one for good, once a text is short.)
+    kinds = {m: m.attention_type for m in model.modules() if hasattr(m, "set_attention_type")}
     try:
         for module in training:
             module.training = False
@@ -35,6 +37,9 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for module, kind in kinds.items():
+            if module.attention_type != kind:
+                module.set_attention_type(kind)
 
 
 def forward(
@@ -260,6 +265,7 @@ def _depends_on_length(config: PreTrainedConfig) -> bool:
     text = config.get_text_config()
     rotation = str(getattr(text, "rope_parameters", ""))
     sparse = any(getattr(text, name, None) for name in ("index_topk", "keep_window_size"))
+    sparse = sparse or getattr(text, "attention_type", "") == "block_sparse"
     return "longrope" in rotation or "dynamic" in rotation or sparse
 
 

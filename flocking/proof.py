@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from flocking.candidates import Candidate
 from flocking.experts import shape, take
@@ -148,7 +149,10 @@ def prove_recordable(
         return with_forward(up, forward)
 
     def negated(module: nn.Module) -> nn.Module:
-        return with_forward(module, lambda x, *args, **kwargs: -module(x, *args, **kwargs))
+        def forward(*args: Any, **kwargs: Any) -> Any:  # (a router may give several)
+            return tree_map_only(Tensor, Tensor.neg, module(*args, **kwargs))
+
+        return with_forward(module, forward)
 
     bench.run_with({path: keeping(path, up) for path, up in bench.ups.items()})
     held = {

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from flocking.candidates import Candidate
 from flocking.experts import is_experts
-from flocking.projections import device_of, embeddings_of, is_loaded
+from flocking.projections import device_of, embeddings_of, is_loaded, is_plain
 from flocking.proof import (
     FLIPPED,
     PROBE_SHAPE,
@@ -26,6 +26,8 @@ from flocking.proof import (
 )
 from flocking.shadow import replaced, shadow, with_forward
 from flocking.trial import trial
+
+UNTIMELY = "its up-projection does not run before its down-projection"
 
 
 class Findings(NamedTuple):
@@ -59,7 +61,7 @@ def search(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) -> Fi
         Whatever the model raises if it cannot be run on a few random tokens.
     """
     found = Findings({}, {}, dict.fromkeys(candidates, 0))
-    broken: dict[tuple[type, Candidate], str] = {}
+    broken: dict[tuple, str] = {}
     copied = shadow(model)
     rows = _rows(copied, candidates)
 
@@ -86,7 +88,14 @@ def search(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) -> Fi
         layer = copied.get_submodule(path)
         layer.forward = probing(path, layer)
     with trial(copied):
-        _probe(copied)
+        try:
+            _probe(copied)
+        except RuntimeError:
+            if is_loaded(embeddings_of(copied)):
+                raise
+            # Without values, some masks cannot be built from a padding mask.
+            found = Findings({}, {}, dict.fromkeys(candidates, 0))
+            _probe(copied, masked=False)
     return found
 
 
@@ -124,7 +133,7 @@ def _rows(copied: PreTrainedModel, layers: Iterable[str]) -> Rows | None:
     return Rows(other[0] - FLIPPED, total) if len(other) == 1 else None
 
 
-def _probe(model: PreTrainedModel, changed: bool = False) -> None:
+def _probe(model: PreTrainedModel, changed: bool = False, masked: bool = True) -> None:
     """One small forward pass of random tokens, without the head and without a cache.
 
     With one token `changed` to another, if so asked.
@@ -142,17 +151,13 @@ def _probe(model: PreTrainedModel, changed: bool = False) -> None:
     for module in model.modules():  # a cache would carry one trial's tokens into the next
         if hasattr(getattr(module, "config", None), "use_cache"):
             module.config.use_cache = False
-    if is_loaded(embeddings):
-        model.base_model(**inputs, attention_mask=torch.ones_like(ids))
-        return
-    # Without values, some masks can be built from a padding mask and others only without.
-    model.set_attn_implementation("eager")
-    if any(is_experts(module) for module in model.modules()):
-        model.set_experts_implementation("batched_mm")  # which looks at no values either
-    try:
-        model.base_model(**inputs, attention_mask=torch.ones_like(ids))
-    except RuntimeError:
-        model.base_model(**inputs)
+    if not is_loaded(embeddings):  # and no values that some implementations look at
+        model.set_attn_implementation("eager")
+        if any(is_experts(module) for module in model.modules()):
+            model.set_experts_implementation("batched_mm")
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    model.base_model(**inputs)
 
 
 def _order_of_calls(layer: nn.Module, paths: set[str], run: Callable[[], Any]) -> dict[str, int]:
@@ -177,7 +182,7 @@ def _search_layer(
     layer: nn.Module,
     candidates: list[Candidate],
     run: Callable[[], Any],
-    broken: dict[tuple[type, Candidate], str],
+    broken: dict[tuple, str],
     rows: Rows | None,
 ) -> tuple[list[Proved], dict[Candidate, str]]:
     """The candidates of one shadow layer that pass, and why the others do not.
@@ -193,13 +198,15 @@ def _search_layer(
     calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
     for candidate in candidates:
         if not all(calls.get(up, math.inf) < calls.get(candidate.down, -1) for up in candidate.ups):
-            untimely[candidate] = "its up-projection does not run before its down-projection"
+            untimely[candidate] = UNTIMELY
             continue
         if any(candidate.down == proved.candidate.down for proved in found):
             continue
         if candidate.ups:
             tried.append(candidate)
-        if reason := broken.get((type(layer), candidate)):
+        modules = [layer.get_submodule(path) for path in (candidate.down, *candidate.ups)]
+        kinds = tuple((type(m), type(getattr(m, "weight", None))) for m in modules)
+        if reason := broken.get((type(layer), candidate, kinds)):
             refused[candidate] = reason
             continue
         try:
@@ -208,11 +215,15 @@ def _search_layer(
             refused[candidate] = str(problem)
         except Exception as problem:  # a wrong candidate may break the layer in any way
             reason = "cut, it fails: " + str(problem).strip().partition("\n")[0]
-            refused[candidate] = broken[type(layer), candidate] = reason
-    # Only where nothing can be cut, and the widest: gates may look like such blocks, too.
+            refused[candidate] = broken[type(layer), candidate, kinds] = reason
+    # Only where nothing can be cut, and the widest, since gates may look like such blocks too; or
+    # where these very weights cannot be cut.
     for candidate in sorted(tried, key=lambda c: (-c.d_ff, -len(c.ups))):
-        if found:
-            break
-        with suppress(Exception):  # why it is no block at all was said above
-            found.append(prove_recordable(layer, candidate, run, rows))
+        paths = (candidate.down, *candidate.ups)
+        packed = not all(is_plain(layer.get_submodule(path)) for path in paths)
+        if any(candidate.down == proved.candidate.down for proved in found):
+            continue
+        if packed or not found:
+            with suppress(Exception):  # why it is no block at all was said above
+                found.append(prove_recordable(layer, candidate, run, rows))
     return found, untimely | refused

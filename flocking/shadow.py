@@ -29,6 +29,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+# Methods that accelerate wraps, each for one very model: a copy's would act on the original.
+_WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
+
+
 def shadow(model: nn.Module) -> nn.Module:
     """A deep copy of `model`'s modules that shares every parameter.
 
@@ -41,7 +45,13 @@ def shadow(model: nn.Module) -> nn.Module:
         memo.update({id(hooks): type(hooks)() for hooks in _hooks_of(module).values()})
         if hasattr(module, "_hf_hook"):  # accelerate's, which holds the values of what it offloads
             memo[id(module._hf_hook)] = module._hf_hook
+        for name in _overridden.get(module, {}):  # what somebody put there is not the model's
+            memo[id(vars(module)[name])] = object()
     twin = copy.deepcopy(model, memo)
+    for module, copied in zip(model.modules(), twin.modules(), strict=True):
+        _without_overrides(module, copied, memo)
+    for name in _WRAPPED:
+        vars(twin).pop(name, None)
     for module in twin.modules():
         # A compiled forward, or what generate keeps once it has compiled for a static cache.
         for name, value in list(vars(module).items()):
@@ -59,7 +69,39 @@ def separate(module: nn.Module) -> nn.Module:
     """A shallow copy of a module, whose hooks are its own (none)."""
     copied = copy.copy(module)
     vars(copied).update({name: type(hooks)() for name, hooks in _hooks_of(module).items()})
+    _without_overrides(module, copied)
     return copied
+
+
+_ABSENT = object()
+_overridden: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def overriding(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Another attribute of a module for the time of the block; no copy of it gets that."""
+    before = vars(module).get(name, _ABSENT)
+    _overridden.setdefault(module, {})[name] = before
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        _restore(module, name, before)
+        del _overridden[module][name]
+
+
+def _restore(module: nn.Module, name: str, before: Any) -> None:
+    if before is _ABSENT:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = before
+
+
+def _without_overrides(module: nn.Module, copied: nn.Module, memo: dict | None = None) -> None:
+    for name, before in _overridden.get(module, {}).items():
+        if memo is not None and before is not _ABSENT:
+            before = copy.deepcopy(before, memo)
+        _restore(copied, name, before)
 
 
 @contextmanager
@@ -117,9 +159,10 @@ def _state_of(model: nn.Module) -> tuple[object, ...]:
     config = getattr(model, "config", None)
     modules, kinds = {}, set()
     for path, module in model.named_modules():
-        modules[path] = id(module)
+        own = vars(module)  # PEFT's layers know which of their adapters is in force
+        modules[path] = id(module), str(own.get("_active_adapter")), own.get("_disable_adapters")
         for p in module._parameters.values():
-            kinds.add(p if p is None else (p.device.type, p.dtype))
+            kinds.add(p if p is None else (type(p), p.device.type, p.dtype))
     return (
         modules,
         kinds,

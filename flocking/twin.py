@@ -76,8 +76,8 @@ class Twin:
         ff = {id(p): p for module in pruned for p in module.parameters()}
         # (Counted apart, and tied ones by name: where accelerate offloads, parameters change.)
         tied = getattr(state.whole, "all_tied_weights_keys", {})
-        named = state.whole.named_parameters()
-        parameters = sum(p.numel() for name, p in named if name not in tied)
+        named = dict(state.whole.named_parameters())
+        parameters = sum(p.numel() for name, p in named.items() if tied.get(name) not in named)
         rest = parameters - sum(p.numel() for p in ff.values())
         return Report(
             parameters=parameters,
@@ -122,7 +122,7 @@ class Twin:
             mask = mask[:, length:]
         state = self._griffin
         state.copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        given = input_ids.shape[1] - length if "inputs_embeds" not in model_kwargs else None
+        given = None if mask is None else mask.shape[1]
         return state.prefill(
             lambda: state.whole._prefill(*arguments),
             len(input_ids),

@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flocking.experts import by_interface, shape
 from flocking.moments import Routed
+from flocking.shadow import overriding
 
 _NAME = "flocking"
 # What hands out activations in rows that we can tell apart. Others (eager loops, kernels that
@@ -72,7 +73,10 @@ class _Tapped:
 
 
 def _all_at_once(callback: Callable[[Routed], Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """For `_Tapped`: experts to which a token is not routed have zeros there."""
+    """For `_Tapped`: experts to which a token is not routed have zeros there.
+
+    (So do those whose activations are all zero; they do not count as routed to.)
+    """
 
     def tap(z: Tensor) -> Tensor:
         by_token = z.transpose(0, 1)
@@ -80,7 +84,8 @@ def _all_at_once(callback: Callable[[Routed], Tensor | None]) -> Callable[[Tenso
         slots = max(1, int(active.sum(dim=1).max()))
         expert = active.byte().topk(slots, dim=1).indices.sort(dim=1).values
         rows = by_token.gather(1, expert[..., None].expand(-1, -1, z.shape[-1]))
-        routed = Routed(rows, expert, len(z))
+        # A token that fewer experts answer has slots left, which count for none.
+        routed = Routed(rows, expert, len(z), active.gather(1, expert))
         replacement = callback(routed)
         if replacement is None:
             return z
@@ -94,7 +99,8 @@ def _run_watched(
     experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The implementation registered here: another's, with its activations handed out."""
-    callback, name = _watched[experts]
+    # (A copy that a user made of watched experts is not watched.)
+    callback, name = _watched.get(experts, (lambda routed: None, _TRANSPARENT[0]))
     count, d_ff = shape(experts)
     tokens, slots = top_k_index.shape
     flat = top_k_index.reshape(-1)
@@ -141,22 +147,17 @@ def watching(experts: nn.Module, callback: Callable[[Routed], Tensor | None]) ->
     if getattr(experts, "_is_expert_parallel", False):
         raise RuntimeError("experts that are spread over devices cannot be watched.")
     if not by_interface(experts):
-        _watched[experts] = callback, ""
+        name = ""
         tapped = _Tapped(lambda: experts._parameters["down_proj"], _all_at_once(callback))
-        vars(experts)["down_proj"] = tapped
-        try:
-            yield
-        finally:
-            del vars(experts)["down_proj"]
-            del _watched[experts]
-        return
-    own = experts.config
-    name = own._experts_implementation
+        instead = overriding(experts, "down_proj", tapped)
+    else:
+        name = experts.config._experts_implementation
+        config = copy.copy(experts.config)
+        config._experts_implementation_internal = _NAME
+        instead = overriding(experts, "config", config)
     _watched[experts] = callback, name if name in _TRANSPARENT else _TRANSPARENT[0]
-    experts.config = copy.copy(own)
-    experts.config._experts_implementation_internal = _NAME
     try:
-        yield
+        with instead:
+            yield
     finally:
-        experts.config = own
         del _watched[experts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import conftest
 import numpy as np
@@ -375,6 +376,60 @@ def test_griffin_on_experts_computed_at_once(llama4: tf.PreTrainedModel) -> None
     assert flocking.check(llama4).passed.all()
     with pytest.raises(ValueError, match="scope='shared'"):
         flocking.griffin(llama4, scope="sequence")
+
+
+def test_copies_made_while_watching_are_of_the_model_as_it_is(llama4: tf.PreTrainedModel) -> None:
+    """A twin that is made inside of `observe` neither is watched nor writes to the weights."""
+    before = {name: value.clone() for name, value in llama4.state_dict().items()}
+    ids = torch.tensor(random_ids(9))
+    due = flocking.griffin(llama4, 0.45).generate(ids, max_new_tokens=4, pad_token_id=0)
+    for model in (llama4, build("mixtral")):
+        with flocking.observe(model, lambda block, z: torch.zeros_like(z)):
+            twin = flocking.griffin(model, 0.45)
+            model(ids)
+            inside = twin.generate(ids, max_new_tokens=4, pad_token_id=0)
+        assert torch.equal(twin.generate(ids, max_new_tokens=4, pad_token_id=0), inside)
+        if model is llama4:
+            assert torch.equal(inside, due)
+    assert all(torch.equal(value, before[name]) for name, value in llama4.state_dict().items())
+
+
+def test_experts_whose_activations_are_zero_are_not_counted(llama4: tf.PreTrainedModel) -> None:
+    (text,) = random_ids(16)
+    due = flocking.record(llama4, text, progress=False).routed.sum("window")[0, 1].values
+    mixture = flocking.feedforwards(llama4)[1].down
+    dead = int(due.argmax())
+    mixture.gate_up_proj.data[dead] = 0
+    got = flocking.record(llama4, text, progress=False).routed.sum("window")[0, 1].values
+    due[dead] = 0
+    assert got.tolist() == due.tolist()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_long_texts_are_recorded_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thing that is asked of a model, so that all is found out while it is watched."""
+    (text,) = random_ids(50)
+    due = flocking.record(build(name), text, progress=False)
+    monkeypatch.setattr("flocking.passes.CHUNK_TOKENS", 16)
+    got = flocking.record(build(name), text, progress=False)
+    assert np.allclose(got.energy, due.energy, atol=1e-4)
+
+
+def test_shared_experts_with_adapters_are_not_left_out() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = shared("qwen2_moe")
+    every = [block.path for block in flocking.feedforwards(model)]
+    config = peft.LoraConfig(
+        target_modules=r".*shared_expert\.(gate|up|down)_proj", init_lora_weights=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, config)
+    blocks = flocking.feedforwards(adapted)
+    assert [block.path for block in blocks] == every
+    assert [block.prunable for block in blocks] == [block.kind == "experts" for block in blocks]
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        flocking.griffin(adapted)
 
 
 def test_weight_magnitude_of_experts_computed_at_once(llama4: tf.PreTrainedModel) -> None:

@@ -974,3 +974,41 @@ def test_an_interrupted_prompt_leaves_no_half_chosen_experts(pair: tuple) -> Non
         state.method, state.compacts[1].fill = method, fill
     generate(twin, ids)
     np.testing.assert_array_equal(as_masks(twin, model), expected_selection(model, ids)[0])
+
+
+def test_a_second_turn_of_new_tokens_alone(llama: tf.PreTrainedModel) -> None:
+    """Beside a cache, `generate` takes the whole conversation, or what is new of it."""
+    twin = flocking.griffin(llama)
+    ids, later = tokens(12), tokens(6)
+    results = []
+    for alone in (False, True):
+        first = twin.generate(ids, max_new_tokens=1, return_dict_in_generate=True, pad_token_id=0)
+        cache = first.past_key_values
+        fed = later if alone else torch.cat((ids, later), dim=1)
+        mask = torch.ones(1, 18, dtype=torch.int64)
+        output = twin.generate(
+            fed,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        results.append((output[0, -4:].tolist(), twin.report().prefilled_tokens))
+    assert results[0] == results[1]
+    assert results[0][1] == 18
+
+
+def test_reports_tied_parameters_once() -> None:
+    """Whichever of their names comes first."""
+    config = tf.CamembertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        is_decoder=True,
+    )
+    model = tf.CamembertForCausalLM(config).eval()
+    assert flocking.griffin(model).report().parameters == model.num_parameters()

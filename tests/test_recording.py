@@ -543,6 +543,27 @@ def test_sparse_attention_is_not_padded() -> None:
         assert np.allclose(got, alone.energy.isel(sequence=0), rtol=1e-4, atol=1e-6)
 
 
+def test_a_short_text_does_not_change_the_attention_for_good() -> None:
+    config = tf.BigBirdConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        block_size=16,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    model = tf.BigBirdModel(config).eval()
+    short, long = conftest.random_ids(40, 208)
+    due = record(model, long)
+    record(model, short)
+    assert model.attention_type == "block_sparse"
+    assert record(model, long).energy.equals(due.energy)
+    together = record(model, [short, long])
+    assert np.allclose(together.energy[1], due.energy[0], atol=1e-6)
+
+
 ENCODER_DECODERS = {
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(vocab_size=128, d_model=64, d_ff=160, num_layers=2, num_heads=4, d_kv=16)

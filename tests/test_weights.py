@@ -129,6 +129,15 @@ def test_a_twin_keeps_rows_and_scales_of_int8(name: str, how: str) -> None:
     assert report.compact_bytes < 0.55 * report.ff_bytes  # scales, and biases of down-projections
 
 
+def test_proved_again_once_it_is_quantised() -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = build("llama")
+    assert all(block.prunable for block in flocking.feedforwards(model))
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+    torchao.quantize_(model, config, _inside)
+    assert not any(block.prunable for block in flocking.feedforwards(model))
+
+
 def test_int8_passes_the_self_check() -> None:
     assert flocking.check(quantised("llama", "int8")).passed.all()
 
@@ -283,6 +292,19 @@ def test_offloaded_values_are_not_held_twice(tmp_path: Path) -> None:
     generated(twin)
     compact = twin.report().compact_bytes
     assert held() - before < 1.5 * compact
+
+
+def test_a_twin_of_an_offloaded_model_is_a_twin(tmp_path: Path) -> None:
+    """Accelerate keeps a model's own methods: a copy's must not act on the original."""
+    model = to_both(build("llama"), tmp_path)
+    twin = flocking.griffin(model, scope="sequence")
+    with pytest.raises(ValueError, match="shares its parameters"):
+        twin.to(torch.float16)
+    assert model.dtype == torch.float32
+    ids = torch.tensor([TEXTS[0], TEXTS[1][:9]])
+    twin.generate(ids, **GREEDY)
+    with pytest.raises(RuntimeError, match="holds the experts of 2 sequences, and 4 were given"):
+        twin(ids.repeat(2, 1))
 
 
 def test_the_self_check_runs_offloaded(tmp_path: Path) -> None:
