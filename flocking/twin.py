@@ -122,7 +122,12 @@ class Twin:
             mask = mask[:, length:]
         state = self._griffin
         state.copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-        given = None if mask is None else mask.shape[1]
+        if mask is not None:
+            given = mask.shape[1]
+        elif "inputs_embeds" in model_kwargs:
+            given = None
+        else:  # the whole conversation, or what is new of it
+            given = input_ids.shape[1] - (length if length < input_ids.shape[1] else 0)
         return state.prefill(
             lambda: state.whole._prefill(*arguments),
             len(input_ids),
