@@ -145,9 +145,14 @@ def _experts(model: PreTrainedModel, texts: list[list[int]]) -> float:
     twin = griffin(model)
     _generate(twin, texts[0])
     analysed = statistic(record(model, texts[0], window=None, progress=False)).isel(sequence=0)
-    selected = select(analysed).to_numpy()
+    blocks = feedforwards(model)
+    together = analysed.copy()  # the runs of a block share their experts
+    for place, block in enumerate(blocks):
+        runs = [row for row, other in enumerate(blocks) if other.down is block.down]
+        together[place] = np.sqrt(np.square(analysed.to_numpy()[runs]).sum(axis=0))
+    selected = select(together).to_numpy()
     different = 0
-    for place, block in enumerate(feedforwards(model)):
+    for place, block in enumerate(blocks):
         mine = np.zeros(block.d_ff, bool)
         mine[twin.selection[block.layer].numpy()] = True
         moved = (mine != selected[place][: block.d_ff]).reshape(block.experts, -1)

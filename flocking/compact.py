@@ -87,10 +87,12 @@ class Compact:
         Number of experts; in a mixture, of each of its experts' neurons.
     experts : Tensor of int64, shape (experts,) or (sequence, experts)
         Their indices, ascending; none before the first fill.
+    layers : list of int
+        The block's own, and those that are further runs of it.
     """
 
     def __init__(self, twin: nn.Module, block: FeedForward, paths: dict[int, str], k: int) -> None:
-        self.block, self.k = block, k
+        self.block, self.k, self.layers = block, k, [block.layer]
         self.experts = torch.empty(0, dtype=torch.int64)
         if block.kind == "experts":
             self.parts = [_Mixture(block)]

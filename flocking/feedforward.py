@@ -252,17 +252,10 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
             "(with or without a gate), an activation function and a down-projection, as Linear or "
             f"Conv1D modules, around one tensor. It looked at:\n{_describe(model, found)}"
         )
-    # What a user names must all be there; else what one layer has, all others must have.
-    due = {path: {c.down for c in each} for path, each in candidates.items()}
-    if not wish.located:
-        proved = {path: {b.candidate.down for b in each} for path, each in found.proved.items()}
-        everywhere = set().union(*proved.values())
-        due = {}
-        for path in filter(found.calls.get, candidates):
-            due[path] = {c.down for c in candidates[path] if not c.ups}  # experts, always
-            there = dict(model.get_submodule(path).named_modules())
-            idle = {c.down for c, reason in found.refused[path].items() if reason == UNTIMELY}
-            due[path] |= (everywhere & there.keys()) - (idle if proved[path] else set())
+    if wish.located:  # what a user names must all be there
+        due = {path: {c.down for c in each} for path, each in candidates.items()}
+    else:
+        due = _due(model, candidates, found)
     problems = _left_out(found, due)
     _refuse(name, problems, wish)
     _warn_of_gaps(name, candidates, found, problems)
@@ -312,6 +305,21 @@ def _given(
             )
         candidates.setdefault(holder, []).extend(fitting)
     return candidates
+
+
+def _due(
+    model: PreTrainedModel, candidates: dict[str, list[Candidate]], found: Findings
+) -> dict[str, set[str]]:
+    """Down-projections that must be proved, by layer: what one layer has, all others must have."""
+    proved = {path: {b.candidate.down for b in each} for path, each in found.proved.items()}
+    everywhere = set().union(*proved.values())
+    due = {}
+    for path in filter(found.calls.get, candidates):
+        experts = {c.down for c in candidates[path] if not c.ups}
+        there = dict(model.get_submodule(path).named_modules())
+        idle = {c.down for c, reason in found.refused[path].items() if reason == UNTIMELY}
+        due[path] = experts | (everywhere & there.keys()) - (idle if proved[path] else set())
+    return due
 
 
 def _left_out(found: Findings, due: dict[str, set[str]]) -> dict[str, str]:

@@ -64,7 +64,8 @@ def griffin(
     model : transformers.PreTrainedModel
         A decoder-only model that can generate. Convert it (dtype, device) before, not after.
     density : float or iterable of float
-        Fraction of each layer's neurons kept, in (0, 1]; or one for each FF block, in order.
+        Fraction of each layer's neurons kept, in (0, 1]; or one for each FF block, in order. (A
+        block that runs several times in a forward pass is one, with one selection for all runs.)
     method : str or callable
         Which neurons: "topk" (GRIFFIN), "sampled", "half-sampled", "random", "magnitude",
         "static" or "global-local" (both need `reference`). Or a function of one statistic
@@ -126,16 +127,20 @@ def griffin(
         )
     if not isinstance(seed, int | np.integer):
         raise TypeError(f"seed={seed!r}: give a whole number.")
+    # Where a block runs several times in a forward pass, all its runs have the same experts.
+    firsts = [block for block in blocks if block.call == 0]
     counts = [
         expert_count(each, block.d_ff // block.experts)
-        for each, block in zip(_densities(density, len(blocks)), blocks, strict=True)
+        for each, block in zip(_densities(density, len(firsts)), firsts, strict=True)
     ]
     chosen = _method(method, reference, weight, blocks)
 
     refuse_forgetful(model)
     twin = shadow(model)
     paths = {id(module): path for path, module in model.named_modules()}
-    compacts = [Compact(twin, block, paths, k) for block, k in zip(blocks, counts, strict=True)]
+    compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
+    for compact in compacts:
+        compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
     _become_twin(twin)
     inherit(model, twin)
     twin._griffin = _State(shadow_with_blocks(model), compacts, chosen, scope, int(seed))
@@ -162,18 +167,24 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
         raise ValueError(
             f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
         )
-    if fixed := [b for b in blocks if not b.prunable or b.calls > 1 or b.offset is not None]:
+    if fixed := [b for b in blocks if not b.prunable or b.offset is not None]:
         raise ValueError(
             f"{name} cannot be pruned, only recorded: in {len(fixed)} FF blocks ({fixed[0].path}, "
             f"...) {_why_fixed(fixed[0])}."
         )
+    holders: dict[int, set[tuple[int, str]]] = {}
+    for module in model.modules():
+        for child, inner in module.named_children():
+            holders.setdefault(id(inner), set()).add((id(module), child))
+    for block in blocks:
+        parts = [part for part in (block.up, block.gate, block.down) if part is not None]
+        if any(len(holders[id(part)]) > 1 for part in parts):
+            raise ValueError(f"{name} cannot be pruned: {block.path} shares a single projection.")
     return blocks
 
 
 def _why_fixed(block: FeedForward) -> str:
     """Why a block's neurons cannot be taken out of it."""
-    if block.calls > 1:
-        return "run several times in one forward pass"
     if block.offset is not None:
         return "are given more than the text's tokens"
     odd = [p for p in (block.gate, block.up, block.down) if p is not None and not is_plain(p)]
@@ -241,15 +252,12 @@ def _method(
             f"neurons, and this model has {len(layers)} of {widest}: make it from this model."
         )
     values = reference.transpose("layer", "neuron").values.astype(np.float64)
-    static = {
-        block.layer: torch.from_numpy(row[: block.d_ff])
-        for block, row in zip(blocks, values, strict=True)
-    }
-    if not all(row.isfinite().all() for row in static.values()):
+    if not np.isfinite(values).all():
         raise ValueError("reference has values that are not finite: make it from this model.")
 
     def of(block: FeedForward) -> Tensor:
-        return static[block.layer]
+        runs = [values[row] for row, other in enumerate(blocks) if other.down is block.down]
+        return torch.from_numpy(np.sqrt(np.square(runs).sum(axis=0))[: block.d_ff])
 
     return by_reference(of) if method == "static" else global_local(of, weight)
 
@@ -290,6 +298,7 @@ class _State:
     ) -> None:
         self.whole = whole  # the full model that prompts are read by
         self.compacts, self.method, self.scope, self.seed = compacts, method, scope, seed
+        self.first = {layer: c.block.layer for c in compacts for layer in c.layers}
         self.read: _Read | None = None  # what the experts were chosen from; None without experts
         self.by_cache = WeakIdKeyDictionary()  # what was read into each cache
         self.copies = 1  # how often each sequence is in the batch, as a beam search needs it
@@ -349,17 +358,18 @@ class _State:
             # Some blocks flatten the tokens of all sequences.
             size = () if isinstance(z, Routed) else (z.shape[-1],)
             z = z.reshape(sequences, -1, *size)
-            tokens = z.shape[1]
+            fed = z.shape[1]
             start = seen.get(block.layer, 0)
-            seen[block.layer] = start + tokens
-            if (start, tokens) not in windows:
-                windows[start, tokens] = Windows.of(number(start, tokens))
-            if block.layer not in moments:
+            seen[block.layer] = start + fed
+            if (start, fed) not in windows:
+                windows[start, fed] = Windows.of(number(start, fed))
+            layer = self.first[block.layer]
+            if layer not in moments:
                 # Kept for a second turn, which need not be in inference mode if this one is.
                 with torch.inference_mode(False):
                     zeros = Moments.zeros(sequences, 2, block.d_ff, device=block.device)
-                moments[block.layer] = zeros
-            moments[block.layer].update(z, windows[start, tokens])
+                moments[layer] = zeros
+            moments[layer].update(z, windows[start, fed])
 
         with torch.no_grad(), observe(self.whole, add, routed=True):
             outputs = run()

@@ -67,7 +67,8 @@ class Twin:
         """Sorted indices of the experts by layer, int64 (k,), or (sequence, k) by sequence."""
         if self._griffin.read is None:
             raise RuntimeError("no experts were chosen yet: call generate first.")
-        return {c.block.layer: c.experts.cpu() for c in self._griffin.compacts}
+        compacts = self._griffin.compacts
+        return {layer: c.experts.cpu() for c in compacts for layer in c.layers}
 
     def report(self) -> Report:
         """Parameters, bytes and times: see :class:`Report`."""

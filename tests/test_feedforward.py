@@ -532,8 +532,23 @@ def test_a_block_shared_by_two_layers_counts_for_both(llama: tf.PreTrainedModel)
     assert [(b.layer, b.call, b.calls) for b in blocks] == [(0, 0, 2), (1, 1, 2)]
     one, other = (flocking.record(m, [[5, 6, 7]], progress=False) for m in (shared, llama))
     assert one.energy.equals(other.energy)
-    with pytest.raises(ValueError, match="run several times in one forward pass"):
-        flocking.griffin(shared)
+    # One selection for both runs, by the statistic of all.
+    twin = flocking.griffin(shared)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    twin.generate(ids, max_new_tokens=2, pad_token_id=0)
+    energy = flocking.record(shared, ids.tolist(), progress=False).energy.sum(("window", "layer"))
+    due = energy[0].argsort().values[-80:]
+    for layer in (0, 1):
+        assert sorted(due.tolist()) == twin.selection[layer].tolist()
+    assert twin.report().active_parameters < twin.report().parameters
+    assert flocking.check(shared).passed.all()
+
+
+def test_a_single_shared_projection_is_not_pruned(llama: tf.PreTrainedModel) -> None:
+    llama.model.layers[1].mlp.down_proj = llama.model.layers[0].mlp.down_proj
+    assert flocking.record(llama, [[5, 6, 7]], progress=False).sizes["layer"] == 2
+    with pytest.raises(ValueError, match="shares a single projection"):
+        flocking.griffin(llama)
 
 
 def test_added_layers_are_found(llama: tf.PreTrainedModel) -> None:
