@@ -74,7 +74,13 @@ def forward(
 def context(model: PreTrainedModel) -> int | None:
     """Most tokens that the model takes at once, as far as it says so."""
     config = model.config.get_text_config()
-    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    names = (
+        "max_position_embeddings",
+        "max_encoder_position_embeddings",
+        "max_decoder_position_embeddings",
+        "max_target_positions",
+        "max_seq_len",
+    )
     limits = [getattr(config, name, None) for name in names]
     for path, module in model.named_modules():  # RoBERTa's kind starts behind the padding index
         if (

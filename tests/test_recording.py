@@ -641,6 +641,27 @@ def test_encoder_decoders_read_the_text_on_both_sides(name: str) -> None:
         flocking.griffin(model)
 
 
+def test_the_context_is_that_of_the_shorter_side() -> None:
+    config = tf.LEDConfig(
+        vocab_size=128,
+        d_model=64,
+        encoder_ffn_dim=160,
+        decoder_ffn_dim=160,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        attention_window=16,
+        max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=32,
+        pad_token_id=0,
+    )
+    model = tf.LEDForConditionalGeneration(config).eval()
+    assert record(model, conftest.random_ids(32)).sizes["token"] == 32
+    with pytest.raises(ValueError, match="1 more than the model's context of 32"):
+        record(model, conftest.random_ids(33))
+
+
 def test_tokens_first_or_sequences_first_is_the_same_to_a_callback() -> None:
     """XLNet computes (token, sequence, neuron): handed out, and taken back, as all others."""
     torch.manual_seed(0)
