@@ -15,7 +15,7 @@ from flocking.feedforward import FeedForward, feedforwards
 from flocking.griffin import griffin
 from flocking.hooks import observe
 from flocking.overlap import select, statistic
-from flocking.passes import forward, undisturbed
+from flocking.passes import forcing, forward, undisturbed
 from flocking.projections import device_of, embeddings_of
 from flocking.recording import record
 from flocking.shadow import unwrap
@@ -192,10 +192,6 @@ def _generate(
     """A few new tokens, greedily, or those of other sequences."""
     ids = torch.tensor([text], device=_device(model))
 
-    def force(sequences: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        due = forced[:, sequences.shape[1]]
-        return torch.full_like(scores, -torch.inf).index_fill_(1, due, 0)
-
     with private_randomness(model, 0):  # the same numbers each time, for models that draw some
         return model.generate(
             ids,
@@ -204,7 +200,7 @@ def _generate(
             do_sample=False,
             use_cache=True,
             pad_token_id=0,
-            logits_processor=[] if forced is None else [force],
+            logits_processor=[] if forced is None else [forcing(forced)],
             return_dict_in_generate=True,
             output_logits=True,
         )

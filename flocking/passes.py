@@ -199,17 +199,13 @@ def traits(model: PreTrainedModel) -> Traits:
         writer.forward = one_token
         writer.generation_config = GenerationConfig(pad_token_id=0)
 
-        def force(sequences: Tensor, scores: Tensor) -> Tensor:
-            due = ids[:, sequences.shape[1]].to(scores.device)
-            return torch.full_like(scores, -torch.inf).index_fill_(1, due, 0)
-
         output = writer.generate(
             ids[:, :12].to(device_of(embeddings_of(copied))),
             attention_mask=ones[:, :12],
             max_new_tokens=4,
             do_sample=False,
             use_cache=True,
-            logits_processor=[force],
+            logits_processor=[forcing(ids)],
             return_dict_in_generate=True,
             output_logits=True,
         )
@@ -243,6 +239,16 @@ def traits(model: PreTrainedModel) -> Traits:
             chunkable=not by_length and continuable,
             paddable=not by_length and same(padded),
         )
+
+
+def forcing(sequences: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that lets `generate` write one given sequence, int64 (1, token)."""
+
+    def force(so_far: Tensor, scores: Tensor) -> Tensor:
+        due = sequences[:, so_far.shape[1]].to(scores.device)
+        return torch.full_like(scores, -torch.inf).index_fill_(1, due, 0)
+
+    return force
 
 
 def refuse_forgetful(model: PreTrainedModel, *, pieces: bool = False) -> None:

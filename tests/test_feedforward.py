@@ -335,8 +335,9 @@ def test_a_block_left_out_of_one_layer_only_is_an_error(llama: tf.PreTrainedMode
         flocking.feedforwards(llama)
 
 
-def test_each_run_of_a_shared_layer_counts_as_a_layer() -> None:
-    """ALBERT runs one layer again and again: recorded run by run, and GRIFFIN refuses."""
+@pytest.fixture
+def albert() -> tf.PreTrainedModel:
+    """One layer, which runs three times."""
     config = tf.AlbertConfig(
         vocab_size=128,
         hidden_size=64,
@@ -346,38 +347,33 @@ def test_each_run_of_a_shared_layer_counts_as_a_layer() -> None:
         num_attention_heads=4,
     )
     torch.manual_seed(0)
-    model = tf.AlbertModel(config).eval()
-    blocks = flocking.feedforwards(model)
+    return tf.AlbertModel(config).eval()
+
+
+def test_each_run_of_a_shared_layer_counts_as_a_layer(albert: tf.PreTrainedModel) -> None:
+    """ALBERT runs one layer again and again: recorded run by run, and GRIFFIN refuses."""
+    blocks = flocking.feedforwards(albert)
     assert [(b.layer, b.call, b.calls) for b in blocks] == [(0, 0, 3), (1, 1, 3), (2, 2, 3)]
     assert len({block.down for block in blocks}) == 1
     texts = conftest.random_ids(6, 9)
-    recording = flocking.record(model, texts, progress=False)
+    recording = flocking.record(albert, texts, progress=False)
     for row, ids in enumerate(texts):
         runs: list[torch.Tensor] = []
         handle = blocks[0].down.register_forward_pre_hook(
             lambda module, args, runs=runs: runs.append(args[0][0])
         )
         with torch.no_grad():
-            model(torch.tensor([ids]))
+            albert(torch.tensor([ids]))
         handle.remove()
         for layer, z in enumerate(runs):
             due = (z / z.norm(dim=1, keepdim=True)).square().sum(dim=0)
             got = recording.energy.isel(sequence=row, layer=layer).sum("window")
             assert torch.allclose(torch.from_numpy(got.values), due, atol=1e-5)
-    only = flocking.record(model, texts, layers=[1], progress=False)
+    only = flocking.record(albert, texts, layers=[1], progress=False)
     assert only.energy.isel(layer=0).equals(recording.energy.isel(layer=1))
 
 
-def test_a_pass_that_fails_does_not_shift_the_runs_of_the_next() -> None:
-    config = tf.AlbertConfig(
-        vocab_size=128,
-        hidden_size=64,
-        embedding_size=32,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-    )
-    model = tf.AlbertModel(config).eval()
+def test_a_pass_that_fails_does_not_shift_the_runs_of_the_next(albert: tf.PreTrainedModel) -> None:
     ids = torch.tensor([[5, 6, 7]])
     seen: list[int] = []
 
@@ -386,10 +382,10 @@ def test_a_pass_that_fails_does_not_shift_the_runs_of_the_next() -> None:
         if len(seen) == 2:
             raise KeyboardInterrupt
 
-    with flocking.observe(model, callback):
+    with flocking.observe(albert, callback):
         with pytest.raises(KeyboardInterrupt):
-            model(ids)
-        model(ids)
+            albert(ids)
+        albert(ids)
     assert seen == [0, 1, 0, 1, 2]
 
 
