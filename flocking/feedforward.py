@@ -270,9 +270,13 @@ def _paths(model: PreTrainedModel, locate: Locate) -> tuple[tuple[str, ...], ...
             "locate: give a dict from the path of each block's down-projection to those of its "
             "up-projections, or a function of the model that returns one."
         )
-    return tuple(
-        (down, *((ups,) if isinstance(ups, str) else tuple(ups))) for down, ups in given.items()
-    )
+    located = []
+    for down, ups in given.items():
+        paths = (ups,) if isinstance(ups, str) or not isinstance(ups, Iterable) else tuple(ups)
+        if not all(isinstance(path, str) for path in (down, *paths)):
+            raise TypeError(f"locate: {ups!r} for {down!r}: give a path, or a list of paths.")
+        located.append((down, *paths))
+    return tuple(located)
 
 
 def _given(

@@ -748,6 +748,8 @@ def test_wrong_names_do_not_pass_the_proof(lists: Lists) -> None:
         ({"down.0": []}, ValueError, r"d_ff, d"),
         ({"embed": ["up.0"]}, ValueError, "None"),
         (["down.0"], TypeError, "give a dict"),
+        ({"down.0": 3}, TypeError, "3 for 'down.0': give a path"),
+        ({"down.0": ["up.0", 3]}, TypeError, "give a path"),
     ],
 )
 def test_names_that_make_no_sense(
