@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking.metrics import named
 from flocking.overlap import statistic
 from flocking.recording import record
+from flocking.texts import passages
 
 
 def global_statistic(
@@ -55,3 +57,39 @@ def global_statistic(
     per_token = energy**2 / energy.tokens
     values = np.sqrt(per_token.mean("sequence"))
     return named(values, "statistic", "statistic over a calibration set")
+
+
+def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[str]:
+    """Texts to make a static statistic from.
+
+    Parameters
+    ----------
+    source : path or list of str, optional
+        A text file in UTF-8, a folder whose ``.txt`` files are a text each, or the texts
+        themselves; the packaged passages by default.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, no text in it, or it is no text.
+    """
+    if source is None:
+        return list(passages())
+    if not isinstance(source, str | Path):
+        texts = list(source)
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise ValueError(f"calibration: {path} does not exist: give a text file or a folder.")
+        try:
+            files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+            texts = [file.read_text(encoding="utf-8") for file in files]
+        except UnicodeDecodeError as problem:
+            raise ValueError(f"calibration: {path} is not text in UTF-8: convert it.") from problem
+    if not any(texts):
+        raise ValueError(f"calibration: there is no text in {source}: give some .txt files.")
+    return texts

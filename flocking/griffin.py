@@ -28,6 +28,7 @@ from flocking.passes import refuse_forgetful
 from flocking.projections import is_loaded, is_plain
 from flocking.selection import (
     METHODS,
+    WITH_REFERENCE,
     Method,
     by_reference,
     expert_count,
@@ -39,7 +40,6 @@ from flocking.shadow import shadow, unwrap
 from flocking.twin import Twin, twin_class
 
 Scope = Literal["shared", "sequence"]
-_WITH_REFERENCE = ("static", "global-local")
 
 
 def griffin(
@@ -230,8 +230,8 @@ def _method(
         return method
     if method in METHODS:
         return METHODS[method]
-    if method not in _WITH_REFERENCE:
-        known = ", ".join([*METHODS, *_WITH_REFERENCE])
+    if method not in WITH_REFERENCE:
+        known = ", ".join([*METHODS, *WITH_REFERENCE])
         raise ValueError(f"method={method!r}: choose from {known}, or give a function.")
     if reference is None:
         raise ValueError(

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.passes import refuse_forgetful, refuse_long, undisturbed
+from flocking.passes import batches, refuse_forgetful, refuse_long, undisturbed
 from flocking.projections import device_of, embeddings_of
 from flocking.shadow import unwrap
 from flocking.tokens import Prompts, tokenize
@@ -240,6 +241,49 @@ def side_by_side(
             model._griffin.adopt(first._griffin)
         later = rest(model, ids, cut, copy.deepcopy(past))
         yield model, torch.cat([head, _of_next_tokens(later, ids, cut)], dim=1)
+
+
+def branches(
+    model: PreTrainedModel, sequences: list[Tensor], scored: list[int], cut: int, size: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """Likelihoods of several sequences that begin alike, with one run of that beginning.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model or a twin.
+    sequences : list of Tensor of int64, shape (token,)
+        Alike in their first `cut` tokens.
+    scored : list of int
+        How many of each sequence's last tokens are asked for.
+    cut : int
+        Tokens of the beginning, which is run in full and gives the experts.
+    size : int
+        How many go on together in one forward pass, padded on the right, if the model allows.
+
+    Returns
+    -------
+    list of (Tensor of float32, Tensor of bool), shapes (scored,)
+        Log-likelihoods in nats, and which tokens are the likeliest.
+    """
+    first, past = beginning(model, sequences[0][None, :cut], cut)
+    found: list[Any] = [None] * len(sequences)
+    whole = model._griffin.whole if isinstance(model, Twin) else model
+    for group in batches(whole, list(map(len, sequences)), size):
+        rows = pad_sequence([sequences[number] for number in group], batch_first=True)
+        copied = copy.deepcopy(past)
+        if len(group) > 1:  # as beams that all come from the first
+            beams = torch.zeros(len(group), dtype=torch.int64, device=first.device)
+            copied.reorder_cache(beams)
+        later = rest(model, rows, cut, copied)
+        for row, number in enumerate(group):
+            due = sequences[number][-scored[number] :].to(first.device)
+            logits = torch.cat([first[0], later[row]]) if later.shape[1] else first[0]
+            end = len(sequences[number]) - 1
+            logits = logits[end - len(due) : end].float()
+            likelihood = logits.log_softmax(dim=-1).gather(-1, due[:, None])[:, 0]
+            found[number] = likelihood, logits.argmax(dim=-1) == due
+    return found
 
 
 def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:

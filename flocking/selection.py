@@ -196,6 +196,8 @@ def _ranks(values: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, ranks.expand_as(values))
 
 
+WITH_REFERENCE = ("static", "global-local")  # they need a statistic of other texts
+
 METHODS: dict[str, Method] = {
     "topk": by_statistic,
     "sampled": sampled,

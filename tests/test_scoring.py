@@ -9,7 +9,7 @@ import transformers as tf
 from conftest import build, random_ids
 
 import flocking
-from flocking.scoring import side_by_side
+from flocking.scoring import branches, side_by_side
 
 
 def direct(model: tf.PreTrainedModel, ids: list[int]) -> np.ndarray:
@@ -172,3 +172,46 @@ def test_refuses() -> None:
         flocking.perplexity(model, random_ids(20, 5), **options)
     with pytest.raises(ValueError, match="prompt_length=0"):
         flocking.perplexity(model, [prompt], prompt_length=0, continuation_length=2)
+
+
+@pytest.mark.parametrize("scope", ["shared", "sequence"])
+def test_branches_are_each_alone(tiny: tf.PreTrainedModel, scope: str) -> None:
+    """Several continuations of one beginning, together: the same likelihoods as one by one."""
+    if not tiny.can_generate() or tiny.config.is_encoder_decoder:
+        pytest.skip("reads, does not generate: there is nothing to score")
+    (head,) = random_ids(12)
+    tails = random_ids(5, 1, 9, 3, seed=1)
+    rows = [torch.tensor(head + tail) for tail in tails]
+    twin = flocking.griffin(tiny, scope=scope)
+    for subject in (tiny, twin):
+        together = branches(subject, rows, list(map(len, tails)), len(head), size=4)
+        for tail, (likelihoods, greedy) in zip(tails, together, strict=True):
+            due = flocking.score(subject, head, tail)
+            np.testing.assert_allclose(likelihoods.numpy(), due.values, rtol=1e-4, atol=2e-5)
+            assert greedy.shape == likelihoods.shape
+
+
+@pytest.mark.filterwarnings("ignore:.*falling back to its reference")
+def test_branches_of_a_model_with_states() -> None:
+    """What a convolution remembers goes along with keys and values."""
+    torch.manual_seed(0)
+    config = tf.Lfm2Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+    )
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    (head,) = random_ids(12)
+    tails = random_ids(5, 1, 9, seed=1)
+    rows = [torch.tensor(head + tail) for tail in tails]
+    for subject in (model, flocking.griffin(model)):
+        for tail, (got, _) in zip(
+            tails, branches(subject, rows, list(map(len, tails)), 12, size=3), strict=True
+        ):
+            due = flocking.score(subject, head, tail)
+            np.testing.assert_allclose(got.numpy(), due.values, rtol=1e-4, atol=2e-5)
