@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +18,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
-import xarray as xr
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 import flocking
-from flocking.drawing import heatmap
+from flocking.demo import name_of, table, two_passages
 from flocking.gallery import regenerate
 from flocking.models import identity
 from flocking.passes import refuse_long
@@ -143,6 +143,42 @@ def _numbers(layers: str | None) -> list[int] | None:
     return numbers
 
 
+def _needs_harness() -> None:
+    """Register the harness's model, or say how to get the harness."""
+    try:
+        importlib.import_module("flocking.harness")
+    except ModuleNotFoundError as problem:
+        raise ValueError(
+            f"{problem.name} is not installed: pip install 'flocking[eval]' brings the harness."
+        ) from problem
+
+
+def _listed(text: str) -> list[str]:
+    """Parts of text such as ``piqa,boolq``."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"{text!r} names nothing: give names, with commas between.")
+    return parts
+
+
+def _number(text: str, option: str, kind: type) -> float | int | str:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{option}: {text!r} is no number.") from None
+
+
+def _by_task(text: str, option: str, kind: type) -> dict[str, float | int | str]:
+    """Settings from text such as ``400,xsum=30``: for the task xsum, and for all others ("")."""
+    found: dict[str, float | int | str] = {}
+    for part in _listed(text):
+        task, equals, value = part.rpartition("=")
+        if task in found or (equals and not task):
+            raise ValueError(f"{option} {text}: give one for all and TASK=... for single ones.")
+        found[task] = _number(value, option, kind)
+    return found
+
+
 def _refuse_existing(path: Path, overwrite: bool) -> None:
     """Nothing is replaced untold, and nothing but what looks like an earlier output."""
     if not path.exists():
@@ -234,14 +270,14 @@ def demo(
     shown = layers[2 * len(layers) // 3]  # where most models flock clearly
     recording = flocking.record(loaded, ids, tokenizer=tokenizer, relative=[shown])
     recording = recording.assign_coords(sequence=[passage.name for passage in passages])
-    console.print(_table(recording))
+    console.print(table(recording))
 
     with _replacing(stored) as partial:
         recording.to_zarr(partial, zarr_format=2)
-    figure = _two_passages(recording, shown, ["reportage", "code"])
+    figure = two_passages(recording, shown, ["reportage", "code"])
     origin = {key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")}
     with _replacing(picture) as partial:
-        figure.savefig(partial, dpi=150, metadata={"Source": _name_of(recording), **origin})
+        figure.savefig(partial, dpi=150, metadata={"Source": name_of(recording), **origin})
     plt.close(figure)
     console.print(
         f"\nwrote {stored} and {picture}. Next:\n"
@@ -364,6 +400,106 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
 
 
 @app.command(
+    epilog="Example: flocking evaluate --tasks piqa,boolq --methods topk,static,topk@0.25 "
+    "--limit 200,boolq=100 --protocol context,boolq=last-token --out out/mine"
+)
+@_one_sentence
+def evaluate(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Such as hellaswag,piqa,wikitext: the paper's tasks, or any of the harness's."
+        ),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="topk, sampled, half-sampled, random, magnitude, static and global-local, each "
+            "at all densities, or at its own, as in topk@0.25. The full model comes first."
+        ),
+    ] = "topk",
+    densities: Annotated[str, typer.Option(help="Fractions of FF neurons kept.")] = "0.5",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="Of likelihoods, context or last-token; TASK=... for one. Answers of one token "
+            "are the full model's with context."
+        ),
+    ] = "context",
+    limit: Annotated[
+        str | None, typer.Option(help="At most so many items of each task; TASK=... for one.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the items as JSON lines, such as piqa.jsonl; or the hub."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, or folder of .txt files, for static and global-local; the packaged "
+            "passages by default."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the methods that draw.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for items, tables and figures; what is done is kept there.")
+    ] = Path("out/evaluation"),
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Ask the full model and its twins the items of tasks, and say what each method loses.
+
+    Each task with each method is a cell, kept in OUT/cells when it is finished: after an
+    interruption, or with more tasks or methods, the same command runs only what is not there.
+    """
+    _needs_harness()
+    from flocking import evaluation, report
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: give 1 or more.")
+    options = {
+        "methods": _listed(methods),
+        "densities": [_number(text, "--densities", float) for text in _listed(densities)],
+        "protocol": _by_task(protocol, "--protocol", str),
+        "limit": None if limit is None else _by_task(limit, "--limit", int),
+    }
+    evaluation.variants_of(options["methods"], options["densities"])  # before a model is loaded
+    there = [out / name for name in report.FILES if (out / name).exists()]
+    if 0 < len(there) < len(report.FILES):
+        raise ValueError(f"{there[0]} exists and is no report of flocking: choose another --out.")
+    loaded, tokenizer = _load(model, device, dtype)
+    try:
+        items = evaluation.evaluate(
+            loaded,
+            tokenizer,
+            _listed(tasks),
+            **options,
+            data_dir=data_dir,
+            calibration=calibration,
+            batch_size=batch_size,
+            seed=seed,
+            kept=out / "cells",
+            identity=identity(model),
+            say=typer.echo,
+        )
+    except KeyboardInterrupt:
+        kept = out / "cells"
+        typer.echo(f"interrupted: {kept} has what is finished; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    source = {
+        "model": loaded.name_or_path.rstrip("/").rpartition("/")[2],
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": loaded.device.type,
+        "calibration": str(calibration or "the packaged passages"),
+        "seed": str(seed),
+    } | {name: version(name) for name in ("flocking", "transformers", "torch", "lm-eval")}
+    report.write(items, out, source)
+    typer.echo(f"wrote {', '.join(report.FILES + report.FIGURES)} in {out}; read {out}/tables.md")
+
+
+@app.command(
     "lm-eval",
     context_settings={
         "allow_extra_args": True,
@@ -378,12 +514,7 @@ def lm_eval(context: typer.Context) -> None:
     For example: flocking lm-eval run --model griffin --model_args
     pretrained=my-model,density=0.5,protocol=context --tasks hellaswag,piqa
     """
-    try:
-        importlib.import_module("flocking.harness")  # which registers the model
-    except ModuleNotFoundError as problem:
-        raise ValueError(
-            f"{problem.name} is not installed: pip install 'flocking[eval]' brings the harness."
-        ) from problem
+    _needs_harness()
     from lm_eval.__main__ import cli_evaluate
 
     before, sys.argv = sys.argv, ["lm-eval", *context.args]
@@ -439,59 +570,6 @@ def _passage(name: str) -> flocking.Passage:
     passage = flocking.Passage(_read(name))
     passage.name, passage.description = Path(name).stem, name
     return passage
-
-
-def _table(recording: xr.Dataset) -> Table:
-    """Means over the passages, by layer, with their standard errors."""
-    columns = {
-        "consistency": (flocking.consistency(recording), 3),
-        "chance\nlevel": (flocking.chance_consistency(recording), 3),
-        "flocking\nscore": (flocking.flocking_score(recording), 3),
-        "eff.\nneurons": (flocking.effective_neurons(recording), 0),
-    }
-    n = recording.sizes["sequence"]
-    tokens = int(recording.tokens.where(recording.phase != "first", 0).sum())
-    table = Table(
-        title=f"How {_name_of(recording)} flocks, by layer",
-        caption=f"Mean over {n} passages ± standard error; the first token of each is left out.\n"
-        "Random weights can score higher, and few effective neurons alone give a high score.",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("layer", "module", "d_ff", "tokens", *columns):
-        table.add_column(name, justify="left" if name == "module" else "right")
-    for layer in recording.layer.values:
-        mine = recording.sel(layer=layer)
-        cells = []
-        for values, digits in columns.values():
-            mean = float(values.sel(layer=layer).mean())
-            error = float(values.sel(layer=layer).std("sequence", ddof=1)) / n**0.5
-            cells.append(f"{mean:.{digits}f}±{error:.{digits}f}".replace("±0.", "±."))
-        table.add_row(str(layer), mine.module.item(), str(mine.d_ff.item()), str(tokens), *cells)
-    return table
-
-
-def _name_of(recording: xr.Dataset) -> str:
-    return recording.attrs["model"].rstrip("/").rpartition("/")[2]
-
-
-def _two_passages(recording: xr.Dataset, layer: int, names: list[str]) -> plt.Figure:
-    """Heat maps of two passages at one layer, the first 512 neurons, as in the paper."""
-    relative = recording.relative.sel(relative_layer=layer, sequence=names)
-    relative = relative.isel(neuron=slice(512), token=slice(1, None))
-    vmax = float(relative.astype(np.float32).quantile(0.99))
-    scores = flocking.flocking_score(recording).sel(layer=layer, sequence=names)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
-    for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        heatmap(relative.sel(sequence=name), ax, vmax=vmax, colorbar=number == 1)
-        ax.set_title(f"{name}: flocking score {float(scores.sel(sequence=name)):.2f} (chance 0)")
-    axes[1].set_ylabel("")
-    d_ff = int(recording.d_ff.sel(layer=layer))
-    figure.suptitle(
-        f"Relative activations in layer {layer} of {_name_of(recording)}, "
-        f"{relative.sizes['neuron']} of {d_ff} neurons"
-    )
-    return figure
 
 
 def main() -> None:

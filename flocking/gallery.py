@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import tempfile
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking import experiments, inference
 from flocking.drawing import STYLE
 from flocking.figures import FIGURES
+from flocking.provenance import code_digest
 
 EXPERIMENTS = experiments.EXPERIMENTS | inference.EXPERIMENTS
 _SUFFIXES = (".png", ".svg", ".json")
@@ -134,30 +134,11 @@ def from_json(text: str) -> xr.Dataset:
 
 def _key(name: str, identity: str, texts: Sequence[str], seed: int) -> str:
     """Digest of all that an experiment's numbers depend on, the code and the versions included."""
-    code = [path.read_text(encoding="utf-8") for path in _sources(EXPERIMENTS[name])]
+    code = code_digest(EXPERIMENTS[name].__module__)
     named = [(getattr(text, "name", ""), str(text)) for text in texts]
     versions = [m.__version__ for m in (torch, transformers, np, xr)]
     inputs = json.dumps([name, identity, named, seed, versions, code])
     return hashlib.sha256(inputs.encode()).hexdigest()
-
-
-def _sources(experiment: Callable) -> list[Path]:
-    """Files of an experiment's module and of all that it imports of this package."""
-    package = Path(__file__).parent
-    found: dict[str, Path] = {}
-    pending = [experiment.__module__.rpartition(".")[2]]
-    while pending:
-        name = pending.pop()
-        path = package / f"{name}.py"
-        if name in found or not path.exists():  # a name that is no module, such as a function
-            continue
-        found[name] = path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == package.name:
-                pending.extend(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                pending.append(node.module.removeprefix(f"{package.name}."))
-    return [found[name] for name in sorted(found)]
 
 
 def _refuse_foreign(out: Path, name: str) -> None:

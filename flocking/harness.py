@@ -120,7 +120,7 @@ class GriffinLM(HFLM):
         self.protocol, self.scope, self.seed = protocol, scope, seed
         self.answered: list[Answered] = []
         self._instances: list[Instance] = []
-        self._texts, self._reference = texts, None
+        self.calibration, self._reference = texts, None
         self.prune(method, density)
 
     def prune(self, method: str, density: float) -> None:
@@ -147,7 +147,7 @@ class GriffinLM(HFLM):
         """The static statistic, of the beginnings of the texts that fit the model's context."""
         if self._reference is None:
             # The length is cut here: a warning about it would be wrong.
-            ids = [self.tokenizer(text, verbose=False)["input_ids"] for text in self._texts]
+            ids = [self.tokenizer(text, verbose=False)["input_ids"] for text in self.calibration]
             ids = [row[: self.max_length] for row in ids]
             self._reference = global_statistic(self.full, ids, tokenizer=self.tokenizer)
         return self._reference

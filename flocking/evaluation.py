@@ -1,0 +1,408 @@
+"""Tasks by methods by densities: each a cell that is run once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lm_eval
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.harness import CHOICES, GriffinLM
+from flocking.provenance import code_digest
+from flocking.scoring import perplexity
+from flocking.selection import WITH_REFERENCE
+from flocking.tasks import CONTINUATION_LENGTHS, PROMPT_LENGTHS, Articles, find, quiet
+
+COLUMNS = {
+    "task": str,
+    "protocol": str,
+    "method": str,
+    "density": float,
+    "metric": str,
+    "item": int,
+    "value": float,
+    "chance": float,
+    "prompt_tokens": int,
+    "left_out": int,
+    "scored": int,
+    "pruned": int,
+}
+
+
+class Variant(NamedTuple):
+    """A method at a density."""
+
+    method: str
+    density: float
+
+    def __str__(self) -> str:
+        """As it is asked for."""
+        return self.method if self.method == "full" else f"{self.method}@{self.density:g}"
+
+
+FULL = Variant("full", 1.0)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Iterable[str],
+    *,
+    methods: Iterable[str] = ("topk",),
+    densities: Iterable[float] = (0.5,),
+    protocol: str | Mapping[str, str] = "context",
+    limit: int | Mapping[str, int] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | Iterable[str] | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    kept: str | os.PathLike[str] | None = None,
+    identity: str | None = None,
+    say: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Ask a model, and its twins, the items of tasks.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`flocking.load` returns them.
+    tasks : list of str
+        See :func:`flocking.tasks.find`.
+    methods : list of str
+        Of :func:`flocking.griffin`, at each of `densities`, or with a density of their own as in
+        "topk@0.25". The full model always comes first.
+    densities : list of float
+    protocol : {"context", "last-token"} or dict of str to str
+        Of likelihoods, as in :func:`flocking.score`; by task or group, with ``""`` for the others.
+        With "context", answers of one token are the full model's own.
+    limit : int or dict of str to int, optional
+        How many items of each task, the first ones; by task or group, with ``""`` for the others.
+    data_dir : path, optional
+        Folder with the documents as JSON lines; the hub by default.
+    calibration : path or list of str, optional
+        See :class:`flocking.harness.GriffinLM`.
+    batch_size : int
+        Results do not depend on it, but for rounding.
+    seed : int
+        Of the methods that draw.
+    kept : path, optional
+        Folder in which each finished cell is kept, so that an interrupted run goes on.
+    identity : str, optional
+        What tells the model from every other; needed with `kept`.
+    say : callable
+        Takes each line of the report.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each task, variant, metric and item: ``value``; ``chance``, what it would be by
+        chance (one by the number of choices; of a generated text, its score as the answer to the
+        next item; missing for losses); ``prompt_tokens``, from which experts were chosen;
+        ``left_out``, tokens that did not fit; ``scored`` and ``pruned``, tokens whose likelihood
+        was asked for, and that were computed with the experts alone. Losses are means in nats a
+        token.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task, method or protocol, documents that cannot be had or read, or as
+        :class:`flocking.harness.GriffinLM`.
+    """
+    variants = variants_of(methods, densities)
+    if limit is not None and any(n < 1 for n in _values(limit)):
+        raise ValueError(f"limit={limit}: give 1 item or more.")
+    if odd := set(_values(protocol)) - {"context", "last-token"}:
+        raise ValueError(f"protocol={odd.pop()!r}: give 'context' or 'last-token'.")
+    if isinstance(protocol, Mapping):
+        protocol = {"": "context", **protocol}
+    if kept is not None and identity is None:
+        raise ValueError("kept needs identity: say what tells this model from every other.")
+    folder = None if kept is None else Path(kept)
+    groups = {name: find([name], None if data_dir is None else Path(data_dir)) for name in tasks}
+    found = {name: task for group in groups.values() for name, task in group.items()}
+    for name in {*_names(protocol), *_names(limit)} - {*groups, *found}:
+        raise ValueError(
+            f"{name} has a setting and is none of the tasks: these are {', '.join(found)}."
+        )
+    how = {
+        name: tuple(_of_task(setting, name, group) for setting in (protocol, limit))
+        for group, members in groups.items()
+        for name in members
+    }
+
+    with quiet():
+        lm = GriffinLM(
+            model,
+            method="full",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            calibration=calibration,
+            seed=seed,
+        )
+    digests = {name: _digest(task, *how[name]) for name, task in found.items()}
+    cells = []
+    for variant in variants:
+        for name, task in found.items():
+            key = _key(lm, identity, digests[name], variant)
+            path = None if folder is None else folder / f"{name}-{variant}.json"
+            cells.append(_Cell(name, task, variant, *how[name], key, path))
+    seconds: dict[str, float] = {}
+    tables = {}
+    for cell in cells:
+        if (table := cell.read(seconds)) is not None:
+            tables[cell] = table
+    if tables:
+        say(f"{len(tables)} of {len(cells)} cells are there already.")
+    for cell in cells:
+        if cell in tables:
+            continue
+        if (lm.method, lm.density) != cell.variant:
+            lm.prune(*cell.variant)
+        started = time.monotonic()
+        tables[cell] = cell.run(lm, say)
+        seconds[cell.name] = time.monotonic() - started
+        cell.write(tables[cell], seconds[cell.name])
+        left = [other for other in cells if other not in tables]
+        say(f"[{len(tables)}/{len(cells)}] {cell.said(tables[cell])}; {_due(left, seconds)}")
+    return pd.concat([tables[cell] for cell in cells], ignore_index=True)
+
+
+def variants_of(methods: Iterable[str], densities: Iterable[float]) -> list[Variant]:
+    """What methods stand for at densities, the full model first.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, or a density that is none.
+    """
+    densities = list(densities)
+    found = [FULL]
+    for text in methods:
+        name, at, own = text.partition("@")
+        if name not in CHOICES:
+            raise ValueError(f"there is no method {name!r}: choose from {', '.join(CHOICES)}.")
+        try:
+            wanted = [float(own)] if at else densities
+        except ValueError:
+            wanted = [0.0]
+        if any(not 0 < density <= 1 for density in wanted):
+            raise ValueError(f"method {text!r}: give a density above 0 and at most 1.")
+        if name != "full":
+            found += [Variant(name, density) for density in wanted]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """One task, asked of one variant."""
+
+    name: str
+    task: Task | Articles
+    variant: Variant
+    protocol: str
+    limit: int | None
+    key: str
+    path: Path | None
+
+    def read(self, seconds: dict[str, float]) -> pd.DataFrame | None:
+        """What an earlier run found, if it was about the very same; notes how long it took."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["key"] != self.key:
+                return None
+        except (ValueError, KeyError, TypeError) as problem:
+            raise ValueError(
+                f"{self.path} is no cell of an evaluation: choose another folder."
+            ) from problem
+        seconds[self.name] = content["seconds"]
+        return pd.DataFrame(content["rows"]).astype(COLUMNS)
+
+    def write(self, table: pd.DataFrame, seconds: float) -> None:
+        """Keep it, in its place only when it is complete."""
+        if self.path is None:
+            return
+        rows = table.astype(object).where(table.notna(), None).to_dict("list")
+        content = {"key": self.key, "seconds": round(seconds, 2), "rows": rows}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(self.path)
+
+    def run(self, lm: GriffinLM, say: Callable[[str], None]) -> pd.DataFrame:
+        """Rows of ``COLUMNS``."""
+        if isinstance(self.task, Articles):
+            rows = _foretell(lm, self.task, self.limit)
+        else:
+            lm.protocol = self.protocol
+            rows = _ask(lm, self.name, self.task, self.limit, say)
+        table = pd.DataFrame(rows).assign(
+            task=self.name,
+            protocol=self.protocol,
+            method=self.variant.method,
+            density=self.variant.density,
+        )
+        return table[list(COLUMNS)].astype(COLUMNS)
+
+    def said(self, table: pd.DataFrame) -> str:
+        """What came out, in a few words."""
+        means = table.groupby("metric", sort=False)["value"].mean()
+        return f"{self.variant} on {self.name}: " + ", ".join(
+            f"{name} {value:.3f}" for name, value in means.items()
+        )
+
+
+def _ask(
+    lm: GriffinLM, name: str, task: Task, limit: int | None, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Items of a task of the harness's, by its own evaluation."""
+    lm.answered.clear()
+    with quiet():
+        samples = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[task],
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=TaskManager(include_defaults=False),  # there is none to look for
+        )["samples"][task.config.task]
+    taken = pd.DataFrame(lm.answered).groupby("item")
+    taken = taken.agg({"prompt": "max", "left_out": "max", "scored": "sum", "pruned": "sum"})
+    averaged = {metric for metric, how in task.aggregation().items() if how is mean}
+    rows, odd = [], set()
+    for sample in samples:
+        others = [s for s in samples if s["filter"] == sample["filter"]]
+        chances = _chances(task, sample, others)
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            if metric not in averaged or not isinstance(value, bool | int | float | np.number):
+                odd.add(metric)
+                continue
+            took = taken.loc[sample["doc_id"]]
+            filtered = "" if sample["filter"] == "none" else f",{sample['filter']}"
+            rows.append(
+                {
+                    "metric": f"{metric}{filtered}",
+                    "item": sample["doc_id"],
+                    "value": float(value),
+                    "chance": chances.get(metric, np.nan),
+                    "prompt_tokens": took.prompt,
+                    "left_out": took.left_out,
+                    "scored": took.scored,
+                    "pruned": took.pruned,
+                }
+            )
+    if not rows:
+        raise ValueError(
+            f"{name} has no metric that is a mean over items ({', '.join(sorted(odd))}), so that "
+            "methods cannot be compared item by item: run it with flocking lm-eval."
+        )
+    if odd:
+        say(f"{name}: left out are {', '.join(sorted(odd))}, which are no means over items.")
+    if cut := int((taken.left_out > 0).sum()):
+        say(f"{name}: {cut} of {len(taken)} items are too long, and lost their beginning.")
+    return rows
+
+
+def _chances(task: Task, sample: dict[str, Any], samples: list[dict]) -> dict[str, float]:
+    """What a sample's metrics would be without knowing the item."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        chance = 1 / len(task.doc_to_choice(sample["doc"]))
+        return {metric: chance for metric in sample["metrics"] if metric.startswith("acc")}
+    if task.OUTPUT_TYPE == "generate_until" and len(samples) > 1:
+        # The answer to this item, scored as if it were one to the next.
+        later = samples[(samples.index(sample) + 1) % len(samples)]
+        found = task.process_results(later["doc"], sample["filtered_resps"])
+        return {m: float(x) for m, x in found.items() if isinstance(x, int | float | np.number)}
+    return {}
+
+
+def _foretell(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[str, Any]]:
+    """Losses of the same tokens of each article, whatever the prompt before them."""
+    most, farthest = max(PROMPT_LENGTHS), max(CONTINUATION_LENGTHS)
+    # The length is cut here: a warning about it would be wrong.
+    ids = [lm.tokenizer(text, verbose=False)["input_ids"] for text in articles.texts]
+    ids = [row[: most + farthest] for row in ids if len(row) >= most + farthest][:limit]
+    if not ids:
+        raise ValueError(f"wikitext: no article has {most + farthest} tokens: give longer ones.")
+    length = articles.prompt_length
+    losses = -perplexity(
+        lm.model,
+        [row[most - length :] for row in ids],
+        prompt_length=length,
+        continuation_length=farthest,
+        tokenizer=lm.tokenizer,
+        progress=False,
+    ).log_likelihood
+    return [
+        {
+            "metric": f"loss_{horizon}",
+            "item": item,
+            "value": float(losses[item, :horizon].mean()),
+            "chance": np.nan,
+            "prompt_tokens": length,
+            "left_out": 0,
+            "scored": horizon,
+            "pruned": 0 if lm.method == "full" else horizon - 1,
+        }
+        for horizon in CONTINUATION_LENGTHS
+        for item in range(len(ids))
+    ]
+
+
+def _digest(task: Task | Articles, protocol: str, limit: int | None) -> str:
+    """Of what is asked."""
+    if isinstance(task, Articles):
+        asked: Any = [task.texts, task.prompt_length]
+    else:
+        asked = [task.dump_config(), list(task.eval_docs)[:limit]]
+    return hashlib.sha256(json.dumps([asked, protocol, limit], default=str).encode()).hexdigest()
+
+
+def _key(lm: GriffinLM, identity: str | None, digest: str, variant: Variant) -> str:
+    """Of all that a cell's numbers depend on, the code and the versions included."""
+    versions = [m.__version__ for m in (torch, transformers, np, lm_eval)]
+    texts = lm.calibration if variant.method in WITH_REFERENCE else None
+    code = [code_digest(module) for module in ("flocking.harness", "flocking.tasks")]
+    dtype = str(lm.full.dtype)
+    inputs = json.dumps([identity, dtype, digest, variant, lm.seed, texts, versions, code])
+    return hashlib.sha256(inputs.encode()).hexdigest()
+
+
+def _due(left: list[_Cell], seconds: Mapping[str, float]) -> str:
+    """How long what is left may take, from what each task took last."""
+    if not left:
+        return "done"
+    known = [seconds[cell.name] for cell in left if cell.name in seconds]
+    more = "at least " if len(known) < len(left) else "about "
+    return f"{more}{sum(known) / 60:.0f} min left"
+
+
+def _values(setting: Any) -> list:
+    return list(setting.values()) if isinstance(setting, Mapping) else [setting]
+
+
+def _names(setting: Any) -> list[str]:
+    return [name for name in setting if name] if isinstance(setting, Mapping) else []
+
+
+def _of_task(setting: Any, name: str, group: str) -> Any:
+    """The task's own, its group's, or that of all others, whose name is empty."""
+    if not isinstance(setting, Mapping):
+        return setting
+    return setting.get(name, setting.get(group, setting.get("")))
