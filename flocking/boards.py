@@ -124,7 +124,8 @@ def _each(data: pd.DataFrame, axes: np.ndarray) -> list[tuple[Axes, pd.DataFrame
 def _below(axes: np.ndarray, label: str) -> None:
     """Label the lowest axes in use of each column."""
     for column in axes.T:
-        [ax for ax in column if ax.axison][-1].set_xlabel(label)
+        for ax in [ax for ax in column if ax.axison][-1:]:
+            ax.set_xlabel(label)
 
 
 def _metric(name: str) -> str:

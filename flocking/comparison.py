@@ -48,10 +48,13 @@ def summary(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> pd.
     rows = []
     named = items.assign(variant=list(map(label, items["method"], items["density"])))
     if against not in set(named["variant"]):
-        raise ValueError(f"there is no {against!r}: choose from {', '.join(set(named.variant))}.")
+        known = ", ".join(named["variant"].unique())
+        raise ValueError(f"there is no {against!r}: choose from {known}.")
     for group, part in named.groupby(_BY, sort=False):
         values = part.pivot_table(index="variant", columns="item", values="value")
         values = values.loc[part["variant"].unique()]
+        if part["value"].isna().any():
+            raise ValueError(f"{group[0]}: {group[2]} is not a number for some items.")
         if values.isna().any(axis=None):
             raise ValueError(f"{group[0]}: not all variants were asked the same items.")
         means = _means(values, seed)

@@ -129,6 +129,8 @@ def evaluate(
         raise ValueError(f"protocol={odd.pop()!r}: give 'context' or 'last-token'.")
     if isinstance(protocol, Mapping):
         protocol = {"": "context", **protocol}
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give 1 or more.")
     if kept is not None and identity is None:
         raise ValueError("kept needs identity: say what tells this model from every other.")
     folder = None if kept is None else Path(kept)
@@ -136,7 +138,7 @@ def evaluate(
     found = {name: task for group in groups.values() for name, task in group.items()}
     for name in {*_names(protocol), *_names(limit)} - {*groups, *found}:
         raise ValueError(
-            f"{name} has a setting and is none of the tasks: these are {', '.join(found)}."
+            f"{name} has a limit or protocol and is none of the tasks: {', '.join(found)}."
         )
     how = {
         name: tuple(_of_task(setting, name, group) for setting in (protocol, limit))
@@ -371,7 +373,11 @@ def _digest(task: Task | Articles, protocol: str, limit: int | None) -> str:
         asked: Any = [task.texts, task.prompt_length]
     else:
         asked = [task.dump_config(), list(task.eval_docs)[:limit]]
-    return hashlib.sha256(json.dumps([asked, protocol, limit], default=str).encode()).hexdigest()
+    # (A function's address differs from process to process, its name does not.)
+    text = json.dumps(
+        [asked, protocol, limit], default=lambda x: getattr(x, "__qualname__", str(x))
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _key(lm: GriffinLM, identity: str | None, digest: str, variant: Variant) -> str:

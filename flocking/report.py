@@ -118,7 +118,7 @@ def _tables(
     parts.append(
         "Share of the scored tokens by protocol. In generation it is all new tokens but the first."
     )
-    pruned = rows[rows["method"] != "full"].drop_duplicates(["task", "protocol"])
+    pruned = rows[rows["method"] != "full"].drop_duplicates(["task", "protocol"], keep="last")
     lines = [
         "| task | protocol | share of scored tokens | items cut |",
         "| --- | --- | --- | --- |",

@@ -13,7 +13,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 import flocking
-from flocking import experiments, gallery
+from flocking import experiments, gallery, provenance
 from flocking.drawing import BY_SELECTION
 from flocking.experiments import EXPERIMENTS
 from flocking.figures import FIGURES

@@ -1,0 +1,439 @@
+"""Evaluations: against the harness, a direct computation, and themselves, run again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import flocking
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from flocking import boards, evaluation, report  # noqa: E402
+from flocking.cli import app  # noqa: E402
+from flocking.comparison import by_prompt, headlines, summary, table  # noqa: E402
+from flocking.tasks import find, quiet, rouge  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
+
+OWN = Path(__file__).parent / "tasks"
+CHOICES = ["hellaswag", "piqa", "copa", "arc_easy", "arc_challenge", "boolq"]
+TEXT = "Starlings turn together, each following the few that are nearest. " * 3
+
+
+@pytest.fixture(scope="module")
+def evaluate(embedded: tuple) -> Callable[..., pd.DataFrame]:
+    def run(tasks: list[str], **options: object) -> pd.DataFrame:
+        options = {"data_dir": OWN, "say": lambda line: None, **options}
+        return evaluation.evaluate(*embedded, tasks, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def items(evaluate: Callable) -> pd.DataFrame:
+    """Two variants beside the full model on likelihoods and generated text."""
+    return evaluate(
+        ["piqa", "boolq", "xsum"],
+        methods=["topk", "static@0.75"],
+        protocol={"boolq": "last-token"},
+        calibration=[TEXT],
+        batch_size=2,
+    )
+
+
+def stock(embedded: tuple, name: str) -> dict[int, dict]:
+    """What the harness's own model of transformers models gives on the same items."""
+    model, tokenizer = embedded
+    with quiet():
+        samples = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer),
+            tasks=list(find([name], OWN).values()),
+            bootstrap_iters=0,
+            log_samples=True,
+        )["samples"][name]
+    return {sample["doc_id"]: sample for sample in samples}
+
+
+@pytest.mark.parametrize("protocol", ["context", "last-token"])
+def test_at_density_1_all_is_as_in_the_harness(
+    embedded: tuple, evaluate: Callable, protocol: str
+) -> None:
+    found = evaluate(CHOICES, methods=["topk@1"], protocol=protocol, batch_size=4)
+    for name in CHOICES:
+        due = stock(embedded, name)
+        for row in found[found["task"] == name].itertuples():
+            assert row.value == float(due[row.item][row.metric]), (row.method, name, row.item)
+
+
+def test_what_was_pruned(items: pd.DataFrame) -> None:
+    rows = items.set_index(["task", "method"])
+    assert (rows.loc[("boolq", "topk"), ["scored", "pruned"]] == 2).all(axis=None)
+    assert (rows.loc[("boolq", "full"), "pruned"] == 0).all()
+    piqa = rows.loc[("piqa", "topk")]
+    assert (piqa["pruned"] == piqa["scored"] - 2).all()  # all but the first of either choice
+    assert (rows.loc["xsum", ["scored", "pruned", "left_out"]] == 0).all(axis=None)
+
+
+def test_chances(items: pd.DataFrame, embedded: tuple) -> None:
+    chance = items.groupby("task")["chance"].first()
+    assert chance["piqa"] == chance["boolq"] == 0.5
+    # Of a summary: its score as one of the next article.
+    model, tokenizer = embedded
+    rows = items[(items["task"] == "xsum") & (items["method"] == "full")]
+    documents = [json.loads(x) for x in (OWN / "xsum.jsonl").read_text().splitlines()]
+    for number, document in enumerate(documents):
+        ids = tokenizer(document["prompt"] + "\n", return_tensors="pt")
+        length = ids.input_ids.shape[1]
+        new = model.generate(**ids, max_new_tokens=64, do_sample=False)[0, length:]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        text = text.partition("\n")[0].partition("###")[0]
+        other = documents[(number + 1) % 2]["reference"]
+        own = rows[rows["item"] == number].set_index("metric")
+        assert dict(own["value"]) == pytest.approx(rouge(text, document["reference"]))
+        assert dict(own["chance"]) == pytest.approx(rouge(text, other))
+        assert (own["prompt_tokens"] == length).all()
+
+
+def test_batches_and_repetition_change_nothing(items: pd.DataFrame, evaluate: Callable) -> None:
+    again = evaluate(
+        ["piqa", "boolq", "xsum"],
+        methods=["topk", "static@0.75"],
+        protocol={"boolq": "last-token"},
+        calibration=[TEXT],
+    )
+    pd.testing.assert_frame_equal(again, items)
+
+
+def test_last_token_is_a_direct_computation(embedded: tuple, evaluate: Callable) -> None:
+    """BoolQ: the experts of all tokens but the last one that is fed, which is computed pruned."""
+    model, tokenizer = embedded
+    found = evaluate(["boolq"], methods=["topk"], protocol="last-token")
+    twin = flocking.griffin(model)
+    for row, line in enumerate((OWN / "boolq.jsonl").read_text().splitlines()):
+        item = json.loads(line)
+        prompt = f"{item['passage']}\nQuestion: {item['question']}?\nAnswer:"
+        no, yes = (
+            float(flocking.score(twin, prompt, x, tokenizer=tokenizer, protocol="last-token").sum())
+            for x in (" no", " yes")
+        )
+        value = found[(found["method"] == "topk") & (found["item"] == row)]["value"].item()
+        assert value == ((yes > no) == item["label"])
+
+
+def test_articles(embedded: tuple, evaluate: Callable, tmp_path: Path) -> None:
+    """Losses of the same tokens after prompts of both lengths, held against perplexity."""
+    model, tokenizer = embedded
+    long = " = One = \n" + " ".join(flocking.passages()[5:7]) + "\n = Two = \n short\n"
+    (tmp_path / "wikitext.txt").write_text(long)
+    found = evaluate(["wikitext_16", "wikitext_256"], methods=["topk"], data_dir=tmp_path)
+    ids = tokenizer(long, verbose=False)["input_ids"][:1280]
+    for subject, method in ((model, "full"), (flocking.griffin(model), "topk")):
+        for length in (16, 256):
+            rows = found[(found["method"] == method) & (found["prompt_tokens"] == length)]
+            due = flocking.perplexity(
+                subject,
+                [ids[1024 - length :]],
+                prompt_length=length,
+                continuation_length=256,
+                tokenizer=tokenizer,
+                progress=False,
+            ).log_likelihood
+            got = rows.set_index("metric")["value"]
+            assert got["loss_256"] == pytest.approx(-float(due.mean()))
+            assert got["loss_64"] == pytest.approx(-float(due[0, :64].mean()))
+            assert rows["chance"].isna().all()
+    (tmp_path / "wikitext.txt").write_text(" = One = \n short\n")
+    with pytest.raises(ValueError, match="no article has 1280 tokens"):
+        evaluate(["wikitext_16"], data_dir=tmp_path)
+
+
+def test_goes_on_where_it_was(
+    evaluate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"methods": ["random"], "limit": {"piqa": 2}, "kept": tmp_path, "identity": "one"}
+    ran: list[str] = []
+    run = evaluation._Cell.run
+
+    def interrupted(cell: evaluation._Cell, *args: object) -> pd.DataFrame:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(f"{cell.variant} {cell.name}")
+        return run(cell, *args)
+
+    monkeypatch.setattr(evaluation._Cell, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(["piqa", "boolq"], **options)
+    assert ran == ["full piqa", "full boolq"]
+    assert {path.name for path in tmp_path.iterdir()} == {"piqa-full.json", "boolq-full.json"}
+    monkeypatch.setattr(evaluation._Cell, "run", run)
+    lines: list[str] = []
+    first = evaluate(["piqa", "boolq"], **options, say=lines.append)
+    assert lines[0] == "2 of 4 cells are there already."
+    assert lines[-1].startswith("[4/4] random@0.5 on boolq: acc ")
+    lines.clear()
+    pd.testing.assert_frame_equal(evaluate(["piqa", "boolq"], **options, say=lines.append), first)
+    assert lines == ["4 of 4 cells are there already."]
+    # What numbers depend on makes other cells of them; the full model draws nothing from a seed.
+    for changed in ({"identity": "two"}, {"seed": 1}, {"limit": {"piqa": 1}}):
+        lines.clear()
+        evaluate(["piqa", "boolq"], **{**options, **changed}, say=lines.append)
+        assert "4 of 4" not in lines[0]
+        evaluate(["piqa", "boolq"], **options)
+    (tmp_path / "piqa-full.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"piqa-full\.json is no cell of an evaluation"):
+        evaluate(["piqa"], **options)
+
+
+def test_says_what_is_too_long(embedded: tuple, tmp_path: Path) -> None:
+    model, tokenizer = embedded
+    lines: list[str] = []
+    item = {"passage": "The bird sings. " * 4000, "question": "does it sing", "label": True}
+    (tmp_path / "boolq.jsonl").write_text(json.dumps(item) + "\n")
+    found = evaluation.evaluate(
+        model, tokenizer, ["boolq"], methods=[], data_dir=tmp_path, say=lines.append
+    )
+    assert lines[0] == "boolq: 1 of 1 items are too long, and lost their beginning."
+    assert found["left_out"].item() > 0
+    assert found["prompt_tokens"].item() == model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"methods": ["best"]}, "there is no method 'best': choose from full, topk"),
+        ({"methods": ["topk@2"]}, "'topk@2': give a density"),
+        ({"methods": ["topk@half"]}, "'topk@half': give a density"),
+        ({"protocol": "last"}, "protocol='last'"),
+        ({"limit": 0}, "limit=0"),
+        ({"limit": {"hella": 2}}, "hella has a limit or protocol and is none of the tasks"),
+        ({"kept": "cells"}, "kept needs identity"),
+        ({"calibration": "nowhere.txt"}, r"calibration: nowhere.txt does not exist"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_refuses(evaluate: Callable, options: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        evaluate(["piqa"], **options)
+
+
+# ----------------------------------------------------------------------------------------
+# Summaries and figures
+
+
+def made_up(values: dict[str, np.ndarray], task: str = "piqa", **columns: object) -> pd.DataFrame:
+    """Items of variants such as ``topk@0.5``."""
+    parts = []
+    for variant, own in values.items():
+        method, _, density = variant.partition("@")
+        parts.append(
+            pd.DataFrame(
+                {
+                    "task": task,
+                    "protocol": "context",
+                    "method": method,
+                    "density": float(density or 1),
+                    "metric": "acc",
+                    "item": range(len(own)),
+                    "value": own,
+                    "chance": 0.5,
+                    "prompt_tokens": np.arange(len(own)) + 10,
+                    "left_out": 0,
+                    "scored": 4,
+                    "pruned": 0 if method == "full" else 3,
+                    **columns,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_differences_are_paired() -> None:
+    """Against a bootstrap by hand; unpaired, the interval would be many times as wide."""
+    rng = np.random.default_rng(0)
+    full = rng.normal(size=200)
+    topk = full - 0.1 + 0.01 * rng.normal(size=200)
+    rows = summary(made_up({"full": full, "topk@0.5": topk})).set_index("variant")
+    draws = rng.integers(200, size=(4000, 200))
+    low, high = np.quantile((topk - full)[draws].mean(axis=1), [0.025, 0.975])
+    got = rows.loc["topk@0.5"]
+    assert got.estimate == pytest.approx(topk.mean())
+    assert got.difference == pytest.approx((topk - full).mean())
+    assert got.difference_low == pytest.approx(low, abs=5e-4)
+    assert got.difference_high == pytest.approx(high, abs=5e-4)
+    assert got.high - got.low > 20 * (got.difference_high - got.difference_low)
+    assert got.pruned_share == 0.75
+    assert (rows.loc["full", ["difference", "difference_low", "difference_high"]] == 0).all()
+
+
+def test_summary_against_another_variant() -> None:
+    values = {"full": np.ones(6), "topk@0.5": np.zeros(6), "static@0.5": np.arange(6) % 2.0}
+    rows = summary(made_up(values), against="static@0.5").set_index("variant")
+    assert rows.loc["topk@0.5", "difference"] == -0.5
+    with pytest.raises(ValueError, match=r"no 'best': choose from"):
+        summary(made_up(values), against="best")
+    missing = made_up(values).iloc[:-1]
+    with pytest.raises(ValueError, match="not all variants were asked the same items"):
+        summary(missing)
+
+
+def test_the_table_reads_as_the_numbers_are() -> None:
+    points = made_up({"full": np.array([1.0, 1, 0, 1]), "topk@0.5": np.array([1.0, 0, 0, 0])})
+    loss = made_up(
+        {"full": np.full(4, math.log(20)), "topk@0.5": np.full(4, math.log(50))},
+        "wikitext_16",
+        metric="loss_64",
+        chance=np.nan,
+    )
+    lines = table(summary(pd.concat([points, loss]))).splitlines()
+    assert lines[0] == "| task | items | chance | full | topk@0.5 |"
+    assert lines[2].startswith("| piqa, acc | 4 | 50.0 | 75.0 [")
+    assert "| -50.0 [" in lines[2]
+    assert lines[3] == (
+        "| wikitext_16, perplexity_64 | 4 |  | 20.00 [20.00, 20.00] | x2.50 [2.50, 2.50] |"
+    )
+
+
+def test_by_prompt_groups_items_of_like_length() -> None:
+    values = {"full": np.ones(30), "topk@0.5": np.repeat([0.0, 0.5, 1.0], 10)}
+    rows = by_prompt(made_up(values))
+    rows = rows[rows["method"] == "topk"]
+    assert rows["prompt_tokens"].tolist() == [14.5, 24.5, 34.5]
+    assert rows["difference"].tolist() == [-1, -0.5, 0]
+    assert rows["items"].tolist() == [10, 10, 10]
+    losses = [made_up(values, f"wikitext_{n}", metric="loss_64", prompt_tokens=n) for n in (16, 64)]
+    rows = by_prompt(pd.concat(losses))
+    assert rows["task"].unique().tolist() == ["wikitext"]
+    assert rows["prompt_tokens"].unique().tolist() == [16, 64]
+
+
+@pytest.fixture(scope="module")
+def several() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    variants = ("full", "topk@0.25", "topk@0.5", "static@0.5", "magnitude@0.5")
+    tasks = [
+        made_up({v: (rng.random(30) < 0.6) * 1.0 for v in variants}, task)
+        for task in ("piqa", "boolq", "copa")
+    ]
+    losses = [
+        made_up(
+            {v: 3 + rng.random(12) for v in variants},
+            f"wikitext_{length}",
+            metric=f"loss_{horizon}",
+            prompt_tokens=length,
+            chance=np.nan,
+        )
+        for length in (16, 256)
+        for horizon in (64, 256)
+    ]
+    return pd.concat(tasks + losses, ignore_index=True)
+
+
+def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
+    rows = headlines(summary(several))
+    assert rows[["task", "metric"]].drop_duplicates().to_numpy().tolist() == [
+        ["piqa", "acc"],
+        ["boolq", "acc"],
+        ["copa", "acc"],
+        ["wikitext_256", "loss_256"],
+    ]
+    rows.attrs["caption"] = "made up"
+    figure = boards.quality_by_density(rows)
+    axes = figure.subfigs[0].axes
+    assert [ax.get_title() for ax in axes if ax.axison] == [
+        "piqa, acc",
+        "boolq, acc",
+        "copa, acc",
+        "wikitext_256, perplexity of 256",
+    ]
+    piqa = rows[(rows["task"] == "piqa") & (rows["method"] == "topk")]
+    (line,) = [one[0] for one in axes[0].containers if one.get_label() == "GRIFFIN"]
+    np.testing.assert_allclose(line.get_ydata(), piqa["estimate"])
+    (wiki,) = [one[0] for one in axes[3].containers if one.get_label() == "GRIFFIN"]
+    own = rows[(rows["task"] == "wikitext_256") & (rows["method"] == "topk")]
+    np.testing.assert_allclose(wiki.get_ydata(), np.exp(own["estimate"]))
+    assert any(line.get_label() == "chance" for line in axes[0].lines)
+
+    here = rows[(rows["density"] == 0.5) | (rows["method"] == "full")]
+    here.attrs["caption"] = "made up"
+    axes = boards.quality_by_method(here).subfigs[0].axes
+    points = {one.get_label(): one[0] for one in axes[0].containers[:3]}
+    due = here[(here["task"] == "piqa") & (here["method"] == "static")]["difference"].item()
+    assert points["static: calibration texts"].get_xdata() == pytest.approx([due])
+    assert [label.get_text() for label in axes[1].get_yticklabels()] == [
+        "wikitext_256\nperplexity of 256, n = 12"
+    ]
+
+    prompts = headlines(by_prompt(several))
+    prompts.attrs["caption"] = "made up"
+    axes = boards.quality_by_prompt(prompts).subfigs[0].axes
+    assert axes[3].get_title() == "wikitext, perplexity of 256"
+
+
+def test_a_report_is_complete_and_says_where_it_comes_from(
+    several: pd.DataFrame, tmp_path: Path
+) -> None:
+    report.write(several, tmp_path, {"model": "tiny", "torch": "2"})
+    names = {path.name for path in tmp_path.iterdir()}
+    pictures = {f"{name}.{kind}" for name in report.FIGURES for kind in ("png", "svg")}
+    assert names == {*report.FILES, *pictures}
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "items.parquet"), several)
+    told = (tmp_path / "tables.md").read_text()
+    assert "(model tiny; torch 2)" in told
+    assert "## GRIFFIN against the other methods at density 0.5" in told
+    assert table(summary(several)).strip() in told
+
+
+@pytest.mark.parametrize("left", ["full only", "one item", "losses only"])
+def test_a_report_of_little(several: pd.DataFrame, tmp_path: Path, left: str) -> None:
+    few = {
+        "full only": several[several["method"] == "full"],
+        "one item": several[several["item"] == 0],
+        "losses only": several[several["metric"].str.startswith("loss")],
+    }[left]
+    report.write(few, tmp_path, {"model": "tiny"})
+    assert (tmp_path / "quality_by_prompt.png").exists()
+
+
+# ----------------------------------------------------------------------------------------
+# The command
+
+
+def test_command(embedded: tuple, tmp_path: Path) -> None:
+    arguments = ["evaluate", "--tasks", "piqa,boolq", "--methods", "topk,magnitude@0.75"]
+    arguments += ["--protocol", "boolq=last-token", "--limit", "2,boolq=1"]
+    arguments += ["--data-dir", str(OWN), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    items = pd.read_parquet(tmp_path / "items.parquet")
+    assert items.groupby("task")["item"].nunique().to_dict() == {"piqa": 2, "boolq": 1}
+    assert set(items["protocol"]) == {"context", "last-token"}
+    assert "| boolq, last-token, acc | 1 |" in (tmp_path / "tables.md").read_text()
+    again = CliRunner().invoke(app, arguments)
+    assert "6 of 6 cells are there already." in again.output
+
+
+def test_command_refuses(tmp_path: Path) -> None:
+    def said(*arguments: str) -> str:
+        common = ["evaluate", "--tasks", "piqa", "--out", str(tmp_path)]
+        result = CliRunner().invoke(app, [*common, *arguments])
+        assert result.exit_code == 2, result.output
+        return result.output
+
+    assert "there is no method 'best'" in said("--methods", "best")
+    assert "--limit: 'few' is no number" in said("--limit", "few")
+    assert "--limit 1,2: give one for all" in said("--limit", "1,2")
+    assert "--densities: 'half' is no number" in said("--densities", "half")
+    assert "--batch-size 0" in said("--batch-size", "0")
+    (tmp_path / "summary.csv").write_text("mine")
+    assert "summary.csv exists and is no report of flocking" in said()
+    assert (tmp_path / "summary.csv").read_text() == "mine"
