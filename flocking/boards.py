@@ -78,8 +78,8 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
             _logarithmic(ax, ax.xaxis)
         else:
             ax.set_xlabel("minus the full model's, percentage points")
-            ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    legend(upper, axes)
+            ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
+    legend(upper, axes, ncols=2)
 
 
 @in_style
@@ -147,7 +147,7 @@ def _scale(ax: Axes, part: pd.DataFrame) -> None:
     if part["metric"].iloc[0].startswith("loss"):
         _logarithmic(ax, ax.yaxis)
     else:
-        ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
 
 
 def _logarithmic(ax: Axes, axis: object, ticks: list[float] | None = None) -> None:

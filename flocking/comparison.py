@@ -117,7 +117,9 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
         for _, members in lengths.groupby(number):
             rows = summary(part[part["item"].isin(members.index)], seed=seed)
             name = family(task, metric)
-            parts.append(rows.assign(task=name, metric=metric, prompt_tokens=members.median()))
+            parts.append(
+                rows.assign(task=name, metric=metric, prompt_tokens=round(members.median()))
+            )
     return pd.concat(parts, ignore_index=True)
 
 

@@ -307,7 +307,7 @@ def test_by_prompt_groups_items_of_like_length() -> None:
     values = {"full": np.ones(30), "topk@0.5": np.repeat([0.0, 0.5, 1.0], 10)}
     rows = by_prompt(made_up(values))
     rows = rows[rows["method"] == "topk"]
-    assert rows["prompt_tokens"].tolist() == [14.5, 24.5, 34.5]
+    assert rows["prompt_tokens"].tolist() == [14, 24, 34]
     assert rows["difference"].tolist() == [-1, -0.5, 0]
     assert rows["items"].tolist() == [10, 10, 10]
     losses = [made_up(values, f"wikitext_{n}", metric="loss_64", prompt_tokens=n) for n in (16, 64)]
