@@ -467,7 +467,7 @@ def evaluate(
     }
     evaluation.variants_of(options["methods"], options["densities"])  # before a model is loaded
     there = [out / name for name in report.FILES if (out / name).exists()]
-    if 0 < len(there) < len(report.FILES):
+    if 0 < len(there) < len(report.FILES) and not (out / "cells").is_dir():
         raise ValueError(f"{there[0]} exists and is no report of flocking: choose another --out.")
     loaded, tokenizer = _load(model, device, dtype)
     try:

@@ -111,9 +111,9 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
     parts = []
     for (task, metric), part in items.groupby(["task", "metric"], sort=False):
         lengths = part.drop_duplicates("item").set_index("item")["prompt_tokens"]
-        count = max(1, min(groups, len(lengths) // _LEAST, lengths.nunique()))
-        order = lengths.rank(method="first") - 1
-        number = (order * count // len(lengths)).astype(int)
+        count = max(1, min(groups, len(lengths) // _LEAST))
+        # (Items of the same length are in the same group.)
+        number = pd.qcut(lengths, count, labels=False, duplicates="drop").fillna(0)
         for _, members in lengths.groupby(number):
             rows = summary(part[part["item"].isin(members.index)], seed=seed)
             name = family(task, metric)
@@ -130,15 +130,24 @@ def family(task: str, metric: str) -> str:
 
 
 def headlines(rows: pd.DataFrame) -> pd.DataFrame:
-    """One metric of each family of tasks: the first, of losses that of most tokens."""
+    """One metric of each family of tasks: the first, of losses that of most tokens.
+
+    The longest prompt comes first, then the longest continuation.
+    """
     chosen = {}
     for task, metric in rows[["task", "metric"]].drop_duplicates().itertuples(index=False):
-        loss = metric.startswith("loss")
-        if loss or family(task, metric) not in chosen:
-            chosen[family(task, metric)] = (task, metric)
+        name, loss = family(task, metric), metric.startswith("loss")
+        if name not in chosen or (loss and _tokens(task, metric) > _tokens(*chosen[name])):
+            chosen[name] = (task, metric)
     wanted = set(chosen.values())
     keep = [pair in wanted for pair in zip(rows["task"], rows["metric"], strict=True)]
     return rows[keep]
+
+
+def _tokens(*names: str) -> tuple[int, ...]:
+    """The numbers at the ends of names such as ``wikitext_16`` and ``loss_64``; 0 for none."""
+    ends = (name.rpartition("_")[2] for name in names)
+    return tuple(int(end) if end.isdigit() else 0 for end in ends)
 
 
 def table(rows: pd.DataFrame, *, beside: str | None = "full") -> str:
@@ -163,25 +172,26 @@ def table(rows: pd.DataFrame, *, beside: str | None = "full") -> str:
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for (task, protocol, metric), part in rows.groupby(_BY, sort=False):
         part = part.set_index("variant")
-        loss = metric.startswith("loss")
+        scale = None if metric.startswith("loss") else 100 if part["high"].max() <= 1 else 1
         name = metric.replace("loss", "perplexity")
         asked = f"{task}, {protocol}" if protocol != "context" else task
         cells = [f"{asked}, {name}", f"{part['items'].iloc[0]}"]
         if beside is not None:
             own = part.loc[beside]
             cells.append("" if np.isnan(own.chance) else f"{100 * own.chance:.1f}")
-            cells.append(_said(own[["estimate", "low", "high"]], loss, sign=False))
+            cells.append(_said(own[["estimate", "low", "high"]], scale, sign=False))
         for variant in variants:
             wanted = ["difference", "difference_low", "difference_high"]
-            cells.append(_said(part.loc[variant][wanted], loss, sign=True))
+            cells.append(_said(part.loc[variant][wanted], scale, sign=True))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _said(values: pd.Series, loss: bool, sign: bool) -> str:
+def _said(values: pd.Series, scale: float | None, sign: bool) -> str:
+    """Estimate and interval, times `scale`; of losses, which have none, as perplexities."""
     numbers = values.to_numpy(dtype=float)
-    if loss:
+    if scale is None:
         digits = [f"{x:,.2f}" if x < 100 else f"{x:,.0f}" for x in np.exp(numbers)]
         return "{}{} [{}, {}]".format("x" if sign else "", *digits)
-    digits = [f"{100 * x:{'+' if sign else ''}.1f}" for x in numbers]
+    digits = [f"{scale * x:{'+' if sign else ''}.1f}" for x in numbers]
     return "{} [{}, {}]".format(*digits)

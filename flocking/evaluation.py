@@ -8,24 +8,20 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lm_eval
-import numpy as np
 import pandas as pd
-import torch
-import transformers
-from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flocking.asking import ask, foretell
+from flocking.comparison import label
 from flocking.harness import CHOICES, GriffinLM
 from flocking.provenance import code_digest
-from flocking.scoring import perplexity
 from flocking.selection import WITH_REFERENCE
-from flocking.tasks import CONTINUATION_LENGTHS, PROMPT_LENGTHS, Articles, find, quiet
+from flocking.tasks import Articles, find, quiet
 
 COLUMNS = {
     "task": str,
@@ -51,7 +47,7 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         """As it is asked for."""
-        return self.method if self.method == "full" else f"{self.method}@{self.density:g}"
+        return label(*self)
 
 
 FULL = Variant("full", 1.0)
@@ -141,9 +137,12 @@ def evaluate(
             f"{name} has a limit or protocol and is none of the tasks: {', '.join(found)}."
         )
     how = {
-        name: tuple(_of_task(setting, name, group) for setting in (protocol, limit))
+        name: (
+            _of_task(protocol, name, group) if _has_protocol(task) else "context",
+            _of_task(limit, name, group),
+        )
         for group, members in groups.items()
-        for name in members
+        for name, task in members.items()
     }
 
     with quiet():
@@ -160,7 +159,7 @@ def evaluate(
     for variant in variants:
         for name, task in found.items():
             key = _key(lm, identity, digests[name], variant)
-            path = None if folder is None else folder / f"{name}-{variant}.json"
+            path = None if folder is None else folder / f"{name}-{variant}-{key[:8]}.json"
             cells.append(_Cell(name, task, variant, *how[name], key, path))
     seconds: dict[str, float] = {}
     tables = {}
@@ -226,14 +225,13 @@ class _Cell:
             return None
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            if content["key"] != self.key:
-                return None
+            table = pd.DataFrame(content["rows"]).astype(COLUMNS)
+            seconds[self.name] = content["seconds"]
         except (ValueError, KeyError, TypeError) as problem:
             raise ValueError(
                 f"{self.path} is no cell of an evaluation: choose another folder."
             ) from problem
-        seconds[self.name] = content["seconds"]
-        return pd.DataFrame(content["rows"]).astype(COLUMNS)
+        return table if content.get("key") == self.key else None
 
     def write(self, table: pd.DataFrame, seconds: float) -> None:
         """Keep it, in its place only when it is complete."""
@@ -249,10 +247,10 @@ class _Cell:
     def run(self, lm: GriffinLM, say: Callable[[str], None]) -> pd.DataFrame:
         """Rows of ``COLUMNS``."""
         if isinstance(self.task, Articles):
-            rows = _foretell(lm, self.task, self.limit)
+            rows = foretell(lm, self.task, self.limit)
         else:
             lm.protocol = self.protocol
-            rows = _ask(lm, self.name, self.task, self.limit, say)
+            rows = ask(lm, self.name, self.task, self.limit, say)
         table = pd.DataFrame(rows).assign(
             task=self.name,
             protocol=self.protocol,
@@ -269,102 +267,9 @@ class _Cell:
         )
 
 
-def _ask(
-    lm: GriffinLM, name: str, task: Task, limit: int | None, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Items of a task of the harness's, by its own evaluation."""
-    lm.answered.clear()
-    with quiet():
-        samples = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[task],
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            task_manager=TaskManager(include_defaults=False),  # there is none to look for
-        )["samples"][task.config.task]
-    taken = pd.DataFrame(lm.answered).groupby("item")
-    taken = taken.agg({"prompt": "max", "left_out": "max", "scored": "sum", "pruned": "sum"})
-    averaged = {metric for metric, how in task.aggregation().items() if how is mean}
-    rows, odd = [], set()
-    for sample in samples:
-        others = [s for s in samples if s["filter"] == sample["filter"]]
-        chances = _chances(task, sample, others)
-        for metric in sample["metrics"]:
-            value = sample[metric]
-            if metric not in averaged or not isinstance(value, bool | int | float | np.number):
-                odd.add(metric)
-                continue
-            took = taken.loc[sample["doc_id"]]
-            filtered = "" if sample["filter"] == "none" else f",{sample['filter']}"
-            rows.append(
-                {
-                    "metric": f"{metric}{filtered}",
-                    "item": sample["doc_id"],
-                    "value": float(value),
-                    "chance": chances.get(metric, np.nan),
-                    "prompt_tokens": took.prompt,
-                    "left_out": took.left_out,
-                    "scored": took.scored,
-                    "pruned": took.pruned,
-                }
-            )
-    if not rows:
-        raise ValueError(
-            f"{name} has no metric that is a mean over items ({', '.join(sorted(odd))}), so that "
-            "methods cannot be compared item by item: run it with flocking lm-eval."
-        )
-    if odd:
-        say(f"{name}: left out are {', '.join(sorted(odd))}, which are no means over items.")
-    if cut := int((taken.left_out > 0).sum()):
-        say(f"{name}: {cut} of {len(taken)} items are too long, and lost their beginning.")
-    return rows
-
-
-def _chances(task: Task, sample: dict[str, Any], samples: list[dict]) -> dict[str, float]:
-    """What a sample's metrics would be without knowing the item."""
-    if task.OUTPUT_TYPE == "multiple_choice":
-        chance = 1 / len(task.doc_to_choice(sample["doc"]))
-        return {metric: chance for metric in sample["metrics"] if metric.startswith("acc")}
-    if task.OUTPUT_TYPE == "generate_until" and len(samples) > 1:
-        # The answer to this item, scored as if it were one to the next.
-        later = samples[(samples.index(sample) + 1) % len(samples)]
-        found = task.process_results(later["doc"], sample["filtered_resps"])
-        return {m: float(x) for m, x in found.items() if isinstance(x, int | float | np.number)}
-    return {}
-
-
-def _foretell(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[str, Any]]:
-    """Losses of the same tokens of each article, whatever the prompt before them."""
-    most, farthest = max(PROMPT_LENGTHS), max(CONTINUATION_LENGTHS)
-    # The length is cut here: a warning about it would be wrong.
-    ids = [lm.tokenizer(text, verbose=False)["input_ids"] for text in articles.texts]
-    ids = [row[: most + farthest] for row in ids if len(row) >= most + farthest][:limit]
-    if not ids:
-        raise ValueError(f"wikitext: no article has {most + farthest} tokens: give longer ones.")
-    length = articles.prompt_length
-    losses = -perplexity(
-        lm.model,
-        [row[most - length :] for row in ids],
-        prompt_length=length,
-        continuation_length=farthest,
-        tokenizer=lm.tokenizer,
-        progress=False,
-    ).log_likelihood
-    return [
-        {
-            "metric": f"loss_{horizon}",
-            "item": item,
-            "value": float(losses[item, :horizon].mean()),
-            "chance": np.nan,
-            "prompt_tokens": length,
-            "left_out": 0,
-            "scored": horizon,
-            "pruned": 0 if lm.method == "full" else horizon - 1,
-        }
-        for horizon in CONTINUATION_LENGTHS
-        for item in range(len(ids))
-    ]
+def _has_protocol(task: Task | Articles) -> bool:
+    """Generation has a prompt and goes on from it, whatever the protocol of likelihoods."""
+    return not isinstance(task, Articles) and task.OUTPUT_TYPE != "generate_until"
 
 
 def _digest(task: Task | Articles, protocol: str, limit: int | None) -> str:
@@ -372,7 +277,9 @@ def _digest(task: Task | Articles, protocol: str, limit: int | None) -> str:
     if isinstance(task, Articles):
         asked: Any = [task.texts, task.prompt_length]
     else:
-        asked = [task.dump_config(), list(task.eval_docs)[:limit]]
+        # What is shown before the items is drawn from more of the documents.
+        shown = limit if not task.config.num_fewshot else None
+        asked = [task.dump_config(), list(task.eval_docs)[:shown]]
     # (A function's address differs from process to process, its name does not.)
     text = json.dumps(
         [asked, protocol, limit], default=lambda x: getattr(x, "__qualname__", str(x))
@@ -382,11 +289,11 @@ def _digest(task: Task | Articles, protocol: str, limit: int | None) -> str:
 
 def _key(lm: GriffinLM, identity: str | None, digest: str, variant: Variant) -> str:
     """Of all that a cell's numbers depend on, the code and the versions included."""
-    versions = [m.__version__ for m in (torch, transformers, np, lm_eval)]
+    versions = [version(name) for name in ("torch", "transformers", "numpy", "lm-eval")]
+    versions += [version(name) for name in ("tokenizers", "rouge-score")]
     texts = lm.calibration if variant.method in WITH_REFERENCE else None
-    code = [code_digest(module) for module in ("flocking.harness", "flocking.tasks")]
-    dtype = str(lm.full.dtype)
-    inputs = json.dumps([identity, dtype, digest, variant, lm.seed, texts, versions, code])
+    ran = [str(lm.full.dtype), lm.full.device.type, lm.seed, code_digest("flocking.asking")]
+    inputs = json.dumps([identity, digest, variant, texts, versions, ran])
     return hashlib.sha256(inputs.encode()).hexdigest()
 
 

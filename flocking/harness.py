@@ -44,7 +44,7 @@ class Answered(NamedTuple):
         Of the prompt's beginning, which did not fit the model's context.
     scored, pruned : int
         Whose likelihood was asked for, and how many of them were computed with the experts alone.
-        None in generation, where all new tokens but the first are computed so.
+        Both are 0 in generation, where all new tokens but the first are computed so.
     """
 
     task: str
@@ -131,7 +131,7 @@ class GriffinLM(HFLM):
         method, density
             As of the class.
         """
-        self._model = self.full  # what was there before makes room
+        self._model, self.method, self.density = self.full, "full", 1.0  # the old one makes room
         if method != "full":
             self._model = griffin(
                 self.full,
@@ -190,6 +190,13 @@ class GriffinLM(HFLM):
             self._note(request, length - left_out, left_out)
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
+    def _named(self, number: int) -> str:
+        """Whose request it is, if that is known."""
+        if number >= len(self._instances):
+            return ""
+        asked = self._instances[number]
+        return f"{asked.task_name}, item {asked.doc_id}: "
+
     def _note(self, request: Instance, *tokens: int) -> None:
         self.answered.append(Answered(request.task_name or "", request.doc_id, *tokens))
 
@@ -207,10 +214,17 @@ class GriffinLM(HFLM):
         refuse_unscorable(self.model, [])
         longest = self.max_length + 1  # the last token is not fed
         sequences = [(context + later)[-longest:] for _, context, later in requests]
-        cuts = [
-            cut_of(self.protocol, len(tokens) - len(later), len(tokens))
-            for tokens, (_, _, later) in zip(sequences, requests, strict=True)
-        ]
+        cuts = []
+        for number, (tokens, (_, _, later)) in enumerate(zip(sequences, requests, strict=True)):
+            try:
+                if not 0 < len(later) < len(tokens):
+                    raise ValueError(
+                        f"a continuation of {len(later)} tokens cannot be scored: give one token "
+                        f"or more, and fewer than the {longest} that fit."
+                    )
+                cuts.append(cut_of(self.protocol, len(tokens) - len(later), len(tokens)))
+            except ValueError as problem:
+                raise ValueError(f"{self._named(number)}{problem}") from problem
 
         def head(number: int) -> list[int]:
             return sequences[number][: cuts[number]]

@@ -74,6 +74,8 @@ class _Definition:
 
 
 def _one_of(choices: list, label: int) -> int:
+    if not choices or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise ValueError("choices should be texts, none of them empty")
     if not 0 <= label < len(choices):
         raise ValueError(f"label {label} is none of {len(choices)} choices")
     return label
@@ -90,13 +92,9 @@ def _hellaswag(row: dict) -> dict:
 
 
 def _piqa(row: dict) -> dict:
+    label = _one_of(row["choices"], row["label"])
     one, other = _two(row["choices"])
-    return {
-        "goal": row["context"],
-        "sol1": one,
-        "sol2": other,
-        "label": _one_of(row["choices"], row["label"]),
-    }
+    return {"goal": row["context"], "sol1": one, "sol2": other, "label": label}
 
 
 def _arc(row: dict) -> dict:
@@ -109,6 +107,7 @@ def _arc(row: dict) -> dict:
 
 
 def _copa(row: dict) -> dict:
+    label = _one_of(row["choices"], row["label"])
     one, other = _two(row["choices"])
     if row["question"] not in ("cause", "effect"):
         raise ValueError(f"question is {row['question']!r}, neither cause nor effect")
@@ -117,7 +116,7 @@ def _copa(row: dict) -> dict:
         "question": row["question"],
         "choice1": one,
         "choice2": other,
-        "label": _one_of(row["choices"], row["label"]),
+        "label": label,
     }
 
 
@@ -128,12 +127,22 @@ def _two(choices: list) -> list:
 
 
 def _boolq(row: dict) -> dict:
-    return {**{name: row[name] for name in ("passage", "question")}, "label": int(row["label"])}
+    return {**row, "label": _one_of(["no", "yes"], int(row["label"]))}
+
+
+def _qasper(row: dict) -> dict:
+    return {**row, "answers": _texts("answers", row["answers"])}
+
+
+def _texts(name: str, values: list) -> list[str]:
+    if not values or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} should be texts, one or more")
+    return values
 
 
 def _coqa(row: dict) -> dict:
-    if not row["questions"] or len(row["questions"]) != len(row["answers"]):
-        raise ValueError("as many answers as questions are due, one or more")
+    if len(_texts("questions", row["questions"])) != len(_texts("answers", row["answers"])):
+        raise ValueError("as many answers as questions are due")
     return {
         "story": row["story"],
         "questions": row["questions"],
@@ -192,10 +201,9 @@ def _turn(doc: dict, results: list[str]) -> dict[str, float]:
 
 
 def _best(answer: str, references: list[str]) -> dict[str, float]:
-    return {
-        "f1": max(float(f1_score(answer, due, "en")) for due in references),
-        "em": max(float(exact_match_score(answer, due, "en")) for due in references),
-    }
+    em = max(float(exact_match_score(answer, due, "en")) for due in references)
+    # (Two answers without a word are the same, which this F1 does not see.)
+    return {"f1": max(em, *(float(f1_score(answer, due, "en")) for due in references)), "em": em}
 
 
 def _measured(*names: str) -> list[dict]:
@@ -212,7 +220,11 @@ _CHOICES = {"context": str, "choices": list, "label": int}
 
 DEFINITIONS: dict[str, _Definition] = {
     "hellaswag": _Definition(
-        _CHOICES, _hellaswag, "hellaswag/hellaswag.yaml", local={"process_docs": None}
+        _CHOICES,
+        _hellaswag,
+        "hellaswag/hellaswag.yaml",
+        # (A function, since the harness takes a text of digits for the number of a choice.)
+        local={"process_docs": None, "doc_to_text": lambda doc: doc["query"]},
     ),
     "piqa": _Definition(_CHOICES, _piqa, "piqa/piqa.yaml"),
     "copa": _Definition(
@@ -239,7 +251,7 @@ DEFINITIONS: dict[str, _Definition] = {
             "doc_to_target": "{{answers[0]}}",
             "process_results": _turn,
             "metric_list": _measured("f1", "em"),
-            "generation_kwargs": {"until": ["\nQ:"], "max_gen_toks": 64, "do_sample": False},
+            "generation_kwargs": {"until": ["\nQ:"], "max_gen_toks": 256, "do_sample": False},
         },
         hub={
             "dataset_path": "EleutherAI/coqa",
@@ -285,6 +297,7 @@ DEFINITIONS: dict[str, _Definition] = {
     # As SCROLLS puts it, whose own task in the harness scores all answers together.
     "qasper": _Definition(
         {"article": str, "question": str, "answers": list},
+        _qasper,
         own={
             "output_type": "generate_until",
             "doc_to_text": "{{article}}\n\nQuestion: {{question}}\nAnswer:",
@@ -348,7 +361,7 @@ def _of_hub(name: str) -> Mapping[str, Task]:
                 config = {"task": name, **definition.own, **definition.hub}
                 return {name: ConfigurableTask(config=config)}
             return _manager().load([name])["tasks"]
-        except (OSError, ImportError) as problem:
+        except (OSError, ImportError, RuntimeError) as problem:
             raise ValueError(_unreachable(name, problem)) from problem
 
 
@@ -403,11 +416,8 @@ def _local(name: str, data_dir: Path) -> Task:
 def read(path: Path, definition: _Definition) -> list[dict]:
     """Documents of a file of JSON lines; a ValueError names file, line and field of what is odd."""
     documents = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"{path} is not text in UTF-8: convert it first.") from problem
-    for number, line in enumerate(lines, 1):
+    # (Not by splitlines, to which characters within a text may be ends of lines.)
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -433,6 +443,13 @@ def read(path: Path, definition: _Definition) -> list[dict]:
     return documents
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path} is not text in UTF-8: convert it first.") from problem
+
+
 def _file(data_dir: Path, name: str, suffix: str) -> Path:
     if not data_dir.is_dir():
         raise ValueError(f"--data-dir {data_dir}: there is no such folder.")
@@ -449,14 +466,17 @@ def _file(data_dir: Path, name: str, suffix: str) -> Path:
 def _articles(data_dir: Path | None) -> list[str]:
     """WikiText's articles: a line with one equals sign on either side opens each."""
     if data_dir is not None:
-        text = _file(data_dir, "wikitext", "txt").read_text(encoding="utf-8")
+        path = _file(data_dir, "wikitext", "txt")
+        text = _text_of(path)
     else:
         try:
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-        except OSError as problem:
+        except (OSError, RuntimeError) as problem:
             raise ValueError(_unreachable("wikitext", problem)) from problem
         text = "".join(rows["text"])
-    starts = [match.start() for match in re.finditer(r"^ = [^=\n]+ = *$", text, re.MULTILINE)]
+    starts = [match.start() for match in re.finditer(r"^ ?= [^=\n]+ = *$", text, re.MULTILINE)]
+    if not starts:
+        raise ValueError(f"{path} has no article: a line such as ' = Title = ' opens each.")
     return [text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,10 +21,11 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from flocking import boards, evaluation, report  # noqa: E402
+from flocking import asking, boards, evaluation, report  # noqa: E402
 from flocking.cli import app  # noqa: E402
 from flocking.comparison import by_prompt, headlines, summary, table  # noqa: E402
-from flocking.tasks import find, quiet, rouge  # noqa: E402
+from flocking.harness import GriffinLM  # noqa: E402
+from flocking.tasks import DEFINITIONS, find, quiet, rouge  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
 
@@ -174,7 +178,8 @@ def test_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         evaluate(["piqa", "boolq"], **options)
     assert ran == ["full piqa", "full boolq"]
-    assert {path.name for path in tmp_path.iterdir()} == {"piqa-full.json", "boolq-full.json"}
+    kept = sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir())
+    assert kept == ["boolq-full", "piqa-full"]
     monkeypatch.setattr(evaluation._Cell, "run", run)
     lines: list[str] = []
     first = evaluate(["piqa", "boolq"], **options, say=lines.append)
@@ -188,10 +193,89 @@ def test_goes_on_where_it_was(
         lines.clear()
         evaluate(["piqa", "boolq"], **{**options, **changed}, say=lines.append)
         assert "4 of 4" not in lines[0]
-        evaluate(["piqa", "boolq"], **options)
-    (tmp_path / "piqa-full.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"piqa-full\.json is no cell of an evaluation"):
+        lines.clear()  # and destroys none
+        evaluate(["piqa", "boolq"], **options, say=lines.append)
+        assert lines == ["4 of 4 cells are there already."]
+    for path in tmp_path.glob("piqa-full-*"):
+        path.write_text("mine")
+    with pytest.raises(ValueError, match=r"piqa-full-\w+\.json is no cell of an evaluation"):
         evaluate(["piqa"], **options)
+
+
+def test_what_is_asked_is_known_again_by_another_process() -> None:
+    """Functions in a task's definition have other addresses there."""
+    code = (
+        "from pathlib import Path; from flocking import evaluation, tasks;"
+        f"found = tasks.find([*tasks.DEFINITIONS], Path({str(OWN)!r}));"
+        "print(*(evaluation._digest(task, 'context', 2) for task in found.values()))"
+    )
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+        for _ in range(2)
+    )
+    assert first.stdout == second.stdout
+    assert len(set(first.stdout.split())) == len(DEFINITIONS)
+
+
+def test_items_that_are_shown_are_asked_about_too(tmp_path: Path) -> None:
+    lines = (OWN / "gsm8k.jsonl").read_text().splitlines()
+
+    def digest() -> str:
+        (tmp_path / "gsm8k.jsonl").write_text("\n".join(lines))
+        return evaluation._digest(find(["gsm8k"], tmp_path)["gsm8k"], "context", 1)
+
+    first = digest()
+    lines[-1] = lines[-1].replace("pens", "cups")
+    assert digest() != first
+
+
+def test_every_prompt_opens_as_the_tokenizer_has_it(
+    embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is cut out of an article, and the same tokens are foretold."""
+    model, tokenizer = embedded
+    (tmp_path / "wikitext.txt").write_text(" = One = \n" + " ".join(flocking.passages()[5:7]))
+
+    class Opening:
+        bos_token_id = 1
+
+        def __call__(self, text: str, add_special_tokens: bool = True, **options: object) -> dict:
+            ids = tokenizer(text, **options)["input_ids"]
+            return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+    rows = []
+    monkeypatch.setattr(
+        asking, "perplexity", lambda model, ids, **options: rows.append(ids[0]) or 1 / 0
+    )
+    lm = SimpleNamespace(tokenizer=Opening(), model=model, max_length=8192)
+    for articles in find(["wikitext_16", "wikitext_1024"], tmp_path).values():
+        with pytest.raises(ZeroDivisionError):
+            asking.foretell(lm, articles, None)
+    short, long = rows
+    assert (len(short), len(long)) == (16 + 256, 1024 + 256)
+    assert short[0] == long[0] == 1
+    assert short[1:] == long[-271:]
+    lm.max_length = 512
+    with pytest.raises(ValueError, match="wikitext_1024 needs 1280 tokens, and the model's c"):
+        asking.foretell(lm, articles, None)
+
+
+def test_only_likelihoods_have_a_protocol(evaluate: Callable) -> None:
+    found = evaluate(["piqa", "qasper"], methods=[], protocol="last-token", limit=1)
+    protocols = found.drop_duplicates("task").set_index("task")["protocol"]
+    assert dict(protocols) == {"piqa": "last-token", "qasper": "context"}
+
+
+def test_an_item_without_a_prompt_is_named(embedded: tuple, tmp_path: Path) -> None:
+    item = {"passage": "", "question": "", "label": True}
+    (tmp_path / "boolq.jsonl").write_text(json.dumps(item) + "\n")
+    task = find(["boolq"], tmp_path)
+    for one in task.values():
+        one.set_config(key="doc_to_text", value=lambda doc: "")
+    with pytest.raises(ValueError, match=r"boolq, item 0: protocol='last-token' needs a token"):
+        evaluation._Cell("boolq", task["boolq"], evaluation.FULL, "last-token", 1, "", None).run(
+            GriffinLM(embedded[0], tokenizer=embedded[1], method="full"), print
+        )
 
 
 def test_says_what_is_too_long(embedded: tuple, tmp_path: Path) -> None:
@@ -281,6 +365,9 @@ def test_summary_against_another_variant() -> None:
     assert rows.loc["topk@0.5", "difference"] == -0.5
     with pytest.raises(ValueError, match=r"no 'best': choose from"):
         summary(made_up(values), against="best")
+    unknown = made_up(values | {"full": np.array([1, np.nan, 1, 1, 1, 1])})
+    with pytest.raises(ValueError, match="piqa: acc is not a number for some items"):
+        summary(unknown)
     missing = made_up(values).iloc[:-1]
     with pytest.raises(ValueError, match="not all variants were asked the same items"):
         summary(missing)
@@ -303,8 +390,24 @@ def test_the_table_reads_as_the_numbers_are() -> None:
     )
 
 
+def test_the_table_leaves_scores_beyond_1_as_they_are() -> None:
+    (line,) = table(summary(made_up({"full": np.array([20.0, 30]), "topk@0.5": np.ones(2)})))[
+        :-1
+    ].splitlines()[2:]
+    assert "| 25.0 [" in line
+    assert "| -24.0 [" in line
+
+
+def test_headlines_are_the_longest_whatever_the_order(several: pd.DataFrame) -> None:
+    backwards = headlines(summary(several.iloc[::-1]))
+    assert set(backwards["task"]) == {"piqa", "boolq", "copa", "wikitext_256"}
+    assert set(backwards["metric"]) == {"acc", "loss_256"}
+
+
 def test_by_prompt_groups_items_of_like_length() -> None:
     values = {"full": np.ones(30), "topk@0.5": np.repeat([0.0, 0.5, 1.0], 10)}
+    same = by_prompt(made_up(values, prompt_tokens=7))
+    assert same["items"].tolist() == [30, 30]
     rows = by_prompt(made_up(values))
     rows = rows[rows["method"] == "topk"]
     assert rows["prompt_tokens"].tolist() == [14, 24, 34]
@@ -393,11 +496,12 @@ def test_a_report_is_complete_and_says_where_it_comes_from(
     assert table(summary(several)).strip() in told
 
 
-@pytest.mark.parametrize("left", ["full only", "one item", "losses only"])
+@pytest.mark.parametrize("left", ["full only", "one item", "losses only", "one task"])
 def test_a_report_of_little(several: pd.DataFrame, tmp_path: Path, left: str) -> None:
     few = {
         "full only": several[several["method"] == "full"],
         "one item": several[several["item"] == 0],
+        "one task": several[several["task"] == "piqa"],
         "losses only": several[several["metric"].str.startswith("loss")],
     }[left]
     report.write(few, tmp_path, {"model": "tiny"})

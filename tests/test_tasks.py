@@ -92,6 +92,7 @@ def test_answers_by_hand() -> None:
     paper = {"answers": ["forty birds", "40"]}
     assert tasks._answer(paper, [" Forty."])["f1"] == pytest.approx(2 / 3)
     assert tasks._answer(paper, ["The 40"]) == {"f1": 1, "em": 1}  # without articles
+    assert tasks._answer({"answers": ["a"]}, ["The"]) == {"f1": 1, "em": 1}  # both without a word
     # Each reference is left out once: against the others, 1 and then 0.
     turn = {"answers": ["red", "blue"]}
     assert tasks._turn(turn, ["Blue\nQ: and then?"]) == {"f1": 0.5, "em": 0.5}
@@ -157,6 +158,8 @@ def test_documents_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"context": "a", "choices": "b", "label": 0}', r"line 2: the field 'choices' is str, l"),
         ('{"context": "a", "choices": ["b", "c"], "label": 2}', r"line 2: label 2 is none of 2"),
         ('{"context": "a", "choices": ["b"], "label": 0}', r"line 2: there are 1 choices where"),
+        ('{"context": "a", "choices": ["b", ""], "label": 0}', r"line 2: choices should be texts"),
+        ('{"context": "a", "choices": ["b", 3], "label": 0}', r"line 2: choices should be texts"),
         ('{"context": ', r"line 2: this is no JSON"),
         ("[1]", r"line 2: a JSON object is due"),
     ],
@@ -166,6 +169,35 @@ def test_says_where_a_file_is_odd(tmp_path: Path, content: str, match: str) -> N
     (tmp_path / "piqa.jsonl").write_text(f"{good}\n{content}\n")
     with pytest.raises(ValueError, match=match):
         find(["piqa"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("boolq", '{"passage": "a", "question": "b", "label": 7}', "label 7 is none of 2"),
+        ("qasper", '{"article": "a", "question": "b", "answers": []}', "answers should be texts"),
+        ("coqa", '{"story": "a", "questions": [], "answers": []}', "questions should be texts"),
+        ("coqa", '{"story": "a", "questions": ["b"], "answers": ["c", "d"]}', "as many answers"),
+        (
+            "copa",
+            '{"premise": "a.", "question": "why", "choices": ["b", "c"], "label": 0}',
+            "question is 'why', neither cause nor effect",
+        ),
+    ],
+)
+def test_says_which_value_is_odd(tmp_path: Path, name: str, content: str, match: str) -> None:
+    (tmp_path / f"{name}.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}\.jsonl, line 1: {match}"):
+        find([name], tmp_path)
+
+
+def test_ends_of_lines_within_a_text_are_no_ends_of_items(tmp_path: Path) -> None:
+    item = {"article": "One\u2028two\u0085three.", "summary": "Four."}
+    line = json.dumps(item, ensure_ascii=False)
+    (tmp_path / "cnn_dailymail.jsonl").write_text(f"\ufeff{line}\r\n{line}\n", encoding="utf-8")
+    assert [context for context, _ in requests("cnn_dailymail", tmp_path)] == [
+        f"###\nArticle: {item['article']}\n\nSummarize the above article in 3 sentences.\n"
+    ] * 2
 
 
 def test_says_what_is_missing(tmp_path: Path) -> None:
@@ -182,6 +214,9 @@ def test_says_what_is_missing(tmp_path: Path) -> None:
         find(["piqa"], tmp_path)
     with pytest.raises(ValueError, match=r"no task 'pica': near ones are piqa, in local files"):
         find(["pica"], tmp_path)
+    (tmp_path / "wikitext.txt").write_text("no title\n")
+    with pytest.raises(ValueError, match=r"wikitext\.txt has no article: a line such as"):
+        find(["wikitext"], tmp_path)
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
     with pytest.raises(ValueError, match=r"gsm8k shows 5 other items before each: 1 are too few"):
         find(["gsm8k"], tmp_path)
