@@ -508,6 +508,25 @@ def test_a_report_of_little(several: pd.DataFrame, tmp_path: Path, left: str) ->
     assert (tmp_path / "quality_by_prompt.png").exists()
 
 
+def test_the_committed_results_are_what_their_items_say() -> None:
+    """Tables beside the data, and the numbers that docs/results.md takes from them."""
+    folder = OWN.parents[1] / "docs" / "results"
+    rows = summary(pd.read_parquet(folder / "items.parquet"))
+    assert table(rows).strip() in (folder / "tables.md").read_text()
+    found = rows.set_index(["task", "metric", "variant"])["difference"]
+    prose = (folder.parent / "results.md").read_text()
+    for task, metric, variant, said in (
+        ("arc_easy", "acc", "topk@0.5", "loses {} points on ARC-e"),
+        ("hellaswag", "acc", "topk@0.5", "{} on HellaSwag [0.2"),
+        ("cnn_dailymail", "rouge1", "topk@0.5", "{} of 19.4 points"),
+        ("xsum", "rouge1", "topk@0.75", "and {}\n  [-2.5"),
+    ):
+        assert said.format(f"{-100 * found[task, metric, variant]:.1f}") in prose
+    ratios = [np.exp(found[f"wikitext_{n}", "loss_256", "topk@0.5"]) for n in (16, 64, 256, 1024)]
+    said = "{:.1f} after 16 tokens, {:.1f}\n  after 64, {:.1f} after 256, {:.1f} after 1,024"
+    assert said.format(*ratios) in prose
+
+
 # ----------------------------------------------------------------------------------------
 # The command
 
@@ -524,6 +543,19 @@ def test_command(embedded: tuple, tmp_path: Path) -> None:
     assert "| boolq, last-token, acc | 1 |" in (tmp_path / "tables.md").read_text()
     again = CliRunner().invoke(app, arguments)
     assert "6 of 6 cells are there already." in again.output
+
+
+def test_command_interrupted(
+    embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    result = CliRunner().invoke(app, ["evaluate", "--tasks", "piqa", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert "cells has what is finished; the same command goes on" in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_refuses(tmp_path: Path) -> None:
