@@ -40,7 +40,7 @@ def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
         ax.set_xlim(0, 1)
         _scale(ax, part)
     _below(axes, "density (fraction kept)")
-    legend(upper, axes)
+    legend(upper, axes, ncols=2)
 
 
 @in_style
@@ -98,7 +98,7 @@ def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
         _logarithmic(ax, ax.xaxis, sorted(part["prompt_tokens"].unique()))
         _scale(ax, part)
     _below(axes, "prompt (tokens)")
-    legend(upper, axes)
+    legend(upper, axes, ncols=2)
 
 
 def _panels(data: pd.DataFrame, figure: Figure) -> tuple:
@@ -111,12 +111,12 @@ def _panels(data: pd.DataFrame, figure: Figure) -> tuple:
 
 
 def _each(data: pd.DataFrame, axes: np.ndarray) -> list[tuple[Axes, pd.DataFrame]]:
-    """An axes for each task, titled."""
+    """An axes for each task, named."""
     found = []
     for ax, ((task, metric), part) in zip(
         axes.flat, data.groupby(["task", "metric"], sort=False), strict=False
     ):
-        ax.set_title(f"{task}, {_metric(metric)}")
+        ax.set(title=task, ylabel=_metric(metric))
         found.append((ax, part))
     return found
 

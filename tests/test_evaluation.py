@@ -452,11 +452,11 @@ def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
     rows.attrs["caption"] = "made up"
     figure = boards.quality_by_density(rows)
     axes = figure.subfigs[0].axes
-    assert [ax.get_title() for ax in axes if ax.axison] == [
-        "piqa, acc",
-        "boolq, acc",
-        "copa, acc",
-        "wikitext_256, perplexity of 256",
+    assert [(ax.get_title(), ax.get_ylabel()) for ax in axes if ax.axison] == [
+        ("piqa", "acc"),
+        ("boolq", "acc"),
+        ("copa", "acc"),
+        ("wikitext_256", "perplexity of 256"),
     ]
     piqa = rows[(rows["task"] == "piqa") & (rows["method"] == "topk")]
     (line,) = [one[0] for one in axes[0].containers if one.get_label() == "GRIFFIN"]
@@ -479,7 +479,7 @@ def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
     prompts = headlines(by_prompt(several))
     prompts.attrs["caption"] = "made up"
     axes = boards.quality_by_prompt(prompts).subfigs[0].axes
-    assert axes[3].get_title() == "wikitext, perplexity of 256"
+    assert (axes[3].get_title(), axes[3].get_ylabel()) == ("wikitext", "perplexity of 256")
 
 
 def test_a_report_is_complete_and_says_where_it_comes_from(
