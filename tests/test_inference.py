@@ -9,7 +9,7 @@ import xarray as xr
 from scipy.stats import spearmanr
 
 import flocking
-from flocking import gallery, inference
+from flocking import gallery, inference, provenance
 from flocking.inference import EXPERIMENTS
 
 
@@ -170,5 +170,5 @@ def test_seed_decides(subject: tuple) -> None:
 
 def test_every_experiment_is_in_the_gallery() -> None:
     assert EXPERIMENTS.keys() < gallery.EXPERIMENTS.keys()
-    sources = {path.stem for path in gallery._sources(inference.loss_by_prompt)}
+    sources = {path.stem for path in provenance.sources(inference.__name__)}
     assert sources >= {"inference", "scoring", "griffin", "compact", "selection"}
