@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, ScalarFormatter
 
+from flocking.comparison import is_loss
 from flocking.drawing import BY_SELECTION, guide, in_style, legend, page
 
 _FULL = {"color": "0.15", "ls": "-", "lw": 1, "label": "full model"}
@@ -49,14 +50,14 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
 
     Of :func:`flocking.comparison.headlines`, with a caption in its ``attrs``.
     """
-    losses = data["metric"].str.startswith("loss")
+    losses = data["metric"].map(is_loss)
     parts = [part for part in (data[~losses], data[losses]) if len(part)]
     counts = [part.groupby(["task", "metric"]).ngroups for part in parts]
     upper, axes = page(
         figure, data, len(parts), 1, height=0.75 + 0.5 * sum(counts), height_ratios=counts
     )
     for ax, part in zip(axes[:, 0], parts, strict=True):
-        loss = part["metric"].iloc[0].startswith("loss")
+        loss = is_loss(part["metric"].iloc[0])
         names = []
         for row, ((task, metric), own) in enumerate(part.groupby(["task", "metric"], sort=False)):
             names.append(f"{task}\n{_metric(metric)}, n = {own['items'].iloc[0]}")
@@ -90,7 +91,7 @@ def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
     """
     upper, axes = _panels(data, figure)
     for ax, part in _each(data, axes):
-        loss = part["metric"].iloc[0].startswith("loss")
+        loss = is_loss(part["metric"].iloc[0])
         ax.axhline(1 if loss else 0, **_FULL)
         for method, own in part[part["method"] != "full"].groupby("method", sort=False):
             own = own.sort_values("prompt_tokens")
@@ -135,7 +136,7 @@ def _metric(name: str) -> str:
 def _shown(part: pd.DataFrame, values: object) -> np.ndarray:
     """Losses as perplexities, as everyone reads them."""
     values = np.asarray(values, dtype=float)
-    return np.exp(values) if part["metric"].iloc[0].startswith("loss") else values
+    return np.exp(values) if is_loss(part["metric"].iloc[0]) else values
 
 
 def _errors(ax: Axes, x: pd.Series, values: np.ndarray, style: dict) -> None:
@@ -144,7 +145,7 @@ def _errors(ax: Axes, x: pd.Series, values: np.ndarray, style: dict) -> None:
 
 
 def _scale(ax: Axes, part: pd.DataFrame) -> None:
-    if part["metric"].iloc[0].startswith("loss"):
+    if is_loss(part["metric"].iloc[0]):
         _logarithmic(ax, ax.yaxis)
     else:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking.metrics import named
 from flocking.overlap import statistic
 from flocking.recording import record
-from flocking.texts import passages
+from flocking.texts import passages, read_text
 
 
 def global_statistic(
@@ -85,11 +85,8 @@ def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[
         path = Path(source)
         if not path.exists():
             raise ValueError(f"calibration: {path} does not exist: give a text file or a folder.")
-        try:
-            files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-            texts = [file.read_text(encoding="utf-8") for file in files]
-        except UnicodeDecodeError as problem:
-            raise ValueError(f"calibration: {path} is not text in UTF-8: convert it.") from problem
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        texts = [read_text(file) for file in files]
     if not any(texts):
         raise ValueError(f"calibration: there is no text in {source}: give some .txt files.")
     return texts

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +23,24 @@ from flocking.models import identity
 from flocking.passes import refuse_long
 from flocking.projections import width
 from flocking.selection import METHODS
+from flocking.terminal import (
+    Device,
+    Dtype,
+    Model,
+    ModelArgument,
+    by_task,
+    listed,
+    load,
+    need_harness,
+    number,
+    numbers_of,
+    one_sentence,
+    passage,
+    read,
+    refuse_existing,
+    replacing,
+    wide_console,
+)
 
 _HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
 
@@ -60,156 +72,10 @@ def _options(
     """Hold what belongs to no command."""
 
 
-def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Bad input ends in its sentence and exit code 2, not in a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: object, **kwargs: object) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, MemoryError) as problem:
-            typer.echo(f"flocking: {problem}", err=True)
-            raise typer.Exit(2) from None
-
-    return run
-
-
-Model = Annotated[str | None, typer.Option(help="Folder or hub id; the embedded model by default.")]
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="[MODEL]", help="Folder or hub id; the embedded model by default."),
-]
-Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1.")]
-Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
-
-
-def _load(model: str | None, device: str | None, dtype: str | None) -> tuple:
-    kind = getattr(torch, dtype or "float32", None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
-    try:
-        torch.empty(0, device=device or "cpu")
-    except (RuntimeError, AssertionError) as problem:
-        raise ValueError(
-            f"--device {device} cannot be used here: give cpu, or cuda or cuda:1 with a GPU and a "
-            "build of torch for it."
-        ) from problem
-    if model and not Path(model).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ValueError(f"model {model}: there is no such folder, and no hub id looks like that.")
-    loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
-    return loaded.to(device or "cpu"), tokenizer
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width to keep to
-        console.width = 120
-    return console
-
-
-def _read(name: str) -> str:
-    path = Path(name)
-    if name == "-":
-        raw = sys.stdin.buffer.read()
-    elif not path.exists():
-        raise ValueError(f"{name} does not exist: name text files, or - for standard input.")
-    elif path.is_dir():
-        raise ValueError(f"{name} is a folder: name the text files in it.")
-    else:
-        raw = path.read_bytes()
-    where = "standard input" if name == "-" else name
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as problem:
-        raise ValueError(
-            f"{where} is not text in UTF-8 (byte {problem.start}): convert it first."
-        ) from problem
-    if not text:
-        raise ValueError(f"{where} is empty: give some text.")
-    return text
-
-
-def _numbers(layers: str | None) -> list[int] | None:
-    """Layer numbers from text such as ``0,5,10-12``."""
-    if layers is None:
-        return None
-    numbers: list[int] = []
-    for part in layers.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
-        span = match and range(int(match[1]), int(match[2] or match[1]) + 1)
-        if not span:
-            raise ValueError(f"--layers {layers}: give numbers and ranges, such as 0,5,10-12.")
-        numbers += span
-    return numbers
-
-
-def _needs_harness() -> None:
-    """Register the harness's model, or say how to get the harness."""
-    try:
-        importlib.import_module("flocking.harness")
-    except ModuleNotFoundError as problem:
-        raise ValueError(
-            f"{problem.name} is not installed: pip install 'flocking[eval]' brings the harness."
-        ) from problem
-
-
-def _listed(text: str) -> list[str]:
-    """Parts of text such as ``piqa,boolq``."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
-        raise ValueError(f"{text!r} names nothing: give names, with commas between.")
-    return parts
-
-
-def _number(text: str, option: str, kind: type) -> float | int | str:
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{option}: {text!r} is no number.") from None
-
-
-def _by_task(text: str, option: str, kind: type) -> dict[str, float | int | str]:
-    """Settings from text such as ``400,xsum=30``: for the task xsum, and for all others ("")."""
-    found: dict[str, float | int | str] = {}
-    for part in _listed(text):
-        task, equals, value = part.rpartition("=")
-        if task in found or (equals and not task):
-            raise ValueError(f"{option} {text}: give one for all and TASK=... for single ones.")
-        found[task] = _number(value, option, kind)
-    return found
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    """Nothing is replaced untold, and nothing but what looks like an earlier output."""
-    if not path.exists():
-        return
-    if not ((path / ".zgroup").exists() or (path.is_file() and path.suffix == ".png")):
-        raise ValueError(f"{path} exists and is no recording: choose another name.")
-    if not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or pass --overwrite.")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the name `path` only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        partial, old = Path(folder) / path.name, Path(folder) / "old"
-        yield partial
-        if path.exists():
-            path.rename(old)
-        try:
-            partial.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-
-
 @app.command(
     epilog="Example: flocking record article.txt notes.txt -o out/mine.zarr --layers 0,10-12"
 )
-@_one_sentence
+@one_sentence
 def record(
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Text files; - is standard input.")
@@ -230,10 +96,10 @@ def record(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.zarr if it exists.")] = False,
 ) -> None:
     """Record text files, one sequence each, and save the recording as Zarr."""
-    _refuse_existing(output, overwrite)
-    numbers = _numbers(layers)
-    texts = [_read(name) for name in files]
-    loaded, tokenizer = _load(model, device, dtype)
+    refuse_existing(output, overwrite)
+    numbers = numbers_of(layers)
+    texts = [read(name) for name in files]
+    loaded, tokenizer = load(model, device, dtype)
     recording = flocking.record(
         loaded,
         texts,
@@ -243,7 +109,7 @@ def record(
         max_new_tokens=max_new_tokens,
     )
     recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
-    with _replacing(output) as partial:
+    with replacing(output) as partial:
         recording.to_zarr(partial, zarr_format=2)
     sizes = dict(recording.sizes)
     typer.echo(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
@@ -251,7 +117,7 @@ def record(
 
 
 @app.command(epilog="Example: flocking demo --out out")
-@_one_sentence
+@one_sentence
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.zarr and demo.png.")] = Path("out"),
     model: Model = None,
@@ -261,9 +127,9 @@ def demo(
     """Record the packaged passages, print how they flock by layer, and draw two of them."""
     stored, picture = out / "demo.zarr", out / "demo.png"
     for path in (stored, picture):
-        _refuse_existing(path, overwrite=True)
-    console = _console()
-    loaded, tokenizer = _load(model, device, dtype)
+        refuse_existing(path, overwrite=True)
+    console = wide_console()
+    loaded, tokenizer = load(model, device, dtype)
     passages = flocking.passages()
     ids = [tokenizer(passage)["input_ids"][:512] for passage in passages]
     layers = [block.layer for block in flocking.feedforwards(loaded)]
@@ -272,11 +138,11 @@ def demo(
     recording = recording.assign_coords(sequence=[passage.name for passage in passages])
     console.print(table(recording))
 
-    with _replacing(stored) as partial:
+    with replacing(stored) as partial:
         recording.to_zarr(partial, zarr_format=2)
     figure = two_passages(recording, shown, ["reportage", "code"])
     origin = {key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")}
-    with _replacing(picture) as partial:
+    with replacing(picture) as partial:
         figure.savefig(partial, dpi=150, metadata={"Source": name_of(recording), **origin})
     plt.close(figure)
     console.print(
@@ -291,7 +157,7 @@ def demo(
 
 
 @app.command(epilog="Example: flocking figures --only drift --out out/figures")
-@_one_sentence
+@one_sentence
 def figures(
     out: Annotated[Path, typer.Option(help="Folder for the figures and their numbers.")] = Path(
         "figures"
@@ -314,11 +180,11 @@ def figures(
     Where the numbers are there already, for the same model, texts, versions and code, they are
     only drawn again.
     """
-    passages = [_passage(name) for name in texts] if texts else flocking.passages()
+    passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
     regenerate(
         out,
-        lambda: _load(model, device, dtype),
+        lambda: load(model, device, dtype),
         key,
         passages,
         only=only,
@@ -328,7 +194,7 @@ def figures(
 
 
 @app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
-@_one_sentence
+@one_sentence
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads standard input.")],
     density: Annotated[float, typer.Option(help="Fraction of FF neurons kept.")] = 0.5,
@@ -345,12 +211,12 @@ def generate(
     """Go on from a prompt greedily with GRIFFIN: the prompt in full, then its experts alone."""
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: give 1 or more.")
-    text = _read("-") if prompt == "-" else prompt
+    text = read("-") if prompt == "-" else prompt
     if not text:
         raise ValueError("the prompt is empty: there is nothing to choose experts from.")
     if method not in METHODS:
         raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = load(model, device, dtype)
     twin = flocking.griffin(loaded, density, method=method, scope=scope)
     inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.device)
     refuse_long(loaded, [inputs["input_ids"][0]], max_new_tokens)
@@ -373,10 +239,10 @@ def generate(
 
 
 @app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")
-@_one_sentence
+@one_sentence
 def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
     """Show a model's FF blocks, how exactly each was proved, and whether GRIFFIN can prune it."""
-    loaded, _ = _load(model, device, dtype)
+    loaded, _ = load(model, device, dtype)
     blocks = flocking.feedforwards(loaded)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("layer", "module", "kind", "hidden", "d_ff", "experts", "proof's error"):
@@ -387,7 +253,7 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
         experts = block.experts if block.kind == "experts" else ""
         cells = (block.layer, block.path, block.kind, hidden, block.d_ff, experts)
         table.add_row(*map(str, cells), f"{block.error:.1g}")
-    console = _console()
+    console = wide_console()
     console.print(f"[bold]{type(loaded).__name__}[/bold], {loaded.num_parameters():,} parameters")
     console.print(table)
     try:
@@ -403,7 +269,7 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
     epilog="Example: flocking evaluate --tasks piqa,boolq --methods topk,static,topk@0.25 "
     "--limit 200,boolq=100 --protocol context,boolq=last-token --out out/mine"
 )
-@_one_sentence
+@one_sentence
 def evaluate(
     tasks: Annotated[
         str,
@@ -454,27 +320,29 @@ def evaluate(
     Each task with each method is a cell, kept in OUT/cells when it is finished: after an
     interruption, or with more tasks or methods, the same command runs only what is not there.
     """
-    _needs_harness()
+    need_harness()
     from flocking import evaluation, report
 
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: give 1 or more.")
     options = {
-        "methods": _listed(methods),
-        "densities": [_number(text, "--densities", float) for text in _listed(densities)],
-        "protocol": _by_task(protocol, "--protocol", str),
-        "limit": None if limit is None else _by_task(limit, "--limit", int),
+        "methods": listed(methods),
+        "densities": [number(text, "--densities", float) for text in listed(densities)],
+        "protocol": by_task(protocol, "--protocol", str),
+        "limit": None if limit is None else by_task(limit, "--limit", int),
     }
     evaluation.variants_of(options["methods"], options["densities"])  # before a model is loaded
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder.")
     there = [out / name for name in report.FILES if (out / name).exists()]
     if 0 < len(there) < len(report.FILES) and not (out / "cells").is_dir():
         raise ValueError(f"{there[0]} exists and is no report of flocking: choose another --out.")
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = load(model, device, dtype)
     try:
         items = evaluation.evaluate(
             loaded,
             tokenizer,
-            _listed(tasks),
+            listed(tasks),
             **options,
             data_dir=data_dir,
             calibration=calibration,
@@ -507,14 +375,14 @@ def evaluate(
         "help_option_names": [],  # the harness's own help is meant
     },
 )
-@_one_sentence
+@one_sentence
 def lm_eval(context: typer.Context) -> None:
     """The lm-evaluation-harness, which then knows --model griffin; all that follows is its own.
 
     For example: flocking lm-eval run --model griffin --model_args
     pretrained=my-model,density=0.5,protocol=context --tasks hellaswag,piqa
     """
-    _needs_harness()
+    need_harness()
     from lm_eval.__main__ import cli_evaluate
 
     before, sys.argv = sys.argv, ["lm-eval", *context.args]
@@ -525,14 +393,14 @@ def lm_eval(context: typer.Context) -> None:
 
 
 @app.command(epilog="Example: flocking check my-model && echo fit for use")
-@_one_sentence
+@one_sentence
 def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
     """Try on a model what must hold for its recordings and twins to be right; exit code 1 if not.
 
     Proof of the FF blocks, the same output while watched, batches against their members, experts
     against the analysis, and twins against the full model, masked or at density 1.
     """
-    results = flocking.check(*_load(model, device, dtype))
+    results = flocking.check(*load(model, device, dtype))
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("check", "", "relative error", "allowed", ""):
         table.add_column(column)
@@ -540,7 +408,7 @@ def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = Non
     for name, row in results.iterrows():
         numbers = ("" if np.isnan(x) else f"{x:.1g}" for x in (row.error, row.allowed))
         table.add_row(name, words.get(row.passed, "does not apply"), *numbers, row.reason)
-    _console().print(table)
+    wide_console().print(table)
     if (results.passed == False).any():  # noqa: E712 (NA is neither)
         raise typer.Exit(1)
 
@@ -563,13 +431,6 @@ class _Clock(TextStreamer):
         if len(self.times) < 2:
             return "-"
         return f"{(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f}"
-
-
-def _passage(name: str) -> flocking.Passage:
-    """A text file as a text that knows its name."""
-    passage = flocking.Passage(_read(name))
-    passage.name, passage.description = Path(name).stem, name
-    return passage
 
 
 def main() -> None:

@@ -123,9 +123,14 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
     return pd.concat(parts, ignore_index=True)
 
 
+def is_loss(metric: str) -> bool:
+    """Whether a metric is in nats, and read as a perplexity, its differences as ratios."""
+    return metric.startswith("loss")
+
+
 def family(task: str, metric: str) -> str:
     """A task's name without the length of its prompt, where that is all that tells two apart."""
-    shorter = task.rpartition("_")[0] if metric.startswith("loss") else ""
+    shorter = task.rpartition("_")[0] if is_loss(metric) else ""
     return shorter or task
 
 
@@ -136,7 +141,7 @@ def headlines(rows: pd.DataFrame) -> pd.DataFrame:
     """
     chosen = {}
     for task, metric in rows[["task", "metric"]].drop_duplicates().itertuples(index=False):
-        name, loss = family(task, metric), metric.startswith("loss")
+        name, loss = family(task, metric), is_loss(metric)
         if name not in chosen or (loss and _tokens(task, metric) > _tokens(*chosen[name])):
             chosen[name] = (task, metric)
     wanted = set(chosen.values())
@@ -172,7 +177,7 @@ def table(rows: pd.DataFrame, *, beside: str | None = "full") -> str:
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for (task, protocol, metric), part in rows.groupby(_BY, sort=False):
         part = part.set_index("variant")
-        scale = None if metric.startswith("loss") else 100 if part["high"].max() <= 1 else 1
+        scale = None if is_loss(metric) else 100 if part["high"].max() <= 1 else 1
         name = metric.replace("loss", "perplexity")
         asked = f"{task}, {protocol}" if protocol != "context" else task
         cells = [f"{asked}, {name}", f"{part['items'].iloc[0]}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -191,6 +192,15 @@ def page(
 def _gridspec(options: dict[str, object]) -> dict[str, object]:
     ratios = {key: options.pop(key) for key in ("width_ratios", "height_ratios") if key in options}
     return {**options, "gridspec_kw": ratios}
+
+
+def save(figure: Figure, folder: Path, name: str, model: str, caption: str) -> None:
+    """Write a figure as PNG and SVG, which say what they show, and close it."""
+    about = {"Title": f"{name}, {model}", "Description": caption}
+    with mpl.rc_context(STYLE):
+        figure.savefig(folder / f"{name}.png", metadata=about)
+        figure.savefig(folder / f"{name}.svg", metadata={**about, "Date": None})
+    plt.close(figure)
 
 
 def by_layer(axes: np.ndarray | list[Axes]) -> None:

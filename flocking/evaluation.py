@@ -119,8 +119,8 @@ def evaluate(
         :class:`flocking.harness.GriffinLM`.
     """
     variants = variants_of(methods, densities)
-    if limit is not None and any(n < 1 for n in _values(limit)):
-        raise ValueError(f"limit={limit}: give 1 item or more.")
+    if limit is not None and (low := min(_values(limit), default=1)) < 1:
+        raise ValueError(f"limit={low}: give 1 item or more.")
     if odd := set(_values(protocol)) - {"context", "last-token"}:
         raise ValueError(f"protocol={odd.pop()!r}: give 'context' or 'last-token'.")
     if isinstance(protocol, Mapping):
@@ -201,7 +201,8 @@ def variants_of(methods: Iterable[str], densities: Iterable[float]) -> list[Vari
         except ValueError:
             wanted = [0.0]
         if any(not 0 < density <= 1 for density in wanted):
-            raise ValueError(f"method {text!r}: give a density above 0 and at most 1.")
+            said = f"method {text!r}" if at else f"densities {densities}"
+            raise ValueError(f"{said}: give a density above 0 and at most 1.")
         if name != "full":
             found += [Variant(name, density) for density in wanted]
     return list(dict.fromkeys(found))

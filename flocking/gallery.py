@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import transformers
@@ -17,7 +15,7 @@ import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking import experiments, inference
-from flocking.drawing import STYLE
+from flocking.drawing import save
 from flocking.figures import FIGURES
 from flocking.provenance import code_digest
 
@@ -156,13 +154,9 @@ def _refuse_foreign(out: Path, name: str) -> None:
 
 def _write(out: Path, name: str, data: xr.Dataset, written: str) -> None:
     """The three files, each put in its place only when all are complete."""
-    figure = FIGURES[name](data)
-    about = {"Title": f"{name}, {data.attrs['model']}", "Description": data.attrs["caption"]}
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as folder, mpl.rc_context(STYLE):
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as folder:
         partial = Path(folder)
-        figure.savefig(partial / f"{name}.png", metadata=about)
-        figure.savefig(partial / f"{name}.svg", metadata={**about, "Date": None})
+        save(FIGURES[name](data), partial, name, data.attrs["model"], data.attrs["caption"])
         (partial / f"{name}.json").write_text(written, encoding="utf-8")
         for suffix in _SUFFIXES:
             (partial / f"{name}{suffix}").replace(out / f"{name}{suffix}")
-    plt.close(figure)

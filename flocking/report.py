@@ -6,13 +6,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from flocking.boards import quality_by_density, quality_by_method, quality_by_prompt
 from flocking.comparison import by_prompt, headlines, label, summary, table
-from flocking.drawing import STYLE
+from flocking.drawing import save
 
 FILES = ("items.parquet", "summary.csv", "tables.md")
 FIGURES = ("quality_by_density", "quality_by_method", "quality_by_prompt")
@@ -40,7 +38,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
     here = rows[(rows["density"] == density) | (rows["method"] == "full")]
     of_same = items[(items["density"] == density) | (items["method"] == "full")]
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as folder, mpl.rc_context(STYLE):
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as folder:
         partial = Path(folder)
         items.to_parquet(partial / "items.parquet", index=False)
         rows.to_csv(partial / "summary.csv", index=False, float_format="%.6g")
@@ -52,11 +50,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
         }
         for name, (draw, data, caption) in wanted.items():
             data.attrs["caption"] = caption(source["model"], density)
-            figure = draw(data)
-            about = {"Title": f"{name}, {source['model']}", "Description": data.attrs["caption"]}
-            figure.savefig(partial / f"{name}.png", metadata=about)
-            figure.savefig(partial / f"{name}.svg", metadata={**about, "Date": None})
-            plt.close(figure)
+            save(draw(data), partial, name, source["model"], data.attrs["caption"])
         for path in partial.iterdir():
             path.replace(out / path.name)
 

@@ -25,6 +25,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.mlqa.utils import exact_match_score, f1_score
 from rouge_score.rouge_scorer import RougeScorer
 
+from flocking.texts import read_text
+
 PROMPT_LENGTHS = (16, 64, 256, 1024)
 CONTINUATION_LENGTHS = (64, 256)
 _WIKITEXT = {f"wikitext_{length}": length for length in PROMPT_LENGTHS}
@@ -216,6 +218,11 @@ _SUMMARY = {
     "doc_to_target": "{{summary}}",
     "metric_list": _measured("rouge1", "rouge2", "rougeL"),
 }
+_ANSWER = {
+    "output_type": "generate_until",
+    "doc_to_target": "{{answers[0]}}",
+    "metric_list": _measured("f1", "em"),
+}
 _CHOICES = {"context": str, "choices": list, "label": int}
 
 DEFINITIONS: dict[str, _Definition] = {
@@ -246,11 +253,9 @@ DEFINITIONS: dict[str, _Definition] = {
         {"story": str, "questions": list, "answers": list},
         _coqa,
         own={
-            "output_type": "generate_until",
+            **_ANSWER,
             "doc_to_text": _conversation,
-            "doc_to_target": "{{answers[0]}}",
             "process_results": _turn,
-            "metric_list": _measured("f1", "em"),
             "generation_kwargs": {"until": ["\nQ:"], "max_gen_toks": 256, "do_sample": False},
         },
         hub={
@@ -299,11 +304,9 @@ DEFINITIONS: dict[str, _Definition] = {
         {"article": str, "question": str, "answers": list},
         _qasper,
         own={
-            "output_type": "generate_until",
+            **_ANSWER,
             "doc_to_text": "{{article}}\n\nQuestion: {{question}}\nAnswer:",
-            "doc_to_target": "{{answers[0]}}",
             "process_results": _answer,
-            "metric_list": _measured("f1", "em"),
             "generation_kwargs": {"until": ["\n"], "max_gen_toks": 128, "do_sample": False},
         },
         hub={
@@ -417,7 +420,7 @@ def read(path: Path, definition: _Definition) -> list[dict]:
     """Documents of a file of JSON lines; a ValueError names file, line and field of what is odd."""
     documents = []
     # (Not by splitlines, to which characters within a text may be ends of lines.)
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -443,13 +446,6 @@ def read(path: Path, definition: _Definition) -> list[dict]:
     return documents
 
 
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"{path} is not text in UTF-8: convert it first.") from problem
-
-
 def _file(data_dir: Path, name: str, suffix: str) -> Path:
     if not data_dir.is_dir():
         raise ValueError(f"--data-dir {data_dir}: there is no such folder.")
@@ -467,7 +463,7 @@ def _articles(data_dir: Path | None) -> list[str]:
     """WikiText's articles: a line with one equals sign on either side opens each."""
     if data_dir is not None:
         path = _file(data_dir, "wikitext", "txt")
-        text = _text_of(path)
+        text = read_text(path)
     else:
         try:
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 
 class Passage(str):
@@ -43,3 +44,18 @@ def passages() -> list[Passage]:
         passage.name, passage.description = path.name.removesuffix(".txt"), description
         found.append(passage)
     return found
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """Text in UTF-8, with or without a byte order mark; a ValueError names `where` if it is not."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(
+            f"{where} is not text in UTF-8 (byte {problem.start}): convert it first."
+        ) from problem
+
+
+def read_text(path: Path) -> str:
+    """Text of a file in UTF-8, however its lines end; a ValueError names it if it is no text."""
+    return decoded(path.read_bytes(), str(path)).replace("\r\n", "\n")

@@ -117,6 +117,12 @@ def tiny(architecture: str) -> tf.PreTrainedModel:
     return build(architecture)
 
 
+@pytest.fixture(params=[name for name in ARCHITECTURES if name != "bert"])
+def generating(request: pytest.FixtureRequest) -> tf.PreTrainedModel:
+    """Each architecture that generates, in turn."""
+    return build(request.param)
+
+
 @pytest.fixture
 def llama() -> tf.PreTrainedModel:
     return build("llama")

@@ -11,19 +11,13 @@ import torch
 import transformers as tf
 import xarray as xr
 from conftest import ARCHITECTURES, VOCABULARY, build, random_ids
+from packaging.version import parse
 from torch import Tensor
 
 import flocking
 from flocking.selection import METHODS, expert_count, magnitude
 
-GENERATING = [name for name in ARCHITECTURES if name != "bert"]
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-@pytest.fixture(params=GENERATING)
-def generating(request: pytest.FixtureRequest) -> tf.PreTrainedModel:
-    """Each architecture that generates, in turn."""
-    return build(request.param)
 
 
 def tokens(*lengths: int, seed: int = 0) -> Tensor:
@@ -160,7 +154,10 @@ def test_drafts_for_the_full_model(generating: tf.PreTrainedModel) -> None:
         parameter.data.add_(torch.randn(parameter.shape))
     try:
         generate(generating, ids, 16, assistant_model=other)
-    except RuntimeError as problem:  # sliding windows, in transformers 5.17
+    except RuntimeError as problem:
+        # Sliding windows, in transformers 5.17; whatever assists, so that no twin is to blame.
+        if parse(tf.__version__) >= parse("5.23"):
+            raise
         pytest.skip(f"transformers itself cannot draft for this model: {problem}")
     got = generate(generating, ids, 16, assistant_model=twin)
     assert torch.equal(got, generate(generating, ids, 16))
