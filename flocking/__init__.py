@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from flocking.calibration import global_statistic
 from flocking.checking import check
+from flocking.decoding import Decoder
 from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
 from flocking.griffin import griffin
 from flocking.hooks import observe
@@ -38,6 +39,7 @@ from flocking.uncertainty import bootstrap
 __version__ = _version("flocking")
 
 __all__ = [
+    "Decoder",
     "FeedForward",
     "Moments",
     "Passage",

@@ -59,7 +59,7 @@ def test_imports_point_one_way() -> None:
         {"feedforward"},
         {"hooks", "selection", "compact"},
         {"passes", "overlap"},
-        {"recording", "griffin"},
+        {"recording", "griffin", "decoding"},
         {"controlled", "calibration", "checking", "scoring"},
         {"experiments", "inference", "harness"},
         {"gallery", "asking"},

@@ -1,0 +1,232 @@
+"""Decoding in fixed shapes gives what generate gives, and compiles once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers as tf
+from conftest import build, random_ids
+from torch import Tensor
+
+import flocking
+from flocking import decoding
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and guarded as ever, then run as traced: seconds where inductor takes minutes."""
+    monkeypatch.setattr(decoding, "_COMPILER", "eager")
+
+
+@pytest.fixture
+def compilations() -> Iterator[Tensor]:
+    """How many graphs were compiled in this test so far."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def prompts(sequences: int, length: int, padding: int = 0) -> dict[str, Tensor]:
+    """Random prompts, the first of them padded on the left."""
+    ids = torch.tensor(random_ids(*[length] * sequences, seed=length))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = ids[0, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generated(model: tf.PreTrainedModel, prompt: dict[str, Tensor], new: int) -> Tensor:
+    return model.generate(**prompt, max_new_tokens=new, do_sample=False)
+
+
+def decodes_alike(decoder: flocking.Decoder, model: tf.PreTrainedModel, sequences: int) -> None:
+    for length in (10, 30, 21):  # longer than the sliding windows of some, and shorter
+        prompt = prompts(sequences, length, 0 if sequences == 1 else 4)
+        assert torch.equal(
+            decoder.generate(**prompt, max_new_tokens=12), generated(model, prompt, 12)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # BLOOM's
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_gives_what_generate_gives(
+    generating: tf.PreTrainedModel, sequences: int, compilations: object
+) -> None:
+    """The full model, and twins; over prompts of different lengths, compiled once each."""
+    if generating.config.model_type == "gpt_neo":  # its local attention counts from the cache's end
+        with pytest.raises(ValueError, match="something else over a cache of fixed size"):
+            flocking.Decoder(generating, 64, batch_size=sequences)
+        return
+    models = [generating, flocking.griffin(generating, 0.5)]
+    if sequences > 1:
+        models.append(flocking.griffin(generating, 0.5, scope="sequence"))
+    for number, model in enumerate(models):
+        decodes_alike(flocking.Decoder(model, 64, batch_size=sequences), model, sequences)
+        assert compilations() == number + 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("name", ["llama", "opt", "mistral"])
+def test_really_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twin that is made after the original was compiled decodes pruned, the original in full."""
+    monkeypatch.setattr(decoding, "_COMPILER", "inductor")
+    model = build(name)
+    decoder = flocking.Decoder(model, 64, batch_size=2)
+    decodes_alike(decoder, model, 2)
+    twin = flocking.griffin(model, 0.5)
+    decodes_alike(flocking.Decoder(twin, 64, batch_size=2), twin, 2)
+    assert not torch.equal(
+        generated(twin, prompts(2, 21), 12), generated(model, prompts(2, 21), 12)
+    )
+    decodes_alike(decoder, model, 2)
+
+
+def test_of_a_model_compiled_before(llama: tf.PreTrainedModel) -> None:
+    llama.compile(backend="eager")
+    generated(llama, prompts(1, 20), 4)
+    twin = flocking.griffin(llama, 0.5)
+    decodes_alike(flocking.Decoder(twin, 64), twin, 1)
+
+
+def test_many_decoders_in_one_process(llama: tf.PreTrainedModel, compilations: object) -> None:
+    """More than the recompilations that the compiler allows one function."""
+    for count in range(1, 11):
+        prompt = prompts(count, 12)
+        decoder = flocking.Decoder(llama, 20, batch_size=count)
+        assert torch.equal(
+            decoder.generate(**prompt, max_new_tokens=4), generated(llama, prompt, 4)
+        )
+    assert compilations() == 10
+
+
+def test_ends_where_generate_ends(llama: tf.PreTrainedModel) -> None:
+    """Sequences that have ended are filled up; when all have, decoding ends."""
+    prompt = prompts(3, 12, 4)
+    decoder = flocking.Decoder(llama, 64, batch_size=3)
+    free = generated(llama, prompt, 40)[:, 12:]
+    ends = [[int(free[0, 5])], sorted({int(free[0, 2]), int(free[1, 20]), int(free[2, 33])}), None]
+    for end in ends:  # read anew for each prompt
+        for pad in (0, None):
+            llama.generation_config.eos_token_id = end
+            llama.generation_config.pad_token_id = pad
+            due = generated(llama, prompt, 40)
+            assert torch.equal(decoder.generate(**prompt, max_new_tokens=40), due)
+            assert due.shape[1] == 52 or end == ends[1]
+
+
+def test_tokens_alone_will_do(llama: tf.PreTrainedModel) -> None:
+    ids = prompts(1, 12)["input_ids"]
+    decoder = flocking.Decoder(llama, 64)
+    for new in (1, 2, 30):
+        due = generated(llama, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, new)
+        assert torch.equal(decoder.generate(ids, max_new_tokens=new), due)
+        with torch.inference_mode():
+            assert torch.equal(decoder.generate(ids.clone(), max_new_tokens=new), due)
+
+
+def test_weights_may_change(llama: tf.PreTrainedModel, compilations: object) -> None:
+    decoder = flocking.Decoder(llama, 64)
+    decodes_alike(decoder, llama, 1)
+    with torch.no_grad():
+        llama.model.layers[0].mlp.down_proj.weight.mul_(-1)  # in place
+        llama.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(  # replaced
+            llama.model.layers[1].mlp.down_proj.weight.roll(1, 0)
+        )
+    decodes_alike(decoder, llama, 1)
+    assert compilations() == 1
+
+
+@pytest.mark.parametrize("scope", ["shared", "sequence"])
+def test_a_twin_may_do_something_else_in_between(llama: tf.PreTrainedModel, scope: str) -> None:
+    """Batches of another size move the compact weights, with a selection for each sequence."""
+    twin = flocking.griffin(llama, 0.5, scope=scope)
+    decoder = flocking.Decoder(twin, 64, batch_size=2)
+    decodes_alike(decoder, twin, 2)
+    before = decoder._addresses()
+    generated(twin, prompts(3, 9), 3)
+    assert (decoder._addresses() == before) == (scope == "shared")
+    decodes_alike(decoder, twin, 2)
+
+
+def test_leaves_the_model_alone(llama: tf.PreTrainedModel) -> None:
+    llama.train()
+    weights = {name: value.clone() for name, value in llama.state_dict().items()}
+    names = set(vars(llama))
+    flocking.Decoder(llama, 64).generate(**prompts(1, 9))
+    assert set(vars(llama)) == names
+    assert all(module.training for module in llama.modules())
+    assert all(torch.equal(value, weights[name]) for name, value in llama.state_dict().items())
+
+
+def test_can_be_watched(llama: tf.PreTrainedModel) -> None:
+    """Inside of observe what is compiled runs eagerly: no step is missed."""
+    decoder = flocking.Decoder(llama, 64)
+    prompt = prompts(1, 9)
+    due = decoder.generate(**prompt, max_new_tokens=8)
+    seen: dict[int, int] = {}
+
+    def count(block: flocking.FeedForward, z: Tensor) -> None:
+        seen[block.layer] = seen.get(block.layer, 0) + z.shape[1]
+
+    with flocking.observe(llama, count):
+        assert torch.equal(decoder.generate(**prompt, max_new_tokens=8), due)
+    assert seen == {0: 9 + 7, 1: 9 + 7}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 1}, "at least two tokens"),
+        ({"max_length": 64, "batch_size": 0}, "one sequence"),
+        ({"max_length": 257}, "more than the model's context of 256"),
+    ],
+)
+def test_refuses_sizes(llama: tf.PreTrainedModel, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flocking.Decoder(llama, **options)
+
+
+def test_refuses_prompts(llama: tf.PreTrainedModel) -> None:
+    decoder = flocking.Decoder(llama, 32)
+    prompt = prompts(1, 20)
+    right = {**prompt, "attention_mask": prompt["attention_mask"].clone()}
+    right["attention_mask"][0, -2:] = 0
+    for wrong, new, message in (
+        (prompts(2, 20), 4, "for 1 sequences"),
+        ({"input_ids": prompt["input_ids"][0]}, 4, "for 1 sequences"),
+        ({"input_ids": prompt["input_ids"][:, :0]}, 4, "for 1 sequences"),
+        (prompt, 13, "for 32 in all"),
+        (prompt, 0, "at least one new token"),
+        (right, 4, "zeros on the left only"),
+        ({**prompt, "attention_mask": torch.ones(1, 19)}, 4, "the shape of input_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.generate(**wrong, max_new_tokens=new)
+    assert torch.equal(decoder.generate(**prompt, max_new_tokens=12), generated(llama, prompt, 12))
+
+
+class Printing(torch.nn.Module):
+    """What a compiler cannot take into a graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        print(end="")
+        return torch.nn.functional.silu(x)
+
+
+def test_refuses_models() -> None:
+    config = tf.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
+    mamba = tf.MambaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="something else than each token's keys and values"):
+        flocking.Decoder(mamba, 64)
+    llama = build("llama")
+    llama.model.layers[0].mlp.act_fn = Printing()
+    decoder = flocking.Decoder(llama, 64)
+    with pytest.raises(RuntimeError, match=r"does not compile in one piece .*: use generate"):
+        decoder.generate(**prompts(1, 9))
+    llama = build("llama")
+    llama.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match="lies on cpu, meta"):
+        flocking.Decoder(llama, 64)
