@@ -302,8 +302,8 @@ class _State:
         self.read: _Read | None = None  # what the experts were chosen from; None without experts
         self.by_cache = WeakIdKeyDictionary()  # what was read into each cache
         self.copies = 1  # how often each sequence is in the batch, as a beam search needs it
-        self.unreached = 0  # experts of mixtures that no token of the prompt was routed to
-        self.seconds = (0.0, 0.0)
+        self.unreached: list[Tensor] = []  # experts that no token of the prompt was routed to
+        self.watch: _Stopwatch | None = None  # over the last selection and copy
         self.draft: tuple[int, Tensor] | None = None  # where the last one began, and its tokens
         self.drafted = self.accepted = 0
 
@@ -351,7 +351,7 @@ class _State:
         moments = {} if read is None else read.moments
         first = read is None  # its first token is a window of its own, as in recordings
         seen: dict[int, int] = {}
-        windows: dict[tuple[int, int], Windows] = {}
+        windows: dict[tuple[int, int, torch.device], Windows] = {}
         number = _window_numbers(sequences, mask, first)
 
         def add(block: FeedForward, z: Tensor | Routed) -> None:
@@ -361,15 +361,16 @@ class _State:
             fed = z.shape[1]
             start = seen.get(block.layer, 0)
             seen[block.layer] = start + fed
-            if (start, fed) not in windows:
-                windows[start, fed] = Windows.of(number(start, fed))
+            place = (start, fed, block.device)
+            if place not in windows:  # sent there once, not once for each layer
+                windows[place] = Windows.of(number(start, fed)).to(block.device)
             layer = self.first[block.layer]
             if layer not in moments:
                 # Kept for a second turn, which need not be in inference mode if this one is.
                 with torch.inference_mode(False):
                     zeros = Moments.zeros(sequences, 2, block.d_ff, device=block.device)
                 moments[layer] = zeros
-            moments[layer].update(z, windows[start, fed])
+            moments[layer].update(z, windows[place])
 
         with torch.no_grad(), observe(self.whole, add, routed=True):
             outputs = run()
@@ -415,60 +416,105 @@ class _State:
     @torch.inference_mode(False)
     @torch.no_grad()
     def choose(self, read: _Read) -> None:
-        """From the moments to the experts in their compact projections."""
-        started = time.perf_counter()
+        """From the moments to the experts in their compact projections.
+
+        Layers of one shape are worked on together, and the device is asked once, at the end,
+        whether all is well: until then work is only handed to it.
+        """
+        watch = _Stopwatch(self.compacts[0].block.device)
+        watch.lap()
         own = self.scope == "sequence"
         # Each sequence draws the same numbers, so that it is in a batch what it is alone, and
         # that a beam goes on with the experts of the beam that it comes from.
         count = len(read.tokens) if own else 1
         generators = [torch.Generator().manual_seed(self.seed) for _ in range(count)]
-        experts = []
-        self.unreached = 0
-        for compact in self.compacts:
+
+        def statistics(energy: Tensor) -> Tensor:
             # As flocking.statistic has it: float32 windows, added in float64.
-            statistic = read.moments[compact.block.layer].energy.double().sum(dim=1).sqrt()
-            if not own:
-                share = read.tokens.to(statistic.device).clamp_min(1).rsqrt()
-                statistic = (statistic * share[:, None]).sum(dim=0, keepdim=True)
-            mask = torch.stack(
-                [
-                    top_k(self._scores(compact, row, generator), compact.k)
-                    for row, generator in zip(statistic, generators, strict=True)
-                ]
-            )
-            indices = mask.flatten(1).nonzero()[:, -1].unflatten(0, (count, -1))
-            experts.append(indices if own else indices[0])
-        _synchronize(statistic.device)
-        chosen = time.perf_counter()
+            each = energy.double().sum(dim=2).sqrt()
+            if own:
+                return each
+            share = read.tokens.to(each.device).clamp_min(1).rsqrt()
+            return (each * share[:, None]).sum(dim=1, keepdim=True)
+
+        energies = [read.moments[compact.block.layer].energy for compact in self.compacts]
+        of_layers = _together(statistics, energies)
+        finite = _together(lambda each: each.isfinite().flatten(1).all(dim=1), of_layers)
+        self.unreached = []
+        scores = [
+            torch.stack([self._scores(c, *row) for row in zip(each, generators, strict=True)])
+            for c, each in zip(self.compacts, of_layers, strict=True)
+        ]
+        numbers = _together(lambda each: ~each.isnan().flatten(1).any(dim=1), scores)
+        counts = [compact.k for compact in self.compacts]
+        experts = _together(_largest, scores, counts)
+        watch.lap()
         for compact, indices in zip(self.compacts, experts, strict=True):
-            compact.fill(indices)
-        _synchronize(statistic.device)
-        self.seconds = (chosen - started, time.perf_counter() - chosen)
+            compact.fill(indices if own else indices[0])
+        watch.lap()
+        self.watch = watch
+        well = torch.stack([flag.to(finite[0].device) for flag in (*finite, *numbers)])
+        for compact, is_finite, is_number in zip(
+            self.compacts, *well.view(2, -1).tolist(), strict=True
+        ):
+            if is_finite and is_number:
+                continue
+            self.forget()
+            layer = compact.block.layer
+            raise ValueError(
+                f"method returned NaN in layer {layer}: give each neuron a number."
+                if is_finite
+                else f"activations of layer {layer} are not finite: no experts can be chosen."
+            )
         self.read = read
 
     def _scores(self, compact: Compact, statistic: Tensor, generator: torch.Generator) -> Tensor:
-        """The method's, if they can be: one number for each neuron."""
+        """The method's, one for each neuron, shape (expert, neuron); one expert if dense."""
         block = compact.block
-        if not statistic.isfinite().all():
-            raise ValueError(
-                f"activations of layer {block.layer} are not finite: no experts can be chosen."
-            )
         if block.kind == "experts":
             statistic = statistic.view(block.experts, -1)
             # Of an expert that no token was routed to, the text says nothing: by its weights.
             unreached = (statistic == 0).all(dim=1, keepdim=True)
             by_weights = magnitude(block).to(statistic).view_as(statistic)
             statistic = torch.where(unreached, by_weights, statistic)
-            self.unreached += int(unreached.sum())
+            self.unreached.append(unreached.sum())
         scores = self.method(statistic, compact.k, block, generator)
-        size = " x ".join(map(str, statistic.shape))
-        due = f"one score for each of {size} neurons is due"
         if not isinstance(scores, Tensor) or scores.shape != statistic.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"method returned {got} where {due}.")
-        if scores.isnan().any():
-            raise ValueError(f"method returned NaN in layer {block.layer} where {due}.")
-        return scores if scores.is_floating_point() else scores.double()
+            size = " x ".join(map(str, statistic.shape))
+            raise ValueError(
+                f"method returned {got} where one score for each of {size} neurons is due."
+            )
+        scores = scores if scores.is_floating_point() else scores.double()
+        return scores.view(block.experts, -1)
+
+
+def _together(
+    function: Callable[..., Tensor], tensors: list[Tensor], numbers: list[int] | None = None
+) -> list[Tensor]:
+    """The function's results for each tensor (and number), those that are alike in one call."""
+    numbers = numbers or [0] * len(tensors)
+    alike: dict[tuple, list[int]] = {}
+    for place, (tensor, number) in enumerate(zip(tensors, numbers, strict=True)):
+        alike.setdefault((tensor.shape, tensor.device, tensor.dtype, number), []).append(place)
+    results = list(tensors)
+    for (*_, number), places in alike.items():
+        stacked = torch.stack([tensors[place] for place in places])
+        found = function(stacked, number) if number else function(stacked)
+        for place, result in zip(places, found, strict=True):
+            results[place] = result
+    return results
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Indices of the `k` neurons of each expert, ascending, numbered through all experts.
+
+    From (..., expert, neuron) to (..., expert * k), without asking the device how many there are.
+    """
+    kept = top_k(scores, k).to(torch.uint8)
+    within = kept.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    first = torch.arange(scores.shape[-2], device=scores.device) * scores.shape[-1]
+    return (within + first[:, None]).flatten(-2)
 
 
 def _window_numbers(
@@ -492,6 +538,24 @@ def _window_numbers(
     return number
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class _Stopwatch:
+    """Times on a device's own clock, which waits for nothing; on the host's if it has none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.laps = device, []
+
+    def lap(self) -> None:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self.laps.append(torch.cuda.Event(enable_timing=True))
+                self.laps[-1].record()
+        else:
+            self.laps.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From lap to lap; waits for the last of them."""
+        pairs = zip(self.laps, self.laps[1:], strict=False)
+        if self.device.type != "cuda":
+            return [end - start for start, end in pairs]
+        self.laps[-1].synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]

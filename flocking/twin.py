@@ -78,6 +78,7 @@ class Twin:
         # (Counted apart, and tied ones by name: where accelerate offloads, parameters change.)
         tied = getattr(state.whole, "all_tied_weights_keys", {})
         named = dict(state.whole.named_parameters())
+        selecting, copying = (0.0, 0.0) if state.watch is None else state.watch.seconds()
         parameters = sum(p.numel() for name, p in named.items() if tied.get(name) not in named)
         rest = parameters - sum(p.numel() for p in ff.values())
         return Report(
@@ -88,11 +89,11 @@ class Twin:
             prefilled_tokens=(
                 0 if state.read is None else int(state.read.tokens.sum()) // state.copies
             ),
-            unreached_experts=state.unreached,
+            unreached_experts=sum(map(int, state.unreached)),
             drafted_tokens=state.drafted,
             accepted_tokens=state.accepted,
-            selection_seconds=state.seconds[0],
-            copy_seconds=state.seconds[1],
+            selection_seconds=selecting,
+            copy_seconds=copying,
         )
 
     def _prefill(
