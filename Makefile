@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Triton, whose interpreter runs the CUDA kernels: apart, and for Linux only.
+KERNELS = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton)
 
 # Remade when what it is made from changes; otherwise nothing is installed twice.
 $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
@@ -27,14 +29,19 @@ demo: env  ## record the packaged passages, print the table, write out/demo.*
 figures: env  ## run the experiments and draw figures/ (minutes; only what is out of date)
 	$(BIN)/flocking figures --out figures
 
-test: env $(VENV)/torchao  ## ruff and the test suite
+test: env $(VENV)/torchao $(KERNELS)  ## ruff and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest
+	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/test_kernels.py)
 
 # Apart, since transformers imports it wherever it finds it, and it complains about what it lacks.
 $(VENV)/torchao: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ torchao --constraint constraints.txt
+	@touch $@
+
+$(VENV)/triton: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.9.0
 	@touch $@
 
 # torch stays as pinned: other versions bring gigabytes along. Deprecation warnings of old

@@ -9,8 +9,10 @@ over chunks of a prefill, over batches and processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +97,8 @@ class Layout(NamedTuple):
         return cls(phase, start, torch.where(token < total, number, -1))
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """Which token of a chunk belongs to which window, as the matrix that sums them.
 
     Attributes
@@ -108,12 +111,16 @@ class Windows(NamedTuple):
         Where tokens are not real; None if all are.
     spans : list of (slice, slice)
         Pieces of the chunk, and for each the windows that its tokens lie in.
+    pieces : flocking.kernels.Pieces, or None
+        The same for kernels, where there are some.
     """
 
     weights: Tensor
     first: int
     padding: Tensor | None
     spans: list[tuple[slice, slice]]
+    pieces: Any = None
+    _sent: dict[torch.device, Windows] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, window: Tensor) -> Windows:
@@ -131,13 +138,39 @@ class Windows(NamedTuple):
         )
 
     def to(self, device: torch.device) -> Windows:
-        """The same for activations on `device`, in one piece unless that is the CPU."""
-        if device.type == "cpu":
+        """The same for activations on `device`, in one piece unless that is the CPU.
+
+        Sent there once: what all layers share must not hold each of them up.
+        """
+        kernels = _kernels(device.type)
+        if self.pieces is not None or (device.type == "cpu" and kernels is None):
             return self
-        padding = None if self.padding is None else self.padding.to(device)
-        last = self.first + self.weights.shape[1]
-        spans = [(slice(None), slice(self.first, last))]
-        return Windows(self.weights.to(device), self.first, padding, spans)
+        if device not in self._sent:
+            padding = None if self.padding is None else self.padding.to(device)
+            last = self.first + self.weights.shape[1]
+            spans = [(slice(None), slice(self.first, last))]
+            pieces = None
+            if kernels is not None:
+                numbers = self.first + self.weights.argmax(dim=1)
+                if self.padding is not None:
+                    numbers = numbers.masked_fill(self.padding, -1)
+                pieces = kernels.Pieces.of(numbers, device)
+            self._sent[device] = Windows(
+                self.weights.to(device), self.first, padding, spans, pieces
+            )
+        return self._sent[device]
+
+
+@functools.cache
+def _kernels(device: str) -> ModuleType | None:
+    """The module of that name, on devices that it is for, if Triton is there."""
+    if device != "cuda":
+        return None
+    try:
+        from flocking import kernels
+    except ImportError:  # it comes with torch's CUDA builds, but not with all
+        return None
+    return kernels
 
 
 def _span(window: Tensor, tokens: slice, first: int) -> tuple[slice, slice]:
@@ -218,6 +251,9 @@ class Moments:
                 return self._add_routed(z, windows)
             z = z.dense()
         windows = windows.to(z.device)
+        if windows.pieces is not None and self.rank is None:
+            add = _kernels(z.device.type).add
+            return add(z, windows.pieces, self.energy, self.mass)
         pieces = []
         for tokens, here in windows.spans:
             padding = None if windows.padding is None else windows.padding[:, tokens]
