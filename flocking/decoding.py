@@ -336,7 +336,7 @@ class Decoder:
         shape = (self.batch_size, total)
         ids = torch.randint(vocabulary, shape, generator=generator, device="cpu").to(self._device)
         mask = torch.ones_like(ids)
-        prompt = total - total // 4
+        prompt = total - max(1, total // 8)
         if self.batch_size > 1:
             mask[0, : total // 4] = 0
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)

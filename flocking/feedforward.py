@@ -18,7 +18,8 @@ import re
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -209,6 +210,14 @@ def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
     _blocks_of.remember(copied, moved)
     inherit(model, copied)
     return copied
+
+
+@contextmanager
+def keeping_blocks(model: PreTrainedModel) -> Iterator[list[FeedForward]]:
+    """Its blocks, which stay known when its weights are in other places at the end."""
+    blocks = feedforwards(model)
+    yield blocks
+    _blocks_of.remember(model, blocks)
 
 
 def inherit(model: PreTrainedModel, copied: PreTrainedModel) -> None:

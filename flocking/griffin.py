@@ -24,7 +24,8 @@ from flocking.experts import by_interface
 from flocking.feedforward import FeedForward, feedforwards, inherit, shadow_with_blocks
 from flocking.hooks import observe
 from flocking.moments import Moments, Routed, Windows
-from flocking.passes import refuse_forgetful
+from flocking.offloading import offloaded
+from flocking.passes import refuse_forgetful, traits
 from flocking.projections import is_loaded, is_plain
 from flocking.selection import (
     METHODS,
@@ -51,6 +52,7 @@ def griffin(
     reference: xr.DataArray | None = None,
     weight: float = 0.5,
     seed: int = 0,
+    offload: Literal["cpu"] | None = None,
 ) -> PreTrainedModel:
     """A twin of `model` whose ``generate`` decodes on the experts of each prompt.
 
@@ -84,15 +86,20 @@ def griffin(
     seed : int
         Of the methods that draw: the same prompt gives the same experts every time, with
         ``scope="sequence"`` in any batch.
+    offload : "cpu", optional
+        For a model in host memory that need not fit the accelerator: the twin decodes there, with
+        copies of all weights but the FF projections', which stay in host memory and are brought
+        over, block by block, to read each prompt. Without an accelerator nothing moves.
 
     Returns
     -------
     transformers.PreTrainedModel
         Of `model`'s class, with ``selection`` (the experts' indices by layer) and
         ``report()`` besides. Memory rises by the compact projections: nothing of `model` is
-        freed. Hooks on `model` do not act on the twin, nor the other way round. Values of
-        parameters are shared at all times; after any other change of `model` (its dtype, its
-        config, parameters that were replaced), make the twin again.
+        freed (with `offload`, the accelerator's by those and by what is no FF projection). Hooks
+        on `model` do not act on the twin, nor the other way round. Values of parameters are
+        shared at all times (of copies, those of the time they were made); after any other change
+        of `model` (its dtype, its config, parameters that were replaced), make the twin again.
 
         In a second turn on a cache that this twin filled, the new turn's tokens join the
         statistic of the earlier turns' (their generated tokens, computed pruned, do not count).
@@ -104,7 +111,8 @@ def griffin(
     ValueError
         For a density outside of (0, 1] or that keeps no neuron, an unknown method or scope, a
         reference that is missing or another model's, weights that are quantised or not in
-        memory, a model that does not generate or cannot go on from a cache, or a twin.
+        memory, a model that does not generate or cannot go on from a cache, or a twin; with
+        `offload`, for a model that is not in host memory.
     TypeError
         If `density` or `seed` is no number, or `reference` no DataArray.
     UnsupportedModelError
@@ -127,15 +135,22 @@ def griffin(
         )
     if not isinstance(seed, int | np.integer):
         raise TypeError(f"seed={seed!r}: give a whole number.")
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload={offload!r}: give 'cpu', or leave it out.")
     # Where a block runs several times in a forward pass, all its runs have the same experts.
     firsts = [block for block in blocks if block.call == 0]
     counts = [
         expert_count(each, block.d_ff // block.experts)
         for each, block in zip(_densities(density, len(firsts)), firsts, strict=True)
     ]
+    refuse_forgetful(model)
+    known = traits(model)
+    if offload:
+        model = offloaded(model)
+        blocks = feedforwards(model)
+        firsts = [block for block in blocks if block.call == 0]
     chosen = _method(method, reference, weight, blocks)
 
-    refuse_forgetful(model)
     twin = shadow(model)
     paths = {id(module): path for path, module in model.named_modules()}
     compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
@@ -143,7 +158,9 @@ def griffin(
         compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
     _become_twin(twin)
     inherit(model, twin)
-    twin._griffin = _State(shadow_with_blocks(model), compacts, chosen, scope, int(seed))
+    whole = shadow_with_blocks(model)
+    traits.remember(whole, known)
+    twin._griffin = _State(whole, compacts, chosen, scope, int(seed))
     return twin
 
 

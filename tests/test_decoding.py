@@ -151,6 +151,11 @@ def test_a_twin_may_do_something_else_in_between(llama: tf.PreTrainedModel, scop
     decodes_alike(decoder, twin, 2)
 
 
+def test_with_the_full_weights_in_host_memory(llama: tf.PreTrainedModel) -> None:
+    twin = flocking.griffin(llama, 0.5, offload="cpu")
+    decodes_alike(flocking.Decoder(twin, 64), flocking.griffin(llama, 0.5), 1)
+
+
 def test_leaves_the_model_alone(llama: tf.PreTrainedModel) -> None:
     llama.train()
     weights = {name: value.clone() for name, value in llama.state_dict().items()}

@@ -57,7 +57,7 @@ def test_imports_point_one_way() -> None:
         {"proof"},
         {"search"},
         {"feedforward"},
-        {"hooks", "selection", "compact"},
+        {"hooks", "selection", "compact", "offloading"},
         {"passes", "overlap"},
         {"recording", "griffin", "decoding"},
         {"controlled", "calibration", "checking", "scoring"},

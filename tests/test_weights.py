@@ -310,6 +310,69 @@ def test_the_self_check_runs_offloaded(tmp_path: Path) -> None:
     assert flocking.check(to_disk(build("llama"), tmp_path)).passed.all()
 
 
+# --------------------------------------------------------------------------------------
+# griffin(..., offload="cpu")
+
+
+@pytest.mark.parametrize("scope", ["shared", "sequence"])
+def test_a_twin_may_leave_the_full_weights_in_host_memory(
+    generating: tf.PreTrainedModel, scope: str
+) -> None:
+    ids = torch.tensor([TEXTS[0], TEXTS[1][:9]])
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    before = {name: (id(p), p.device, p.clone()) for name, p in generating.named_parameters()}
+    plain = flocking.griffin(generating, scope=scope)
+    twin = flocking.griffin(generating, scope=scope, offload="cpu")
+    due = plain.generate(ids, attention_mask=mask, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(twin.generate(ids, attention_mask=mask, **GREEDY), due)
+    for layer, experts in plain.selection.items():
+        assert torch.equal(twin.selection[layer], experts)
+    for field in ("parameters", "active_parameters", "ff_bytes", "compact_bytes"):
+        assert getattr(twin.report(), field) == getattr(plain.report(), field)
+    for name, p in generating.named_parameters():
+        same, device, values = before[name]
+        assert (id(p), p.device) == (same, device)
+        assert torch.equal(p, values)
+
+
+def test_two_blocks_weights_are_on_the_device_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies, as if the device were another one: brought once to read a prompt, once to select."""
+    model = build("llama", num_hidden_layers=5)
+    twin = flocking.griffin(model, offload="cpu", method="magnitude")
+    stream = next(
+        module._hf_hook.stream
+        for module in twin._griffin.whole.modules()
+        if hasattr(module, "_hf_hook")
+    )
+    brought: list[int] = []
+    bring = stream._bring
+
+    def counting(place: int) -> None:
+        bring(place)
+        stream.there[place] = {
+            module: {name: value.clone() for name, value in values.items()}
+            for module, values in stream.there[place].items()
+        }
+        brought.append(place)
+        assert len(stream.there) <= 2
+
+    monkeypatch.setattr(stream, "_bring", counting)
+    due = generated(flocking.griffin(model, method="magnitude"))
+    assert torch.equal(generated(twin), due)
+    # To read the prompt, to score by the weights, to copy the experts.
+    assert brought == 3 * list(range(5))
+    assert not any(parts for parts in stream.there.values())
+
+
+def test_offload_is_for_models_in_host_memory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is on meta, and offload='cpu' is for a model in host"):
+        flocking.griffin(to_cpu(build("llama"), tmp_path), offload="cpu")
+    with pytest.raises(ValueError, match="offload='disk': give 'cpu', or leave it out"):
+        flocking.griffin(build("llama"), offload="disk")
+
+
 def test_weights_without_values_are_refused() -> None:
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(build("llama").config)
