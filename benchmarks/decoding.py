@@ -1,14 +1,16 @@
 """What GRIFFIN saves: decoding speed of the twin against the full model, and what it costs.
 
     .venv/bin/python benchmarks/decoding.py [--model NAME] [--pairs 15] [--batch 1 2 4 8]
-        [--dtype float32 bfloat16] [--density 0.5] [--prompt 256] [--new-tokens 24]
+        [--compiled 1] [--dtype float32 bfloat16] [--density 0.5] [--prompt 256]
+        [--new-tokens 24]
 
 Every round lets each contestant decode once, in random order, so that whatever else the machine
 does falls on all alike; printed are the medians of the rounds' ratios, with quartiles. The bound is
-what reading allows: the parameters that the full model reads for a step over those that the twin
+what reading allows: the weights that the full model reads for a step over those that the twin
 reads, which with one selection a sequence has compact weights to read for each (input embeddings
 are looked up, not read, unless they are the output matrix as well). Where arithmetic is slower than
-reading, as for small batches on some processors, a twin can exceed it. Memory is what a process of
+reading, as for small batches on some processors, a twin can exceed it. Batches named after
+--compiled are decoded by flocking.Decoder too. Memory is what a process of
 its own has gained by loading and generating. Selection and copy are the shared twin's, in steps of
 the full model.
 """
@@ -17,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import random
 import statistics
 import time
 
 import psutil
 import torch
+from measuring import interleaved, quartiles, ratios, seconds, weight_bytes
 from transformers.generation.streamers import BaseStreamer
 
 import flocking
@@ -58,20 +60,10 @@ def step_seconds(model, ids, new_tokens: int) -> float:
     return statistics.median(gaps)
 
 
-def quartiles(values: list[float]) -> str:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:5.2f} [{low:.2f}, {high:.2f}]"
-
-
-def bound(model, twin) -> float:
-    """Parameters read for one step, full over pruned, after the twin has generated."""
-    report = twin.report()
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
-    full = report.parameters - looked_up
-    return full / (full - (report.ff_bytes - report.compact_bytes) / embedding.itemsize)
+def compiled_seconds(decoder: flocking.Decoder, ids, new_tokens: int) -> float:
+    """Median time of a step of a :class:`flocking.Decoder`; without the prompt's pass."""
+    decoder.read(ids, max_new_tokens=new_tokens)
+    return statistics.median(seconds(decoder.step, "cpu") for _ in range(new_tokens - 1))
 
 
 def speed(name: str | None, dtype: str, options: argparse.Namespace) -> None:
@@ -81,30 +73,46 @@ def speed(name: str | None, dtype: str, options: argparse.Namespace) -> None:
         flocking.griffin(model, options.density, scope=s) for s in ("shared", "sequence")
     )
     rows = [tokenizer(p)["input_ids"][: options.prompt] for p in flocking.passages()]
+    room = options.prompt + options.new_tokens
     for batch in options.batch:
         ids = torch.tensor([rows[n % len(rows)] for n in range(batch)])
-        contestants = {"full": model, "shared": shared}
-        if batch > 1:
-            contestants["by sequence"] = own
-        for contestant in contestants.values():  # warm up
-            step_seconds(contestant, ids, 4)
-        rounds: list[dict[str, float]] = []
         costs = []
-        for _ in range(options.pairs):
-            order = random.sample(list(contestants), len(contestants))
-            times = {n: step_seconds(contestants[n], ids, options.new_tokens) for n in order}
-            rounds.append(times)
+
+        def of_shared(ids=ids, costs=costs) -> float:
+            time_ = step_seconds(shared, ids, options.new_tokens)
             report = shared.report()
-            costs.append((report.selection_seconds + report.copy_seconds) / times["full"])
-        for contestant in list(contestants)[1:]:
-            limit = bound(model, contestants[contestant])
-            ratios = [times["full"] / times[contestant] for times in rounds]
-            share = statistics.median(ratios) / limit
+            costs.append(report.selection_seconds + report.copy_seconds)
+            return time_
+
+        subjects = {"full": model, "shared": shared}
+        contestants = {
+            "full": lambda ids=ids: step_seconds(model, ids, options.new_tokens),
+            "shared": of_shared,
+        }
+        if batch > 1:
+            subjects["by sequence"] = own
+            contestants["by sequence"] = lambda ids=ids: step_seconds(own, ids, options.new_tokens)
+        if batch in options.compiled:
+            for kind, subject in list(subjects.items()):
+                decoder = flocking.Decoder(subject, room, batch_size=batch)
+                subjects[f"{kind}, compiled"] = subject
+                contestants[f"{kind}, compiled"] = lambda d=decoder, ids=ids: compiled_seconds(
+                    d, ids, options.new_tokens
+                )
+        found = interleaved(contestants, options.pairs)
+        full = weight_bytes(model)
+        for kind in list(contestants)[1:]:
+            twin = None if subjects[kind] is model else subjects[kind]
+            limit = full / weight_bytes(model, twin)
             print(
-                f"{dtype:>9}  batch {batch}  {contestant:>11}: {quartiles(ratios)} times the full "
-                f"model's speed (reading allows {limit:.2f}; {share:.2f} of it)"
+                f"{dtype:>9}  batch {batch}  {kind:>21}: {quartiles(ratios(found, 'full', kind))} "
+                f"times the speed of the full model's generate (reading allows {limit:.2f})"
             )
-        print(f"{dtype:>9}  batch {batch}  selection and copy: {quartiles(costs)} full steps")
+            if kind.endswith(", compiled") and twin is not None:
+                gain = ratios(found, "full, compiled", kind)
+                print(f"{'':>43}: {quartiles(gain)} times the full model's, compiled")
+        steps = [cost / time_ for cost, time_ in zip(costs[1:], found["full"], strict=True)]
+        print(f"{dtype:>9}  batch {batch}  selection and copy: {quartiles(steps)} full steps")
 
 
 def resident(name: str | None, dtype: str, density: float, scope: str, batch: int, queue) -> None:
@@ -144,6 +152,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--compiled", type=int, nargs="*", default=[1], help="batch sizes")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--prompt", type=int, default=256)

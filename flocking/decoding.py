@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from flocking.hooks import anything_is_watched
 from flocking.passes import context, refuse_forgetful, undisturbed
 from flocking.projections import device_of, embeddings_of, parts
 from flocking.shadow import unwrap
@@ -82,8 +83,11 @@ class Decoder:
         refuse_forgetful(self._whole)
         self.max_length, self.batch_size = max_length, batch_size
         self._device = device_of(embeddings_of(model))
+        self._is_cuda = self._device.type == "cuda"
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = 0  # steps that ran without a graph, some of which must precede one
         with torch.inference_mode(False):  # they outlive any mode that this is called in
             shape = (batch_size, 1)
             self._ids, self._position = self._zeros(*shape), self._zeros(*shape)  # of the next step
@@ -98,7 +102,7 @@ class Decoder:
         )
         # (Inductor then computes products with a single row in kernels of its own, which read a
         # matrix faster than cuBLAS does and take in what stands around it.)
-        options = {"coordinate_descent_tuning": True} if self._device.type == "cuda" else None
+        options = {"coordinate_descent_tuning": True} if self._is_cuda else None
         self._compiled = torch.compile(
             types.MethodType(step, self),
             fullgraph=True,
@@ -106,9 +110,7 @@ class Decoder:
             backend=_COMPILER,
             options=options if _COMPILER == "inductor" else None,
         )
-        self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_reads: tuple[int, ...] = ()
-        self._warm = 0  # steps that ran without a graph, which must precede one
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -139,8 +141,7 @@ class Decoder:
         RuntimeError
             If the model does not compile in one piece.
         """
-        logits = self.read(input_ids, attention_mask, max_new_tokens)
-        self._take(logits)
+        self.read(input_ids, attention_mask, max_new_tokens=max_new_tokens)
         for number in range(1, max_new_tokens):
             if number % _LOOK_EVERY == 0 and bool(self._done.all()):
                 break
@@ -150,17 +151,12 @@ class Decoder:
     @torch.inference_mode(False)
     @torch.no_grad()
     def read(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 1
-    ) -> Tensor:
-        """Run the prompts, on the full model; under a twin, choose the experts.
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 1
+    ) -> None:
+        """Run the prompts, on the full model, and take a first token; a twin's experts are chosen.
 
-        Parameters are those of :meth:`generate`, and :meth:`step` can follow, after the first
-        token was taken.
-
-        Returns
-        -------
-        Tensor, shape (sequence, vocabulary)
-            Logits of the first new token, in the model's dtype.
+        What :meth:`generate` begins with, and with the same parameters; each :meth:`step` then
+        adds a token, up to `max_length` in all.
         """
         ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
         prompt = ids.shape[1]
@@ -180,19 +176,17 @@ class Decoder:
             outputs = state.prefill(run, len(ids), mask, None, prompt)
         else:
             outputs = run()
-        return outputs.logits[:, -1]
+        self._take(outputs.logits[:, -1])
+        if (reads := self._addresses()) != self._graph_reads:  # a parameter is somewhere else
+            self._graph, self._graph_reads, self._warm = None, reads, 0
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def step(self) -> None:
         """Compute and take one more token of each sequence."""
-        if self._device.type != "cuda":
+        if not self._is_cuda or anything_is_watched():  # which a graph would not show
             self._run()
-            return
-        reads = self._addresses()
-        if self._graph is not None and reads != self._graph_reads:  # a parameter was replaced
-            self._graph, self._warm = None, 0
-        if self._graph is not None:
+        elif self._graph is not None:
             self._graph.replay()
         elif self._warm < 3:  # compiled, tuned and with its workspaces taken, beside the graph
             side = torch.cuda.Stream(self._device)
@@ -205,7 +199,7 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._run()
-            self._graph, self._graph_reads = graph, reads
+            self._graph = graph
             graph.replay()  # capturing computes nothing
 
     def _run(self) -> None:
@@ -234,7 +228,7 @@ class Decoder:
         pad = (ends[0] if ends else 0) if pad is None else pad
         if not hasattr(self, "_ends") or len(self._ends) != len(ends):
             self._ends, self._pad = self._zeros(len(ends)), self._zeros(1)
-            self._graph = None
+            self._graph, self._warm = None, 0  # what was captured reads the memory before
         self._ends.copy_(torch.tensor(ends, dtype=torch.int64))
         self._pad.fill_(pad)
 

@@ -76,6 +76,11 @@ def _eager() -> Iterator[None]:
                 _eager_stack.close()
 
 
+def anything_is_watched() -> bool:
+    """Whether this process is inside of :func:`observe`, so that what is compiled runs eagerly."""
+    return _eager_users > 0
+
+
 @contextmanager
 def observe(
     model: nn.Module,

@@ -126,7 +126,11 @@ def _taken(
 def _take(whole: Tensor, axis: int, index: Tensor, out: Tensor | None = None) -> Tensor:
     """Some of a tensor's rows or columns, where it is quantised of its numbers and scales alike."""
     if not is_traceable_wrapper_subclass(whole):
-        return torch.index_select(whole, axis, index.to(whole.device), out=out)
+        index = index.to(whole.device)
+        if axis == 0:
+            return torch.index_select(whole, 0, index, out=out)
+        # (Of columns the same; on CPUs twice as fast in bfloat16, and as fast in float32.)
+        return torch.gather(whole, 1, index.expand(len(whole), -1), out=out)
     if out is None:
         out = whole.narrow(axis, 0, len(index)).clone()
     for part, room in zip(parts(whole), parts(out), strict=True):

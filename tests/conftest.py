@@ -91,6 +91,14 @@ ARCHITECTURES = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a GPU is skipped without one, and says so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+
+
 def build(name: str, **changes: object) -> tf.PreTrainedModel:
     """A tiny model with random weights, large enough that neurons differ clearly."""
     config = ARCHITECTURES[name]()

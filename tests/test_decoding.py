@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +151,55 @@ def test_a_twin_may_do_something_else_in_between(llama: tf.PreTrainedModel, scop
     generated(twin, prompts(3, 9), 3)
     assert (decoder._addresses() == before) == (scope == "shared")
     decodes_alike(decoder, twin, 2)
+
+
+@pytest.mark.parametrize("scope", ["shared", "sequence"])
+def test_a_graph_replaces_steps_and_loses_none(
+    llama: tf.PreTrainedModel, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's graphs, played by a stand-in: what is captured does not run, and a replay does."""
+    twin = flocking.griffin(llama, 0.5, scope=scope)
+    decoder = flocking.Decoder(twin, 64, batch_size=2)
+    compiled, capturing, replays = decoder._compiled, [], []
+
+    class Graph:
+        def replay(self) -> None:
+            assert self.reads == decoder._addresses()  # or it would read what is there no more
+            replays.append(self)
+            compiled()
+
+    @contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        graph.reads = decoder._addresses()
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "Stream": lambda device: stream,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device: stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(decoder, "_compiled", lambda: capturing or compiled())
+    monkeypatch.setattr(decoder, "_is_cuda", True)
+
+    decodes_alike(decoder, twin, 2)
+    assert len(replays) == 3 * 11 - 3  # the first steps warm up
+    assert len(set(replays)) == 1
+    with flocking.observe(llama, lambda block, z: None):  # whoever is watched, where hooks run
+        llama(**prompts(1, 5))
+        decodes_alike(decoder, twin, 2)
+    assert len(replays) == 3 * 11 - 3
+    generated(twin, prompts(3, 9), 3)  # with a selection a sequence, moves the weights
+    decodes_alike(decoder, twin, 2)
+    assert len(set(replays)) == (1 if scope == "shared" else 2)
+    twin.generation_config.eos_token_id = [1, 2, 3]  # other memory for what ends a text
+    decodes_alike(decoder, twin, 2)
+    assert len(set(replays)) == (2 if scope == "shared" else 3)
 
 
 def test_with_the_full_weights_in_host_memory(llama: tf.PreTrainedModel) -> None:

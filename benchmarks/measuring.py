@@ -1,0 +1,162 @@
+"""What benchmarks have in common: models of real shapes, bytes, clocks, and taking turns."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+import flocking
+
+SHAPES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "shapes.json").read_text())
+
+
+def build(
+    shape: str, device: str, dtype: torch.dtype, attention: str, **changes: int
+) -> PreTrainedModel:
+    """A model of a real shape, with random weights that repeat, so as to be there soon."""
+    config = AutoConfig.for_model(**{**SHAPES[shape], **changes})
+    with torch.device(device), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        ).eval()
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(0)
+    tile = torch.randn(2**22 + 3, generator=generator, device=device).to(dtype) * 0.02
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            for part in parameter.data.view(-1).split(len(tile)):
+                part.copy_(tile[: len(part)])
+    model.generation_config.eos_token_id = None  # all generate as many tokens as they are asked for
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def prompts(model: PreTrainedModel, sequences: int, tokens: int) -> Tensor:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(sequences)
+    shape = (sequences, tokens)
+    return torch.randint(3, model.config.vocab_size, shape, generator=generator).to(model.device)
+
+
+def kv_bytes(model: PreTrainedModel, tokens: float, sequences: int = 1) -> float:
+    """Of the keys and values of so many tokens."""
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_key_value_heads * size
+    return 2 * config.num_hidden_layers * width * model.dtype.itemsize * tokens * sequences
+
+
+def weight_bytes(model: PreTrainedModel, twin: PreTrainedModel | None = None) -> int:
+    """That decoding a token reads: input embeddings are looked up, unless they are the head too.
+
+    Of the twin, which must have generated: with one selection a sequence it holds, and reads,
+    compact weights for each.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if head is None or head.weight is not embedding:
+        size -= embedding.numel() * embedding.element_size()
+    if twin is not None:
+        report = twin.report()
+        size -= report.ff_bytes - report.compact_bytes
+    return size
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Wait for the device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], Any], device: str | torch.device) -> float:
+    """How long it takes until the device is through."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    contestants: dict[str, Callable[[], float]], repetitions: int
+) -> dict[str, list[float]]:
+    """Each one's own measure in each round, in random order; the first round warms up."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(repetitions + 1):
+        for name in random.sample(list(contestants), len(contestants)):
+            value = contestants[name]()
+            if number:
+                found[name].append(value)
+    return found
+
+
+def ratios(found: dict[str, list[float]], name: str, other: str) -> list[float]:
+    """One contestant's times over another's, by round."""
+    return [a / b for a, b in zip(found[name], found[other], strict=True)]
+
+
+def quartiles(values: list[float]) -> str:
+    """Median and quartiles; of fewer than four values, lowest and highest."""
+    if len(values) < 4:
+        return f"{statistics.median(values):5.2f} [{min(values):.2f}, {max(values):.2f}]"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:5.2f} [{low:.2f}, {high:.2f}]"
+
+
+def copy_bandwidth(device: str) -> list[float]:
+    """Bytes read and written in a second by copies that no cache holds."""
+    size = 2**31 if torch.device(device).type == "cuda" else 2**28
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return [2 * size / seconds(lambda: target.copy_(source), device) for _ in range(9)]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, driver, clocks and versions."""
+    found: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "flocking": flocking.__version__,
+        "device": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.device(device).type == "cuda":
+        found["device"] = torch.cuda.get_device_name()
+        found["memory"] = torch.cuda.get_device_properties(0).total_memory
+        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        try:
+            found["nvidia-smi"] = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={query}", "--format=csv"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.splitlines()
+        except (OSError, subprocess.CalledProcessError) as problem:
+            found["nvidia-smi"] = str(problem)
+    return found
+
+
+def free() -> None:
+    """Give memory of what is gone back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
