@@ -7,7 +7,8 @@ from its own default config, shrunk by one set of rules, with random weights. It
 located and proved, and `flocking.check` is run on it: a batch of texts of unequal length is
 recorded and held against each text alone, and causal types generate with a twin at density 1,
 which must give what the full model gives, and at one half, which must give what it gives with all
-other neurons masked.
+other neurons masked. Where that holds, the twin is decoded by `flocking.Decoder` too, traced but
+not compiled (which would take minutes), which must give the tokens that `generate` gives.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flocking
+from flocking import decoding
 from flocking.feedforward import UnsupportedModelError
 
 MAPPINGS = {
@@ -240,6 +242,7 @@ class Row(NamedTuple):
     activation: str = ""
     recorded: str = ""
     griffin: str = ""
+    decoder: str = ""
     reason: str = ""
 
 
@@ -275,7 +278,33 @@ def tried(mapping: str, kind: str) -> Row:
         recorded="no" if recording else "yes",
         reason="; ".join(filter(None, (recording, experts, griffin))),
     )
-    return row._replace(griffin="no" if griffin else "yes") if causal else row
+    if not causal:
+        return row
+    if griffin:
+        return row._replace(griffin="no", decoder="no")
+    decoder, why = decoded(model)
+    reason = "; ".join(filter(None, (row.reason, why)))
+    return row._replace(griffin="yes", decoder=decoder, reason=reason)
+
+
+def decoded(model: tf.PreTrainedModel) -> tuple[str, str]:
+    """Whether a twin's tokens are the same in fixed shapes, and why they are not."""
+    decoding._COMPILER = "eager"
+    torch._dynamo.reset()
+    twin = flocking.griffin(model, 0.5)
+    twin.generation_config = tf.GenerationConfig(pad_token_id=0)
+    try:
+        decoder = flocking.Decoder(twin, 32, batch_size=2)
+        for length in (9, 17):
+            generator = torch.Generator().manual_seed(length)
+            ids = torch.randint(3, VOCABULARY, (2, length), generator=generator)
+            mask = torch.ones_like(ids)
+            due = twin.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+            if not torch.equal(decoder.generate(ids, mask, max_new_tokens=8), due):
+                return "no", "Decoder gives other tokens, more than rounding explains"
+    except Exception as problem:
+        return "no", f"Decoder: {_first_line(problem)}"
+    return "yes", ""
 
 
 def called(model: tf.PreTrainedModel, names: str) -> bool:
@@ -338,6 +367,11 @@ def summary(rows: list[Row]) -> str:
     if any(row.griffin for row in with_ff):
         run = sum(row.griffin == "yes" for row in dense)
         text += f", and {_share(run, len(dense))} dense ones run GRIFFIN"
+        twins = [row for row in with_ff if row.griffin == "yes"]
+        fixed = sum(row.decoder == "yes" for row in twins)
+        text += (
+            f"; of all that do, {_share(fixed, len(twins))} decode in fixed shapes too (Decoder)"
+        )
     wrong = sum("than rounding explains" in row.reason for row in rows)
     return (
         f"{text}; {wrong} gave something wrong without an error. Not counted: {state['not built']} "
@@ -358,7 +392,8 @@ def page(tables: dict[str, list[Row]]) -> str:
     )
     for mapping, rows in tables.items():
         text += f"\n## {mapping.capitalize()} language models\n\n{summary(rows)}\n\n"
-        text += "| type | FF | activation | recorded | GRIFFIN | reason |\n" + "| --- " * 6 + "|\n"
+        text += "| type | FF | activation | recorded | GRIFFIN | Decoder | reason |\n"
+        text += "| --- " * 7 + "|\n"
         for row in sorted(rows):
             cells = [str(cell).replace("|", "\\|") for cell in row]
             text += f"| {' | '.join(cells)} |\n"
@@ -386,7 +421,7 @@ def main() -> None:
                 with limited(SECONDS):
                     row = tried(mapping, kind)
             except TimeoutError as problem:
-                row = Row(kind, recorded="no", griffin="no", reason=str(problem))
+                row = Row(kind, recorded="no", griffin="no", decoder="no", reason=str(problem))
             rows.append(row)
             seconds = time.perf_counter() - started
             print(f"{mapping:>15} {seconds:5.1f} s  " + " | ".join(row), flush=True)

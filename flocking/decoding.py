@@ -95,7 +95,15 @@ class Decoder:
             self._mask, self._text = (self._zeros(batch_size, max_length) for _ in range(2))
             self._length = self._zeros(1)  # of what is written of the text
             self._set_special_tokens()
-        self._prove()
+        try:
+            self._prove()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # whatever a model raises that knows other caches
+            why = str(problem).strip().partition("\n")[0]
+            raise ValueError(
+                f"{type(model).__name__} cannot be decoded in fixed shapes ({why}): use generate."
+            ) from problem
         # Recompilations are counted, and limited, by code object: each decoder has one of its own.
         step = types.FunctionType(
             Decoder._step.__code__.replace(), Decoder._step.__globals__, "_step"
@@ -273,10 +281,7 @@ class Decoder:
             type(layer) is not DynamicLayer or layer.get_seq_length() != ids.shape[1]
             for layer in layers
         ):
-            raise ValueError(
-                f"{type(whole).__name__} keeps something else than each token's keys and values, "
-                "and cannot be decoded in fixed shapes: use generate."
-            )
+            raise ValueError("it keeps something else than each token's keys and values")
         if self._cache is None:
             self._cache = Cache(layers=[StaticLayer(self.max_length) for _ in layers])
         else:
@@ -343,7 +348,4 @@ class Decoder:
                 error = relative_error(self._logits(whole), due[:, place])
                 self._position.add_(1)
                 if not error <= tolerance(due.dtype):
-                    raise ValueError(
-                        f"{type(whole).__name__} gives something else over a cache of fixed size "
-                        f"(relative error {error:.1g}): use generate."
-                    )
+                    raise ValueError(f"it gives something else there, relative error {error:.1g}")

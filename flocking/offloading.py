@@ -33,7 +33,8 @@ def offloaded(model: PreTrainedModel) -> PreTrainedModel:
             "a model in host memory: load it there, without device_map or .to(), or leave offload "
             "out."
         )
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True)
+    device = device or torch.device("cpu")
     if device.index is None and device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())
     placed = shadow_with_blocks(model)

@@ -59,7 +59,9 @@ def test_gives_what_generate_gives(
 ) -> None:
     """The full model, and twins; over prompts of different lengths, compiled once each."""
     if generating.config.model_type == "gpt_neo":  # its local attention counts from the cache's end
-        with pytest.raises(ValueError, match="something else over a cache of fixed size"):
+        with pytest.raises(
+            ValueError, match=r"fixed shapes \(it gives something else there.*\): use generate"
+        ):
             flocking.Decoder(generating, 64, batch_size=sequences)
         return
     models = [generating, flocking.griffin(generating, 0.5)]
@@ -275,8 +277,24 @@ class Printing(torch.nn.Module):
 def test_refuses_models() -> None:
     config = tf.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
     mamba = tf.MambaForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="something else than each token's keys and values"):
+    with pytest.raises(ValueError, match="it keeps something else than each"):
         flocking.Decoder(mamba, 64)
+    config = tf.BambaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_indices=[1],
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+        mamba_n_groups=1,
+    )
+    with pytest.raises(ValueError, match=r"BambaForCausalLM cannot be decoded in fixed shapes \("):
+        flocking.Decoder(tf.BambaForCausalLM(config).eval(), 64)
     llama = build("llama")
     llama.model.layers[0].mlp.act_fn = Printing()
     decoder = flocking.Decoder(llama, 64)
