@@ -53,7 +53,7 @@ class Decoder:
     Raises
     ------
     ValueError
-        If the model cannot be decoded like this (found by a trial on 16 random tokens), lies on
+        If the model cannot be decoded like this (found by a trial on random tokens), lies on
         several devices, or has a context of less than `max_length`.
 
     Examples
@@ -87,6 +87,7 @@ class Decoder:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._has_run = False
         self._warm = 0  # steps that ran without a graph, some of which must precede one
         with torch.inference_mode(False):  # they outlive any mode that this is called in
             shape = (batch_size, 1)
@@ -213,11 +214,16 @@ class Decoder:
     def _run(self) -> None:
         try:
             self._compiled()
-        except torch._dynamo.exc.Unsupported as problem:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # of any kind that tracing and compilers raise
+            if self._has_run:
+                raise
             why = str(problem).strip().partition("\n")[0]
             raise RuntimeError(
                 f"{type(self._model).__name__} does not compile in one piece ({why}): use generate."
             ) from problem
+        self._has_run = True
 
     def _addresses(self) -> tuple[int, ...]:
         """Where the parameters are that a graph reads."""
@@ -262,19 +268,22 @@ class Decoder:
             )
         return ids.to(self._device), mask.to(self._device)
 
-    def _prefill(self, whole: PreTrainedModel, ids: Tensor, mask: Tensor) -> object:
-        """Run the prompts as ``generate`` would, and take over what they leave in the cache."""
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        more = {"position_ids": positions} if self._takes_positions else {}
+    def _read(
+        self, whole: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache
+    ) -> object:
+        """Run the prompts as ``generate`` would."""
+        more: dict[str, object] = {}
+        if self._takes_positions:
+            more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
         if "logits_to_keep" in inspect.signature(whole.forward).parameters:
             more["logits_to_keep"] = 1
-        outputs = whole(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=DynamicCache(),
-            use_cache=True,
-            **more,
+        return whole(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more
         )
+
+    def _prefill(self, whole: PreTrainedModel, ids: Tensor, mask: Tensor) -> object:
+        """Run the prompts, and take over what they leave in the cache."""
+        outputs = self._read(whole, ids, mask, DynamicCache())
         past = getattr(outputs, "past_key_values", None)
         layers = getattr(past, "layers", None) or [None]
         if any(
@@ -290,7 +299,7 @@ class Decoder:
             fixed.update(layer.keys, layer.values)
         self._mask.fill_(1)
         self._mask[:, : ids.shape[1]] = mask
-        self._position.copy_(positions[:, -1:] + 1)
+        self._position.copy_(mask.sum(dim=1, keepdim=True))
         return outputs
 
     def _logits(self, model: PreTrainedModel) -> Tensor:
@@ -328,24 +337,41 @@ class Decoder:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _prove(self) -> None:
-        """That steps over the fixed cache give what the full model gives for the whole text."""
-        whole, total = self._whole, min(16, self.max_length)
+        """That steps over the fixed cache give what they give over a cache of the model's own.
+
+        On random tokens, and where the model's own cache forgets (whose window the fixed one
+        leaves to the attention's mask), on as many as it takes to see that.
+        """
+        whole = self._whole
+        own = DynamicCache(config=whole.config.get_text_config(decoder=True))
+        windows = [getattr(layer, "sliding_window", None) for layer in own.layers]
+        window = min(filter(None, windows), default=self.max_length)
+        total = 16 if window >= self.max_length else max(16, window + 4)
+        total = min(total, self.max_length)
+        prompt = max(1, total - 2)
         vocabulary = embeddings_of(whole).weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch_size, total)
         ids = torch.randint(vocabulary, shape, generator=generator, device="cpu").to(self._device)
         mask = torch.ones_like(ids)
-        prompt = total - max(1, total // 8)
         if self.batch_size > 1:
-            mask[0, : total // 4] = 0
+            mask[0, : prompt // 4] = 0
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        more = {"position_ids": positions} if self._takes_positions else {}
         with undisturbed(whole, seed=0):
-            due = whole(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
+            self._read(whole, ids[:, :prompt], mask[:, :prompt], own)
             self._prefill(whole, ids[:, :prompt], mask[:, :prompt])
             for place in range(prompt, total):
-                self._ids.copy_(ids[:, place : place + 1])
-                error = relative_error(self._logits(whole), due[:, place])
+                here = slice(place, place + 1)
+                more = {"position_ids": positions[:, here]} if self._takes_positions else {}
+                due = whole(
+                    input_ids=ids[:, here],
+                    attention_mask=mask[:, : place + 1],
+                    past_key_values=own,
+                    use_cache=True,
+                    **more,
+                ).logits[:, -1]
+                self._ids.copy_(ids[:, here])
+                error = relative_error(self._logits(whole), due)
                 self._position.add_(1)
                 if not error <= tolerance(due.dtype):
                     raise ValueError(f"it gives something else there, relative error {error:.1g}")

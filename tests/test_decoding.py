@@ -295,6 +295,19 @@ def test_refuses_models() -> None:
     )
     with pytest.raises(ValueError, match=r"BambaForCausalLM cannot be decoded in fixed shapes \("):
         flocking.Decoder(tf.BambaForCausalLM(config).eval(), 64)
+    config = tf.MoshiConfig(  # a window that its cache has, and its attention has not
+        vocab_size=128,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        sliding_window=42,
+        max_position_embeddings=128,
+    )
+    moshi = tf.MoshiForCausalLM(config).eval()
+    decodes_alike(flocking.Decoder(moshi, 42), moshi, 1)  # no text gets beyond it
+    with pytest.raises(ValueError, match="it gives something else there"):
+        flocking.Decoder(moshi, 43)
     llama = build("llama")
     llama.model.layers[0].mlp.act_fn = Printing()
     decoder = flocking.Decoder(llama, 64)
