@@ -87,6 +87,7 @@ class Decoder:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._side: torch.cuda.Stream | None = None  # where steps are run and captured
         self._has_run = False
         self._warm = 0  # steps that ran without a graph, some of which must precede one
         with torch.inference_mode(False):  # they outlive any mode that this is called in
@@ -198,15 +199,15 @@ class Decoder:
         elif self._graph is not None:
             self._graph.replay()
         elif self._warm < 3:  # compiled, tuned and with its workspaces taken, beside the graph
-            side = torch.cuda.Stream(self._device)
-            side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(side):
+            self._side = self._side or torch.cuda.Stream(self._device)
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._side):
                 self._run()
-            torch.cuda.current_stream(self._device).wait_stream(side)
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
             self._warm += 1
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._side):
                 self._run()
             self._graph = graph
             graph.replay()  # capturing computes nothing

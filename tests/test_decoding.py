@@ -171,7 +171,7 @@ def test_a_graph_replaces_steps_and_loses_none(
             compiled()
 
     @contextmanager
-    def capture(graph: Graph) -> Iterator[None]:
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
         graph.reads = decoder._addresses()
         capturing.append(graph)
         yield

@@ -13,6 +13,7 @@ from conftest import build, random_ids
 from torch import Tensor
 
 import flocking
+from flocking import decoding
 from flocking.moments import Moments, Windows
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +54,8 @@ def test_recordings_are_the_cpus(tiny: tf.PreTrainedModel, ranks: bool) -> None:
     options = {"window": 8, "batch_size": 3, "ranks": ranks, "progress": False}
     due = flocking.record(tiny, ids, **options)
     got = flocking.record(there(tiny), ids, **options)
-    xr.testing.assert_allclose(got, due, rtol=1e-4, atol=1e-4)
+    # (A rank may go to its neighbour by rounding.)
+    xr.testing.assert_allclose(got, due, rtol=1e-4, atol=5e-3 if ranks else 1e-4)
     again = flocking.record(there(tiny), ids, **options)
     xr.testing.assert_equal(got.energy, again.energy)  # to the bit, run for run
 
@@ -95,9 +97,14 @@ def test_the_kernels_are_in_use() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of compilers about themselves
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize(
+    ("name", "compiler"), [("llama", "inductor"), ("gemma2", "eager"), ("opt", "eager")]
+)
 @pytest.mark.parametrize("scope", [None, "shared", "sequence"])
-def test_one_graph_for_all_prompts(name: str, scope: str | None) -> None:
+def test_one_graph_for_all_prompts(
+    name: str, compiler: str, scope: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_COMPILER", compiler)
     model = there(build(name))
     if scope is not None:
         model = flocking.griffin(model, 0.5, scope=scope)
