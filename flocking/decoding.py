@@ -14,7 +14,12 @@ import types
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from flocking.hooks import anything_is_watched
 from flocking.passes import context, refuse_forgetful, undisturbed
@@ -24,6 +29,7 @@ from flocking.trial import relative_error, tolerance
 from flocking.twin import Twin
 
 _COMPILER = "inductor"
+_OTHER_STATES = "it keeps something else than each token's keys and values"
 _LOOK_EVERY = 16  # tokens between two looks at whether all sequences have ended
 
 
@@ -291,7 +297,7 @@ class Decoder:
             type(layer) is not DynamicLayer or layer.get_seq_length() != ids.shape[1]
             for layer in layers
         ):
-            raise ValueError("it keeps something else than each token's keys and values")
+            raise ValueError(_OTHER_STATES)
         if self._cache is None:
             self._cache = Cache(layers=[StaticLayer(self.max_length) for _ in layers])
         else:
@@ -345,6 +351,8 @@ class Decoder:
         """
         whole = self._whole
         own = DynamicCache(config=whole.config.get_text_config(decoder=True))
+        if not {type(layer) for layer in own.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            raise ValueError(_OTHER_STATES)
         windows = [getattr(layer, "sliding_window", None) for layer in own.layers]
         window = min(filter(None, windows), default=self.max_length)
         total = 16 if window >= self.max_length else max(16, window + 4)
