@@ -116,6 +116,6 @@ def test_without_a_gpu_the_benchmark_says_so(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "gpu.py"), "--out", str(tmp_path / "gpu.json")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 1
-    assert ran.stderr == (
+    assert ran.stderr.endswith(  # what packages say of what they lack may stand before it
         "there is no CUDA device here: --device cpu tries the script on a small shape.\n"
     )
