@@ -226,7 +226,7 @@ class Decoder:
         except Exception as problem:  # of any kind that tracing and compilers raise
             if self._has_run:
                 raise
-            why = str(problem).strip().partition("\n")[0]
+            why = " ".join(str(problem).split("\n")[:2]).strip()  # a backend's name, then its words
             raise RuntimeError(
                 f"{type(self._model).__name__} does not compile in one piece ({why}): use generate."
             ) from problem
