@@ -401,7 +401,8 @@ def replayed(step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], float]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(x)
-    return lambda: seconds(lambda: [graph.replay() for _ in range(10)], x.device) / 10
+    # (The step is kept, and with it the weights that the graph reads.)
+    return lambda step=step: seconds(lambda: [graph.replay() for _ in range(10)], x.device) / 10
 
 
 def offloading(run: Run, shape: str) -> Iterator[str]:

@@ -220,7 +220,9 @@ class Decoder:
 
     def _run(self) -> None:
         try:
-            self._compiled()
+            # (On a GPU, mixtures of experts are computed for single tokens as in generate.)
+            with self._model._optimize_model_for_decode():
+                self._compiled()
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # of any kind that tracing and compilers raise

@@ -451,7 +451,7 @@ class _State:
             each = energy.double().sum(dim=2).sqrt()
             if own:
                 return each
-            share = read.tokens.to(each.device).clamp_min(1).rsqrt()
+            share = read.tokens.to(each.device, non_blocking=True).clamp_min(1).rsqrt()
             return (each * share[:, None]).sum(dim=1, keepdim=True)
 
         energies = [read.moments[compact.block.layer].energy for compact in self.compacts]

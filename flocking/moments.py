@@ -151,7 +151,10 @@ class Windows:
             spans = [(slice(None), slice(self.first, last))]
             pieces = None
             if kernels is not None:
-                numbers = self.first + self.weights.argmax(dim=1)
+                if self.weights.shape[1]:
+                    numbers = self.first + self.weights.argmax(dim=1)
+                else:  # nothing but padding
+                    numbers = torch.full(self.weights.shape[::2], -1, device="cpu")
                 if self.padding is not None:
                     numbers = numbers.masked_fill(self.padding, -1)
                 pieces = kernels.Pieces.of(numbers, device)

@@ -135,7 +135,9 @@ def uniformly(statistic: Tensor, k: int, block: FeedForward, generator: torch.Ge
     """All neurons alike: the control of every other method."""
     # Drawn on the CPU, so that a seed gives the same experts on every device.
     uniform = torch.rand(statistic.shape, generator=generator, dtype=torch.float64)
-    return uniform.clamp_min(torch.finfo(torch.float64).tiny).to(statistic.device)
+    return uniform.clamp_min(torch.finfo(torch.float64).tiny).to(
+        statistic.device, non_blocking=True
+    )
 
 
 def by_magnitude(

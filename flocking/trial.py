@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +27,23 @@ def private_randomness(model: nn.Module, seed: int) -> Iterator[None]:
         for device in cuda:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
+
+
+class _NoHeads(TorchFunctionMode):
+    """Raise where attention is left without keys, as by a cut through something that is no FF.
+
+    torch 2.11 divides by their number, which ends the process.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            key = kwargs["key"] if "key" in kwargs else args[1]
+            if 0 in key.shape:
+                raise ValueError("attention has no keys")
+        return func(*args, **kwargs)
 
 
 class _ReadOnly(TorchDispatchMode):
@@ -62,7 +80,12 @@ class _ReadOnly(TorchDispatchMode):
 @contextmanager
 def trial(copied: nn.Module) -> Iterator[None]:
     """For running a shadow: no gradients, random numbers of its own, weights read-only."""
-    with torch.no_grad(), private_randomness(copied, 0), _ReadOnly(copied.parameters()):
+    with (
+        torch.no_grad(),
+        private_randomness(copied, 0),
+        _ReadOnly(copied.parameters()),
+        _NoHeads(),
+    ):
         yield
 
 

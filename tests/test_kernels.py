@@ -92,6 +92,14 @@ def test_nothing_but_padding() -> None:
         assert not nothing.any()
 
 
+@pytest.mark.usefixtures("_on_this_device")
+def test_a_chunk_of_padding_alone() -> None:
+    sums = Moments.zeros(2, 3, 8)
+    norm, _ = sums.update(torch.ones(2, 5, 8), Windows.of(torch.full((2, 5), -1)))
+    assert not norm.any()
+    assert not sums.energy.any()
+
+
 @pytest.fixture
 def _on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "_kernels", lambda device: kernels)
