@@ -1,6 +1,7 @@
 """GRIFFIN on a GPU: what the clock shows of what the bytes allow. See benchmarks/README.md.
 
     .venv/bin/python benchmarks/gpu.py [--quick] [--device cuda] [--only decoding batches ...]
+        [--shapes "Gemma 7B" ...]
         [--attention sdpa] [--density 0.5] [--prompt 2048] [--minutes 10] [--out out/gpu.json]
 
 Models have the real shapes of benchmarks/shapes.json and random weights, made on the device: how
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +66,7 @@ class Run:
         self.on_gpu = torch.device(self.device).type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.repetitions = 7 if self.on_gpu and not options.quick else 3
-        self.steps = 32 if self.on_gpu else 6
+        self.steps = 63 if self.on_gpu else 6  # with a prompt of 2,048, caches of 33 times 64
         self.prompt = options.prompt or (2048 if self.on_gpu else 48)
         self.bandwidth = copy_bandwidth(self.device)
         self.results: dict[str, Any] = {
@@ -481,6 +483,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one shape, in four minutes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION")
+    shapes = list(SHAPES)
+    parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes, metavar="SHAPE")
     parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation")
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--prompt", type=int, help="tokens; 2,048 by default, 48 on a CPU")
@@ -496,7 +500,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"copies read and write {middle:,.0f} GB/s [{low:,.0f}, {high:,.0f}]")
     section = None
     for case in plan(run):
-        if case.section.__name__ not in options.only:
+        if case.section.__name__ not in options.only or case.shape not in options.shapes:
             continue
         if case.section is not section:
             section = case.section
@@ -510,9 +514,11 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             for line in section(run, case.shape, **case.more):
                 print(line, flush=True)
-        except torch.OutOfMemoryError as problem:
-            print(f"{what}: {str(problem).partition('.')[0]}", flush=True)
-            run.keep("left_out", f"{section.__name__}, {what}", {"why": str(problem)})
+        except Exception as problem:  # one case that fails is not to cost the others
+            first = str(problem).strip().partition("\n")[0]
+            print(f"{what}: {type(problem).__name__}: {first}", flush=True)
+            values = {"why": "".join(traceback.format_exception(problem))}
+            run.keep("left_out", f"{section.__name__}, {what}", values)
         run.save()
         free()
     print(f"\n{time.perf_counter() - run.start:.0f} s; every repetition is in {options.out}")

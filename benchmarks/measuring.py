@@ -156,7 +156,8 @@ def machine(device: str) -> dict[str, Any]:
 
 def free() -> None:
     """Give memory of what is gone back to the device."""
-    gc.collect()
+    torch._dynamo.reset()
+    for _ in range(2):  # what the first finds may hold something else
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    torch._dynamo.reset()

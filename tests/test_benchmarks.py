@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +110,28 @@ def test_what_the_time_does_not_suffice_for_is_named(tmp_path: Path) -> None:
     ran = subprocess.run([*command, "--out", str(path)], capture_output=True, text=True, check=True)
     assert ran.stdout.count("left out for want of time") == 8
     assert len(json.loads(path.read_text())["left_out"]) == 8
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
+def test_a_case_that_fails_does_not_cost_the_others(
+    measuring: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu
+
+    def failing(run: object, shape: str, tokens: int) -> Iterator[str]:
+        """Fail."""
+        yield "one line"
+        raise RuntimeError("a compiler's words\nand more")
+
+    monkeypatch.setattr(gpu, "recording", failing)
+    failing.__name__ = "recording"
+    path = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--out", str(path), "--only", "recording", "offloading"]
+    gpu.main([*arguments, "--shapes", "small"])
+    results = json.loads(path.read_text())
+    (why,) = (case["why"] for case in results["left_out"].values())
+    assert why.endswith("RuntimeError: a compiler's words\nand more\n")
+    assert "small" in results["offloading"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
