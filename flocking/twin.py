@@ -60,7 +60,7 @@ class Twin:
     """What a twin's class adds to its model's: :func:`flocking.griffin` makes them."""
 
     is_twin = True
-    _griffin: Any  # what it knows: griffin.py's state
+    _griffin: Any  # what it knows: choosing.py's State
 
     @property
     def selection(self) -> dict[int, Tensor]:

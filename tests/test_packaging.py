@@ -58,7 +58,7 @@ def test_imports_point_one_way() -> None:
         {"search"},
         {"feedforward"},
         {"hooks", "selection", "compact", "offloading"},
-        {"passes", "overlap"},
+        {"passes", "overlap", "choosing"},
         {"recording", "griffin", "decoding"},
         {"controlled", "calibration", "checking", "scoring"},
         {"experiments", "inference", "harness"},
