@@ -481,7 +481,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [section.__name__ for section in SECTIONS]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape, in four minutes")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION")
     shapes = list(SHAPES)
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes, metavar="SHAPE")

@@ -1,9 +1,9 @@
 """Greedy decoding in fixed shapes: a step that is compiled once and reused for every prompt.
 
-What ``generate`` does around the model for each token costs about as much as a small model's own
-step, and on a GPU the model's step costs more to launch than to compute. Here a step reads and
-writes buffers that never move: it is compiled once, on CUDA devices replayed as a graph, and
-nothing is asked of the device in between.
+``generate`` works around the model for each token, launches each of its operations, and gives
+every call a cache of its own, for which what was compiled may have to be compiled again. Here a
+step reads and writes buffers that never move: it is compiled once, on CUDA devices replayed as a
+graph, and nothing is asked of the device in between.
 """
 
 from __future__ import annotations
@@ -69,8 +69,14 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int, *, batch_size: int = 1) -> None:
-        self._model = model = unwrap(model)
-        self._whole = model._griffin.whole if isinstance(model, Twin) else model
+        model = unwrap(model)
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}: give a transformers model, or a twin."
+            )
+        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name}={value!r}: give a whole number.")
         if max_length < 2 or batch_size < 1:
             raise ValueError(
                 f"max_length={max_length}, batch_size={batch_size}: give at least two tokens and "
@@ -86,6 +92,8 @@ class Decoder:
                 f"{type(model).__name__} lies on {', '.join(devices)}: a step in fixed shapes "
                 "needs all of it on one device; use generate."
             )
+        self._model = model
+        self._whole = model._griffin.whole if isinstance(model, Twin) else model
         refuse_forgetful(self._whole)
         self.max_length, self.batch_size = max_length, batch_size
         self._device = device_of(embeddings_of(model))
@@ -95,6 +103,7 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._side: torch.cuda.Stream | None = None  # where steps are run and captured
         self._has_run = False
+        self._left = 0  # steps that the last prompt leaves room for
         self._warm = 0  # steps that ran without a graph, some of which must precede one
         with torch.inference_mode(False):  # they outlive any mode that this is called in
             shape = (batch_size, 1)
@@ -193,13 +202,27 @@ class Decoder:
         else:
             outputs = run()
         self._take(outputs.logits[:, -1])
+        self._left = self.max_length - prompt - 1
         if (reads := self._addresses()) != self._graph_reads:  # a parameter is somewhere else
             self._graph, self._graph_reads, self._warm = None, reads, 0
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def step(self) -> None:
-        """Compute and take one more token of each sequence."""
+        """Compute and take one more token of each sequence.
+
+        Raises
+        ------
+        RuntimeError
+            If no prompt was read, or there is no room for more tokens after it; or if the model
+            does not compile in one piece.
+        """
+        if self._left < 1:
+            raise RuntimeError(
+                f"there is no room for another token: read a prompt first, of fewer than "
+                f"{self.max_length} tokens together with what follows it."
+            )
+        self._left -= 1
         if not self._is_cuda or anything_is_watched():  # which a graph would not show
             self._run()
         elif self._graph is not None:
@@ -259,10 +282,16 @@ class Decoder:
         self, ids: Tensor, mask: Tensor | None, max_new_tokens: int
     ) -> tuple[Tensor, Tensor]:
         """The prompts and their mask on the model's device, or an error."""
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(
+                f"input_ids is {kind}: give token ids as a tensor, as a tokenizer gives them with "
+                "return_tensors='pt'."
+            )
         if ids.ndim != 2 or len(ids) != self.batch_size or ids.shape[1] == 0:
             raise ValueError(
-                f"input_ids has shape {tuple(ids.shape)}: this decoder is for {self.batch_size} "
-                "sequences, shape (sequence, token)."
+                f"input_ids has shape {tuple(ids.shape)}: this decoder is for shape "
+                f"({self.batch_size}, tokens), the first its batch_size."
             )
         if max_new_tokens < 1 or ids.shape[1] + max_new_tokens > self.max_length:
             raise ValueError(

@@ -253,9 +253,9 @@ def test_refuses_prompts(llama: tf.PreTrainedModel) -> None:
     right = {**prompt, "attention_mask": prompt["attention_mask"].clone()}
     right["attention_mask"][0, -2:] = 0
     for wrong, new, message in (
-        (prompts(2, 20), 4, "for 1 sequences"),
-        ({"input_ids": prompt["input_ids"][0]}, 4, "for 1 sequences"),
-        ({"input_ids": prompt["input_ids"][:, :0]}, 4, "for 1 sequences"),
+        (prompts(2, 20), 4, r"for shape \(1, tokens\)"),
+        ({"input_ids": prompt["input_ids"][0]}, 4, r"for shape \(1, tokens\)"),
+        ({"input_ids": prompt["input_ids"][:, :0]}, 4, r"for shape \(1, tokens\)"),
         (prompt, 13, "for 32 in all"),
         (prompt, 0, "at least one new token"),
         (right, 4, "zeros on the left only"),
@@ -264,6 +264,30 @@ def test_refuses_prompts(llama: tf.PreTrainedModel) -> None:
         with pytest.raises(ValueError, match=message):
             decoder.generate(**wrong, max_new_tokens=new)
     assert torch.equal(decoder.generate(**prompt, max_new_tokens=12), generated(llama, prompt, 12))
+
+
+def test_refuses_other_kinds(llama: tf.PreTrainedModel) -> None:
+    for arguments, message in (
+        (("llama", 64), "model is a str: give a transformers model"),
+        ((llama, "64"), "max_length='64': give a whole number"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            flocking.Decoder(*arguments)
+    decoder = flocking.Decoder(llama, 32)
+    for ids, kind in (("Birds", "str"), (torch.ones(1, 5), r"torch\.float32")):
+        with pytest.raises(TypeError, match=f"input_ids is {kind}: give token ids as a tensor"):
+            decoder.generate(ids)
+
+
+def test_steps_end_where_the_room_does(llama: tf.PreTrainedModel) -> None:
+    decoder = flocking.Decoder(llama, 12)
+    with pytest.raises(RuntimeError, match="read a prompt first"):
+        decoder.step()
+    decoder.read(**prompts(1, 9))
+    decoder.step()
+    decoder.step()
+    with pytest.raises(RuntimeError, match="no room for another token"):
+        decoder.step()
 
 
 class Printing(torch.nn.Module):
