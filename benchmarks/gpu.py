@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/gpu.py [--quick] [--device cuda] [--only decoding batches ...]
         [--shapes "Gemma 7B" ...]
-        [--attention sdpa] [--density 0.5] [--prompt 2048] [--minutes 10] [--out out/gpu.json]
+        [--attention sdpa] [--density 0.5] [--prompt 2048] [--minutes 10] [--turns FILE]
+        [--repetitions 7] [--out out/gpu.json]
 
 Models have the real shapes of benchmarks/shapes.json and random weights, made on the device: how
 long a step takes does not depend on their values. Contestants of one table take turns, in random
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from measuring import (
     SHAPES,
+    Turns,
     build,
     copy_bandwidth,
     free,
@@ -65,10 +67,13 @@ class Run:
         self.device, self.density = options.device, options.density
         self.on_gpu = torch.device(self.device).type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        self.repetitions = 7 if self.on_gpu and not options.quick else 3
+        few = options.quick or not self.on_gpu
+        self.repetitions = options.repetitions or (3 if few else 7)
         self.steps = 63 if self.on_gpu else 6  # with a prompt of 2,048, caches of 33 times 64
         self.prompt = options.prompt or (2048 if self.on_gpu else 48)
-        self.bandwidth = copy_bandwidth(self.device)
+        self.turns = Turns(options.turns)
+        with self.turns.alone():
+            self.bandwidth = copy_bandwidth(self.device)
         self.results: dict[str, Any] = {
             "machine": machine(self.device),
             "options": vars(options),
@@ -78,6 +83,12 @@ class Run:
     def model(self, shape: str, device: str | None = None, **changes: int) -> PreTrainedModel:
         """Of a shape, as the options want it."""
         return build(shape, device or self.device, self.dtype, self.options.attention, **changes)
+
+    def interleaved(
+        self, contestants: dict[str, Callable[[], float]], repetitions: int | None = None
+    ) -> dict[str, list[float]]:
+        """Seconds by contestant and round, while no other process does anything."""
+        return interleaved(contestants, repetitions or self.repetitions, self.turns)
 
     def keep(self, section: str, case: str, values: dict[str, Any]) -> None:
         """For the JSON file."""
@@ -210,7 +221,7 @@ def decoding(run: Run, shape: str) -> Iterator[str]:
     room = run.prompt + run.steps + 1
     full, pruned = (flocking.Decoder(subject, room) for subject in (model, twin))
     authors = NewModules(model, run.density)
-    found = interleaved(
+    found = run.interleaved(
         {
             "full, compiled": compiled(full, ids, run.steps),
             "GRIFFIN, compiled": compiled(pruned, ids, run.steps),
@@ -218,15 +229,13 @@ def decoding(run: Run, shape: str) -> Iterator[str]:
             "full, generate": generate(model, ids, run.steps),
             "GRIFFIN, eager": eager(twin, ids, run.steps),
             "GRIFFIN, new modules, eager": lambda: authors.measure(ids, run.steps),
-        },
-        run.repetitions,
+        }
     )
-    reading = interleaved(
+    reading = run.interleaved(
         {
             "full": lambda: seconds(lambda: full.read(ids), run.device),
             "GRIFFIN": lambda: seconds(lambda: pruned.read(ids), run.device),
-        },
-        run.repetitions,
+        }
     )
     report = twin.report()
     keys = kv_bytes(model, run.prompt + run.steps / 2)
@@ -279,7 +288,7 @@ def generation(run: Run, shape: str, new: int) -> Iterator[str]:
         return lambda: seconds(lambda: decoder.generate(ids, max_new_tokens=new), run.device)
 
     contestants = {name: whole(subject) for name, subject in subjects.items()}
-    found = interleaved(contestants, 3 if new <= 128 else 1)
+    found = run.interleaved(contestants, 3 if new <= 128 else 1)
     run.keep("generation", f"{shape}, {run.prompt} + {new}", found)
     yield (
         f"{shape}, {run.prompt} + {new} tokens: full {statistics.median(found['full']):.2f} s, "
@@ -295,7 +304,7 @@ def batches(run: Run, shape: str, batch: int, layers: int) -> Iterator[str]:
     subjects = {"full": model}
     for scope in ("shared", "sequence") if batch > 1 else ("shared",):
         subjects[scope] = flocking.griffin(model, run.density, scope=scope)
-    found = interleaved(
+    found = run.interleaved(
         {
             name: compiled(
                 flocking.Decoder(subject, run.prompt + run.steps + 1, batch_size=batch),
@@ -303,8 +312,7 @@ def batches(run: Run, shape: str, batch: int, layers: int) -> Iterator[str]:
                 run.steps,
             )
             for name, subject in subjects.items()
-        },
-        run.repetitions,
+        }
     )
     keys = kv_bytes(model, run.prompt + run.steps / 2, batch)
     bounds = {
@@ -337,15 +345,14 @@ def recording(run: Run, shape: str, tokens: int) -> Iterator[str]:
         with flocking.observe(model, lambda b, z: zeros[b].update(z, windows) and None):
             forward()
 
-    found = interleaved(
+    found = run.interleaved(
         {
             "forward": lambda: seconds(forward, run.device),
             "two windows, as GRIFFIN": lambda: seconds(sums, run.device),
             "record, windows of 64": lambda: seconds(
                 lambda: flocking.record(model, ids, window=64, progress=False), run.device
             ),
-        },
-        run.repetitions,
+        }
     )
     run.keep("recording", shape, {"tokens": tokens, "seconds": found})
     for name in list(found)[1:]:
@@ -380,7 +387,7 @@ def matrices(run: Run, shape: str) -> Iterator[str]:
         contestants[f"{name}, compiled"] = replayed(
             torch.compile(step, options=options, dynamic=False), x
         )
-    found = interleaved(contestants, run.repetitions)
+    found = run.interleaved(contestants)
     run.keep("matrices", shape, {"k": k, "layers": layers, "seconds": found})
     for name, times in found.items():
         over = ratios(found, "two matrices, eager", name)
@@ -416,9 +423,10 @@ def offloading(run: Run, shape: str) -> Iterator[str]:
     twin = flocking.griffin(model, run.density, offload="cpu")
     decoder = flocking.Decoder(twin, run.prompt + run.steps + 1)
     ids = prompts(twin, 1, run.prompt)
-    reads = [seconds(lambda: decoder.read(ids), run.device) for _ in range(3)]
-    step = compiled(decoder, ids, run.steps)
-    steps = [step() for _ in range(3)][1:]
+    decode = compiled(decoder, ids, run.steps)
+    found = run.interleaved(
+        {"read": lambda: seconds(lambda: decoder.read(ids), run.device), "step": decode}, 3
+    )
     peak = total = None
     if run.on_gpu:
         peak = torch.cuda.max_memory_allocated()
@@ -427,16 +435,16 @@ def offloading(run: Run, shape: str) -> Iterator[str]:
         "model_bytes": size,
         "peak_bytes": peak,
         "device_bytes": total,
-        "prefill_seconds": reads,
-        "seconds_per_token": steps,
+        "prefill_seconds": found["read"],
+        "seconds_per_token": found["step"],
     }
     run.keep("offloading", shape, values)
     device = "which is the host" if peak is None else f"at most {peak / 1e9:.1f} GB"
     card = "" if total is None else f" of {total / 1e9:.1f}"
     yield (
         f"{shape}: the model has {size / 1e9:.3g} GB; on the device{card}, {device}; a prompt of "
-        f"{run.prompt} is read in {statistics.median(reads):.2f} s, a step takes "
-        f"{1e3 * statistics.median(steps):.2f} ms"
+        f"{run.prompt} is read in {statistics.median(found['read']):.2f} s, a step takes "
+        f"{1e3 * statistics.median(found['step']):.2f} ms"
     )
 
 
@@ -489,6 +497,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--prompt", type=int, help="tokens; 2,048 by default, 48 on a CPU")
     parser.add_argument("--minutes", type=float, help="begin nothing after; by default 10, quick 4")
+    parser.add_argument("--repetitions", type=int, help="by default 7; quick, or on a CPU, 3")
+    parser.add_argument("--turns", metavar="FILE", help="shared with runs that start beside this")
     parser.add_argument("--out", default="out/gpu.json")
     options = parser.parse_args(arguments)
     options.minutes = options.minutes or (4 if options.quick else 10)

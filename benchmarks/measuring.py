@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import platform
@@ -9,7 +10,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,53 @@ def seconds(function: Callable[[], Any], device: str | torch.device) -> float:
     return time.perf_counter() - start
 
 
+class Turns:
+    """Processes that name one file build and compile together, and measure one at a time.
+
+    Compiling takes most of a run and leaves most cores idle, so several processes share it. A
+    measurement begins when none of them compiles, and none of them compiles while it lasts.
+
+    Parameters
+    ----------
+    path : str, optional
+        The file, which is made if it is not there. Without one this process is alone.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self._file = None if path is None else open(path, "a")  # noqa: SIM115
+        self._lock("LOCK_SH")
+
+    def _lock(self, name: str) -> None:
+        if self._file is not None:
+            import fcntl  # which Windows lacks
+
+            fcntl.flock(self._file, getattr(fcntl, name))
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Measure inside of this."""
+        self._lock("LOCK_EX")
+        try:
+            yield
+        finally:
+            self._lock("LOCK_SH")
+
+
 def interleaved(
-    contestants: dict[str, Callable[[], float]], repetitions: int
+    contestants: dict[str, Callable[[], float]], repetitions: int, turns: Turns | None = None
 ) -> dict[str, list[float]]:
     """Each one's own measure in each round, in random order; the first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(repetitions + 1):
+
+    def take_turns() -> None:
         for name in random.sample(list(contestants), len(contestants)):
-            value = contestants[name]()
-            if number:
-                found[name].append(value)
+            found[name].append(contestants[name]())
+
+    take_turns()
+    found = {name: [] for name in contestants}
+    with contextlib.nullcontext() if turns is None else turns.alone():
+        for _ in range(repetitions):
+            take_turns()
     return found
 
 
