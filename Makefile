@@ -1,5 +1,5 @@
 # make demo    what the project does, on a real model, in about a minute
-# make test    ruff and the test suite
+# make test    ruff, the rooms' imports and the test suite
 # make env     only the environment both of them use, in .venv
 # make help    the rest
 
@@ -29,9 +29,10 @@ demo: env  ## record the packaged passages, print the table, write out/demo.*
 figures: env  ## run the experiments and draw figures/ (minutes; only what is out of date)
 	$(BIN)/flocking figures --out figures
 
-test: env $(VENV)/torchao $(KERNELS)  ## ruff and the test suite
+test: env $(VENV)/torchao $(KERNELS)  ## ruff, the rooms' imports and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/test_kernels.py)
 

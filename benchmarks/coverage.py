@@ -36,8 +36,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flocking
-from flocking import decoding
 from flocking.feedforward import UnsupportedModelError
+from flocking.pruning import decoding
 
 MAPPINGS = {
     "causal": (tf.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),

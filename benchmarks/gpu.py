@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import flocking
-from flocking.moments import Windows
+from flocking.recording import Windows
 
 PAPERS = ("Llama 2 13B", "Gemma 7B")  # whose latencies Dong, Chen and Chi give
 HUGE = "Llama 3 70B, 60 of its 80 layers"

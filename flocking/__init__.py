@@ -1,40 +1,40 @@
-"""Flocking in language models: recording it, measuring it, and using it."""
+"""Flocking in language models: recording it, measuring it, and using it.
 
+Public names are imported from their rooms when they are first asked for, so that what needs no
+model does not wait for torch.
+"""
+
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from flocking.calibration import global_statistic
-from flocking.checking import check
-from flocking.decoding import Decoder
-from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards
-from flocking.griffin import griffin
-from flocking.hooks import observe
-from flocking.metrics import (
-    between_consistency,
-    chance_consistency,
-    consistency,
-    effective_neurons,
-    flocking_score,
-    rank_consistency,
-    specificity,
-)
-from flocking.models import control, load
-from flocking.moments import Moments
-from flocking.overlap import (
-    between_sequence_overlap,
-    captured_energy,
-    chance_jaccard,
-    drift,
-    jaccard,
-    prompt_generation_overlap,
-    select,
-    statistic,
-    statistic_of_others,
-    weight_magnitude,
-)
-from flocking.recording import record
-from flocking.scoring import perplexity, score
-from flocking.texts import Passage, passages
-from flocking.uncertainty import bootstrap
+if TYPE_CHECKING:
+    from flocking.analysis import (
+        between_consistency,
+        between_sequence_overlap,
+        bootstrap,
+        captured_energy,
+        chance_consistency,
+        chance_jaccard,
+        consistency,
+        drift,
+        effective_neurons,
+        flocking_score,
+        jaccard,
+        prompt_generation_overlap,
+        rank_consistency,
+        select,
+        specificity,
+        statistic,
+        statistic_of_others,
+        weight_magnitude,
+    )
+    from flocking.checking import check
+    from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards, observe
+    from flocking.models import control, load
+    from flocking.pruning import Decoder, global_statistic, griffin, perplexity, score
+    from flocking.recording import Moments, record
+    from flocking.texts import Passage, passages
 
 __version__ = _version("flocking")
 
@@ -74,3 +74,53 @@ __all__ = [
     "statistic_of_others",
     "weight_magnitude",
 ]
+
+_ROOMS = {
+    "Decoder": "flocking.pruning",
+    "FeedForward": "flocking.feedforward",
+    "Moments": "flocking.recording",
+    "Passage": "flocking.texts",
+    "UnsupportedModelError": "flocking.feedforward",
+    "between_consistency": "flocking.analysis",
+    "between_sequence_overlap": "flocking.analysis",
+    "bootstrap": "flocking.analysis",
+    "captured_energy": "flocking.analysis",
+    "chance_consistency": "flocking.analysis",
+    "chance_jaccard": "flocking.analysis",
+    "check": "flocking.checking",
+    "consistency": "flocking.analysis",
+    "control": "flocking.models",
+    "drift": "flocking.analysis",
+    "effective_neurons": "flocking.analysis",
+    "feedforwards": "flocking.feedforward",
+    "flocking_score": "flocking.analysis",
+    "global_statistic": "flocking.pruning",
+    "griffin": "flocking.pruning",
+    "jaccard": "flocking.analysis",
+    "load": "flocking.models",
+    "observe": "flocking.feedforward",
+    "passages": "flocking.texts",
+    "perplexity": "flocking.pruning",
+    "prompt_generation_overlap": "flocking.analysis",
+    "rank_consistency": "flocking.analysis",
+    "record": "flocking.recording",
+    "score": "flocking.pruning",
+    "select": "flocking.analysis",
+    "specificity": "flocking.analysis",
+    "statistic": "flocking.analysis",
+    "statistic_of_others": "flocking.analysis",
+    "weight_magnitude": "flocking.analysis",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from its room."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(_import_module(_ROOMS[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*__all__, "__version__"])

@@ -11,16 +11,22 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.utils import GenerateOutput
 
-from flocking.feedforward import FeedForward, feedforwards
-from flocking.griffin import griffin
-from flocking.hooks import observe
-from flocking.overlap import select, statistic
-from flocking.passes import forcing, forward, undisturbed
-from flocking.projections import device_of, embeddings_of
+from flocking.analysis import select, statistic
+from flocking.feedforward import FeedForward, feedforwards, observe
+from flocking.models import (
+    device_of,
+    embeddings_of,
+    forcing,
+    forward,
+    private_randomness,
+    relative_error,
+    tolerance,
+    undisturbed,
+    unwrap,
+)
+from flocking.pruning import griffin
 from flocking.recording import record
-from flocking.shadow import unwrap
 from flocking.texts import passages
-from flocking.trial import private_randomness, relative_error, tolerance
 
 _LENGTHS = (24, 17, 9)  # tokens of the texts that are tried
 

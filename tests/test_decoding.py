@@ -13,7 +13,7 @@ from conftest import build, random_ids
 from torch import Tensor
 
 import flocking
-from flocking import decoding
+from flocking.pruning import decoding
 
 
 @pytest.fixture(autouse=True)

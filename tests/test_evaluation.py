@@ -21,11 +21,13 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from flocking import asking, boards, evaluation, report  # noqa: E402
 from flocking.cli import app  # noqa: E402
-from flocking.comparison import by_prompt, headlines, summary, table  # noqa: E402
-from flocking.harness import GriffinLM  # noqa: E402
-from flocking.tasks import DEFINITIONS, find, quiet, rouge  # noqa: E402
+from flocking.evaluation import figures, report, runner  # noqa: E402
+from flocking.evaluation.definitions import DEFINITIONS, rouge  # noqa: E402
+from flocking.evaluation.harness import GriffinLM  # noqa: E402
+from flocking.evaluation.items import foretell  # noqa: E402
+from flocking.evaluation.summary import by_prompt, headlines, summarise, table  # noqa: E402
+from flocking.evaluation.tasks import find, quiet  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
 
@@ -38,7 +40,7 @@ TEXT = "Starlings turn together, each following the few that are nearest. " * 3
 def evaluate(embedded: tuple) -> Callable[..., pd.DataFrame]:
     def run(tasks: list[str], **options: object) -> pd.DataFrame:
         options = {"data_dir": OWN, "say": lambda line: None, **options}
-        return evaluation.evaluate(*embedded, tasks, **options)
+        return runner.evaluate(*embedded, tasks, **options)
 
     return run
 
@@ -166,21 +168,21 @@ def test_goes_on_where_it_was(
 ) -> None:
     options = {"methods": ["random"], "limit": {"piqa": 2}, "kept": tmp_path, "identity": "one"}
     ran: list[str] = []
-    run = evaluation._Cell.run
+    run = runner._Cell.run
 
-    def interrupted(cell: evaluation._Cell, *args: object) -> pd.DataFrame:
+    def interrupted(cell: runner._Cell, *args: object) -> pd.DataFrame:
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(f"{cell.variant} {cell.name}")
         return run(cell, *args)
 
-    monkeypatch.setattr(evaluation._Cell, "run", interrupted)
+    monkeypatch.setattr(runner._Cell, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(["piqa", "boolq"], **options)
     assert ran == ["full piqa", "full boolq"]
     kept = sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir())
     assert kept == ["boolq-full", "piqa-full"]
-    monkeypatch.setattr(evaluation._Cell, "run", run)
+    monkeypatch.setattr(runner._Cell, "run", run)
     lines: list[str] = []
     first = evaluate(["piqa", "boolq"], **options, say=lines.append)
     assert lines[0] == "2 of 4 cells are there already."
@@ -205,9 +207,9 @@ def test_goes_on_where_it_was(
 def test_what_is_asked_is_known_again_by_another_process() -> None:
     """Functions in a task's definition have other addresses there."""
     code = (
-        "from pathlib import Path; from flocking import evaluation, tasks;"
+        "from pathlib import Path; from flocking.evaluation import runner, tasks;"
         f"found = tasks.find([*tasks.DEFINITIONS], Path({str(OWN)!r}));"
-        "print(*(evaluation._digest(task, 'context', 2) for task in found.values()))"
+        "print(*(runner._digest(task, 'context', 2) for task in found.values()))"
     )
     first, second = (
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
@@ -222,7 +224,7 @@ def test_items_that_are_shown_are_asked_about_too(tmp_path: Path) -> None:
 
     def digest() -> str:
         (tmp_path / "gsm8k.jsonl").write_text("\n".join(lines))
-        return evaluation._digest(find(["gsm8k"], tmp_path)["gsm8k"], "context", 1)
+        return runner._digest(find(["gsm8k"], tmp_path)["gsm8k"], "context", 1)
 
     first = digest()
     lines[-1] = lines[-1].replace("pens", "cups")
@@ -245,19 +247,20 @@ def test_every_prompt_opens_as_the_tokenizer_has_it(
 
     rows = []
     monkeypatch.setattr(
-        asking, "perplexity", lambda model, ids, **options: rows.append(ids[0]) or 1 / 0
+        "flocking.evaluation.items.perplexity",
+        lambda model, ids, **options: rows.append(ids[0]) or 1 / 0,
     )
     lm = SimpleNamespace(tokenizer=Opening(), model=model, max_length=8192)
     for articles in find(["wikitext_16", "wikitext_1024"], tmp_path).values():
         with pytest.raises(ZeroDivisionError):
-            asking.foretell(lm, articles, None)
+            foretell(lm, articles, None)
     short, long = rows
     assert (len(short), len(long)) == (16 + 256, 1024 + 256)
     assert short[0] == long[0] == 1
     assert short[1:] == long[-271:]
     lm.max_length = 512
     with pytest.raises(ValueError, match="wikitext_1024 needs 1280 tokens, and the model's c"):
-        asking.foretell(lm, articles, None)
+        foretell(lm, articles, None)
 
 
 def test_only_likelihoods_have_a_protocol(evaluate: Callable) -> None:
@@ -273,7 +276,7 @@ def test_an_item_without_a_prompt_is_named(embedded: tuple, tmp_path: Path) -> N
     for one in task.values():
         one.set_config(key="doc_to_text", value=lambda doc: "")
     with pytest.raises(ValueError, match=r"boolq, item 0: protocol='last-token' needs a token"):
-        evaluation._Cell("boolq", task["boolq"], evaluation.FULL, "last-token", 1, "", None).run(
+        runner._Cell("boolq", task["boolq"], runner.FULL, "last-token", 1, "", None).run(
             GriffinLM(embedded[0], tokenizer=embedded[1], method="full"), print
         )
 
@@ -283,7 +286,7 @@ def test_says_what_is_too_long(embedded: tuple, tmp_path: Path) -> None:
     lines: list[str] = []
     item = {"passage": "The bird sings. " * 4000, "question": "does it sing", "label": True}
     (tmp_path / "boolq.jsonl").write_text(json.dumps(item) + "\n")
-    found = evaluation.evaluate(
+    found = runner.evaluate(
         model, tokenizer, ["boolq"], methods=[], data_dir=tmp_path, say=lines.append
     )
     assert lines[0] == "boolq: 1 of 1 items are too long, and lost their beginning."
@@ -346,7 +349,7 @@ def test_differences_are_paired() -> None:
     rng = np.random.default_rng(0)
     full = rng.normal(size=200)
     topk = full - 0.1 + 0.01 * rng.normal(size=200)
-    rows = summary(made_up({"full": full, "topk@0.5": topk})).set_index("variant")
+    rows = summarise(made_up({"full": full, "topk@0.5": topk})).set_index("variant")
     draws = rng.integers(200, size=(4000, 200))
     low, high = np.quantile((topk - full)[draws].mean(axis=1), [0.025, 0.975])
     got = rows.loc["topk@0.5"]
@@ -361,16 +364,16 @@ def test_differences_are_paired() -> None:
 
 def test_summary_against_another_variant() -> None:
     values = {"full": np.ones(6), "topk@0.5": np.zeros(6), "static@0.5": np.arange(6) % 2.0}
-    rows = summary(made_up(values), against="static@0.5").set_index("variant")
+    rows = summarise(made_up(values), against="static@0.5").set_index("variant")
     assert rows.loc["topk@0.5", "difference"] == -0.5
     with pytest.raises(ValueError, match=r"no 'best': choose from"):
-        summary(made_up(values), against="best")
+        summarise(made_up(values), against="best")
     unknown = made_up(values | {"full": np.array([1, np.nan, 1, 1, 1, 1])})
     with pytest.raises(ValueError, match="piqa: acc is not a number for some items"):
-        summary(unknown)
+        summarise(unknown)
     missing = made_up(values).iloc[:-1]
     with pytest.raises(ValueError, match="not all variants were asked the same items"):
-        summary(missing)
+        summarise(missing)
 
 
 def test_the_table_reads_as_the_numbers_are() -> None:
@@ -381,7 +384,7 @@ def test_the_table_reads_as_the_numbers_are() -> None:
         metric="loss_64",
         chance=np.nan,
     )
-    lines = table(summary(pd.concat([points, loss]))).splitlines()
+    lines = table(summarise(pd.concat([points, loss]))).splitlines()
     assert lines[0] == "| task | items | chance | full | topk@0.5 |"
     assert lines[2].startswith("| piqa, acc | 4 | 50.0 | 75.0 [")
     assert "| -50.0 [" in lines[2]
@@ -391,7 +394,7 @@ def test_the_table_reads_as_the_numbers_are() -> None:
 
 
 def test_the_table_leaves_scores_beyond_1_as_they_are() -> None:
-    (line,) = table(summary(made_up({"full": np.array([20.0, 30]), "topk@0.5": np.ones(2)})))[
+    (line,) = table(summarise(made_up({"full": np.array([20.0, 30]), "topk@0.5": np.ones(2)})))[
         :-1
     ].splitlines()[2:]
     assert "| 25.0 [" in line
@@ -399,7 +402,7 @@ def test_the_table_leaves_scores_beyond_1_as_they_are() -> None:
 
 
 def test_headlines_are_the_longest_whatever_the_order(several: pd.DataFrame) -> None:
-    backwards = headlines(summary(several.iloc[::-1]))
+    backwards = headlines(summarise(several.iloc[::-1]))
     assert set(backwards["task"]) == {"piqa", "boolq", "copa", "wikitext_256"}
     assert set(backwards["metric"]) == {"acc", "loss_256"}
 
@@ -442,7 +445,7 @@ def several() -> pd.DataFrame:
 
 
 def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
-    rows = headlines(summary(several))
+    rows = headlines(summarise(several))
     assert rows[["task", "metric"]].drop_duplicates().to_numpy().tolist() == [
         ["piqa", "acc"],
         ["boolq", "acc"],
@@ -450,7 +453,7 @@ def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
         ["wikitext_256", "loss_256"],
     ]
     rows.attrs["caption"] = "made up"
-    figure = boards.quality_by_density(rows)
+    figure = figures.quality_by_density(rows)
     axes = figure.subfigs[0].axes
     assert [(ax.get_title(), ax.get_ylabel()) for ax in axes if ax.axison] == [
         ("piqa", "acc"),
@@ -468,7 +471,7 @@ def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
 
     here = rows[(rows["density"] == 0.5) | (rows["method"] == "full")]
     here.attrs["caption"] = "made up"
-    axes = boards.quality_by_method(here).subfigs[0].axes
+    axes = figures.quality_by_method(here).subfigs[0].axes
     points = {one.get_label(): one[0] for one in axes[0].containers[:3]}
     due = here[(here["task"] == "piqa") & (here["method"] == "static")]["difference"].item()
     assert points["static: calibration texts"].get_xdata() == pytest.approx([due])
@@ -478,7 +481,7 @@ def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
 
     prompts = headlines(by_prompt(several))
     prompts.attrs["caption"] = "made up"
-    axes = boards.quality_by_prompt(prompts).subfigs[0].axes
+    axes = figures.quality_by_prompt(prompts).subfigs[0].axes
     assert (axes[3].get_title(), axes[3].get_ylabel()) == ("wikitext", "perplexity of 256")
 
 
@@ -493,7 +496,7 @@ def test_a_report_is_complete_and_says_where_it_comes_from(
     told = (tmp_path / "tables.md").read_text()
     assert "(model tiny; torch 2)" in told
     assert "## GRIFFIN against the other methods at density 0.5" in told
-    assert table(summary(several)).strip() in told
+    assert table(summarise(several)).strip() in told
 
 
 @pytest.mark.parametrize("left", ["full only", "one item", "losses only", "one task"])
@@ -511,7 +514,7 @@ def test_a_report_of_little(several: pd.DataFrame, tmp_path: Path, left: str) ->
 def test_the_committed_results_are_what_their_items_say() -> None:
     """Tables beside the data, and the numbers that docs/results.md takes from them."""
     folder = OWN.parents[1] / "docs" / "results"
-    rows = summary(pd.read_parquet(folder / "items.parquet"))
+    rows = summarise(pd.read_parquet(folder / "items.parquet"))
     assert table(rows).strip() in (folder / "tables.md").read_text()
     found = rows.set_index(["task", "metric", "variant"])["difference"]
     prose = (folder.parent / "results.md").read_text()
@@ -551,7 +554,7 @@ def test_command_interrupted(
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    monkeypatch.setattr(runner, "evaluate", interrupted)
     result = CliRunner().invoke(app, ["evaluate", "--tasks", "piqa", "--out", str(tmp_path)])
     assert result.exit_code == 130
     assert "cells has what is finished; the same command goes on" in result.output

@@ -13,10 +13,11 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 import flocking
-from flocking import experiments, gallery, provenance
+from flocking import artifacts
 from flocking.drawing import BY_SELECTION
-from flocking.experiments import EXPERIMENTS
-from flocking.figures import FIGURES
+from flocking.experiments import activations, reproduce
+from flocking.experiments.activations import EXPERIMENTS
+from flocking.experiments.figures import FIGURES
 
 COMMITTED = Path(__file__).parent.parent / "figures"
 
@@ -39,7 +40,7 @@ def run(name: str, subject: tuple, **options: object) -> xr.Dataset:
 
 
 def test_every_experiment_has_a_figure() -> None:
-    assert gallery.EXPERIMENTS.keys() == FIGURES.keys()
+    assert reproduce.EXPERIMENTS.keys() == FIGURES.keys()
 
 
 def test_heatmaps_hold_raw_activations(subject: tuple) -> None:
@@ -158,7 +159,9 @@ def test_texts_are_cut_to_the_models_context(subject: tuple) -> None:
 @pytest.fixture(scope="module")
 def made(subject: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("figures")
-    gallery.regenerate(out, lambda: subject[:2], "tiny", subject[2], only=["scores", "text_kinds"])
+    reproduce.regenerate(
+        out, lambda: subject[:2], "tiny", subject[2], only=["scores", "text_kinds"]
+    )
     return out
 
 
@@ -179,29 +182,29 @@ def test_a_redraw_needs_no_model(made: Path, subject: tuple) -> None:
         raise AssertionError("the model was loaded")
 
     arguments = (made, load, "tiny", subject[2])
-    gallery.regenerate(*arguments, only=["scores", "text_kinds"], say=said.append)
+    reproduce.regenerate(*arguments, only=["scores", "text_kinds"], say=said.append)
     assert "redrawing" in said[0]
     # (An SVG's ids of clip paths come from memory addresses, and differ from time to time.)
     assert {path.name: path.read_bytes() for path in made.glob("*.[pj]*")} == before
     for changed in ({"seed": 1}, {"texts": subject[2][:3]}, {"identity": "other"}):
         inputs = {"identity": "tiny", "texts": subject[2], "seed": 0, "only": ["scores"], **changed}
         with pytest.raises(AssertionError, match="the model was loaded"):
-            gallery.regenerate(made, load, **inputs)
+            reproduce.regenerate(made, load, **inputs)
 
 
 def test_nothing_foreign_is_replaced(tmp_path: Path, subject: tuple) -> None:
     (tmp_path / "scores.png").write_bytes(b"mine")
     with pytest.raises(ValueError, match="is no figure of flocking"):
-        gallery.regenerate(tmp_path, lambda: subject[:2], "tiny", subject[2], only=["scores"])
+        reproduce.regenerate(tmp_path, lambda: subject[:2], "tiny", subject[2], only=["scores"])
     with pytest.raises(ValueError, match="there is no figure 'score': choose from heatmaps"):
-        gallery.regenerate(tmp_path, lambda: subject[:2], "tiny", subject[2], only=["score"])
+        reproduce.regenerate(tmp_path, lambda: subject[:2], "tiny", subject[2], only=["score"])
     assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
 
 
 def test_numbers_are_kept_until_the_code_they_come_from_changes() -> None:
-    sources = {path.stem for path in provenance.sources(experiments.drift.__module__)}
-    assert sources >= {"experiments", "controlled", "overlap", "recording", "hooks", "moments"}
-    assert not sources & {"figures", "gallery", "cli", "__init__"}
+    sources = {path.stem for path in artifacts.sources(activations.drift.__module__)}
+    assert sources >= {"activations", "common", "overlap", "recorder", "hooks", "moments"}
+    assert not sources & {"figures", "reproduce", "commands", "artifacts", "__init__"}
 
 
 def test_json_keeps_everything() -> None:
@@ -210,7 +213,7 @@ def test_json_keeps_everything() -> None:
         {"a": ["one", "two"], "b": [3, 4]},
         {"caption": "c", "texts": ["one", "two"]},
     )
-    back = gallery.from_json(gallery.to_json(data, "key"))
+    back = artifacts.from_json(artifacts.to_json(data, "key"))
     xr.testing.assert_identical(back, data)
 
 
@@ -224,11 +227,11 @@ def drawn(ax: Axes, expected: np.ndarray) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", gallery.EXPERIMENTS)
+@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
 def test_committed_figures_show_their_numbers(name: str) -> None:
     """Redrawn from the JSON beside them: artists hold the numbers that the file holds."""
     content = json.loads((COMMITTED / f"{name}.json").read_text())
-    data = gallery.from_json(json.dumps(content))
+    data = artifacts.from_json(json.dumps(content))
     figure = FIGURES[name](data)
     axes = figure.subfigs[0].axes
     for ax in axes:
@@ -303,10 +306,10 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
 
 
 def test_committed_captions_are_of_this_model() -> None:
-    for name in gallery.EXPERIMENTS:
+    for name in reproduce.EXPERIMENTS:
         content = json.loads((COMMITTED / f"{name}.json").read_text())
         assert content["attrs"]["model"] == "SmolLM2-135M-Instruct"
         assert content["attrs"]["seed"] == 0
         assert (COMMITTED / f"{name}.png").exists()
         assert (COMMITTED / f"{name}.svg").exists()
-    assert experiments.WEIGHTS == ["trained", "control"]
+    assert activations.WEIGHTS == ["trained", "control"]

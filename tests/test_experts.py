@@ -14,9 +14,9 @@ from conftest import build, random_ids
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import flocking
-from flocking.experts import row_norms, shape, take
-from flocking.moments import Moments, Routed, Windows
-from flocking.watching import watching
+from flocking.feedforward.moe import Routed, row_norms, shape, take
+from flocking.feedforward.moe_hooks import watching
+from flocking.recording import Moments, Windows
 
 SMALL = {
     "vocab_size": conftest.VOCABULARY,
@@ -410,7 +410,7 @@ def test_long_texts_are_recorded_in_chunks(name: str, monkeypatch: pytest.Monkey
     """The first thing that is asked of a model, so that all is found out while it is watched."""
     (text,) = random_ids(50)
     due = flocking.record(build(name), text, progress=False)
-    monkeypatch.setattr("flocking.passes.CHUNK_TOKENS", 16)
+    monkeypatch.setattr("flocking.models.capabilities.CHUNK_TOKENS", 16)
     got = flocking.record(build(name), text, progress=False)
     assert np.allclose(got.energy, due.energy, atol=1e-4)
 

@@ -15,10 +15,8 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 import flocking
-from flocking.feedforward import UnsupportedModelError
-from flocking.projections import cut, fused_rows
-from flocking.shadow import shadow
-from flocking.trial import relative_error
+from flocking.feedforward import UnsupportedModelError, cut, fused_rows
+from flocking.models import relative_error, shadow
 
 # Written down by hand from each model's source: kind and names of (gate, up, down).
 EXPECTED = {

@@ -13,8 +13,8 @@ from conftest import build, random_ids
 from torch import Tensor
 
 import flocking
-from flocking import decoding
-from flocking.moments import Moments, Windows
+from flocking.pruning import decoding
+from flocking.recording import Moments, Windows
 
 pytestmark = pytest.mark.gpu
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

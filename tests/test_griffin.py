@@ -15,7 +15,8 @@ from packaging.version import parse
 from torch import Tensor
 
 import flocking
-from flocking.selection import METHODS, expert_count, magnitude
+from flocking.analysis import expert_count, magnitude
+from flocking.pruning import METHODS
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

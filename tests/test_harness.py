@@ -15,7 +15,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from flocking.harness import GriffinLM  # noqa: E402
+from flocking.evaluation.harness import GriffinLM  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
 

@@ -9,8 +9,9 @@ import xarray as xr
 from scipy.stats import spearmanr
 
 import flocking
-from flocking import gallery, inference, provenance
-from flocking.inference import EXPERIMENTS
+from flocking import artifacts
+from flocking.experiments import losses, reproduce
+from flocking.experiments.losses import EXPERIMENTS
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_loss_by_method(subject: tuple) -> None:
     np.testing.assert_allclose(griffin.excess.values.ravel(), excess, atol=1e-4)
     expected = spearmanr(griffin.captured.values.ravel(), griffin.excess.values.ravel()).statistic
     assert estimate(data.between_excerpts) == pytest.approx(expected)
-    pruned = data.sel(selection=inference.METHODS)
+    pruned = data.sel(selection=losses.METHODS)
     each = [
         spearmanr(pruned.captured[text, at], pruned.excess[text, at]).statistic
         for text in range(4)
@@ -169,6 +170,6 @@ def test_seed_decides(subject: tuple) -> None:
 
 
 def test_every_experiment_is_in_the_gallery() -> None:
-    assert EXPERIMENTS.keys() < gallery.EXPERIMENTS.keys()
-    sources = {path.stem for path in provenance.sources(inference.__name__)}
-    assert sources >= {"inference", "scoring", "griffin", "compact", "selection"}
+    assert EXPERIMENTS.keys() < reproduce.EXPERIMENTS.keys()
+    sources = {path.stem for path in artifacts.sources(losses.__name__)}
+    assert sources >= {"losses", "scoring", "build", "compact", "selection", "methods"}

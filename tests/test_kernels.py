@@ -16,14 +16,13 @@ import xarray as xr
 from conftest import build, random_ids
 
 import flocking
-from flocking import moments
-from flocking.moments import Moments, Windows
+from flocking.recording import Moments, Windows, moments, windows
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make test runs these under Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton", reason="make test puts Triton beside the environment")
 
-from flocking import kernels
+from flocking.recording import kernels
 
 
 def windows_of(kind: str, sequences: int, tokens: int) -> torch.Tensor:
@@ -102,7 +101,8 @@ def test_a_chunk_of_padding_alone() -> None:
 
 @pytest.fixture
 def _on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "_kernels", lambda device: kernels)
+    for module in (moments, windows):
+        monkeypatch.setattr(module, "kernels_for", lambda device: kernels)
 
 
 @pytest.mark.usefixtures("_on_this_device")
@@ -132,7 +132,8 @@ def test_recordings_and_selections_are_the_same(name: str, monkeypatch: pytest.M
     calls = []
     add = kernels.add
     monkeypatch.setattr(kernels, "add", lambda *args: calls.append(args) or add(*args))
-    monkeypatch.setattr(moments, "_kernels", lambda device: kernels)
+    for module in (moments, windows):
+        monkeypatch.setattr(module, "kernels_for", lambda device: kernels)
     got = everything()
     assert bool(calls) == (name != "mixtral")  # whose experts are routed, and summed in another way
     for one, other in zip(got[:2], due[:2], strict=True):
@@ -145,7 +146,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from flocking import kernels
+from flocking.recording import kernels
 
 constants = {"block": kernels._BLOCK, "rows": kernels._ROWS, "columns": kernels._COLUMNS}
 floats = {"norm", "l1", "energy", "mass", "energies", "masses"}

@@ -12,7 +12,7 @@ import xarray as xr
 from scipy.stats import spearmanr
 
 import flocking
-from flocking.moments import Moments, Windows
+from flocking.recording import Moments, Windows
 
 
 def recording_of(z: np.ndarray, window: int = 5) -> xr.Dataset:

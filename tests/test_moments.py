@@ -9,7 +9,8 @@ from safetensors.torch import load, save
 from scipy.stats import rankdata
 
 from flocking import Moments
-from flocking.moments import Windows, standardised_ranks
+from flocking.recording.moments import standardised_ranks
+from flocking.recording.windows import Windows
 
 
 def by_brute_force(z: torch.Tensor, window: torch.Tensor, windows: int) -> dict[str, np.ndarray]:

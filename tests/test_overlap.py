@@ -11,8 +11,7 @@ import torch
 import xarray as xr
 
 import flocking
-from flocking.experts import row_norms
-from flocking.projections import width
+from flocking.feedforward import row_norms, width
 
 
 def relative(model, ids: list[int]) -> dict[int, np.ndarray]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +17,7 @@ import yaml
 import flocking
 
 ROOT = Path(__file__).parent.parent
+ROOMS = sorted(path.parent.name for path in (ROOT / "flocking").glob("*/__init__.py"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -47,41 +52,79 @@ def test_constraints_are_within_the_bounds() -> None:
         assert as_numbers[0] >= as_numbers[1], name
 
 
-def test_imports_point_one_way() -> None:
-    """Each module stands above what it imports: the house of the design."""
-    floors = [
-        {"shadow", "kernels", "texts", "metrics", "uncertainty", "drawing", "provenance"},
-        {"moments", "projections", "comparison", "demo", "tasks"},
-        {"trial", "figures", "experts", "tokens", "boards"},
-        {"candidates", "models", "twin", "watching", "report"},
-        {"proof"},
-        {"search"},
-        {"feedforward"},
-        {"hooks", "selection", "compact", "offloading"},
-        {"passes", "overlap", "choosing"},
-        {"recording", "griffin", "decoding"},
-        {"controlled", "calibration", "checking", "scoring"},
-        {"experiments", "inference", "harness"},
-        {"gallery", "asking"},
-        {"__init__", "evaluation"},
-        {"terminal"},
-        {"cli"},
-    ]
-    floor_of = {name: number for number, names in enumerate(floors) for name in names}
-    files = {path.stem: path.read_text() for path in (ROOT / "flocking").glob("*.py")}
-    assert files.keys() == floor_of.keys()
-    for name, source in files.items():
-        imports = re.findall(r"^from flocking\.(\w+) import", source, re.MULTILINE)
-        for several in re.findall(r"^from flocking import ([\w, ]+)$", source, re.MULTILINE):
-            imports += [module for module in several.split(", ") if module in floor_of]
-        for imported in imports:
-            assert floor_of[imported] < floor_of[name], f"{name} imports {imported}"
-
-
 def test_hooks_are_registered_in_one_place() -> None:
-    for path in (ROOT / "flocking").glob("*.py"):
-        registers = "_hook(" in path.read_text().replace("def hook", "")
-        assert registers == (path.stem == "hooks"), path
+    """By `observe`; accelerate's are put where weights are offloaded, and nowhere else."""
+    package = ROOT / "flocking"
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"_hook\(|hook_to_module\(", path.read_text().replace("def hook", ""))
+    }
+    assert found == {"feedforward/hooks.py", "pruning/offloading.py"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_say_what_they_are_for_and_what_they_give(room: str) -> None:
+    module = importlib.import_module(f"flocking.{room}")
+    assert re.search("[Ii]mports", module.__doc__)
+    for name in module.__all__:
+        if not hasattr(module, name):  # a file, imported by its own name
+            pytest.importorskip("lm_eval")
+            importlib.import_module(f"flocking.{room}.{name}")
+
+
+def test_no_module_bears_the_name_of_what_it_defines() -> None:
+    """Else a function would hide the module, or the other way round, as imports have it."""
+    for path in (ROOT / "flocking").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        defined = {node.name for node in tree.body if hasattr(node, "name")}
+        assert path.stem not in defined, path
+        assert path.stem not in flocking.__all__, path
+    assert not {path.name for path in (ROOT / "flocking").iterdir()} & {*flocking.__all__}
+
+
+def test_public_names_are_imported_when_they_are_asked_for() -> None:
+    code = f"""
+import sys, importlib, types
+import flocking
+assert dir(flocking) == sorted([*flocking.__all__, "__version__"])
+assert len(flocking.passages()) == 12
+assert not {{"torch", "transformers", "xarray"}} & sys.modules.keys()
+for room in {ROOMS}:
+    importlib.import_module("flocking." + room)
+import flocking.checking, flocking.evaluation.runner
+for name in flocking.__all__:
+    assert not isinstance(getattr(flocking, name), types.ModuleType), name
+assert dir(flocking) == sorted([*flocking.__all__, "__version__"])
+"""
+    pytest.importorskip("lm_eval")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="module 'flocking' has no attribute 'grifin'"):
+        flocking.grifin  # noqa: B018
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_wait_for_no_torch(option: str) -> None:
+    code = f"""
+import sys
+from flocking.cli import main
+sys.argv = ["flocking", "{option}"]
+try:
+    main()
+finally:
+    assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ("Usage" in ran.stdout) == (option == "--help")
+
+
+def test_the_package_brings_all_of_its_rooms_and_data() -> None:
+    setuptools = pytest.importorskip("setuptools")
+    options = PYPROJECT["tool"]["setuptools"]["packages"]["find"]
+    assert not options["namespaces"]
+    found = setuptools.find_packages(str(ROOT), include=options["include"])
+    assert {*found} == {"flocking", *(f"flocking.{room}" for room in ROOMS)}
 
 
 def test_everything_public_is_there_and_documented() -> None:
@@ -122,7 +165,9 @@ def test_the_python_of_the_page_about_models_runs() -> None:
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(flocking.decoding, "_COMPILER", "eager")  # traced, not compiled: seconds
+    monkeypatch.setattr(
+        "flocking.pruning.decoding._COMPILER", "eager"
+    )  # traced, not compiled: seconds
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:

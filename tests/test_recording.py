@@ -15,7 +15,7 @@ import xarray as xr
 from test_hooks import hooks_of
 
 import flocking
-from flocking import passes
+from flocking.models import capabilities
 
 
 def record(model: tf.PreTrainedModel, text: object, **kwargs: object) -> xr.Dataset:
@@ -91,7 +91,7 @@ def test_chunks_equal_one_pass(tiny: tf.PreTrainedModel, monkeypatch: pytest.Mon
     whole = record(tiny, texts, window=8)
     fed = []
     forward = type(tiny.base_model).forward
-    monkeypatch.setattr(passes, "CHUNK_TOKENS", 14)
+    monkeypatch.setattr(capabilities, "CHUNK_TOKENS", 14)
     monkeypatch.setattr(
         type(tiny.base_model),
         "forward",
@@ -200,7 +200,7 @@ def test_what_cannot_be_padded_is_batched_by_length(
             original_max_position_embeddings=32,
             rope_parameters={**rope, "original_max_position_embeddings": 32},
         )
-    monkeypatch.setattr(passes, "CHUNK_TOKENS", 40)
+    monkeypatch.setattr(capabilities, "CHUNK_TOKENS", 40)
     texts = conftest.random_ids(60, 20, 60, 10)
     batch = record(model, texts)
     for number, text in enumerate(texts):

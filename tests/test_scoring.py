@@ -9,7 +9,7 @@ import transformers as tf
 from conftest import build, random_ids
 
 import flocking
-from flocking.scoring import branches, side_by_side
+from flocking.pruning import branches, side_by_side
 
 
 def direct(model: tf.PreTrainedModel, ids: list[int]) -> np.ndarray:

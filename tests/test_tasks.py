@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
-from flocking import tasks
-from flocking.tasks import Articles, find, rouge
+from flocking.evaluation import definitions, tasks
+from flocking.evaluation.definitions import rouge
+from flocking.evaluation.tasks import Articles, find
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
 
@@ -28,7 +29,7 @@ def requests(name: str, folder: Path, limit: int = 2) -> list[tuple]:
     return [instance.args for instance in task.instances]
 
 
-@pytest.mark.parametrize("name", tasks.DEFINITIONS)
+@pytest.mark.parametrize("name", definitions.DEFINITIONS)
 def test_every_definition_asks_its_items(name: str) -> None:
     asked = requests(name, OWN)
     assert len({context for context, _ in asked}) >= 2
@@ -90,12 +91,15 @@ def test_rouge_by_hand() -> None:
 
 def test_answers_by_hand() -> None:
     paper = {"answers": ["forty birds", "40"]}
-    assert tasks._answer(paper, [" Forty."])["f1"] == pytest.approx(2 / 3)
-    assert tasks._answer(paper, ["The 40"]) == {"f1": 1, "em": 1}  # without articles
-    assert tasks._answer({"answers": ["a"]}, ["The"]) == {"f1": 1, "em": 1}  # both without a word
+    assert definitions._answer(paper, [" Forty."])["f1"] == pytest.approx(2 / 3)
+    assert definitions._answer(paper, ["The 40"]) == {"f1": 1, "em": 1}  # without articles
+    assert definitions._answer({"answers": ["a"]}, ["The"]) == {
+        "f1": 1,
+        "em": 1,
+    }  # both without a word
     # Each reference is left out once: against the others, 1 and then 0.
     turn = {"answers": ["red", "blue"]}
-    assert tasks._turn(turn, ["Blue\nQ: and then?"]) == {"f1": 0.5, "em": 0.5}
+    assert definitions._turn(turn, ["Blue\nQ: and then?"]) == {"f1": 0.5, "em": 0.5}
 
 
 def test_documents_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

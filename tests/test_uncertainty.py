@@ -8,7 +8,7 @@ import xarray as xr
 from scipy import stats
 
 import flocking
-from flocking.uncertainty import tails
+from flocking.analysis import tails
 
 
 def pairs(n: int = 8, seed: int = 0) -> xr.DataArray:

@@ -16,7 +16,7 @@ from conftest import ARCHITECTURES, build, random_ids
 from torch import nn
 
 import flocking
-from flocking.trial import relative_error
+from flocking.models import relative_error
 
 TEXTS = random_ids(9, 17, 12)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -1,0 +1,60 @@
+"""Measures of a recording, and selections made from it.
+
+How alike tokens are, which neurons a statistic keeps, how well these serve another part of the
+text, and intervals for all of it. Imports ``recording``, ``feedforward`` and ``models``.
+"""
+
+from flocking.analysis.metrics import (
+    between_consistency,
+    chance_consistency,
+    consistency,
+    effective_neurons,
+    flocking_score,
+    named,
+    rank_consistency,
+    specificity,
+)
+from flocking.analysis.overlap import (
+    between_sequence_overlap,
+    captured_energy,
+    chance_jaccard,
+    drift,
+    jaccard,
+    prompt_generation_overlap,
+)
+from flocking.analysis.selection import (
+    expert_count,
+    magnitude,
+    select,
+    statistic,
+    statistic_of_others,
+    top_k,
+    weight_magnitude,
+)
+from flocking.analysis.uncertainty import bootstrap, tails
+
+__all__ = [
+    "between_consistency",
+    "between_sequence_overlap",
+    "bootstrap",
+    "captured_energy",
+    "chance_consistency",
+    "chance_jaccard",
+    "consistency",
+    "drift",
+    "effective_neurons",
+    "expert_count",
+    "flocking_score",
+    "jaccard",
+    "magnitude",
+    "named",
+    "prompt_generation_overlap",
+    "rank_consistency",
+    "select",
+    "specificity",
+    "statistic",
+    "statistic_of_others",
+    "tails",
+    "top_k",
+    "weight_magnitude",
+]

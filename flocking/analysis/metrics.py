@@ -1,0 +1,388 @@
+"""How strongly neurons flock: closed forms on a recording's moments.
+
+Every function takes the Dataset of :func:`flocking.record` and returns a DataArray over
+(sequence, layer), or pairs of sequences, in float64. The first token is left out throughout: its
+norm is often hundreds of times the others', and it says little about the sequence. To look at a
+part of a recording, select its windows: ``recording.sel(window=recording.phase == "generation")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import xarray as xr
+from scipy import sparse
+
+from flocking.models import warn
+
+_HOW = {
+    "rank": "record(..., ranks=True)",
+    "relative": "record(..., relative=True)",
+}
+
+
+def need(recording: xr.Dataset, *names: str) -> None:
+    """Refuse what is no recording, or one without these variables or any window."""
+    if not isinstance(recording, xr.Dataset) or "phase" not in recording.coords:
+        raise TypeError(
+            f"a {type(recording).__name__} is no recording: give the Dataset that flocking.record "
+            "returns."
+        )
+    for name in names:
+        if name not in recording:
+            raise ValueError(
+                f"the recording has no variable {name!r}: make it with {_HOW.get(name, 'record')}."
+            )
+
+
+def named(values: xr.DataArray, name: str, long_name: str) -> xr.DataArray:
+    """The result under its name, with the attributes that plots and tables show."""
+    return values.rename(name).assign_attrs(long_name=long_name, units="1")
+
+
+def common_windows(recording: xr.Dataset) -> np.ndarray:
+    """Numbers of the prompt's windows in which all sequences hold the same number of tokens."""
+    tokens = recording.tokens.values
+    same = (tokens == tokens.max(axis=0, initial=0)).all(axis=0) & (tokens > 0).all(axis=0)
+    found = np.flatnonzero(same & (recording.phase.values == "prompt"))
+    if not len(found):
+        short = int(recording.tokens.sum("window").min())
+        raise ValueError(
+            f"the shortest of these sequences has {short} tokens, fewer than a window: record "
+            "longer texts, or with a smaller window."
+        )
+    return found
+
+
+def _windows(recording: xr.Dataset) -> xr.Dataset:
+    """The recording without the first token's window."""
+    return recording.isel(window=np.flatnonzero(recording.phase.values != "first"))
+
+
+def _counting(recording: xr.Dataset) -> xr.DataArray:
+    """Which tokens count, (sequence, layer, token): in a window, and not all zero."""
+    inside = recording.token_window.isin(_windows(recording).window)
+    return inside & (recording.norm > 0)
+
+
+def _token_sum(recording: xr.Dataset, values: xr.DataArray) -> xr.DataArray:
+    """Sum over the tokens that lie in the recording's windows."""
+    inside = recording.token_window.isin(_windows(recording).window)
+    return values.where(inside, 0).sum("token", dtype=np.float64)
+
+
+def _token_count(recording: xr.Dataset) -> xr.DataArray:
+    """Tokens that count, (sequence, layer): those whose activations are not all zero."""
+    return _token_sum(recording, recording.norm > 0)
+
+
+def _pairs(recording: xr.Dataset) -> xr.DataArray:
+    """Ordered pairs of different tokens, (sequence, layer); NaN, with a warning, if none."""
+    count = _token_count(recording)
+    pairs = count * (count - 1)
+    few = (pairs <= 0).any("layer").values
+    if few.any():
+        warn(
+            f"{few.sum()} of {few.size} sequences have fewer than two tokens beside the first "
+            "(all zeros count as none): the result is NaN there.",
+        )
+    return pairs.where(pairs > 0)
+
+
+def _mean_cosine(recording: xr.Dataset, sums: xr.DataArray) -> xr.DataArray:
+    """Mean pairwise product of unit vectors, from their sums by window."""
+    total = sums.sum("window", dtype=np.float64)
+    return ((total**2).sum("neuron") - _token_count(recording)) / _pairs(recording)
+
+
+# --------------------------------------------------------------------------------------
+# Within a sequence
+
+
+def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.DataArray:
+    """Mean cosine between the relative activations of two tokens of a sequence.
+
+    ``C = (||sum_t r_t||^2 - T) / (T (T - 1))``, the mean of ``<r_t, r_u>`` over all pairs
+    of different tokens in closed form. Flocking is Dong, Chen and Chi's observation
+    (2024, arXiv 2404.01365, section 3) that tokens of a sequence share their relative
+    activations; the measure is this project's. Read it beside
+    :func:`chance_consistency`: all ``r_t`` are non-negative, so even unrelated tokens have
+    a positive cosine.
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From :func:`flocking.record`.
+    different_tokens : bool
+        Leave out pairs of tokens with the same id, which may be alike only because the same
+        word stands there. Needs ``record(..., relative=True)``.
+
+    Returns
+    -------
+    xarray.DataArray, float64, (sequence, layer)
+        Unitless, at most 1; NaN with fewer than two tokens beside the first.
+
+    Raises
+    ------
+    TypeError
+        If `recording` is no recording.
+    ValueError
+        If `different_tokens` is asked for and the recording has no ``relative``.
+
+    Warns
+    -----
+    UserWarning
+        If a sequence has fewer than two tokens beside the first.
+    """
+    need(recording, "mass")
+    values = _mean_cosine(recording, _windows(recording).mass)
+    if different_tokens:
+        pairs = _pairs(recording)
+        same, count = _identical(recording, np.eye(recording.sizes["sequence"], dtype=bool))
+        own = _own(same) - _token_count(recording)  # a token is no pair with itself
+        left = pairs - (_own(count) - _token_count(recording))
+        values = (values * pairs - own) / left.where(left > 0)
+    return named(values, "consistency", "consistency")
+
+
+def chance_consistency(recording: xr.Dataset) -> xr.DataArray:
+    """What :func:`consistency` would be if neurons had no identity: its chance level.
+
+    The expectation of C when every token keeps its values and the neurons are permuted
+    independently for each token, ``C0 = ((sum_t a_t)^2 - sum_t a_t^2) / (d_ff T (T - 1))``
+    with ``a_t = ||r_t||_1``.
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From :func:`flocking.record`.
+
+    Returns
+    -------
+    xarray.DataArray, float64, (sequence, layer)
+        Unitless, in [0, 1]; NaN with fewer than two tokens beside the first.
+    """
+    need(recording, "l1")
+    pairs = _pairs(recording)
+    l1 = recording.l1.astype(np.float64)
+    excess = _token_sum(recording, l1) ** 2 - _token_sum(recording, l1**2)
+    values = excess / (recording.d_ff * pairs)
+    return named(values.drop_vars("d_ff"), "chance_consistency", "chance level of consistency")
+
+
+def flocking_score(recording: xr.Dataset) -> xr.DataArray:
+    """Consistency on a scale from chance (0) to identical patterns (1).
+
+    ``(C - C0) / (1 - C0)`` with :func:`consistency` C and :func:`chance_consistency` C0.
+    A high score need not mean much by itself: networks with random weights score high as
+    well, and so do layers where a few neurons dominate (see :func:`effective_neurons`
+    and :func:`rank_consistency`).
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From :func:`flocking.record`.
+
+    Returns
+    -------
+    xarray.DataArray, float64, (sequence, layer)
+        Unitless, at most 1; NaN with fewer than two tokens beside the first.
+    """
+    chance = chance_consistency(recording)
+    values = (consistency(recording) - chance) / (1 - chance)
+    return named(values, "flocking_score", "flocking score")
+
+
+def rank_consistency(recording: xr.Dataset) -> xr.DataArray:
+    """Mean Spearman correlation between two tokens' activations; its chance level is 0.
+
+    The closed form of :func:`consistency` on each token's standardised ranks. GRIFFIN
+    selects neurons by rank, and ranks do not let a few outlier neurons decide.
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From ``flocking.record(..., ranks=True)``.
+
+    Returns
+    -------
+    xarray.DataArray, float64, (sequence, layer)
+        Unitless, in [-1, 1]; NaN with fewer than two tokens beside the first.
+
+    Raises
+    ------
+    ValueError
+        If the recording has no ranks.
+    """
+    need(recording, "rank")
+    values = _mean_cosine(recording, _windows(recording)["rank"])
+    return named(values, "rank_consistency", "rank consistency")
+
+
+def effective_neurons(recording: xr.Dataset) -> xr.DataArray:
+    """Number of neurons that share the energy: its participation ratio.
+
+    ``(sum_j E_j)^2 / sum_j E_j^2`` with E the energy over all windows beside the first
+    token's. From 1 (one neuron has it all) to ``d_ff`` (all have the same).
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From :func:`flocking.record`.
+
+    Returns
+    -------
+    xarray.DataArray, float64, (sequence, layer)
+        In neurons; NaN without a token beside the first.
+    """
+    need(recording, "energy")
+    energy = _windows(recording).energy.sum("window", dtype=np.float64)
+    squares = (energy**2).sum("neuron")
+    values = energy.sum("neuron") ** 2 / squares.where(squares > 0)
+    return named(values, "effective_neurons", "effective neurons").assign_attrs(units="neurons")
+
+
+# --------------------------------------------------------------------------------------
+# Between sequences
+
+
+def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.DataArray:
+    """Mean cosine between the relative activations of tokens of two sequences.
+
+    ``B = <sum_t r_t, sum_u r'_u> / (T T')``: :func:`consistency` over pairs whose tokens come
+    from two sequences. Only windows that all sequences fill are counted, so that each brings
+    as many tokens.
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From :func:`flocking.record`, of two sequences or more.
+    different_tokens : bool
+        Leave out pairs of tokens with the same id. Needs ``record(..., relative=True)``.
+
+    Returns
+    -------
+    xarray.DataArray, float64, (sequence, other, layer)
+        Unitless, symmetric in the two sequences; NaN where they are one and the same.
+
+    Raises
+    ------
+    TypeError
+        If `recording` is no recording.
+    ValueError
+        If there is one sequence only, or one is shorter than the first window; if
+        `different_tokens` is asked for and the recording has no ``relative``.
+    """
+    part = _at_equal_counts(recording)
+    mass = part.mass.sum("window", dtype=np.float64)
+    count = _token_count(part)
+    n = part.sizes["sequence"]
+    values = mass.transpose("layer", "sequence", "neuron").values
+    total = _of_pairs(part, np.moveaxis(values @ values.swapaxes(1, 2), 0, 2))
+    pairs = count * _other(count)
+    if different_tokens:
+        same, number = _identical(part, ~np.eye(n, dtype=bool))
+        total, pairs = total - same, pairs - number
+    distinct = ~xr.DataArray(np.eye(n, dtype=bool), dims=("sequence", "other"))
+    values = (total / pairs.where(pairs > 0)).where(distinct)
+    values = values.transpose("sequence", "other", "layer")
+    return named(values, "between_consistency", "consistency between sequences")
+
+
+def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.DataArray:
+    """How much of the consistency belongs to the sequence rather than to the model.
+
+    ``(C - B) / (1 - B)`` for each pair of sequences, with :func:`between_consistency` B and the
+    mean C of their two :func:`consistency`, from the same windows. 0: tokens of one text are no
+    more alike than tokens of two, so that a static choice of neurons would serve as well; 1: a
+    text's tokens are identical, and differ from the other's.
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From :func:`flocking.record`, of two sequences or more.
+    different_tokens : bool
+        Leave out pairs of tokens with the same id, in C and B alike. Needs
+        ``record(..., relative=True)``.
+
+    Returns
+    -------
+    xarray.DataArray, float64, (sequence, other, layer)
+        Unitless, at most 1; NaN where the two sequences are one and the same.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`between_consistency`.
+    """
+    within = consistency(_at_equal_counts(recording), different_tokens=different_tokens)
+    between = between_consistency(recording, different_tokens=different_tokens)
+    values = ((within + _other(within)) / 2 - between) / (1 - between)
+    values = values.transpose("sequence", "other", "layer")
+    return named(values, "specificity", "specificity")
+
+
+def _at_equal_counts(recording: xr.Dataset) -> xr.Dataset:
+    need(recording, "mass", "tokens")
+    if recording.sizes["sequence"] < 2:
+        raise ValueError("there is one sequence and no pair: record two or more.")
+    return recording.isel(window=common_windows(recording))
+
+
+def _other(values: xr.DataArray) -> xr.DataArray:
+    """The same of the other sequence of a pair."""
+    return values.drop_vars("text", errors="ignore").rename(sequence="other")
+
+
+def _of_pairs(recording: xr.Dataset, values: np.ndarray) -> xr.DataArray:
+    names = recording.sequence.values
+    coordinates = {"sequence": names, "other": names, "layer": recording.layer.values}
+    return xr.DataArray(values, coordinates, ("sequence", "other", "layer"))
+
+
+def _own(pairs: xr.DataArray) -> xr.DataArray:
+    """The diagonal: each sequence with itself."""
+    own = np.einsum("ssl->sl", pairs.values)
+    return xr.DataArray(own, {d: pairs[d] for d in ("sequence", "layer")}, ("sequence", "layer"))
+
+
+def _identical(recording: xr.Dataset, wanted: np.ndarray) -> tuple[xr.DataArray, xr.DataArray]:
+    """Sum of cosines over, and number of, pairs of tokens with the same id, by pair of sequences.
+
+    A sum over token ids v of ``<S_v, S'_v>``, where S_v sums r over a sequence's tokens v.
+    """
+    need(recording, "relative")
+    if "layer" not in recording.relative.dims:
+        raise ValueError(
+            "the recording has relative activations of some layers only: make it with "
+            "record(..., relative=True), or with layers= and relative=True alike."
+        )
+    n = recording.sizes["sequence"]
+    sums = np.zeros((n, n, recording.sizes["layer"]))
+    counts = np.zeros_like(sums)
+    for layer in range(recording.sizes["layer"]):
+        members = list(_by_token_id(recording.isel(layer=layer)))
+        for a, b in np.argwhere(wanted):
+            _, mine, theirs = np.intersect1d(
+                members[a][0], members[b][0], assume_unique=True, return_indices=True
+            )
+            sums[a, b, layer] = np.vdot(members[a][1][mine], members[b][1][theirs])
+            counts[a, b, layer] = members[a][2][mine] @ members[b][2][theirs]
+    return _of_pairs(recording, sums), _of_pairs(recording, counts)
+
+
+def _by_token_id(
+    recording: xr.Dataset,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per sequence of one layer: its token ids, and the sum of r and the number for each."""
+    counting = _counting(recording).values
+    for sequence, real in enumerate(counting):
+        ids, group = np.unique(recording.token_id.values[sequence, real], return_inverse=True)
+        r = recording.relative[sequence].transpose("token", "neuron").values[real]
+        r = np.nan_to_num(r.astype(np.float32))
+        member = sparse.csr_matrix(
+            (np.ones(len(group), np.float32), (group, np.arange(len(group))))
+        )
+        number = np.bincount(group, minlength=len(ids)).astype(np.float64)
+        yield ids, (member @ r if len(ids) else r), number

@@ -1,0 +1,8 @@
+"""The ``flocking`` command.
+
+Imports any other room, but each only inside of the command that needs it, so that help is quick.
+"""
+
+from flocking.cli.commands import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,5 @@
+"""``python -m flocking.cli``."""
+
+from flocking.cli.commands import main
+
+main()

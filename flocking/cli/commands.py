@@ -1,0 +1,430 @@
+"""The ``flocking`` command: what each of its parts does.
+
+What needs torch is imported where it is used, so that help and version do not wait for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import flocking
+from flocking.cli.options import (
+    Device,
+    Dtype,
+    Model,
+    ModelArgument,
+    by_task,
+    listed,
+    load,
+    need_harness,
+    number,
+    numbers_of,
+    one_sentence,
+    passage,
+    read,
+    refuse_existing,
+    wide_console,
+)
+
+_HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(flocking.__version__)
+        raise typer.Exit
+
+
+@app.callback(help=_HELP)
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Hold what belongs to no command."""
+
+
+@app.command(
+    epilog="Example: flocking record article.txt notes.txt -o out/mine.zarr --layers 0,10-12"
+)
+@one_sentence
+def record(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Text files; - is standard input.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT.zarr", help="Zarr store to write.")
+    ],
+    model: Model = None,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 64,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, such as 0,5,10-12; all by default.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Continue each text greedily by up to so many tokens.")
+    ] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT.zarr if it exists.")] = False,
+) -> None:
+    """Record text files, one sequence each, and save the recording as Zarr."""
+    import numpy as np
+
+    from flocking.artifacts import replacing
+
+    refuse_existing(output, overwrite)
+    numbers = numbers_of(layers)
+    texts = [read(name) for name in files]
+    loaded, tokenizer = load(model, device, dtype)
+    recording = flocking.record(
+        loaded,
+        texts,
+        tokenizer=tokenizer,
+        window=window,
+        layers=numbers,
+        max_new_tokens=max_new_tokens,
+    )
+    recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
+    with replacing(output) as partial:
+        recording.to_zarr(partial, zarr_format=2)
+    sizes = dict(recording.sizes)
+    typer.echo(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
+    typer.echo(f"open it with xarray.open_zarr({str(output)!r})")
+
+
+@app.command(epilog="Example: flocking demo --out out")
+@one_sentence
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for demo.zarr and demo.png.")] = Path("out"),
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Record the packaged passages, print how they flock by layer, and draw two of them."""
+    import matplotlib.pyplot as plt
+
+    from flocking.artifacts import replacing
+    from flocking.cli.demo import name_of, table, two_passages
+
+    stored, picture = out / "demo.zarr", out / "demo.png"
+    for path in (stored, picture):
+        refuse_existing(path, overwrite=True)
+    console = wide_console()
+    loaded, tokenizer = load(model, device, dtype)
+    passages = flocking.passages()
+    ids = [tokenizer(passage)["input_ids"][:512] for passage in passages]
+    layers = [block.layer for block in flocking.feedforwards(loaded)]
+    shown = layers[2 * len(layers) // 3]  # where most models flock clearly
+    recording = flocking.record(loaded, ids, tokenizer=tokenizer, relative=[shown])
+    recording = recording.assign_coords(sequence=[passage.name for passage in passages])
+    console.print(table(recording))
+
+    with replacing(stored) as partial:
+        recording.to_zarr(partial, zarr_format=2)
+    figure = two_passages(recording, shown, ["reportage", "code"])
+    origin = {key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")}
+    with replacing(picture) as partial:
+        figure.savefig(partial, dpi=150, metadata={"Source": name_of(recording), **origin})
+    plt.close(figure)
+    console.print(
+        f"\nwrote {stored} and {picture}. Next:\n"
+        f"  look at {picture}: vertical streaks are neurons that flock;\n"
+        f"  open the numbers: xarray.open_zarr({str(stored)!r});\n"
+        "  run `make notebook`, and notebooks/flocking.ipynb in it, for chance and control;\n"
+        "  read README.md for ten lines of Python of your own.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command(epilog="Example: flocking figures --only drift --out out/figures")
+@one_sentence
+def figures(
+    out: Annotated[Path, typer.Option(help="Folder for the figures and their numbers.")] = Path(
+        "figures"
+    ),
+    model: Model = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(help="A text file; repeat it for more. The packaged passages by default."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights and random experts.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Run the experiments and draw their figures, beside chance and random weights.
+
+    Each figure is a PNG and an SVG, with its numbers and where they come from as JSON beside it.
+    Where the numbers are there already, for the same model, texts, versions and code, they are
+    only drawn again.
+    """
+    from flocking.experiments import regenerate
+    from flocking.models import identity
+
+    passages = [passage(name) for name in texts] if texts else flocking.passages()
+    key = f"{identity(model)} {dtype}"
+    regenerate(
+        out,
+        lambda: load(model, device, dtype),
+        key,
+        passages,
+        only=only,
+        seed=seed,
+        say=typer.echo,
+    )
+
+
+@app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
+@one_sentence
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads standard input.")],
+    density: Annotated[float, typer.Option(help="Fraction of FF neurons kept.")] = 0.5,
+    method: Annotated[
+        str, typer.Option(help="topk, sampled, half-sampled, random or magnitude.")
+    ] = "topk",
+    scope: Annotated[str, typer.Option(help="shared or sequence.")] = "shared",
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    compare: Annotated[bool, typer.Option(help="Show the full model's text beside it.")] = False,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Go on from a prompt greedily with GRIFFIN: the prompt in full, then its experts alone."""
+    from flocking.cli.streaming import Clock
+    from flocking.models import refuse_long
+    from flocking.pruning import METHODS
+
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: give 1 or more.")
+    text = read("-") if prompt == "-" else prompt
+    if not text:
+        raise ValueError("the prompt is empty: there is nothing to choose experts from.")
+    if method not in METHODS:
+        raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
+    loaded, tokenizer = load(model, device, dtype)
+    twin = flocking.griffin(loaded, density, method=method, scope=scope)
+    inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.device)
+    refuse_long(loaded, [inputs["input_ids"][0]], max_new_tokens)
+    subjects = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
+    console = Console(highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "new tokens", "tokens a second", "active parameters"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, subject in list(subjects.items())[0 if compare else 1 :]:
+        if compare:
+            console.print(f"[bold]{name}[/bold]")
+        clock = Clock(tokenizer, skip_special_tokens=True)
+        typer.echo(text, nl=False)
+        subject.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+        active = twin.report().active_parameters if subject is twin else loaded.num_parameters()
+        table.add_row(name, str(len(clock.times)), clock.speed, f"{active:,}")
+    if compare:
+        console.print(table)
+        console.print("Speed is of decoding, without the prompt; one run says little about it.")
+
+
+@app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")
+@one_sentence
+def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
+    """Show a model's FF blocks, how exactly each was proved, and whether GRIFFIN can prune it."""
+    from flocking.feedforward import width
+
+    loaded, _ = load(model, device, dtype)
+    blocks = flocking.feedforwards(loaded)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("layer", "module", "kind", "hidden", "d_ff", "experts", "proof's error"):
+        table.add_column(column, justify="left" if column in ("module", "kind") else "right")
+    for block in blocks:
+        mixture = block.kind == "experts"
+        hidden = block.weight.numel() // block.d_ff if mixture else width(block.down)[1]
+        experts = block.experts if block.kind == "experts" else ""
+        cells = (block.layer, block.path, block.kind, hidden, block.d_ff, experts)
+        table.add_row(*map(str, cells), f"{block.error:.1g}")
+    console = wide_console()
+    console.print(f"[bold]{type(loaded).__name__}[/bold], {loaded.num_parameters():,} parameters")
+    console.print(table)
+    try:
+        twin = flocking.griffin(loaded)
+    except ValueError as problem:
+        console.print(f"recorded: yes; GRIFFIN: no. {problem}")
+        return
+    share = twin.report().active_parameters / loaded.num_parameters()
+    console.print(f"recorded: yes; GRIFFIN: yes, at density 0.5 with {share:.0%} of the parameters")
+
+
+@app.command(
+    epilog="Example: flocking evaluate --tasks piqa,boolq --methods topk,static,topk@0.25 "
+    "--limit 200,boolq=100 --protocol context,boolq=last-token --out out/mine"
+)
+@one_sentence
+def evaluate(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Such as hellaswag,piqa,wikitext: the paper's tasks, or any of the harness's."
+        ),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="topk, sampled, half-sampled, random, magnitude, static and global-local, each "
+            "at all densities, or at its own, as in topk@0.25. The full model comes first."
+        ),
+    ] = "topk",
+    densities: Annotated[str, typer.Option(help="Fractions of FF neurons kept.")] = "0.5",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="Of likelihoods, context or last-token; TASK=... for one. Answers of one token "
+            "are the full model's with context."
+        ),
+    ] = "context",
+    limit: Annotated[
+        str | None, typer.Option(help="At most so many items of each task; TASK=... for one.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the items as JSON lines, such as piqa.jsonl; or the hub."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, or folder of .txt files, for static and global-local; the packaged "
+            "passages by default."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the methods that draw.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for items, tables and figures; what is done is kept there.")
+    ] = Path("out/evaluation"),
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Ask the full model and its twins the items of tasks, and say what each method loses.
+
+    Each task with each method is a cell, kept in OUT/cells when it is finished: after an
+    interruption, or with more tasks or methods, the same command runs only what is not there.
+    """
+    need_harness()
+    from flocking.evaluation import report, runner
+    from flocking.models import identity
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: give 1 or more.")
+    options = {
+        "methods": listed(methods),
+        "densities": [number(text, "--densities", float) for text in listed(densities)],
+        "protocol": by_task(protocol, "--protocol", str),
+        "limit": None if limit is None else by_task(limit, "--limit", int),
+    }
+    runner.variants_of(options["methods"], options["densities"])  # before a model is loaded
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder.")
+    there = [out / name for name in report.FILES if (out / name).exists()]
+    if 0 < len(there) < len(report.FILES) and not (out / "cells").is_dir():
+        raise ValueError(f"{there[0]} exists and is no report of flocking: choose another --out.")
+    loaded, tokenizer = load(model, device, dtype)
+    try:
+        items = runner.evaluate(
+            loaded,
+            tokenizer,
+            listed(tasks),
+            **options,
+            data_dir=data_dir,
+            calibration=calibration,
+            batch_size=batch_size,
+            seed=seed,
+            kept=out / "cells",
+            identity=identity(model),
+            say=typer.echo,
+        )
+    except KeyboardInterrupt:
+        kept = out / "cells"
+        typer.echo(f"interrupted: {kept} has what is finished; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    source = {
+        "model": loaded.name_or_path.rstrip("/").rpartition("/")[2],
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": loaded.device.type,
+        "calibration": str(calibration or "the packaged passages"),
+        "seed": str(seed),
+    } | {name: version(name) for name in ("flocking", "transformers", "torch", "lm-eval")}
+    report.write(items, out, source)
+    typer.echo(f"wrote {', '.join(report.FILES + report.FIGURES)} in {out}; read {out}/tables.md")
+
+
+@app.command(
+    "lm-eval",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],  # the harness's own help is meant
+    },
+)
+@one_sentence
+def lm_eval(context: typer.Context) -> None:
+    """The lm-evaluation-harness, which then knows --model griffin; all that follows is its own.
+
+    For example: flocking lm-eval run --model griffin --model_args
+    pretrained=my-model,density=0.5,protocol=context --tasks hellaswag,piqa
+    """
+    need_harness()
+    from lm_eval.__main__ import cli_evaluate
+
+    before, sys.argv = sys.argv, ["lm-eval", *context.args]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+@app.command(epilog="Example: flocking check my-model && echo fit for use")
+@one_sentence
+def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
+    """Try on a model what must hold for its recordings and twins to be right; exit code 1 if not.
+
+    Proof of the FF blocks, the same output while watched, batches against their members, experts
+    against the analysis, and twins against the full model, masked or at density 1.
+    """
+    import numpy as np
+
+    results = flocking.check(*load(model, device, dtype))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("check", "", "relative error", "allowed", ""):
+        table.add_column(column)
+    words = {True: "passed", False: "FAILED"}
+    for name, row in results.iterrows():
+        numbers = ("" if np.isnan(x) else f"{x:.1g}" for x in (row.error, row.allowed))
+        table.add_row(name, words.get(row.passed, "does not apply"), *numbers, row.reason)
+    wide_console().print(table)
+    if (results.passed == False).any():  # noqa: E712 (NA is neither)
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the ``flocking`` command."""
+    app()

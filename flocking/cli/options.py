@@ -1,0 +1,154 @@
+"""From a command line to what it stands for, and from results to files in their places."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import flocking
+from flocking.texts import decoded
+
+
+def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """Bad input ends in its sentence and exit code 2, not in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, MemoryError) as problem:
+            typer.echo(f"flocking: {problem}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+Model = Annotated[str | None, typer.Option(help="Folder or hub id; the embedded model by default.")]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="Folder or hub id; the embedded model by default."),
+]
+Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1.")]
+Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
+
+
+def load(model: str | None, device: str | None, dtype: str | None) -> tuple:
+    """Model and tokenizer, where and as they are asked for."""
+    import torch
+
+    kind = getattr(torch, dtype or "float32", None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(
+            f"--device {device} cannot be used here: give cpu, or cuda or cuda:1 with a GPU and a "
+            "build of torch for it."
+        ) from problem
+    if model and not Path(model).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ValueError(f"model {model}: there is no such folder, and no hub id looks like that.")
+    loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
+    return loaded.to(device or "cpu"), tokenizer
+
+
+def wide_console() -> Console:
+    """Where tables are printed."""
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console.width = 120
+    return console
+
+
+def read(name: str) -> str:
+    """Text of a file, or of standard input, which is ``-``."""
+    path = Path(name)
+    if name == "-":
+        raw = sys.stdin.buffer.read()
+    elif not path.exists():
+        raise ValueError(f"{name} does not exist: name text files, or - for standard input.")
+    elif path.is_dir():
+        raise ValueError(f"{name} is a folder: name the text files in it.")
+    else:
+        raw = path.read_bytes()
+    where = "standard input" if name == "-" else name
+    text = decoded(raw, where)
+    if not text:
+        raise ValueError(f"{where} is empty: give some text.")
+    return text
+
+
+def numbers_of(layers: str | None) -> list[int] | None:
+    """Layer numbers from text such as ``0,5,10-12``."""
+    if layers is None:
+        return None
+    numbers: list[int] = []
+    for part in layers.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        span = match and range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not span:
+            raise ValueError(f"--layers {layers}: give numbers and ranges, such as 0,5,10-12.")
+        numbers += span
+    return numbers
+
+
+def need_harness() -> None:
+    """Register the harness's model, or say how to get the harness."""
+    try:
+        importlib.import_module("flocking.evaluation.harness")
+    except ModuleNotFoundError as problem:
+        raise ValueError(
+            f"{problem.name} is not installed: pip install 'flocking[eval]' brings the harness."
+        ) from problem
+
+
+def listed(text: str) -> list[str]:
+    """Parts of text such as ``piqa,boolq``."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"{text!r} names nothing: give names, with commas between.")
+    return parts
+
+
+def number(text: str, option: str, kind: type) -> float | int | str:
+    """What an option's text stands for."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{option}: {text!r} is no number.") from None
+
+
+def by_task(text: str, option: str, kind: type) -> dict[str, float | int | str]:
+    """Settings from text such as ``400,xsum=30``: for the task xsum, and for all others ("")."""
+    found: dict[str, float | int | str] = {}
+    for part in listed(text):
+        task, equals, value = part.rpartition("=")
+        if task in found or (equals and not task):
+            raise ValueError(f"{option} {text}: give one for all and TASK=... for single ones.")
+        found[task] = number(value, option, kind)
+    return found
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Nothing is replaced untold, and nothing but what looks like an earlier output."""
+    if not path.exists():
+        return
+    if not ((path / ".zgroup").exists() or (path.is_file() and path.suffix == ".png")):
+        raise ValueError(f"{path} exists and is no recording: choose another name.")
+    if not overwrite:
+        raise ValueError(f"{path} exists: choose another name, or pass --overwrite.")
+
+
+def passage(name: str) -> flocking.Passage:
+    """A text file as a text that knows its name."""
+    found = flocking.Passage(read(name))
+    found.name, found.description = Path(name).stem, name
+    return found

@@ -1,0 +1,29 @@
+"""Text on the terminal as it comes, and how fast it did."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+
+class Clock(TextStreamer):
+    """Prints the text as it comes, and notes when each new token did."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: object) -> None:
+        super().__init__(tokenizer, skip_prompt=True, **options)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Print, and note the time."""
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    @property
+    def speed(self) -> str:
+        """Tokens a second from the first new one, which the prompt's pass gives, to the last."""
+        if len(self.times) < 2:
+            return "-"
+        return f"{(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f}"

@@ -1,0 +1,52 @@
+"""What pictures are drawn with: a style, and pieces that several figures share.
+
+Imports no other room, and neither torch nor transformers: numbers come in, artists go out.
+"""
+
+from flocking.drawing.pieces import (
+    band,
+    below,
+    by_layer,
+    guide,
+    heatmap,
+    known,
+    legend,
+    logarithmic,
+    powers_of_two,
+)
+from flocking.drawing.style import (
+    BLUE,
+    BY_SELECTION,
+    BY_WEIGHTS,
+    CONTROL,
+    HINDSIGHT,
+    MAGNITUDE,
+    OTHERS,
+    TRAINED,
+    in_style,
+    page,
+    save,
+)
+
+__all__ = [
+    "BLUE",
+    "BY_SELECTION",
+    "BY_WEIGHTS",
+    "CONTROL",
+    "HINDSIGHT",
+    "MAGNITUDE",
+    "OTHERS",
+    "TRAINED",
+    "band",
+    "below",
+    "by_layer",
+    "guide",
+    "heatmap",
+    "in_style",
+    "known",
+    "legend",
+    "logarithmic",
+    "page",
+    "powers_of_two",
+    "save",
+]

@@ -1,0 +1,100 @@
+"""How figures look: colours, a style, a page with its caption, and its files."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import xarray as xr
+from matplotlib.figure import Figure, SubFigure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, _, _, _, SKY = sns.color_palette("colorblind")
+# Colour and dashes together, so that neither is needed to tell the lines apart.
+TRAINED = {"color": BLUE, "ls": "-", "label": "trained"}
+CONTROL = {"color": ORANGE, "ls": "--", "label": "random weights (control)"}
+BY_WEIGHTS = {"trained": TRAINED, "control": CONTROL}
+HINDSIGHT = {"color": GREEN, "ls": (0, (5, 1, 1, 1)), "label": "best in hindsight"}
+OTHERS = {"color": PURPLE, "ls": "-.", "label": "static: other texts"}
+MAGNITUDE = {"color": RED, "ls": (0, (1, 1)), "label": "static: weight magnitude"}
+_DOT = {"ms": 2.5}
+BY_SELECTION = {
+    "hindsight": {**HINDSIGHT, **_DOT, "marker": "v", "label": "hindsight: scored tokens"},
+    "global-local": {
+        **_DOT,
+        "color": ORANGE,
+        "ls": (0, (3, 1)),
+        "marker": "D",
+        "label": "global-local",
+    },
+    "static": {**OTHERS, **_DOT, "marker": "s"},
+    "GRIFFIN": {**_DOT, "color": BLUE, "ls": "-", "marker": "o", "label": "GRIFFIN"},
+    "half-sampled": {**_DOT, "color": BROWN, "ls": "--", "marker": "<", "label": "half-sampled"},
+    "sampled": {**_DOT, "color": SKY, "ls": "--", "marker": ">", "label": "sampled"},
+    "random": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "random (chance)"},
+    "magnitude": {**MAGNITUDE, **_DOT, "marker": "P"},
+}
+
+_WIDTH = 3.5  # inches: a column of a two-column page
+STYLE = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.2,
+    "savefig.dpi": 300,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flocking",
+}
+
+
+def in_style(draw: Callable[[xr.Dataset, Figure], None]) -> Callable[[xr.Dataset], Figure]:
+    """A figure of the project: in its style, whatever the user's own."""
+
+    def styled(data: xr.Dataset) -> Figure:
+        # Made outside of the context, at whose end a notebook's interactive mode would be lost.
+        figure = plt.figure()
+        with mpl.rc_context(STYLE):
+            draw(data, figure)
+        return figure
+
+    styled.__name__, styled.__doc__ = draw.__name__, draw.__doc__
+    return styled
+
+
+def page(
+    figure: Figure, data: xr.Dataset, rows: int, columns: int, *, height: float, **options: object
+) -> tuple[SubFigure, np.ndarray]:
+    """Axes a column wide, with the data's caption below them."""
+    lines = textwrap.wrap(data.attrs["caption"], 82)
+    below = 0.105 * len(lines) + 0.05
+    figure.set_size_inches(_WIDTH, height + below)
+    figure.set_layout_engine("constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height, below])
+    lower.text(0.01, 0.97, "\n".join(lines), va="top", fontsize=5.6, linespacing=1.15)
+    return upper, upper.subplots(rows, columns, squeeze=False, **_gridspec(options))
+
+
+def _gridspec(options: dict[str, object]) -> dict[str, object]:
+    ratios = {key: options.pop(key) for key in ("width_ratios", "height_ratios") if key in options}
+    return {**options, "gridspec_kw": ratios}
+
+
+def save(figure: Figure, folder: Path, name: str, model: str, caption: str) -> None:
+    """Write a figure as PNG and SVG, which say what they show, and close it."""
+    about = {"Title": f"{name}, {model}", "Description": caption}
+    with mpl.rc_context(STYLE):
+        figure.savefig(folder / f"{name}.png", metadata=about)
+        figure.savefig(folder / f"{name}.svg", metadata={**about, "Date": None})
+    plt.close(figure)

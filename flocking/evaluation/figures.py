@@ -1,0 +1,144 @@
+"""Figures of an evaluation: its summaries in, a ``Figure`` out; nothing is computed here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from flocking.drawing import BY_SELECTION, below, guide, in_style, legend, logarithmic, page
+from flocking.evaluation.summary import is_loss
+
+_FULL = {"color": "0.15", "ls": "-", "lw": 1, "label": "full model"}
+_BY_METHOD = {name: style for name, style in BY_SELECTION.items() if name != "hindsight"}
+_BY_METHOD = {"topk" if name == "GRIFFIN" else name: style for name, style in _BY_METHOD.items()}
+_BY_METHOD["static"] = _BY_METHOD["static"] | {"label": "static: calibration texts"}
+_MEANS = ["estimate", "low", "high"]
+_DIFFERENCES = ["difference", "difference_low", "difference_high"]
+
+
+@in_style
+def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
+    """Each task's score by the fraction of neurons kept.
+
+    Of :func:`flocking.comparison.headlines`, with a caption in its ``attrs``.
+    """
+    upper, axes = _panels(data, figure)
+    for ax, part in _each(data, axes):
+        full = part[part["method"] == "full"].iloc[0]
+        low, high = _shown(part, full[["low", "high"]])
+        ax.axhspan(low, high, color=_FULL["color"], alpha=0.12, lw=0)
+        ax.axhline(_shown(part, full["estimate"]), **_FULL)
+        if not np.isnan(full["chance"]):
+            guide(full["chance"], ax)
+        pruned = part[part["method"] != "full"]
+        for number, (method, own) in enumerate(pruned.groupby("method", sort=False)):
+            own = own.sort_values("density")
+            beside = own["density"] + 0.02 * (number - pruned["method"].nunique() / 2 + 0.5)
+            _errors(ax, beside, _shown(part, own[_MEANS]), _BY_METHOD[method])
+        ax.set_xlim(0, 1)
+        _scale(ax, part)
+    below(axes, "density (fraction kept)")
+    legend(upper, axes, ncols=2)
+
+
+@in_style
+def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
+    """Differences from the full model on each task, by method, at one density.
+
+    Of :func:`flocking.comparison.headlines`, with a caption in its ``attrs``.
+    """
+    losses = data["metric"].map(is_loss)
+    parts = [part for part in (data[~losses], data[losses]) if len(part)]
+    counts = [part.groupby(["task", "metric"]).ngroups for part in parts]
+    upper, axes = page(
+        figure, data, len(parts), 1, height=0.75 + 0.5 * sum(counts), height_ratios=counts
+    )
+    for ax, part in zip(axes[:, 0], parts, strict=True):
+        loss = is_loss(part["metric"].iloc[0])
+        names = []
+        for row, ((task, metric), own) in enumerate(part.groupby(["task", "metric"], sort=False)):
+            names.append(f"{task}\n{_metric(metric)}, n = {own['items'].iloc[0]}")
+            full = own[own["method"] == "full"].iloc[0]
+            others = own[own["method"] != "full"]
+            for number, one in enumerate(others.itertuples()):
+                y = row + 0.6 * ((number + 0.5) / len(others) - 0.5)
+                middle, low, high = _shown(part, [getattr(one, name) for name in _DIFFERENCES])
+                style = _BY_METHOD[one.method] | {"ls": "none", "ms": 3.5}
+                ax.errorbar(middle, y, xerr=[[middle - low], [high - middle]], lw=1, **style)
+            if not np.isnan(full["chance"]):
+                gone = full["chance"] - full["estimate"]
+                ax.plot([gone] * 2, [row - 0.35, row + 0.35], color="0.35", ls=":", label="chance")
+        ax.axvline(1 if loss else 0, **_FULL)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        if loss:
+            ax.set_xlabel("perplexity, times the full model's")
+            logarithmic(ax, ax.xaxis)
+        else:
+            ax.set_xlabel("minus the full model's, percentage points")
+            ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
+    legend(upper, axes, ncols=2)
+
+
+@in_style
+def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
+    """Differences from the full model by how many tokens the experts were chosen from.
+
+    Of :func:`flocking.comparison.by_prompt`, one metric a task, with a caption in its ``attrs``.
+    """
+    upper, axes = _panels(data, figure)
+    for ax, part in _each(data, axes):
+        loss = is_loss(part["metric"].iloc[0])
+        ax.axhline(1 if loss else 0, **_FULL)
+        for method, own in part[part["method"] != "full"].groupby("method", sort=False):
+            own = own.sort_values("prompt_tokens")
+            _errors(ax, own["prompt_tokens"], _shown(part, own[_DIFFERENCES]), _BY_METHOD[method])
+        logarithmic(ax, ax.xaxis, sorted(part["prompt_tokens"].unique()))
+        _scale(ax, part)
+    below(axes, "prompt (tokens)")
+    legend(upper, axes, ncols=2)
+
+
+def _panels(data: pd.DataFrame, figure: Figure) -> tuple:
+    count = data.groupby(["task", "metric"]).ngroups
+    rows = -(-count // 2)
+    upper, axes = page(figure, data, rows, 2, height=0.6 + 1.15 * rows)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return upper, axes
+
+
+def _each(data: pd.DataFrame, axes: np.ndarray) -> list[tuple[Axes, pd.DataFrame]]:
+    """An axes for each task, named."""
+    found = []
+    for ax, ((task, metric), part) in zip(
+        axes.flat, data.groupby(["task", "metric"], sort=False), strict=False
+    ):
+        ax.set(title=task, ylabel=_metric(metric))
+        found.append((ax, part))
+    return found
+
+
+def _metric(name: str) -> str:
+    return name.replace("loss_", "perplexity of ")
+
+
+def _shown(part: pd.DataFrame, values: object) -> np.ndarray:
+    """Losses as perplexities, as everyone reads them."""
+    values = np.asarray(values, dtype=float)
+    return np.exp(values) if is_loss(part["metric"].iloc[0]) else values
+
+
+def _errors(ax: Axes, x: pd.Series, values: np.ndarray, style: dict) -> None:
+    middle, low, high = values.T
+    ax.errorbar(x, middle, yerr=[middle - low, high - middle], elinewidth=0.8, **style)
+
+
+def _scale(ax: Axes, part: pd.DataFrame) -> None:
+    if is_loss(part["metric"].iloc[0]):
+        logarithmic(ax, ax.yaxis)
+    else:
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))

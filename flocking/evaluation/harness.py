@@ -1,0 +1,265 @@
+"""GRIFFIN as a model of the lm-evaluation-harness: ``lm_eval run --model griffin``.
+
+Generation tasks go through the twin's own ``generate``. Likelihood tasks never enter generation:
+each request's experts are chosen from its context, and its continuation is computed with them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import torch
+import xarray as xr
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm.auto import tqdm
+
+from flocking.models import embedded
+from flocking.pruning import (
+    METHODS,
+    WITH_REFERENCE,
+    Protocol,
+    branches,
+    calibration_texts,
+    cut_of,
+    global_statistic,
+    griffin,
+    refuse_unscorable,
+)
+
+_Request = tuple[tuple[str, str] | None, list[int], list[int]]
+CHOICES = ("full", *METHODS, *WITH_REFERENCE)
+
+
+class Answered(NamedTuple):
+    """What answering one request took, in tokens.
+
+    Attributes
+    ----------
+    task : str
+    item : int
+        Number of the document in its task.
+    prompt : int
+        Run in full: what experts are chosen from.
+    left_out : int
+        Of the prompt's beginning, which did not fit the model's context.
+    scored, pruned : int
+        Whose likelihood was asked for, and how many of them were computed with the experts alone.
+        Both are 0 in generation, where all new tokens but the first are computed so.
+    """
+
+    task: str
+    item: int
+    prompt: int
+    left_out: int
+    scored: int = 0
+    pruned: int = 0
+
+
+@register_model("griffin")
+class GriffinLM(HFLM):
+    """The harness's own model of a transformers model, generating and scored with GRIFFIN.
+
+    Likelihoods are computed one context at a time, and its continuations share the run of it.
+    ``batch_size`` is how many of these go on together, and of prompts in generation.
+
+    Parameters
+    ----------
+    pretrained : str or transformers.PreTrainedModel
+        As in the harness's ``hf``, or ``"default"`` for the embedded model.
+    density : float
+        Fraction of neurons kept.
+    method : str
+        Of :func:`flocking.griffin`, or ``"full"``: the model as it is, on the same path.
+    protocol : {"context", "last-token"}
+        Of likelihoods, as in :func:`flocking.score`. With "context" all tokens of a continuation
+        but the first are computed pruned, so that continuations of one token are the full model's.
+        With "last-token", the last token that is fed alone, as Dong, Chen and Chi (2024, arXiv
+        2404.01365, section 5.1) have it. ``pruned_share`` in the results says, by task, what share
+        of the scored tokens that is.
+    scope : {"sequence", "shared"}
+        Of generation. With "sequence", each prompt of a batch has experts of its own, and results
+        do not depend on ``batch_size``; with "shared", as in the paper's batches, they do.
+    seed : int
+        Of the methods that draw.
+    calibration : path or list of str, optional
+        What the static statistic of "static" and "global-local" is made from: a text file, a
+        folder of ``.txt`` files, or the texts; the packaged passages by default.
+    **kwargs
+        The harness's: ``dtype``, ``device``, ``batch_size``, ``revision``, ...
+
+    Raises
+    ------
+    ValueError
+        As :func:`flocking.griffin`, for an unknown method or protocol, or ``batch_size="auto"``.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = "default",
+        density: float = 0.5,
+        method: str = "topk",
+        protocol: Protocol = "context",
+        scope: Literal["shared", "sequence"] = "sequence",
+        seed: int = 0,
+        calibration: str | Path | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if method not in CHOICES:
+            raise ValueError(f"method={method!r}: choose from {', '.join(CHOICES)}.")
+        if not isinstance(density, int | float):
+            raise ValueError(f"density={density!r}: give the fraction of neurons to keep.")
+        if protocol not in ("context", "last-token"):
+            raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
+        if "auto" in str(kwargs.get("batch_size")):
+            raise ValueError("batch_size='auto' cannot be found out with GRIFFIN: give a number.")
+        if pretrained == "default":
+            pretrained = embedded()
+        texts = calibration_texts(calibration)
+        super().__init__(pretrained=pretrained, **kwargs)
+        self.full = self.model
+        self.protocol, self.scope, self.seed = protocol, scope, seed
+        self.answered: list[Answered] = []
+        self._instances: list[Instance] = []
+        self.calibration, self._reference = texts, None
+        self.prune(method, density)
+
+    def prune(self, method: str, density: float) -> None:
+        """Answer with these experts from now on.
+
+        Parameters
+        ----------
+        method, density
+            As of the class.
+        """
+        self._model, self.method, self.density = self.full, "full", 1.0  # the old one makes room
+        if method != "full":
+            self._model = griffin(
+                self.full,
+                density,
+                method=method,
+                scope=self.scope,
+                reference=self.reference() if method in WITH_REFERENCE else None,
+                seed=self.seed,
+            )
+        self.method, self.density = method, density
+
+    def reference(self) -> xr.DataArray:
+        """The static statistic, of the beginnings of the texts that fit the model's context."""
+        if self._reference is None:
+            # The length is cut here: a warning about it would be wrong.
+            ids = [self.tokenizer(text, verbose=False)["input_ids"] for text in self.calibration]
+            ids = [row[: self.max_length] for row in ids]
+            self._reference = global_statistic(self.full, ids, tokenizer=self.tokenizer)
+        return self._reference
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes down beside the results."""
+        settings = {
+            name: getattr(self, name) for name in ("method", "density", "protocol", "scope", "seed")
+        }
+        scored, pruned = Counter[str](), Counter[str]()
+        for one in self.answered:
+            scored[one.task] += one.scored
+            pruned[one.task] += one.pruned
+        share = {task: pruned[task] / count for task, count in scored.items() if count}
+        too_long = Counter(one.task for one in self.answered if one.left_out)
+        return {
+            **super().get_model_info(),
+            "griffin": settings,
+            "pruned_share": share,
+            "requests_cut": dict(too_long),
+        }
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """As in the harness; what it took is noted."""
+        self._instances = requests
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._instances = []
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As in the harness; what it took is noted."""
+        for request in requests:
+            context, options = request.args
+            length = len(self.tok_encode(context))
+            room = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            left_out = max(0, length - (self.max_length - room))
+            self._note(request, length - left_out, left_out)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _named(self, number: int) -> str:
+        """Whose request it is, if that is known."""
+        if number >= len(self._instances):
+            return ""
+        asked = self._instances[number]
+        return f"{asked.task_name}, item {asked.doc_id}: "
+
+    def _note(self, request: Instance, *tokens: int) -> None:
+        self.answered.append(Answered(request.task_name or "", request.doc_id, *tokens))
+
+    def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse."""
+        raise ValueError(
+            "a rolling likelihood has no prompt to choose experts from: use flocking.perplexity, "
+            "which takes a text's beginning for one."
+        )
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: list[_Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        refuse_unscorable(self.model, [])
+        longest = self.max_length + 1  # the last token is not fed
+        sequences = [(context + later)[-longest:] for _, context, later in requests]
+        cuts = []
+        for number, (tokens, (_, _, later)) in enumerate(zip(sequences, requests, strict=True)):
+            try:
+                if not 0 < len(later) < len(tokens):
+                    raise ValueError(
+                        f"a continuation of {len(later)} tokens cannot be scored: give one token "
+                        f"or more, and fewer than the {longest} that fit."
+                    )
+                cuts.append(cut_of(self.protocol, len(tokens) - len(later), len(tokens)))
+            except ValueError as problem:
+                raise ValueError(f"{self._named(number)}{problem}") from problem
+
+        def head(number: int) -> list[int]:
+            return sequences[number][: cuts[number]]
+
+        answers: dict[int, tuple[float, bool]] = {}
+        # The longest first, so that what does not fit fails at once.
+        order = sorted(range(len(requests)), key=lambda n: (-cuts[n], head(n)))
+        with tqdm(total=len(requests), desc="likelihoods", disable=disable_tqdm) as bar:
+            for tokens, group in groupby(order, key=head):
+                numbers = list(group)
+                found = branches(
+                    self.model,
+                    [torch.tensor(sequences[number]) for number in numbers],
+                    [len(requests[number][2]) for number in numbers],
+                    len(tokens),
+                    self.batch_size,
+                )
+                for number, (likelihoods, greedy) in zip(numbers, found, strict=True):
+                    answers[number] = float(likelihoods.double().sum()), bool(greedy.all())
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial(
+                            "loglikelihood", requests[number][0], answers[number]
+                        )
+                bar.update(len(numbers))
+        for number, instance in enumerate(self._instances):
+            _, context, later = requests[number]
+            fed = len(sequences[number]) - 1
+            left_out = len(context) + len(later) - len(sequences[number])
+            pruned = 0 if self.model is self.full else min(len(later), fed - cuts[number])
+            self._note(instance, cuts[number], left_out, len(later), pruned)
+        return [answers[number] for number in range(len(requests))]

@@ -1,0 +1,132 @@
+"""An evaluation as files: its items, their summary, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from flocking.artifacts import replacing
+from flocking.drawing import save
+from flocking.evaluation.figures import quality_by_density, quality_by_method, quality_by_prompt
+from flocking.evaluation.summary import by_prompt, headlines, label, summarise, table
+
+FILES = ("items.parquet", "summary.csv", "tables.md")
+FIGURES = ("quality_by_density", "quality_by_method", "quality_by_prompt")
+_BAND = "Bars are 95% bootstrap intervals over items"
+_CHANCE = (
+    "Chance (dotted) is one by the number of choices, and of a generated text its score as the "
+    "answer to the next item."
+)
+
+
+def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
+    """Write ``FILES``, and ``FIGURES`` as PNG and SVG, each in its place only when complete.
+
+    Parameters
+    ----------
+    items : pandas.DataFrame
+        As :func:`flocking.evaluation.evaluate` returns it.
+    out : Path
+        Folder; files of an earlier report in it are replaced.
+    source : mapping of str to str
+        Where the numbers come from: ``model``, and whatever else is to be said.
+    """
+    rows = summarise(items)
+    density = _common_density(rows)
+    here = rows[(rows["density"] == density) | (rows["method"] == "full")]
+    of_same = items[(items["density"] == density) | (items["method"] == "full")]
+    pictures = [f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")]
+    with replacing(*(out / name for name in (*FILES, *pictures))) as first:
+        partial = first.parent
+        items.to_parquet(partial / "items.parquet", index=False)
+        rows.to_csv(partial / "summary.csv", index=False, float_format="%.6g")
+        (partial / "tables.md").write_text(_tables(items, rows, density, source), encoding="utf-8")
+        wanted = {
+            "quality_by_density": (quality_by_density, headlines(rows), _by_density),
+            "quality_by_method": (quality_by_method, headlines(here), _by_method),
+            "quality_by_prompt": (quality_by_prompt, headlines(by_prompt(of_same)), _by_prompt),
+        }
+        for name, (draw, data, caption) in wanted.items():
+            data.attrs["caption"] = caption(source["model"], density)
+            save(draw(data), partial, name, source["model"], data.attrs["caption"])
+
+
+def _common_density(rows: pd.DataFrame) -> float:
+    """The density at which there are most methods."""
+    pruned = rows[rows["method"] != "full"]
+    counts = pruned.groupby("density")["method"].nunique()
+    return float(counts.idxmax()) if len(counts) else 1.0
+
+
+def _by_density(model: str, density: float) -> str:
+    return (
+        f"Scores of {model} by the fraction of FF neurons kept, in percent (perplexities as they "
+        f"are). {_BAND}, and so is the grey band, of the full model. {_CHANCE}"
+    )
+
+
+def _by_method(model: str, density: float) -> str:
+    return (
+        f"Scores of {model} at density {density:g} minus the full model's on the same items. "
+        f"{_BAND} of these differences. {_CHANCE}"
+    )
+
+
+def _by_prompt(model: str, density: float) -> str:
+    return (
+        f"Scores of {model} at density {density:g} minus the full model's, in percentage points "
+        "(perplexities: times the full model's), by the length of the prompt, of which experts "
+        f"are chosen: groups of items of like length, at their medians. {_BAND} of these "
+        "differences. Where prompts differ from item to item, so do the items; of WikiText, the "
+        "same tokens are foretold after every prompt."
+    )
+
+
+def _tables(
+    items: pd.DataFrame, rows: pd.DataFrame, density: float, source: Mapping[str, str]
+) -> str:
+    """All of it in Markdown."""
+    told = "; ".join(f"{key} {value}" for key, value in source.items())
+    parts = [
+        f"# {source['model']}: tasks, methods and densities",
+        f"({told})",
+        "The full model's scores in percent, and differences from them in percentage points, with "
+        "95% bootstrap intervals over items; differences are paired, on the same items. "
+        "Perplexities: the full model's, and how many times that the others have.",
+        table(rows),
+    ]
+    own = label("topk", density)
+    others = rows[(rows["density"] == density) & ~rows["method"].isin(["full", "topk"])]
+    if own in set(rows["variant"]) and len(others):
+        parts.append(f"## GRIFFIN against the other methods at density {density:g}")
+        parts.append(
+            "GRIFFIN's score minus the other method's, on the same items; of perplexities, how "
+            "many times the other's GRIFFIN has."
+        )
+        parts.append(_against(items, own, list(others["variant"].unique())))
+    parts.append("## What was computed with the experts alone")
+    parts.append(
+        "Share of the scored tokens by protocol. In generation it is all new tokens but the first."
+    )
+    pruned = rows[rows["method"] != "full"].drop_duplicates(["task", "protocol"], keep="last")
+    lines = [
+        "| task | protocol | share of scored tokens | items cut |",
+        "| --- | --- | --- | --- |",
+    ]
+    for one in pruned.itertuples():
+        share = "generation" if pd.isna(one.pruned_share) else f"{one.pruned_share:.1%}"
+        lines.append(f"| {one.task} | {one.protocol} | {share} | {one.items_cut} of {one.items} |")
+    parts.append("\n".join(lines) + "\n")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _against(items: pd.DataFrame, own: str, others: list[str]) -> str:
+    named = items.assign(variant=list(map(label, items["method"], items["density"])))
+    columns = []
+    for other in others:
+        pair = items[named["variant"].isin([own, other]).to_numpy()]
+        rows = summarise(pair, against=other)
+        columns.append(rows[rows["variant"] == own].assign(variant=other))
+    return table(pd.concat(columns), beside=None)

@@ -1,0 +1,202 @@
+"""What an evaluation says: each variant beside the full model, item by item, with intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from flocking.analysis import bootstrap
+
+_BY = ["task", "protocol", "metric"]
+_LEAST = 5  # items in a group of like prompt lengths
+
+
+def label(method: str, density: float) -> str:
+    """A variant as it is asked for: ``full``, ``topk@0.5``."""
+    return method if method == "full" else f"{method}@{density:g}"
+
+
+def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> pd.DataFrame:
+    """Means over items, and differences from another variant on the same items.
+
+    Intervals are :func:`flocking.bootstrap`'s, 95%, over items; those of differences are paired:
+    both variants are drawn on the same items.
+
+    Parameters
+    ----------
+    items : pandas.DataFrame
+        As :func:`flocking.evaluation.evaluate` returns it.
+    against : str
+        The variant to compare with, such as "full" or "static@0.5".
+    seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each task, metric and variant: ``items``, ``estimate``, ``low``, ``high``;
+        ``difference``, ``difference_low``, ``difference_high``; ``chance``; ``pruned_share`` of
+        the scored tokens, missing in generation; ``items_cut``, whose prompt was too long. Losses
+        are in nats a token: ``exp`` of them is a perplexity, of a difference a ratio of these.
+
+    Raises
+    ------
+    ValueError
+        If there is no such variant, or a task has other items of it.
+    """
+    rows = []
+    named = items.assign(variant=list(map(label, items["method"], items["density"])))
+    if against not in set(named["variant"]):
+        known = ", ".join(named["variant"].unique())
+        raise ValueError(f"there is no {against!r}: choose from {known}.")
+    for group, part in named.groupby(_BY, sort=False):
+        values = part.pivot_table(index="variant", columns="item", values="value")
+        values = values.loc[part["variant"].unique()]
+        if part["value"].isna().any():
+            raise ValueError(f"{group[0]}: {group[2]} is not a number for some items.")
+        if values.isna().any(axis=None):
+            raise ValueError(f"{group[0]}: not all variants were asked the same items.")
+        means = _means(values, seed)
+        differences = _means(values - values.loc[against], seed)
+        for variant, own in part.groupby("variant", sort=False):
+            scored, pruned = own["scored"].sum(), own["pruned"].sum()
+            rows.append(
+                {
+                    **dict(zip(_BY, group, strict=True)),
+                    "method": own["method"].iloc[0],
+                    "density": own["density"].iloc[0],
+                    "variant": variant,
+                    "items": len(own),
+                    **dict(zip(("estimate", "low", "high"), means.loc[variant], strict=True)),
+                    **dict(
+                        zip(
+                            ("difference", "difference_low", "difference_high"),
+                            differences.loc[variant],
+                            strict=True,
+                        )
+                    ),
+                    "chance": own["chance"].mean(),
+                    "pruned_share": pruned / scored if scored else np.nan,
+                    "items_cut": int((own["left_out"] > 0).sum()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _means(values: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Estimate, low and high of each row's mean."""
+    array = xr.DataArray(values.to_numpy(), dims=("variant", "sequence"))
+    return pd.DataFrame(bootstrap(array, seed=seed).to_numpy().T, index=values.index)
+
+
+def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.DataFrame:
+    """Differences from the full model by how long the prompts were.
+
+    Parameters
+    ----------
+    items : pandas.DataFrame
+        As :func:`flocking.evaluation.evaluate` returns it.
+    groups : int
+        As many groups of items, of about the same size, if prompts differ.
+    seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As of :func:`summary`, with ``prompt_tokens``, the median of a group's. Tasks that differ
+        in nothing but the prompt, such as ``wikitext_16`` and ``wikitext_64``, are one.
+    """
+    parts = []
+    for (task, metric), part in items.groupby(["task", "metric"], sort=False):
+        lengths = part.drop_duplicates("item").set_index("item")["prompt_tokens"]
+        count = max(1, min(groups, len(lengths) // _LEAST))
+        # (Items of the same length are in the same group.)
+        number = pd.qcut(lengths, count, labels=False, duplicates="drop").fillna(0)
+        for _, members in lengths.groupby(number):
+            rows = summarise(part[part["item"].isin(members.index)], seed=seed)
+            name = family(task, metric)
+            parts.append(
+                rows.assign(task=name, metric=metric, prompt_tokens=round(members.median()))
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def is_loss(metric: str) -> bool:
+    """Whether a metric is in nats, and read as a perplexity, its differences as ratios."""
+    return metric.startswith("loss")
+
+
+def family(task: str, metric: str) -> str:
+    """A task's name without the length of its prompt, where that is all that tells two apart."""
+    shorter = task.rpartition("_")[0] if is_loss(metric) else ""
+    return shorter or task
+
+
+def headlines(rows: pd.DataFrame) -> pd.DataFrame:
+    """One metric of each family of tasks: the first, of losses that of most tokens.
+
+    The longest prompt comes first, then the longest continuation.
+    """
+    chosen = {}
+    for task, metric in rows[["task", "metric"]].drop_duplicates().itertuples(index=False):
+        name, loss = family(task, metric), is_loss(metric)
+        if name not in chosen or (loss and _tokens(task, metric) > _tokens(*chosen[name])):
+            chosen[name] = (task, metric)
+    wanted = set(chosen.values())
+    keep = [pair in wanted for pair in zip(rows["task"], rows["metric"], strict=True)]
+    return rows[keep]
+
+
+def _tokens(*names: str) -> tuple[int, ...]:
+    """The numbers at the ends of names such as ``wikitext_16`` and ``loss_64``; 0 for none."""
+    ends = (name.rpartition("_")[2] for name in names)
+    return tuple(int(end) if end.isdigit() else 0 for end in ends)
+
+
+def table(rows: pd.DataFrame, *, beside: str | None = "full") -> str:
+    """A summary in Markdown, the differences by variant.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Of :func:`summary`.
+    beside : str, optional
+        The variant whose own score and chance are shown first, instead of a difference.
+
+    Returns
+    -------
+    str
+        In percent and percentage points; losses as perplexities and their ratios to the full
+        model's.
+    """
+    variants = [name for name in rows["variant"].unique() if name != beside]
+    first = [] if beside is None else ["chance", beside]
+    names = ["task", "items", *first, *variants]
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    for (task, protocol, metric), part in rows.groupby(_BY, sort=False):
+        part = part.set_index("variant")
+        scale = None if is_loss(metric) else 100 if part["high"].max() <= 1 else 1
+        name = metric.replace("loss", "perplexity")
+        asked = f"{task}, {protocol}" if protocol != "context" else task
+        cells = [f"{asked}, {name}", f"{part['items'].iloc[0]}"]
+        if beside is not None:
+            own = part.loc[beside]
+            cells.append("" if np.isnan(own.chance) else f"{100 * own.chance:.1f}")
+            cells.append(_said(own[["estimate", "low", "high"]], scale, sign=False))
+        for variant in variants:
+            wanted = ["difference", "difference_low", "difference_high"]
+            cells.append(_said(part.loc[variant][wanted], scale, sign=True))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _said(values: pd.Series, scale: float | None, sign: bool) -> str:
+    """Estimate and interval, times `scale`; of losses, which have none, as perplexities."""
+    numbers = values.to_numpy(dtype=float)
+    if scale is None:
+        digits = [f"{x:,.2f}" if x < 100 else f"{x:,.0f}" for x in np.exp(numbers)]
+        return "{}{} [{}, {}]".format("x" if sign else "", *digits)
+    digits = [f"{scale * x:{'+' if sign else ''}.1f}" for x in numbers]
+    return "{} [{}, {}]".format(*digits)

@@ -1,0 +1,215 @@
+"""What models are asked: the lm-evaluation-harness's tasks, from a hub or from local files.
+
+A task of the harness is asked as the harness defines it, wherever its documents come from. What
+it has no definition of, or none that scores item by item, is defined here: summaries of XSum and
+CNN/DailyMail, questions about papers (QASPER), and how well articles of WikiText are foretold.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import lm_eval.tasks
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from flocking.evaluation.definitions import DEFINITIONS, Definition
+from flocking.texts import read_text
+
+PROMPT_LENGTHS = (16, 64, 256, 1024)
+CONTINUATION_LENGTHS = (64, 256)
+_WIKITEXT = {f"wikitext_{length}": length for length in PROMPT_LENGTHS}
+
+
+@dataclass(frozen=True)
+class Articles:
+    """Texts whose last tokens are foretold from the tokens before them.
+
+    Attributes
+    ----------
+    texts : list of str
+    prompt_length : int
+        Tokens that stand before those that are foretold, which are the same for every length.
+    """
+
+    texts: list[str]
+    prompt_length: int
+
+
+def find(names: Iterable[str], data_dir: Path | None = None) -> dict[str, Task | Articles]:
+    """Tasks by their names, ready to be asked.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Of ``DEFINITIONS``; ``wikitext``, which stands for ``wikitext_16`` to ``wikitext_1024``,
+        by the tokens of the prompt; without `data_dir` also any task, group or tag of the
+        harness's.
+    data_dir : Path, optional
+        Folder of JSON lines in UTF-8, a file a task, such as ``piqa.jsonl`` or
+        ``piqa_valid.jsonl``; WikiText is plain text. By default, documents come from the hub.
+
+    Returns
+    -------
+    dict of str to lm_eval.api.task.Task or Articles
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, if there is no hub and no file, or if a line of a file is not as due.
+    """
+    found: dict[str, Task | Articles] = {}
+    for name in names:
+        if name == "wikitext" or name in _WIKITEXT:
+            wanted = _WIKITEXT if name == "wikitext" else {name: _WIKITEXT[name]}
+            texts = _articles(data_dir)
+            found |= {key: Articles(texts, length) for key, length in wanted.items()}
+        elif data_dir is not None:
+            found[name] = _local(name, data_dir)
+        else:
+            found |= _of_hub(name)
+    return found
+
+
+def _of_hub(name: str) -> Mapping[str, Task]:
+    definition = DEFINITIONS.get(name)
+    with quiet():
+        if definition is None and name not in _manager().all_tasks:
+            raise ValueError(_unknown(name, [*DEFINITIONS, "wikitext", *_manager().all_tasks]))
+        try:
+            if definition is not None and definition.own:
+                config = {"task": name, **definition.own, **definition.hub}
+                return {name: ConfigurableTask(config=config)}
+            return _manager().load([name])["tasks"]
+        except (OSError, ImportError, RuntimeError) as problem:
+            raise ValueError(_unreachable(name, problem)) from problem
+
+
+@functools.cache
+def _manager() -> TaskManager:
+    return TaskManager()  # seconds: it looks through all of the harness's files
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=5) or list(DEFINITIONS)
+    return f"there is no task {name!r}: near ones are {', '.join(dict.fromkeys(near))}."
+
+
+def _unreachable(name: str, problem: Exception) -> str:
+    (why, *_) = str(problem).splitlines() or [type(problem).__name__]
+    return (
+        f"the documents of {name} cannot be had ({why}): connect to the hub, or give --data-dir, "
+        "a folder with them as JSON lines."
+    )
+
+
+def _local(name: str, data_dir: Path) -> Task:
+    if name not in DEFINITIONS:
+        raise ValueError(f"{_unknown(name, [*DEFINITIONS, 'wikitext'])[:-1]}, in local files.")
+    definition = DEFINITIONS[name]
+    documents = read(_file(data_dir, name, "jsonl"), definition)
+    if definition.of_harness:
+        folder = Path(lm_eval.tasks.__file__).parent
+        config = load_yaml(folder / definition.of_harness, resolve_func=True)
+    else:
+        config = definition.own
+    shots = config.get("num_fewshot") or 0
+    if len(documents) <= shots:
+        raise ValueError(
+            f"{name} shows {shots} other items before each: {len(documents)} are too few."
+        )
+    everything = datasets.Dataset.from_list(documents)
+    config = {
+        **{key: value for key, value in config.items() if key not in ("tag", "group")},
+        "task": name,
+        "custom_dataset": lambda **metadata: {"test": everything},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": "test" if shots else None,
+        **definition.local,
+    }
+    with quiet():
+        return ConfigurableTask(config=config)
+
+
+def read(path: Path, definition: Definition) -> list[dict]:
+    """Documents of a file of JSON lines; a ValueError names file, line and field of what is odd."""
+    documents = []
+    # (Not by splitlines, to which characters within a text may be ends of lines.)
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{where}: this is no JSON ({problem}).") from problem
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a JSON object is due, such as {{...}}.")
+        for name, kind in definition.fields.items():
+            if name not in row:
+                due = ", ".join(definition.fields)
+                raise ValueError(f"{where}: the field {name!r} is missing (due are {due}).")
+            if not isinstance(row[name], kind):
+                got = type(row[name]).__name__
+                raise ValueError(f"{where}: the field {name!r} is {got}, {kind.__name__} is due.")
+        try:
+            documents.append(definition.document({key: row[key] for key in definition.fields}))
+        except ValueError as problem:
+            raise ValueError(f"{where}: {problem}.") from problem
+    if not documents:
+        raise ValueError(f"{path} is empty: give an item a line.")
+    return documents
+
+
+def _file(data_dir: Path, name: str, suffix: str) -> Path:
+    if not data_dir.is_dir():
+        raise ValueError(f"--data-dir {data_dir}: there is no such folder.")
+    named = re.compile(rf"{name}([^a-zA-Z].*)?\.{suffix}")
+    there = [path for path in sorted(data_dir.iterdir()) if named.fullmatch(path.name)]
+    if len(there) != 1:
+        names = ", ".join(path.name for path in there) or "none"
+        raise ValueError(
+            f"{data_dir} should have one file {name}.{suffix} or {name}_*.{suffix}: found {names}."
+        )
+    return there[0]
+
+
+def _articles(data_dir: Path | None) -> list[str]:
+    """WikiText's articles: a line with one equals sign on either side opens each."""
+    if data_dir is not None:
+        path = _file(data_dir, "wikitext", "txt")
+        text = read_text(path)
+    else:
+        try:
+            rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        except (OSError, RuntimeError) as problem:
+            raise ValueError(_unreachable("wikitext", problem)) from problem
+        text = "".join(rows["text"])
+    starts = [match.start() for match in re.finditer(r"^ ?= [^=\n]+ = *$", text, re.MULTILINE)]
+    if not starts:
+        raise ValueError(f"{path} has no article: a line such as ' = Title = ' opens each.")
+    return [text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the harness's remarks on what is meant here."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

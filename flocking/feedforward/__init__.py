@@ -1,0 +1,41 @@
+"""Finding, proving and hooking a model's feed-forward (FF) blocks.
+
+A block is located by its structure and proved by its function; :func:`observe` hands out what
+goes into its down-projection. Imports ``models``, and what that may import.
+"""
+
+from flocking.feedforward.block import FeedForward, UnsupportedModelError
+from flocking.feedforward.discovery import feedforwards, inherit, keeping_blocks, shadow_with_blocks
+from flocking.feedforward.hooks import anything_is_watched, observe, select_layers
+from flocking.feedforward.moe import Routed, by_interface, row_norms
+from flocking.feedforward.projections import (
+    copy_cut,
+    cut,
+    dense,
+    fused_rows,
+    is_plain,
+    stored_transposed,
+    width,
+)
+
+__all__ = [
+    "FeedForward",
+    "Routed",
+    "UnsupportedModelError",
+    "anything_is_watched",
+    "by_interface",
+    "copy_cut",
+    "cut",
+    "dense",
+    "feedforwards",
+    "fused_rows",
+    "inherit",
+    "is_plain",
+    "keeping_blocks",
+    "observe",
+    "row_norms",
+    "select_layers",
+    "shadow_with_blocks",
+    "stored_transposed",
+    "width",
+]

@@ -1,0 +1,162 @@
+"""Watching mixtures of experts: handing out what their down-projections are given.
+
+Those that follow transformers' experts interface look up their forward by name for every call. A
+module that is watched is given a config of its own with the name of an implementation registered
+here: it runs the one that the model was to use, by way of a stand-in that hands out what the
+activation function gives. Others compute all experts at once: there, a stand-in takes the place of
+the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from flocking.feedforward.moe import Routed, by_interface, shape
+from flocking.models import overriding
+
+_NAME = "flocking"
+# What hands out activations in rows that we can tell apart. Others (eager loops, kernels that
+# fuse all) run as the first of these while they are watched, up to rounding.
+_TRANSPARENT = ("grouped_mm", "batched_mm")
+
+_watched: weakref.WeakKeyDictionary[nn.Module, tuple[Callable, str]] = weakref.WeakKeyDictionary()
+
+
+class _StandIn:
+    """An experts module to its implementation, but for the activations that it hands to `tap`."""
+
+    def __init__(self, experts: nn.Module, tap: Callable[[Tensor], Tensor]) -> None:
+        self._experts, self._tap = experts, tap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+    def _apply_gate(self, x: Tensor) -> Tensor:
+        return self._tap(self._experts._apply_gate(x))
+
+    def act_fn(self, x: Tensor) -> Tensor:
+        return self._tap(self._experts.act_fn(x))
+
+
+class _Tapped:
+    """The down-projections of experts that are all computed at once, in the parameter's place.
+
+    What is multiplied with it, (expert, token, d), passes through `tap`.
+    """
+
+    def __init__(self, read: Callable[[], Tensor], tap: Callable[[Tensor], Tensor]) -> None:
+        self._read, self._tap = read, tap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._read(), name)
+
+    def transpose(self, *axes: int) -> _Tapped:
+        return _Tapped(lambda: self._read().transpose(*axes), self._tap)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in (torch.bmm, torch.matmul) and isinstance(args[1], cls):
+            args = (args[1]._tap(args[0]), *args[1:])
+        args = tuple(a._read() if isinstance(a, cls) else a for a in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _all_at_once(callback: Callable[[Routed], Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """For `_Tapped`: experts to which a token is not routed have zeros there.
+
+    (So do those whose activations are all zero; they do not count as routed to.)
+    """
+
+    def tap(z: Tensor) -> Tensor:
+        by_token = z.transpose(0, 1)
+        active = by_token.any(dim=-1)
+        slots = max(1, int(active.sum(dim=1).max()))
+        expert = active.byte().topk(slots, dim=1).indices.sort(dim=1).values
+        rows = by_token.gather(1, expert[..., None].expand(-1, -1, z.shape[-1]))
+        # A token that fewer experts answer has slots left, which count for none.
+        routed = Routed(rows, expert, len(z), active.gather(1, expert))
+        replacement = callback(routed)
+        if replacement is None:
+            return z
+        dense = routed._replace(z=replacement).dense()
+        return dense.unflatten(-1, (len(z), -1)).transpose(0, 1)
+
+    return tap
+
+
+def _run_watched(
+    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The implementation registered here: another's, with its activations handed out."""
+    # (A copy that a user made of watched experts is not watched.)
+    callback, name = _watched.get(experts, (lambda routed: None, _TRANSPARENT[0]))
+    count, d_ff = shape(experts)
+    tokens, slots = top_k_index.shape
+    flat = top_k_index.reshape(-1)
+    # The grouped implementation sorts its rows by expert, as the same call does here.
+    order = torch.sort(flat)[1] if name == "grouped_mm" else None
+
+    def tap(rows: Tensor) -> Tensor:
+        z = rows
+        if order is not None:
+            z = torch.empty_like(rows)
+            z[order] = rows
+        routed = Routed(z.reshape(tokens, slots, d_ff), top_k_index, count)
+        replacement = callback(routed)
+        if replacement is None:
+            return rows
+        z = replacement.reshape(-1, d_ff)
+        return z if order is None else z[order]
+
+    run = ALL_EXPERTS_FUNCTIONS.get_interface(name, None)
+    return run(_StandIn(experts, tap), hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_NAME, _run_watched)
+
+
+@contextmanager
+def watching(experts: nn.Module, callback: Callable[[Routed], Tensor | None]) -> Iterator[None]:
+    """Call ``callback(routed)`` in every forward pass of `experts` inside of the ``with``.
+
+    Parameters
+    ----------
+    experts : torch.nn.Module
+        Its config is another, like its own, inside of the ``with``, and nothing else changes.
+    callback : callable
+        Gets the :class:`Routed` activations; may return others in the place of ``routed.z``.
+
+    Raises
+    ------
+    RuntimeError
+        If somebody watches these experts already, or they are spread over devices.
+    """
+    if experts in _watched:
+        raise RuntimeError("these experts are watched already: leave the other `with` first.")
+    if getattr(experts, "_is_expert_parallel", False):
+        raise RuntimeError("experts that are spread over devices cannot be watched.")
+    if not by_interface(experts):
+        name = ""
+        tapped = _Tapped(lambda: experts._parameters["down_proj"], _all_at_once(callback))
+        instead = overriding(experts, "down_proj", tapped)
+    else:
+        name = experts.config._experts_implementation
+        config = copy.copy(experts.config)
+        config._experts_implementation_internal = _NAME
+        instead = overriding(experts, "config", config)
+    _watched[experts] = callback, name if name in _TRANSPARENT else _TRANSPARENT[0]
+    try:
+        with instead:
+            yield
+    finally:
+        del _watched[experts]

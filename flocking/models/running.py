@@ -1,0 +1,129 @@
+"""Forward passes: what fits, without the head, in chunks, continued, and leaving no trace."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from flocking.models.copies import shadow
+from flocking.models.sandbox import private_randomness
+from flocking.models.weights import device_of, embeddings_of
+
+
+@contextmanager
+def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Eval mode, no gradients, and random numbers of our own; all restored at the end."""
+    training = [module for module in model.modules() if module.training]
+    # (BigBird's attention becomes a full one for good, once a text is short.)
+    kinds = {m: m.attention_type for m in model.modules() if hasattr(m, "set_attention_type")}
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), private_randomness(model, seed):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for module, kind in kinds.items():
+            if module.attention_type != kind:
+                module.set_attention_type(kind)
+
+
+def forward(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any = None, keep: bool = False
+) -> Any:
+    """One pass without the head, over the cache `past` if given; keeping one if asked.
+
+    An encoder-decoder is given the text on both sides.
+
+    Parameters
+    ----------
+    ids : Tensor of int64, shape (sequence, token)
+        On any device.
+    mask : Tensor of int64, shape (sequence, token)
+        1 for real tokens, those of `past` included.
+    """
+    base = model.base_model
+    device = device_of(embeddings_of(model))
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    accepted = inspect.signature(base.forward).parameters
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+        if "decoder_attention_mask" in accepted:
+            inputs["decoder_attention_mask"] = inputs["attention_mask"]
+    if past is not None:
+        inputs["past_key_values"] = past
+    if "use_cache" in accepted:
+        inputs["use_cache"] = keep or past is not None
+    return base(**inputs)
+
+
+def context(model: PreTrainedModel) -> int | None:
+    """Most tokens that the model takes at once, as far as it says so."""
+    config = model.config.get_text_config()
+    names = (
+        "max_position_embeddings",
+        "max_encoder_position_embeddings",
+        "max_decoder_position_embeddings",
+        "max_target_positions",
+        "max_seq_len",
+    )
+    limits = [getattr(config, name, None) for name in names]
+    for path, module in model.named_modules():  # RoBERTa's kind starts behind the padding index
+        if (
+            path.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit and limit > 0), default=None)
+
+
+def refuse_long(model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int = 0) -> None:
+    """Raise a ValueError for the first text that does not fit the model's :func:`context`."""
+    limit = context(model)
+    fed = max(0, max_new_tokens - 1)  # the last new token is never fed back
+    for number, prompt in enumerate(prompts):
+        if limit and len(prompt) + fed > limit:
+            new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
+            raise ValueError(
+                f"text {number} has {len(prompt)} tokens{new}, {len(prompt) + fed - limit} more "
+                f"than the model's context of {limit}: shorten it or split it."
+            )
+
+
+def continued(
+    model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int, progress: bool
+) -> list[Tensor]:
+    """Each prompt with its greedy continuation, less the last token (which is never fed).
+
+    One at a time: padded on the left as `generate` would have it, some models give
+    other tokens than alone. On a shadow, so that neither the penalties and lengths of the
+    model's own generation config apply, nor what `generate` leaves on a model stays.
+    """
+    copied = shadow(model)
+    own = model.generation_config
+    eos = own.eos_token_id
+    pad = own.pad_token_id
+    if pad is None:  # nothing is padded, but generate wants one
+        pad = (eos[0] if isinstance(eos, list) else eos) or 0
+    copied.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad
+    )
+    device = device_of(embeddings_of(model))
+    sequences = []
+    for prompt in tqdm(prompts, "generating", unit="text", disable=not progress):
+        ids = prompt[None].to(device)
+        sequence = copied.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+        )[0]
+        sequences.append(sequence[:-1].cpu())
+    return sequences

@@ -1,0 +1,137 @@
+"""Trials: running a shadow of a model, comparing what comes out, and changing nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flocking.models.weights import parts
+
+
+@contextmanager
+def private_randomness(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers from `seed`; the global generators are as before afterwards."""
+    cuda = []
+    if torch.cuda.is_initialized():
+        cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
+
+
+class _NoHeads(TorchFunctionMode):
+    """Raise where attention is left without keys, as by a cut through something that is no FF.
+
+    torch 2.11 divides by their number, which ends the process.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            key = kwargs["key"] if "key" in kwargs else args[1]
+            if 0 in key.shape:
+                raise ValueError("attention has no keys")
+        return func(*args, **kwargs)
+
+
+class _ReadOnly(TorchDispatchMode):
+    """Refuse every operation that would write into these parameters.
+
+    Some models rescale their weights in place when they are run (RWKV): on a shadow,
+    which shares them, that would damage the model itself.
+    """
+
+    def __init__(self, tensors: Iterator[Tensor]) -> None:
+        super().__init__()
+        # Kept, since an address is only one's own for as long as one lives.
+        storages = [part.untyped_storage() for tensor in tensors for part in parts(tensor)]
+        self.storages = {storage._cdata: storage for storage in storages}
+        self.written: dict[Any, list[tuple[int, str]]] = {}  # by operation: its written arguments
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in self.written:
+            self.written[func] = [
+                (place, argument.name)
+                for place, argument in enumerate(func._schema.arguments)
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ]
+        for place, name in self.written[func]:
+            target = args[place] if place < len(args) else kwargs.get(name)
+            if isinstance(target, Tensor) and target.untyped_storage()._cdata in self.storages:
+                raise RuntimeError("it changes its own weights when it is run")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def trial(copied: nn.Module) -> Iterator[None]:
+    """For running a shadow: no gradients, random numbers of its own, weights read-only."""
+    with (
+        torch.no_grad(),
+        private_randomness(copied, 0),
+        _ReadOnly(copied.parameters()),
+        _NoHeads(),
+    ):
+        yield
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error that rounding alone explains, when a sum is reordered.
+
+    Anything but rounding is orders of magnitude above it.
+    """
+    if not dtype.is_floating_point:  # packed weights, whose activations may be of any
+        return 5e-2
+    return {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(dtype, 1e-4)
+
+
+def relative_error(got: Any, expected: Any, without: Any = None) -> float:
+    """Largest difference over all tensors of two outputs, relative to the largest value.
+
+    Given the output `without` the change whose effect is compared, relative to that
+    effect: behind a large residual, a wrong effect would otherwise pass for rounding.
+
+    Returns NaN on the meta device, and infinity where values are not finite in both.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ.
+    """
+    error = 0.0
+    without = expected if without is None else without
+    leaves = (tree_leaves(output) for output in (got, expected, without))
+    for a, b, c in zip(*leaves, strict=True):
+        if not isinstance(b, Tensor) or not b.is_floating_point():
+            continue
+        if a.shape != b.shape:
+            raise ValueError(f"it gives shape {tuple(a.shape)} where {tuple(b.shape)} is due")
+        if b.is_meta:
+            return math.nan
+        size = b.abs().nan_to_num(posinf=0).max().float().item() if b.numel() else 0.0
+        difference = _largest(a, b)
+        if without is not expected:  # allow what rounding does to values of this size
+            difference = max(0.0, difference - 8 * torch.finfo(b.dtype).eps * size)
+            size = _largest(b, c)
+        error = max(error, difference / size if size else difference and math.inf)
+    return error
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    """Largest difference; equal infinities (of masks) differ by nothing."""
+    difference = torch.where(a == b, 0, (a - b).abs()).max().float().item() if a.numel() else 0.0
+    return difference if math.isfinite(difference) else math.inf

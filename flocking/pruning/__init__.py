@@ -1,0 +1,35 @@
+"""GRIFFIN: a model's pruned twin, its methods, and what is done with it.
+
+The twin is made here, scored, calibrated and decoded with. Imports ``analysis`` and the rooms to
+its left; no experiment and no evaluation.
+"""
+
+from flocking.pruning.build import griffin
+from flocking.pruning.calibration import calibration_texts, global_statistic
+from flocking.pruning.decoding import Decoder
+from flocking.pruning.methods import METHODS, WITH_REFERENCE
+from flocking.pruning.scoring import (
+    Protocol,
+    branches,
+    cut_of,
+    perplexity,
+    refuse_unscorable,
+    score,
+    side_by_side,
+)
+
+__all__ = [
+    "METHODS",
+    "WITH_REFERENCE",
+    "Decoder",
+    "Protocol",
+    "branches",
+    "calibration_texts",
+    "cut_of",
+    "global_statistic",
+    "griffin",
+    "perplexity",
+    "refuse_unscorable",
+    "score",
+    "side_by_side",
+]

@@ -1,0 +1,269 @@
+"""GRIFFIN: a model's pruned twin, which prefills in full and decodes on the prompt's experts.
+
+The method of Dong, Chen and Chi (2024, arXiv 2404.01365, section 4): the prompt runs through the
+whole model, whose FF neurons are scored by the hook that recording uses; the highest are copied
+into compact projections; tokens are generated with those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flocking.analysis import expert_count
+from flocking.feedforward import (
+    FeedForward,
+    by_interface,
+    feedforwards,
+    inherit,
+    is_plain,
+    shadow_with_blocks,
+)
+from flocking.models import is_loaded, refuse_forgetful, shadow, traits, unwrap
+from flocking.pruning.compact import Compact
+from flocking.pruning.methods import METHODS, WITH_REFERENCE, Method, by_reference, global_local
+from flocking.pruning.offloading import offloaded
+from flocking.pruning.state import Scope, State
+from flocking.pruning.twin import Twin, twin_class
+
+
+def griffin(
+    model: PreTrainedModel,
+    density: float | Iterable[float] = 0.5,
+    *,
+    method: str | Method = "topk",
+    scope: Scope = "shared",
+    reference: xr.DataArray | None = None,
+    weight: float = 0.5,
+    seed: int = 0,
+    offload: Literal["cpu"] | None = None,
+) -> PreTrainedModel:
+    """A twin of `model` whose ``generate`` decodes on the experts of each prompt.
+
+    The twin shares all parameters with `model` but the FF projections, which are compact copies
+    of the experts' rows and columns. Each call of ``generate`` runs its prompt through the full
+    model, chooses the experts (Dong, Chen and Chi 2024, arXiv 2404.01365, section 4), copies
+    them and decodes on those; the first new token is the full model's. `model` is not changed.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder-only model that can generate. Convert it (dtype, device) before, not after.
+    density : float or iterable of float
+        Fraction of each layer's neurons kept, in (0, 1]; or one for each FF block, in order. (A
+        block that runs several times in a forward pass is one, with one selection for all runs.)
+    method : str or callable
+        Which neurons: "topk" (GRIFFIN), "sampled", "half-sampled", "random", "magnitude",
+        "static" or "global-local" (both need `reference`). Or a function of one statistic
+        (float64, shape (d_ff,)), the number to keep, the :class:`FeedForward` and a
+        ``torch.Generator``, that returns scores of the same shape, the larger the better. (A
+        mixture of experts has shape (expert, neuron), and as many neurons of each are kept.)
+    scope : {"shared", "sequence"}
+        In a batch, one selection for all sequences, from ``sum_b s_b / sqrt(n_b)`` with the
+        ``n_b`` real tokens of each (ibid., section 4.3), or each sequence its own, for which
+        the compact weights are held once per sequence (and beam).
+    reference : xarray.DataArray, (layer, neuron), optional
+        The static statistic of "static" and "global-local": :func:`flocking.global_statistic`.
+        (Given the statistic of the very text that is to follow, "static" is the oracle.)
+    weight : float
+        Of the global ranks in "global-local" (GLASS, arXiv 2508.14302).
+    seed : int
+        Of the methods that draw: the same prompt gives the same experts every time, with
+        ``scope="sequence"`` in any batch.
+    offload : "cpu", optional
+        For a model in host memory that need not fit the accelerator: the twin decodes there, with
+        copies of all weights but the FF projections', which stay in host memory and are brought
+        over, block by block, to read each prompt. Without an accelerator nothing moves.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of `model`'s class, with ``selection`` (the experts' indices by layer) and
+        ``report()`` besides. Memory rises by the compact projections: nothing of `model` is
+        freed (with `offload`, the accelerator's by those and by what is no FF projection). Hooks
+        on `model` do not act on the twin, nor the other way round. Values of parameters are
+        shared at all times (of copies, those of the time they were made); after any other change
+        of `model` (its dtype, its config, parameters that were replaced), make the twin again.
+
+        In a second turn on a cache that this twin filled, the new turn's tokens join the
+        statistic of the earlier turns' (their generated tokens, computed pruned, do not count).
+        On any other cache, a copy of it, or one that was cut to less than its prompt, the
+        experts are chosen from the new tokens alone.
+
+    Raises
+    ------
+    ValueError
+        For a density outside of (0, 1] or that keeps no neuron, an unknown method or scope, a
+        reference that is missing or another model's, weights that are quantised or not in
+        memory, a model that does not generate or cannot go on from a cache, or a twin; with
+        `offload`, for a model that is not in host memory.
+    TypeError
+        If `density` or `seed` is no number, or `reference` no DataArray.
+    UnsupportedModelError
+        If the model's FF blocks cannot be located and proved.
+
+    Examples
+    --------
+    >>> pruned = flocking.griffin(model, density=0.5)
+    >>> pruned.generate(**tokenizer("Birds of a feather", return_tensors="pt"))
+    """
+    model = unwrap(model)
+    blocks = _prunable(model)
+    if scope not in ("shared", "sequence"):
+        raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
+    if scope == "sequence" and (odd := [b for b in blocks if not _is_separable(b)]):
+        raise ValueError(
+            f"{type(model).__name__} has FF blocks ({odd[0].path}, ...) that are quantised, or "
+            "experts that do not follow transformers' interface: there, sequences cannot have "
+            "experts of their own; give scope='shared'."
+        )
+    if not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed={seed!r}: give a whole number.")
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload={offload!r}: give 'cpu', or leave it out.")
+    # Where a block runs several times in a forward pass, all its runs have the same experts.
+    firsts = [block for block in blocks if block.call == 0]
+    counts = [
+        expert_count(each, block.d_ff // block.experts)
+        for each, block in zip(_densities(density, len(firsts)), firsts, strict=True)
+    ]
+    refuse_forgetful(model)
+    known = traits(model)
+    if offload:
+        model = offloaded(model)
+        blocks = feedforwards(model)
+        firsts = [block for block in blocks if block.call == 0]
+    chosen = _method(method, reference, weight, blocks)
+
+    twin = shadow(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
+    for compact in compacts:
+        compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
+    _become_twin(twin)
+    inherit(model, twin)
+    whole = shadow_with_blocks(model)
+    traits.remember(whole, known)
+    twin._griffin = State(whole, compacts, chosen, scope, int(seed))
+    return twin
+
+
+def _become_twin(copied: PreTrainedModel) -> None:
+    """Its class is a twin's, wherever accelerate keeps the forward of the class before."""
+    plain = type(copied)
+    copied.__class__ = twin_class(plain)
+    for name in ("_old_forward", "forward"):
+        if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
+            vars(copied)[name] = copied.__class__.forward.__get__(copied)
+
+
+def _prunable(model: PreTrainedModel) -> list[FeedForward]:
+    name = type(model).__name__
+    if isinstance(model, Twin):
+        raise ValueError("model is a twin already: give griffin the original.")
+    if not all(map(is_loaded, model.modules())):
+        raise ValueError(f"{name} has weights on the meta device, without values: load them first.")
+    blocks = feedforwards(model)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
+        )
+    if fixed := [b for b in blocks if not b.prunable or b.offset is not None]:
+        raise ValueError(
+            f"{name} cannot be pruned, only recorded: in {len(fixed)} FF blocks ({fixed[0].path}, "
+            f"...) {_why_fixed(fixed[0])}."
+        )
+    holders: dict[int, set[tuple[int, str]]] = {}
+    for module in model.modules():
+        for child, inner in module.named_children():
+            holders.setdefault(id(inner), set()).add((id(module), child))
+    for block in blocks:
+        parts = [part for part in (block.up, block.gate, block.down) if part is not None]
+        if any(len(holders[id(part)]) > 1 for part in parts):
+            raise ValueError(f"{name} cannot be pruned: {block.path} shares a single projection.")
+    return blocks
+
+
+def _why_fixed(block: FeedForward) -> str:
+    """Why a block's neurons cannot be taken out of it."""
+    if block.offset is not None:
+        return "are given more than the text's tokens"
+    odd = [p for p in (block.gate, block.up, block.down) if p is not None and not is_plain(p)]
+    if not odd:
+        return "neurons depend on each other, as where a norm precedes the down-projection"
+    if isinstance(odd[0], nn.Linear):
+        packed = odd[0] if type(odd[0].weight) is nn.Parameter else odd[0].weight
+        return (
+            f"weights are quantised ({type(packed).__name__}) in a way that does not let "
+            "one neuron be told from the next: load it unquantised, or quantised row by row, as "
+            "torchao's Int8WeightOnlyConfig does"
+        )
+    kind = f"{type(odd[0]).__module__}.{type(odd[0]).__qualname__}"
+    return f"projections are of {kind}: if these are adapters, merge them (merge_and_unload)"
+
+
+def _is_separable(block: FeedForward) -> bool:
+    """Whether sequences can be told apart in the forward pass of its projections."""
+    if block.kind == "experts":
+        return by_interface(block.down)
+    parts = (block.up, block.gate or block.up, block.down)
+    return all(map(is_plain, parts)) and not block.token_first
+
+
+def _densities(density: float | Iterable[float], layers: int) -> list[float]:
+    try:
+        each = [float(value) for value in np.atleast_1d(density).tolist()]
+    except (TypeError, ValueError):
+        each = []
+    if isinstance(density, str) or not each:
+        raise TypeError(f"density={density!r}: give a number, or one for each of {layers}.")
+    if np.ndim(density) == 0:
+        return each * layers
+    if len(each) != layers:
+        raise ValueError(f"density has {len(each)} values: give one, or one for each of {layers}.")
+    return each
+
+
+def _method(
+    method: str | Method, reference: xr.DataArray | None, weight: float, blocks: list[FeedForward]
+) -> Method:
+    if callable(method):
+        return method
+    if method in METHODS:
+        return METHODS[method]
+    if method not in WITH_REFERENCE:
+        known = ", ".join([*METHODS, *WITH_REFERENCE])
+        raise ValueError(f"method={method!r}: choose from {known}, or give a function.")
+    if reference is None:
+        raise ValueError(
+            f"method={method!r} needs reference: make it with flocking.global_statistic(model, "
+            "texts, tokenizer=tokenizer)."
+        )
+    if not isinstance(reference, xr.DataArray):
+        raise TypeError(
+            f"reference is a {type(reference).__name__}: give the DataArray that "
+            "flocking.global_statistic returns."
+        )
+    if not {"layer", "neuron"} == set(reference.dims):
+        raise ValueError(f"reference has dimensions {reference.dims}: give (layer, neuron).")
+    layers, widest = [block.layer for block in blocks], max(block.d_ff for block in blocks)
+    if reference.layer.values.tolist() != layers or reference.sizes["neuron"] != widest:
+        raise ValueError(
+            f"reference is of {reference.sizes['layer']} layers of {reference.sizes['neuron']} "
+            f"neurons, and this model has {len(layers)} of {widest}: make it from this model."
+        )
+    values = reference.transpose("layer", "neuron").values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("reference has values that are not finite: make it from this model.")
+
+    def of(block: FeedForward) -> Tensor:
+        runs = [values[row] for row, other in enumerate(blocks) if other.down is block.down]
+        return torch.from_numpy(np.sqrt(np.square(runs).sum(axis=0))[: block.d_ff])
+
+    return by_reference(of) if method == "static" else global_local(of, weight)

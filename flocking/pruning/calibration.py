@@ -1,0 +1,91 @@
+"""The static statistic of a model: which neurons matter over many texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.analysis import named, statistic
+from flocking.recording import record
+from flocking.texts import passages, read_text
+
+
+def global_statistic(
+    model: PreTrainedModel,
+    texts: str | Iterable[str] | Iterable[Iterable[int]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> xr.DataArray:
+    """The statistic that texts have in common: root of the mean over them of energy per token.
+
+    What a static selection ("static" in :func:`flocking.griffin`) is made from, and the global
+    part of global-local selection (which GLASS, arXiv 2508.14302, takes from the model itself).
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    texts : str, list of str or list of list of int
+        A calibration set; other texts than those that are then evaluated.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed for text, not for token ids.
+    batch_size : int
+        Texts in one forward pass.
+    progress : bool
+        Show progress on standard error.
+
+    Returns
+    -------
+    xarray.DataArray, float64, (layer, neuron)
+        Unitless; every text counts the same, however long.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's FF blocks cannot be located and proved.
+    """
+    recording = record(
+        model, texts, tokenizer=tokenizer, window=None, batch_size=batch_size, progress=progress
+    )
+    energy = statistic(recording)
+    per_token = energy**2 / energy.tokens
+    values = np.sqrt(per_token.mean("sequence"))
+    return named(values, "statistic", "statistic over a calibration set")
+
+
+def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[str]:
+    """Texts to make a static statistic from.
+
+    Parameters
+    ----------
+    source : path or list of str, optional
+        A text file in UTF-8, a folder whose ``.txt`` files are a text each, or the texts
+        themselves; the packaged passages by default.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, no text in it, or it is no text.
+    """
+    if source is None:
+        return list(passages())
+    if not isinstance(source, str | Path):
+        texts = list(source)
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise ValueError(f"calibration: {path} does not exist: give a text file or a folder.")
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        texts = [read_text(file) for file in files]
+    if not any(texts):
+        raise ValueError(f"calibration: there is no text in {source}: give some .txt files.")
+    return texts

@@ -1,0 +1,128 @@
+"""From a statistic to the experts: how many neurons are kept, and which.
+
+The analysis and the inference of this package select with these same functions. A method gives
+every neuron a score, and the ``k`` neurons with the largest scores are the experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flocking.analysis import magnitude, top_k
+from flocking.feedforward import FeedForward
+
+# --------------------------------------------------------------------------------------
+# Methods
+
+# From a statistic (float64, shape (..., neuron)), the number k to keep, the block and a source of
+# random numbers, a score for each neuron, of which the k largest are kept. GRIFFIN gives one
+# statistic at a time, shape (d_ff,), or (expert, neuron) of a mixture of experts, in each of which
+# k neurons are kept. A user's own function fits the same place.
+Method = Callable[[Tensor, int, FeedForward, torch.Generator], Tensor]
+
+
+def by_statistic(
+    statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator
+) -> Tensor:
+    """The largest statistic: GRIFFIN (Dong, Chen and Chi 2024, arXiv 2404.01365, section 4.1)."""
+    return statistic
+
+
+def sampled(statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator) -> Tensor:
+    """Drawn without replacement, each time in proportion to the statistic (ibid., section 5.3).
+
+    The k largest of ``log s + g``, with standard Gumbel ``g``, are such a sample (Vieira 2014;
+    Kool, van Hoof and Welling 2019, arXiv 1903.06059, section 2.3).
+    """
+    uniform = uniformly(statistic, k, block, generator)
+    return statistic.log() - (-uniform.log()).log()
+
+
+def half_sampled(
+    statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator
+) -> Tensor:
+    """The largest ``k // 2``, and the others drawn as by :func:`sampled` (ibid., section 5.3)."""
+    drawn = sampled(statistic, k, block, generator)
+    return drawn if k < 2 else drawn.masked_fill(top_k(statistic, k // 2), math.inf)
+
+
+def uniformly(statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator) -> Tensor:
+    """All neurons alike: the control of every other method."""
+    # Drawn on the CPU, so that a seed gives the same experts on every device.
+    uniform = torch.rand(statistic.shape, generator=generator, dtype=torch.float64)
+    return uniform.clamp_min(torch.finfo(torch.float64).tiny).to(
+        statistic.device, non_blocking=True
+    )
+
+
+def by_magnitude(
+    statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator
+) -> Tensor:
+    """Static: the weights' own norms, see :func:`magnitude`; the text does not matter."""
+    return magnitude(block).reshape(statistic.shape)
+
+
+def by_reference(reference: Callable[[FeedForward], Tensor]) -> Method:
+    """Static: the largest statistic over other texts; this text does not matter.
+
+    Parameters
+    ----------
+    reference : callable
+        Gives a block's static statistic, shape (d_ff,).
+    """
+
+    def method(statistic: Tensor, k: int, block: FeedForward, generator: object) -> Tensor:
+        return reference(block).to(statistic).reshape(statistic.shape)
+
+    return method
+
+
+def global_local(reference: Callable[[FeedForward], Tensor], weight: float) -> Method:
+    """Ranks within the prompt and ranks over other texts, averaged.
+
+    Global-local aggregation of ranks (GLASS, arXiv 2508.14302):
+    ``(1 - weight) * rank(s) + weight * rank(reference)``, ranks ascending. GLASS's global ranks
+    are the model's own; here they are those of a calibration set of texts.
+
+    Parameters
+    ----------
+    reference : callable
+        Gives a block's static statistic, shape (d_ff,).
+    weight : float
+        Of the global ranks, in [0, 1]: at 0 GRIFFIN, at 1 :func:`by_reference`.
+
+    Raises
+    ------
+    ValueError
+        If `weight` is not in [0, 1].
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight={weight}: give the weight of the global ranks, from 0 to 1.")
+
+    def method(statistic: Tensor, k: int, block: FeedForward, generator: object) -> Tensor:
+        static = _ranks(reference(block).to(statistic).reshape(statistic.shape))
+        return (1 - weight) * _ranks(statistic) + weight * static
+
+    return method
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ascending ranks along the last axis; of equal values the first ranks highest."""
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.arange(values.shape[-1], 0, -1, dtype=values.dtype, device=values.device)
+    return torch.empty_like(values).scatter_(-1, order, ranks.expand_as(values))
+
+
+WITH_REFERENCE = ("static", "global-local")  # they need a statistic of other texts
+
+METHODS: dict[str, Method] = {
+    "topk": by_statistic,
+    "sampled": sampled,
+    "half-sampled": half_sampled,
+    "random": uniformly,
+    "magnitude": by_magnitude,
+}

@@ -1,0 +1,347 @@
+"""Likelihoods of given text, under a model or under its twin with the experts in force."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.models import (
+    Prompts,
+    batches,
+    device_of,
+    embeddings_of,
+    refuse_forgetful,
+    refuse_long,
+    tokenize,
+    undisturbed,
+    unwrap,
+)
+from flocking.pruning.twin import Twin, full_model
+
+Protocol = Literal["context", "last-token"]
+
+
+def score(
+    model: PreTrainedModel,
+    prompt: str | Sequence[int],
+    continuation: str | Sequence[int],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    protocol: Protocol = "context",
+) -> xr.DataArray:
+    """Log-likelihood of each token of `continuation` after `prompt`.
+
+    Under a twin, the experts are chosen from the prompt, as in generation, and the continuation
+    is computed with them.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model, or a twin that :func:`flocking.griffin` made of it.
+    prompt, continuation : str or list of int
+        Text or token ids. Text is tokenised apart, the prompt with the tokenizer's special
+        tokens and the continuation without.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed for text.
+    protocol : {"context", "last-token"}
+        Which positions are pruned. "context": the prompt is run in full, and all tokens of the
+        continuation but the first, whose logits are the prompt's last ones, are computed pruned.
+        "last-token": of the tokens that are fed, the last one alone is computed pruned, with
+        experts chosen from all before it, so that only the likelihood of the continuation's last
+        token is touched, as in the classification tasks of Dong, Chen and Chi (2024, arXiv
+        2404.01365, section 5.1).
+
+    Returns
+    -------
+    xarray.DataArray, float64, (token,)
+        In nats. Coordinates ``token_id``, and ``pruned``: which were computed with experts.
+
+    Raises
+    ------
+    ValueError
+        If prompt or continuation has no token, both together do not fit the model's context, or
+        the protocol is unknown or has no token to choose experts from, or the model cannot go
+        on from a cache.
+    """
+    if protocol not in ("context", "last-token"):
+        raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
+    prompts = _one("prompt", model, prompt, tokenizer)
+    if isinstance(continuation, str):
+        if prompts.tokenizer is None:
+            raise ValueError("continuation is text: give the tokenizer, or token ids.")
+        continuation = prompts.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    prompt_ids = prompts.ids[0].tolist()
+    later_ids = _one("continuation", model, continuation).ids[0].tolist()
+    # All is fed but the last token; `cut` of it in full, under a twin.
+    fed = len(prompt_ids) + len(later_ids) - 1
+    refuse_unscorable(model, [torch.tensor(prompt_ids + later_ids[:-1])])
+    cut = cut_of(protocol, len(prompt_ids), fed + 1)
+    values = _log_likelihoods(model, torch.tensor([prompt_ids + later_ids]), cut)
+    first = len(prompt_ids) - 1
+    pruned = np.arange(first, fed) >= cut
+    return xr.DataArray(
+        values[0, first:].double().cpu().numpy(),
+        {
+            "token_id": ("token", later_ids),
+            "pruned": ("token", pruned & isinstance(unwrap(model), Twin)),
+        },
+        ("token",),
+        "log_likelihood",
+        {"long_name": "log-likelihood", "units": "nat"},
+    )
+
+
+def perplexity(
+    model: PreTrainedModel,
+    texts: str | Iterable[str] | Iterable[Sequence[int]],
+    *,
+    prompt_length: int,
+    continuation_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Perplexity of the tokens that follow the first `prompt_length` of each text.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model, or a twin that :func:`flocking.griffin` made of it.
+    texts : str, list of str or list of list of int
+        Each of at least ``prompt_length + continuation_length`` tokens; what lies beyond is
+        left out.
+    prompt_length, continuation_length : int
+        In tokens.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed for text.
+    batch_size : int
+        Texts in one forward pass. Under a twin with ``scope="shared"`` they share their experts,
+        so that results depend on it.
+    progress : bool
+        Show progress on standard error.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``log_likelihood`` (sequence, distance), float64, in nats, by distance in tokens from the
+        prompt's end (the first is the full model's own, under a twin too), and ``perplexity``
+        (sequence), ``exp(-mean(log_likelihood))``.
+
+    Raises
+    ------
+    ValueError
+        If a text is too short, a length is below 1, or the lengths do not fit the model's context.
+    """
+    if prompt_length < 1 or continuation_length < 1 or batch_size < 1:
+        raise ValueError(
+            f"prompt_length={prompt_length}, continuation_length={continuation_length} and "
+            f"batch_size={batch_size}: give 1 or more of each."
+        )
+    ids = tokenize(model, texts, tokenizer).ids
+    length = prompt_length + continuation_length
+    for number, row in enumerate(ids):
+        if len(row) < length:
+            raise ValueError(f"text {number} has {len(row)} tokens, and {length} are needed.")
+    rows = torch.stack([row[:length] for row in ids])
+    refuse_unscorable(model, [row[:-1] for row in rows])
+    values = []
+    with tqdm(total=len(rows), desc="scoring", unit="text", disable=not progress) as bar:
+        for batch in rows.split(batch_size):
+            values.append(_log_likelihoods(model, batch, prompt_length)[:, prompt_length - 1 :])
+            bar.update(len(batch))
+    likelihood = torch.cat([part.double().cpu() for part in values]).numpy()
+    return xr.Dataset(
+        {
+            "log_likelihood": (
+                ("sequence", "distance"),
+                likelihood,
+                {"long_name": "log-likelihood", "units": "nat"},
+            ),
+            "perplexity": ("sequence", np.exp(-likelihood.mean(axis=1)), {"units": "1"}),
+        },
+        {
+            "sequence": np.arange(len(rows)),
+            "distance": ("distance", np.arange(continuation_length), {"units": "tokens"}),
+        },
+    )
+
+
+def _one(
+    name: str,
+    model: PreTrainedModel,
+    text: str | Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Prompts:
+    """Tokens of one sequence; errors say which argument it was."""
+    try:
+        prompts = tokenize(model, text, tokenizer)
+    except ValueError as problem:
+        raise ValueError(f"{name}: {problem}") from problem
+    if len(prompts.ids) != 1:
+        raise ValueError(f"{name} has {len(prompts.ids)} sequences: score one at a time.")
+    return prompts
+
+
+def cut_of(protocol: Protocol, prompt: int, length: int) -> int:
+    """How many of a sequence's tokens are run in full; raise a ValueError if that is none.
+
+    Parameters
+    ----------
+    protocol : {"context", "last-token"}
+    prompt, length : int
+        Tokens of the prompt, and of the whole, of which all but the last are fed.
+    """
+    cut = prompt if protocol == "context" else length - 2
+    if cut < 1:
+        raise ValueError(
+            f"protocol={protocol!r} needs a token before the last one that is fed, to choose "
+            "experts from: give a prompt of two tokens or more."
+        )
+    return cut
+
+
+def refuse_unscorable(model: PreTrainedModel, fed: list[Tensor]) -> None:
+    """Raise a ValueError for a text that does not fit, or a model that cannot go on."""
+    model = unwrap(model)
+    refuse_long(model, fed)
+    whole = full_model(model)
+    refuse_forgetful(whole, pieces=True)
+
+
+def side_by_side(
+    models: Iterable[PreTrainedModel], ids: Tensor, cut: int
+) -> Iterator[tuple[PreTrainedModel, Tensor]]:
+    """Log-likelihoods of one text under several models, which share one run of its beginning.
+
+    Parameters
+    ----------
+    models : iterable of transformers.PreTrainedModel
+        Twins of one model, and that model itself, but not as the first. They are taken one at a
+        time: a generator's twins need not all be in memory at once.
+    ids : Tensor of int64, shape (sequence, token)
+        Without padding.
+    cut : int
+        Tokens of the beginning, which is run in full and gives the experts.
+
+    Yields
+    ------
+    transformers.PreTrainedModel, Tensor of float32, shape (sequence, token - 1)
+        Each model, its experts still in force, and the log-likelihoods of every token but the
+        first, in nats.
+    """
+    first = None
+    for model in map(unwrap, models):
+        if first is None:
+            first = model
+            logits, past = beginning(model, ids, cut)
+            head = _of_next_tokens(logits, ids, 0)
+        elif isinstance(model, Twin):
+            model._griffin.adopt(first._griffin)
+        later = rest(model, ids, cut, copy.deepcopy(past))
+        yield model, torch.cat([head, _of_next_tokens(later, ids, cut)], dim=1)
+
+
+def branches(
+    model: PreTrainedModel, sequences: list[Tensor], scored: list[int], cut: int, size: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """Likelihoods of several sequences that begin alike, with one run of that beginning.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model or a twin.
+    sequences : list of Tensor of int64, shape (token,)
+        Alike in their first `cut` tokens.
+    scored : list of int
+        How many of each sequence's last tokens are asked for.
+    cut : int
+        Tokens of the beginning, which is run in full and gives the experts.
+    size : int
+        How many go on together in one forward pass, padded on the right, if the model allows.
+
+    Returns
+    -------
+    list of (Tensor of float32, Tensor of bool), shapes (scored,)
+        Log-likelihoods in nats, and which tokens are the likeliest.
+    """
+    first, past = beginning(model, sequences[0][None, :cut], cut)
+    found: list[Any] = [None] * len(sequences)
+    whole = full_model(model)
+    for group in batches(whole, list(map(len, sequences)), size):
+        rows = pad_sequence([sequences[number] for number in group], batch_first=True)
+        copied = copy.deepcopy(past)
+        if len(group) > 1:  # as beams that all come from the first
+            beams = torch.zeros(len(group), dtype=torch.int64, device=first.device)
+            copied.reorder_cache(beams)
+        later = rest(model, rows, cut, copied)
+        for row, number in enumerate(group):
+            due = sequences[number][-scored[number] :].to(first.device)
+            logits = torch.cat([first[0], later[row]]) if later.shape[1] else first[0]
+            end = len(sequences[number]) - 1
+            logits = logits[end - len(due) : end].float()
+            likelihood = logits.log_softmax(dim=-1).gather(-1, due[:, None])[:, 0]
+            found[number] = likelihood, logits.argmax(dim=-1) == due
+    return found
+
+
+def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
+    """Of every token but the first, float32 (sequence, token - 1); `ids` has no padding.
+
+    In two passes, the first over `cut` tokens: under a twin that one is the full model's and
+    gives the experts. A model alone is run in the same way, so that the two compare.
+    """
+    model = unwrap(model)
+    head, past = beginning(model, ids, cut)
+    later = rest(model, ids, cut, past)
+    return torch.cat([_of_next_tokens(head, ids, 0), _of_next_tokens(later, ids, cut)], dim=1)
+
+
+def beginning(model: PreTrainedModel, ids: Tensor, cut: int) -> tuple[Tensor, Any]:
+    """Logits of the first `cut` tokens, run in full, and their cache.
+
+    Under a twin, the experts are then chosen from them.
+    """
+    twin = isinstance(model, Twin)
+    whole = full_model(model)
+    with undisturbed(model, seed=0):
+        if twin:
+            outputs = model._griffin.prefill(
+                lambda: _run(whole, ids, slice(0, cut)), len(ids), None, None, cut
+            )
+        else:
+            outputs = _run(whole, ids, slice(0, cut))
+    return outputs.logits, outputs.past_key_values
+
+
+def rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
+    """Logits of the tokens from `cut` to the last but one; changes the cache `past`."""
+    fed = ids.shape[1] - 1  # the last token predicts none of ours
+    if cut == fed:
+        return torch.zeros(len(ids), 0, 1, device=device_of(embeddings_of(model)))
+    with undisturbed(model, seed=0):
+        return _run(model, ids, slice(cut, fed), past).logits
+
+
+def _run(model: PreTrainedModel, ids: Tensor, tokens: slice, past: Any = None) -> Any:
+    ids = ids.to(device_of(embeddings_of(model)))
+    return model(
+        input_ids=ids[:, tokens],
+        attention_mask=torch.ones_like(ids[:, : tokens.stop]),
+        past_key_values=past,
+        use_cache=True,
+    )
+
+
+def _of_next_tokens(logits: Tensor, ids: Tensor, start: int) -> Tensor:
+    """Log-likelihoods of the tokens that follow those of `logits`, which begin at `start`."""
+    due = ids[:, start + 1 : start + 1 + logits.shape[1], None].to(logits.device)
+    return logits[:, : due.shape[1]].float().log_softmax(dim=-1).gather(-1, due)[..., 0]

@@ -1,0 +1,141 @@
+"""What numbers depend on, files that are whole or not there, and warnings at the user's line."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import xarray as xr
+from conftest import build, random_ids
+
+import flocking
+from flocking import artifacts
+from flocking.artifacts import replacing
+
+HOUSE = {
+    "__init__.py": """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from flocking.low import thing
+""",
+    "low/__init__.py": "from flocking.low.one import thing\nfrom flocking.low.two import other\n",
+    "low/one.py": "import math\ndef thing():\n    'Give it.'\n    return math.pi\n",
+    "low/two.py": "def other():\n    return 2\n",
+    "high/__init__.py": "",
+    "high/user.py": """
+from typing import TYPE_CHECKING
+from flocking.low import thing
+if TYPE_CHECKING:
+    from flocking.low.two import other
+def use():
+    from flocking.high import late
+    return thing(), late
+""",
+    "high/late.py": "X = 1\n",
+    "high/public.py": "from flocking import thing\nprint(thing)\n",
+}
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Another package of that name."""
+    monkeypatch.setattr(artifacts, "_PACKAGE", tmp_path / "flocking")
+
+    def build(changes: dict[str, str]) -> None:
+        artifacts.code_digest.cache_clear()
+        for name, text in (HOUSE | changes).items():
+            path = tmp_path / "flocking" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    yield build
+    artifacts.code_digest.cache_clear()
+
+
+def test_sources_are_followed_across_rooms(house: Callable) -> None:
+    """To where a name is made, not to all that its room passes on; nor to types alone."""
+    house({})
+
+    def names(module: str) -> list[str]:
+        return [path.stem for path in artifacts.sources(module)]
+
+    assert names("flocking.high.user") == ["late", "user", "one"]
+    assert names("flocking.high.public") == ["public", "one"]
+    assert names("flocking.low") == ["one", "two"]
+
+
+def test_what_makes_no_numbers_is_in_no_digest(house: Callable) -> None:
+    def digest(changes: dict[str, str]) -> str:
+        house(changes)
+        return artifacts.code_digest("flocking.high.user")
+
+    before = digest({})
+    one, user = HOUSE["low/one.py"], HOUSE["high/user.py"]
+    bare = one.replace("import math", "")
+    assert digest({"low/one.py": bare.replace("Give it.", "Give pi.")}) == before
+    assert digest({"low/two.py": "def other():\n    return 3\n"}) == before
+    # Moved to another file of the same sources.
+    moved = {"low/__init__.py": "from flocking.high.late import thing\n"}
+    assert digest({**moved, "high/late.py": HOUSE["high/late.py"] + bare}) == before
+    assert digest({"low/one.py": one.replace("math.pi", "math.e")}) != before
+    assert digest({"high/user.py": user.replace("thing(), late", "thing()")}) != before
+
+
+def test_the_package_itself_is_followed() -> None:
+    """Every source of a figure is a file with code; what only keeps numbers is none."""
+    for module in ("flocking.experiments.activations", "flocking.evaluation.items"):
+        paths = artifacts.sources(module)
+        assert len(paths) > 15
+        assert not {"__init__", "artifacts"} & {path.stem for path in paths}
+
+
+def test_files_take_their_places_together(tmp_path: Path) -> None:
+    one, two = tmp_path / "new" / "one.txt", tmp_path / "new" / "two.txt"
+    with replacing(one, two) as partial:
+        partial.write_text("1")
+        partial.with_name("two.txt").write_text("2")
+        assert not one.exists()
+    assert (one.read_text(), two.read_text()) == ("1", "2")
+    with pytest.raises(FileNotFoundError), replacing(two, one) as partial:
+        partial.with_name("one.txt").write_text("3")  # and nothing in the place of the other
+    assert one.read_text() == "1"
+    assert sorted(path.name for path in one.parent.iterdir()) == ["one.txt", "two.txt"]
+
+
+def test_folders_are_replaced_whole(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for name in ("first", "second"):
+        with replacing(store) as partial:
+            partial.mkdir()
+            (partial / name).touch()
+        assert [path.name for path in store.iterdir()] == [name]
+    with pytest.raises(FileNotFoundError), replacing(store):  # nothing was written
+        pass
+    assert [path.name for path in store.iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_what_is_there_by_then_may_stay(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with replacing(store, overwrite=False) as partial:
+        partial.mkdir()
+        store.mkdir()  # another process was faster
+        (store / "theirs").touch()
+    assert [path.name for path in store.iterdir()] == ["theirs"]
+
+
+def test_warnings_are_at_the_users_line() -> None:
+    model = build("llama").train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recording = flocking.record(model, random_ids(2, 9), window=4, progress=False)
+        flocking.flocking_score(recording)
+        flocking.consistency(recording)
+        flocking.specificity(recording.isel(sequence=[0, 0]))
+        flocking.statistic(recording, start=5)
+        flocking.drift(recording.isel(sequence=[1]), prompt_lengths=[5])
+    assert len(caught) >= 4
+    assert {Path(one.filename).name for one in caught} == {Path(__file__).name}
+    assert isinstance(recording, xr.Dataset)
