@@ -23,7 +23,7 @@ _DIFFERENCES = ["difference", "difference_low", "difference_high"]
 def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
     """Each task's score by the fraction of neurons kept.
 
-    Of :func:`flocking.comparison.headlines`, with a caption in its ``attrs``.
+    Of :func:`flocking.evaluation.summary.headlines`, with a caption in its ``attrs``.
     """
     upper, axes = _panels(data, figure)
     for ax, part in _each(data, axes):
@@ -48,7 +48,7 @@ def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
 def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
     """Differences from the full model on each task, by method, at one density.
 
-    Of :func:`flocking.comparison.headlines`, with a caption in its ``attrs``.
+    Of :func:`flocking.evaluation.summary.headlines`, with a caption in its ``attrs``.
     """
     losses = data["metric"].map(is_loss)
     parts = [part for part in (data[~losses], data[losses]) if len(part)]
@@ -87,7 +87,8 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
 def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
     """Differences from the full model by how many tokens the experts were chosen from.
 
-    Of :func:`flocking.comparison.by_prompt`, one metric a task, with a caption in its ``attrs``.
+    Of :func:`flocking.evaluation.summary.by_prompt`, one metric a task, with a caption in its
+    ``attrs``.
     """
     upper, axes = _panels(data, figure)
     for ax, part in _each(data, axes):

@@ -27,7 +27,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
     Parameters
     ----------
     items : pandas.DataFrame
-        As :func:`flocking.evaluation.evaluate` returns it.
+        As :func:`flocking.evaluation.runner.evaluate` returns it.
     out : Path
         Folder; files of an earlier report in it are replaced.
     source : mapping of str to str

@@ -77,7 +77,7 @@ def evaluate(
     model, tokenizer
         As :func:`flocking.load` returns them.
     tasks : list of str
-        See :func:`flocking.tasks.find`.
+        See :func:`flocking.evaluation.tasks.find`.
     methods : list of str
         Of :func:`flocking.griffin`, at each of `densities`, or with a density of their own as in
         "topk@0.25". The full model always comes first.
@@ -90,7 +90,7 @@ def evaluate(
     data_dir : path, optional
         Folder with the documents as JSON lines; the hub by default.
     calibration : path or list of str, optional
-        See :class:`flocking.harness.GriffinLM`.
+        See :class:`flocking.evaluation.harness.GriffinLM`.
     batch_size : int
         Results do not depend on it, but for rounding.
     seed : int
@@ -116,7 +116,7 @@ def evaluate(
     ------
     ValueError
         For an unknown task, method or protocol, documents that cannot be had or read, or as
-        :class:`flocking.harness.GriffinLM`.
+        :class:`flocking.evaluation.harness.GriffinLM`.
     """
     variants = variants_of(methods, densities)
     if limit is not None and (low := min(_values(limit), default=1)) < 1:

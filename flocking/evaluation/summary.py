@@ -26,7 +26,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     Parameters
     ----------
     items : pandas.DataFrame
-        As :func:`flocking.evaluation.evaluate` returns it.
+        As :func:`flocking.evaluation.runner.evaluate` returns it.
     against : str
         The variant to compare with, such as "full" or "static@0.5".
     seed : int
@@ -96,7 +96,7 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
     Parameters
     ----------
     items : pandas.DataFrame
-        As :func:`flocking.evaluation.evaluate` returns it.
+        As :func:`flocking.evaluation.runner.evaluate` returns it.
     groups : int
         As many groups of items, of about the same size, if prompts differ.
     seed : int

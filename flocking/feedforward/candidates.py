@@ -2,7 +2,7 @@
 
 No table of architectures: a candidate is an up-projection (with a gate, fused or not) and a
 down-projection around one tensor of width ``d_ff``. Attention's value and output projections
-are candidates too; ``feedforward.py`` proves which of them are blocks.
+are candidates too; ``proof.py`` proves which of them are blocks.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ projections cut down to a random half of the neurons, must give what the whole l
 gives when the tensor that we would record is masked to that half. Attention's
 value-to-output pair and Mamba's in-and-out pair have the structure and fail the proof.
 
-Everything is tried on a shadow of the model (see ``shadow.py``), never on the model itself.
+Everything is tried on a shadow of the model (see ``models/copies.py``), never on the model itself.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def observe(
     layers : iterable of int, optional
         Layers to watch; all by default.
     routed : bool
-        Give the callback a mixture's activations as :class:`flocking.moments.Routed`, at the
+        Give the callback a mixture's activations as :class:`flocking.feedforward.Routed`, at the
         experts that each token is routed to alone, and take them back as ``Routed.z`` is.
 
     Yields

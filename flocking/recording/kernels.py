@@ -1,6 +1,6 @@
 """Windowed sums on CUDA devices, in Triton: two readings of the activations, no copies.
 
-With torch's own operations, the sums of :class:`flocking.moments.Moments` move 34 bytes for each
+With torch's own operations, the sums of :class:`flocking.recording.Moments` move 34 bytes for each
 activation in bfloat16, since squares and magnitudes are written out in float32; the kernels move
 four. Sums are made in the same order every time, without atomic additions: what is recorded does
 not change from run to run.
@@ -78,7 +78,7 @@ def add(z: Tensor, pieces: Pieces, energy: Tensor, mass: Tensor) -> tuple[Tensor
     Returns
     -------
     norm, l1 : Tensor of float32, shape (sequence, token)
-        As :meth:`flocking.moments.Moments.update` gives them.
+        As :meth:`flocking.recording.Moments.update` gives them.
     """
     if z.stride(-1) != 1:
         z = z.contiguous()
