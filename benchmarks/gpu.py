@@ -72,8 +72,7 @@ class Run:
         self.steps = 63 if self.on_gpu else 6  # with a prompt of 2,048, caches of 33 times 64
         self.prompt = options.prompt or (2048 if self.on_gpu else 48)
         self.turns = Turns(options.turns)
-        with self.turns.alone():
-            self.bandwidth = copy_bandwidth(self.device)
+        self.bandwidth: list[float] = []
         self.results: dict[str, Any] = {
             "machine": machine(self.device),
             "options": vars(options),
@@ -88,6 +87,11 @@ class Run:
         self, contestants: dict[str, Callable[[], float]], repetitions: int | None = None
     ) -> dict[str, list[float]]:
         """Seconds by contestant and round, while no other process does anything."""
+        if not self.bandwidth:  # not before others may compile
+            with self.turns.alone():
+                self.bandwidth += copy_bandwidth(self.device)
+            low, middle, high = (f(self.bandwidth) / 1e9 for f in (min, statistics.median, max))
+            print(f"copies read and write {middle:,.0f} GB/s [{low:,.0f}, {high:,.0f}]")
         return interleaved(contestants, repetitions or self.repetitions, self.turns)
 
     def keep(self, section: str, case: str, values: dict[str, Any]) -> None:
@@ -506,8 +510,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("there is no CUDA device here: --device cpu tries the script on a small shape.")
     run = Run(options)
     print(json.dumps(run.results["machine"], indent=1))
-    low, middle, high = (f(run.bandwidth) / 1e9 for f in (min, statistics.median, max))
-    print(f"copies read and write {middle:,.0f} GB/s [{low:,.0f}, {high:,.0f}]")
     section = None
     for case in plan(run):
         if case.section.__name__ not in options.only or case.shape not in options.shapes:

@@ -98,7 +98,7 @@ def test_the_kernels_are_in_use() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of compilers about themselves
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("name", "compiler"), [("llama", "inductor"), ("gemma2", "eager"), ("opt", "eager")]
+    ("name", "compiler"), [("llama", "inductor"), ("gemma2", "inductor"), ("opt", "eager")]
 )
 @pytest.mark.parametrize("scope", [None, "shared", "sequence"])
 def test_one_graph_for_all_prompts(

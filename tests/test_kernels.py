@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make test runs these under Triton's interpreter", allow_module_level=True)
 pytest.importorskip("triton", reason="make test puts Triton beside the environment")
 
+from flocking.feedforward import columns
 from flocking.recording import kernels
 
 
@@ -81,6 +82,19 @@ def test_what_is_not_finite_is_not_lost() -> None:
     assert norm.isnan().tolist() == l1.isnan().tolist() == [[False, False, True, False]]
     assert sums.energy[0, 1].isnan().all()
     assert sums.energy[0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("height", "width", "k"), [(5, 300, 150), (16, 700, 257), (9, 40, 1)])
+def test_columns_are_those_of_indexing(dtype: torch.dtype, height: int, width: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(height, width + 3, generator=generator).to(dtype)[:, :width]
+    index = torch.randperm(width, generator=generator)[:k].sort().values
+    out = torch.full((height, k), torch.nan, dtype=dtype)
+    assert columns.take_columns(whole, index, out) is out
+    assert torch.equal(out, whole[:, index])
+    turned = whole.T.contiguous().T
+    assert torch.equal(columns.take_columns(turned, index, torch.empty_like(out)), out)
 
 
 def test_nothing_but_padding() -> None:
@@ -146,17 +160,20 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from flocking.feedforward import columns
 from flocking.recording import kernels
 
 constants = {"block": kernels._BLOCK, "rows": kernels._ROWS, "columns": kernels._COLUMNS}
 floats = {"norm", "l1", "energy", "mass", "energies", "masses"}
 whole = {"real", "spans", "targets", "offsets"}
+taken = columns._take_columns
 for capability in (80, 90):
     for z in ("bf16", "fp16", "fp32"):
-        for kernel in (kernels._norms, kernels._sum_pieces, kernels._add_up):
+        for kernel in (kernels._norms, kernels._sum_pieces, kernels._add_up, taken):
             kinds = {
                 name: "constexpr" if name in constants
-                else f"*{z}" if name == "z"
+                else f"*{z}" if name in ("z", "whole", "out")
+                else "*i64" if name == "index"
                 else "*fp32" if name in floats
                 else "*i32" if name in whole
                 else "i32"
@@ -181,4 +198,4 @@ def test_compile_for_gpus() -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert len(ran.stdout.splitlines()) == 2 * 3 * 3
+    assert len(ran.stdout.splitlines()) == 2 * 3 * 4

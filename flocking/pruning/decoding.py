@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -37,6 +40,8 @@ from flocking.pruning.twin import Twin
 
 _COMPILER = "inductor"
 _OTHER_STATES = "it keeps something else than each token's keys and values"
+# Functions that multiply activations by a weight, and which argument the activations are.
+_PRODUCTS = {nn.functional.linear: 0, torch.bmm: 0, torch.addmm: 1}
 _LOOK_EVERY = 16  # tokens between two looks at whether all sequences have ended
 
 
@@ -119,11 +124,12 @@ class Decoder:
             self._mask, self._text = (self._zeros(batch_size, max_length) for _ in range(2))
             self._length = self._zeros(1)  # of what is written of the text
             self._set_special_tokens()
-        try:
-            self._prove()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:  # whatever a model raises that knows other caches
+        # Where heads share keys and values, sdpa under a mask writes them out for every head;
+        # compiled, transformers' eager attention reads them where they are.
+        self._attention = "eager" if self._is_cuda and _repeats_keys(model) else None
+        if self._attention is not None and self._why_not(self._attention) is not None:
+            self._attention = None
+        if self._attention is None and (problem := self._why_not(None)) is not None:
             why = str(problem).strip().partition("\n")[0]
             raise ValueError(
                 f"{type(model).__name__} cannot be decoded in fixed shapes ({why}): use generate."
@@ -132,15 +138,11 @@ class Decoder:
         step = types.FunctionType(
             Decoder._step.__code__.replace(), Decoder._step.__globals__, "_step"
         )
-        # (Inductor then computes products with a single row in kernels of its own, which read a
-        # matrix faster than cuBLAS does and take in what stands around it.)
-        options = {"coordinate_descent_tuning": True} if self._is_cuda else None
         self._compiled = torch.compile(
             types.MethodType(step, self),
             fullgraph=True,
             dynamic=False,
-            backend=_COMPILER,
-            options=options if _COMPILER == "inductor" else None,
+            backend=_inductor if _COMPILER == "inductor" else _COMPILER,
         )
         self._graph_reads: tuple[int, ...] = ()
 
@@ -251,7 +253,7 @@ class Decoder:
     def _run(self) -> None:
         try:
             # (On a GPU, mixtures of experts are computed for single tokens as in generate.)
-            with self._model._optimize_model_for_decode():
+            with _attending(self._model, self._attention), self._model._optimize_model_for_decode():
                 self._compiled()
         except torch.OutOfMemoryError:
             raise
@@ -263,6 +265,19 @@ class Decoder:
                 f"{type(self._model).__name__} does not compile in one piece ({why}): use generate."
             ) from problem
         self._has_run = True
+
+    def _why_not(self, attention: str | None) -> Exception | None:
+        """What keeps steps with this attention from giving what the model gives; None if nothing.
+
+        Anything that a model raises that knows other caches.
+        """
+        try:
+            self._prove(attention)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            return problem
+        return None
 
     def _addresses(self) -> tuple[int, ...]:
         """Where the parameters are that a graph reads."""
@@ -381,7 +396,7 @@ class Decoder:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _prove(self) -> None:
+    def _prove(self, attention: str | None) -> None:
         """That steps over the fixed cache give what they give over a cache of the model's own.
 
         On random tokens, and where the model's own cache forgets (whose window the fixed one
@@ -418,7 +433,81 @@ class Decoder:
                     **more,
                 ).logits[:, -1]
                 self._ids.copy_(ids[:, here])
-                error = relative_error(self._logits(whole), due)
+                with _attending(whole, attention):
+                    error = relative_error(self._logits(whole), due)
                 self._position.add_(1)
                 if not error <= tolerance(due.dtype):
                     raise ValueError(f"it gives something else there, relative error {error:.1g}")
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """Another of transformers' attention implementations inside of the block, if one is named.
+
+    The configs of a model and of what it consists of are its own again afterwards.
+    """
+    if implementation is None:
+        yield
+        return
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = implementation
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def _repeats_keys(model: PreTrainedModel) -> bool:
+    """Whether its attention is sdpa, for which keys and values that heads share are repeated."""
+    config = model.config.get_text_config(decoder=True)
+    heads, shared = (
+        getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    return config._attn_implementation == "sdpa" and shared is not None and shared < heads
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile a step: products with one token as kernels of inductor's own on CUDA devices.
+
+    They read a matrix faster than cuBLAS does, and take in what stands before them, such as norms.
+    What an activation function gives is written out first all the same: a kernel that took that in
+    would compute it again for every output of the down-projection, which takes longer than reading
+    the weights.
+    """
+    from torch._inductor.compile_fx import compile_fx  # takes its time, and most do not need it
+
+    for node in list(graph.graph.nodes):
+        z = node.args[_PRODUCTS[node.target]] if node.target in _PRODUCTS else None
+        if z is None or z.target in _PRODUCTS or not _is_of_products_alone(z):
+            continue
+        value = z.meta["example_value"]
+        with graph.graph.inserting_before(node):
+            # A view in whose place inductor wants memory, and otherwise nothing.
+            written = graph.graph.call_function(
+                torch.as_strided, (z, tuple(value.shape), tuple(value.stride()))
+            )
+        node.replace_input_with(z, written)
+    graph.recompile()
+    tuned = {"coordinate_descent_tuning": True}
+    is_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
+    return compile_fx(graph, inputs, config_patches=tuned if is_cuda else None)
+
+
+def _is_of_products_alone(node: torch.fx.Node) -> bool:
+    """Whether a value follows from the results of matrix products, and from no other tensor.
+
+    As what enters a down-projection does: norms have weights too, attention its cache.
+    """
+    seen, rest = set(), [node]
+    while rest:
+        node = rest.pop()
+        if node.op in ("placeholder", "get_attr"):
+            return False
+        if node not in seen and node.target not in _PRODUCTS:
+            seen.add(node)
+            rest.extend(node.all_input_nodes)
+    return True

@@ -17,7 +17,7 @@ from torch import Tensor
 
 _TOKENS = 128  # most tokens that one program sums
 _ROWS, _COLUMNS = 16, 128  # tokens and neurons that it reads at a time
-_BLOCK = 2048  # neurons that a token's norm is taken over at a time
+_BLOCK = 1024  # neurons that a token's norm is taken over at a time
 
 
 class Pieces(NamedTuple):
@@ -136,19 +136,21 @@ def _sum_pieces(
     start = tl.load(spans + 3 * piece + 1)
     stop = tl.load(spans + 3 * piece + 2)
     there = column < width
-    energy = tl.zeros((columns,), tl.float32)
-    mass = tl.zeros((columns,), tl.float32)
+    # (Each row of a tile has sums of its own until the end: adding rows up takes a barrier.)
+    energy = tl.zeros((rows, columns), tl.float32)
+    mass = tl.zeros((rows, columns), tl.float32)
     for first in range(start, stop, rows):
         row = first + tl.arange(0, rows)
         length = tl.load(norm + sequence * tokens + row, mask=row < stop, other=1.0)
+        scale = 1.0 / tl.where(length < 1e-18, 1e-18, length)
         place = sequence * sequence_stride + row.to(tl.int64)[:, None] * token_stride
         inside = (row < stop)[:, None] & there[None, :]
         x = tl.load(z + place + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        r = tl.abs(x) / tl.where(length < 1e-18, 1e-18, length)[:, None]
-        energy += tl.sum(r * r, axis=0)
-        mass += tl.sum(r, axis=0)
-    tl.store(energies + piece * width + column, energy, mask=there)
-    tl.store(masses + piece * width + column, mass, mask=there)
+        r = tl.abs(x) * scale[:, None]
+        energy += r * r
+        mass += r
+    tl.store(energies + piece * width + column, tl.sum(energy, axis=0), mask=there)
+    tl.store(masses + piece * width + column, tl.sum(mass, axis=0), mask=there)
 
 
 @triton.jit
