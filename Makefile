@@ -29,12 +29,13 @@ demo: env  ## record the packaged passages, print the table, write out/demo.*
 figures: env  ## run the experiments and draw figures/ (minutes; only what is out of date)
 	$(BIN)/flocking figures --out figures
 
-test: env $(VENV)/torchao $(KERNELS)  ## ruff, the rooms' imports and the test suite
+test: env $(VENV)/torchao $(KERNELS)  ## ruff, imports between rooms, types, and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest
-	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/test_kernels.py)
+	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
 
 # Apart, since transformers imports it wherever it finds it, and it complains about what it lacks.
 $(VENV)/torchao: $(VENV)/.made

@@ -1,8 +1,7 @@
-"""Models for the tests: tiny ones with random weights, and the embedded one."""
+"""Fixtures: tiny models with random weights, and the embedded one."""
 
 from __future__ import annotations
 
-import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
@@ -11,84 +10,9 @@ os.environ["MPLBACKEND"] = "agg"  # nor for a screen
 import pytest
 import torch
 import transformers as tf
+from helpers import ARCHITECTURES, build
 
 import flocking
-
-VOCABULARY = 128
-_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_COMMON = {
-    **_TOKENS,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
-_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
-_OPT = {
-    **_TOKENS,
-    "hidden_size": 64,
-    "ffn_dim": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
-_GPT = {**_TOKENS, "n_embd": 64, "n_inner": 160, "n_layer": 2, "n_head": 4, "n_positions": 256}
-
-# Every architecture that the project promises.
-ARCHITECTURES = {
-    "llama": lambda: tf.LlamaConfig(**_GROUPED),
-    "mistral": lambda: tf.MistralConfig(**_GROUPED, sliding_window=16),
-    "qwen2": lambda: tf.Qwen2Config(**_COMMON, num_key_value_heads=2),
-    "qwen3": lambda: tf.Qwen3Config(**_GROUPED),
-    "gemma": lambda: tf.GemmaConfig(**{**_GROUPED, "num_key_value_heads": 1}),
-    "gemma2": lambda: tf.Gemma2Config(**_GROUPED, sliding_window=16),
-    "gemma3": lambda: tf.Gemma3TextConfig(**_GROUPED, sliding_window=16),
-    "phi": lambda: tf.PhiConfig(**_COMMON),
-    "phi3": lambda: tf.Phi3Config(**_COMMON, num_key_value_heads=2),
-    "glm": lambda: tf.GlmConfig(**_GROUPED),
-    "gpt2": lambda: tf.GPT2Config(**_GPT),
-    "opt": lambda: tf.OPTConfig(**_OPT, word_embed_proj_dim=64),
-    "opt-post-norm": lambda: tf.OPTConfig(
-        **_OPT, word_embed_proj_dim=32, do_layer_norm_before=False
-    ),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**_COMMON),
-    "gptj": lambda: tf.GPTJConfig(**_GPT, rotary_dim=8),
-    "gpt_neo": lambda: tf.GPTNeoConfig(
-        **_TOKENS,
-        hidden_size=64,
-        intermediate_size=160,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        window_size=16,
-        max_position_embeddings=256,
-    ),
-    "falcon": lambda: tf.FalconConfig(
-        **_TOKENS,
-        hidden_size=64,
-        ffn_hidden_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-    ),
-    "bloom": lambda: tf.BloomConfig(**_TOKENS, hidden_size=64, n_layer=2, n_head=4),
-    "starcoder2": lambda: tf.Starcoder2Config(**_COMMON, num_key_value_heads=2),
-    "olmo2": lambda: tf.Olmo2Config(**_COMMON, num_key_value_heads=2),
-    "stablelm": lambda: tf.StableLmConfig(**_COMMON, num_key_value_heads=2),
-    "bert": lambda: tf.BertConfig(**_COMMON),
-    # Mixtures of experts: four of 40 neurons.
-    "mixtral": lambda: tf.MixtralConfig(
-        **{**_GROUPED, "intermediate_size": 40}, num_local_experts=4, num_experts_per_tok=2
-    ),
-    "gpt_oss": lambda: tf.GptOssConfig(  # transposed, gate and up row by row, biases, clamped
-        **{**_GROUPED, "intermediate_size": 40},
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=16,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    ),
-}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -97,21 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
-
-
-def build(name: str, **changes: object) -> tf.PreTrainedModel:
-    """A tiny model with random weights, large enough that neurons differ clearly."""
-    config = ARCHITECTURES[name]()
-    for key, value in changes.items():
-        setattr(config, key, value)
-    torch.manual_seed(0)
-    auto = tf.AutoModel if name == "bert" else tf.AutoModelForCausalLM
-    model = auto.from_config(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # norms and biases too: nothing stays 0 or 1
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.add_(0.1 * noise)
-    return model
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -140,42 +49,3 @@ def llama() -> tf.PreTrainedModel:
 def embedded() -> tuple[tf.PreTrainedModel, tf.PreTrainedTokenizerBase]:
     """The embedded model; `make env` installs its weights."""
     return flocking.load()
-
-
-def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
-    """Random token ids, none of them special."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-
-
-def activations(model: tf.PreTrainedModel, ids: list[int]) -> dict[int, torch.Tensor]:
-    """Each layer's z over one unpadded sequence, from a bare hook of our own: the reference."""
-    kept = {}
-
-    def keep(module: torch.nn.Module, args: tuple, output: object, layer: int) -> None:
-        kept[layer] = by_expert(module, *args[:2]) if hasattr(module, "has_gate") else args[0]
-
-    hooks = [
-        block.down.register_forward_hook(functools.partial(keep, layer=block.layer))
-        for block in flocking.feedforwards(model)
-    ]
-    try:
-        with torch.no_grad():
-            model.base_model(torch.tensor([ids]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer: z.detach().reshape(len(ids), -1).clone() for layer, z in kept.items()}
-
-
-def by_expert(experts: torch.nn.Module, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """A mixture's z, token by token and expert by expert, from its weights: (token, d_ff)."""
-    up = experts.gate_up_proj if experts.is_transposed else experts.gate_up_proj.transpose(1, 2)
-    z = torch.zeros(len(x), len(up), up.shape[2] // 2)
-    for token, chosen in enumerate(index.tolist()):
-        for expert in chosen:
-            both = x[token] @ up[expert]
-            if experts.has_bias:
-                both = both + experts.gate_up_proj_bias[expert]
-            z[token, expert] = experts._apply_gate(both)
-    return z.flatten(1)

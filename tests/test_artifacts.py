@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import xarray as xr
-from conftest import build, random_ids
+from helpers import build, random_ids
 
 import flocking
 from flocking import artifacts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import VOCABULARY, random_ids
+from helpers import VOCABULARY, random_ids
 
 import flocking
 from flocking import checking

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 import xarray as xr
-from conftest import build, random_ids
+from helpers import build, random_ids
 from torch import Tensor
 
 import flocking

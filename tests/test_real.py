@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-import conftest
+import helpers
 import numpy as np
 import pytest
 import xarray as xr
@@ -20,7 +20,7 @@ def real() -> tuple[list[list[int]], np.ndarray, xr.Dataset]:
     """Ids, r as float64 (sequence, layer, token, neuron), and the recording."""
     model, tokenizer = flocking.load()
     ids = [tokenizer(text)["input_ids"][:TOKENS] for text in flocking.passages()[4:7]]
-    z = [list(conftest.activations(model, row).values()) for row in ids]
+    z = [list(helpers.activations(model, row).values()) for row in ids]
     z = np.abs(np.array([[layer.numpy() for layer in row] for row in z], np.float64))
     recording = flocking.record(
         model, ids, tokenizer=tokenizer, window=WINDOW, ranks=True, relative=True, progress=False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-import conftest
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -144,10 +144,10 @@ def test_too_few_tokens_give_nan(llama, length: int) -> None:
 
 def test_from_record_to_metric(tiny) -> None:
     """Over a padded batch, on every architecture, from raw activations."""
-    texts = conftest.random_ids(40, 15)
+    texts = helpers.random_ids(40, 15)
     recording = flocking.record(tiny, texts, ranks=True, window=8, progress=False)
     for number, text in enumerate(texts):
-        for layer, z in conftest.activations(tiny, text).items():
+        for layer, z in helpers.activations(tiny, text).items():
             mine = recording.sel(sequence=[number], layer=[layer])
             reference = recording_of(z.double().numpy(), window=8)
             r = relative(z.double().numpy())[1:]
@@ -161,7 +161,7 @@ def test_from_record_to_metric(tiny) -> None:
 
 
 def test_labelled_results(llama) -> None:
-    recording = flocking.record(llama, conftest.random_ids(20, 9), progress=False)
+    recording = flocking.record(llama, helpers.random_ids(20, 9), progress=False)
     for metric in ("consistency", "chance_consistency", "flocking_score", "effective_neurons"):
         values = getattr(flocking, metric)(recording)
         assert values.name == metric
@@ -184,12 +184,12 @@ def test_ranks_must_have_been_recorded(llama) -> None:
 @pytest.fixture(scope="module")
 def repetitive() -> tuple:
     """Three texts of 9 different tokens only, of different lengths; 17 are common to all."""
-    model = conftest.build("llama")
+    model = helpers.build("llama")
     random = np.random.default_rng(0)
     ids = [random.integers(5, 14, n).tolist() for n in (17, 25, 19)]
     recording = flocking.record(model, ids, window=8, relative=True, ranks=True, progress=False)
     raw = [
-        {layer: relative(z.double().numpy()) for layer, z in conftest.activations(model, i).items()}
+        {layer: relative(z.double().numpy()) for layer, z in helpers.activations(model, i).items()}
         for i in ids
     ]
     return ids, raw, recording
@@ -288,7 +288,7 @@ def test_what_is_missing_is_named(repetitive: tuple, change: object, message: st
 
 
 def test_sequences_that_share_no_window(llama) -> None:
-    recording = flocking.record(llama, conftest.random_ids(40, 5), window=16, progress=False)
+    recording = flocking.record(llama, helpers.random_ids(40, 5), window=16, progress=False)
     with pytest.raises(ValueError, match="the shortest of these sequences has 5 tokens, fewer"):
         flocking.between_consistency(recording)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-import conftest
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -17,7 +17,7 @@ from flocking.feedforward import row_norms, width
 def relative(model, ids: list[int]) -> dict[int, np.ndarray]:
     """Each layer's r over one sequence, (token, neuron), from bare hooks."""
     found = {}
-    for layer, z in conftest.activations(model, ids).items():
+    for layer, z in helpers.activations(model, ids).items():
         z = z.double().abs().numpy()
         found[layer] = z / np.linalg.norm(z, axis=1, keepdims=True)
     return found
@@ -39,16 +39,16 @@ def norm(r: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def recorded() -> tuple:
     """A model, its texts (of different lengths) and a recording with windows of 8."""
-    model = conftest.build("llama")
-    ids = conftest.random_ids(49, 41, 33)
+    model = helpers.build("llama")
+    ids = helpers.random_ids(49, 41, 33)
     return model, ids, flocking.record(model, ids, window=8, progress=False)
 
 
 @pytest.fixture(scope="module")
 def generated() -> tuple:
     """The same with generations; `ids` are the tokens that were fed, prompts are 17 of them."""
-    model = conftest.build("llama")
-    prompts = conftest.random_ids(17, 17, seed=3)
+    model = helpers.build("llama")
+    prompts = helpers.random_ids(17, 17, seed=3)
     recording = flocking.record(model, prompts, window=8, max_new_tokens=25, progress=False)
     fed = [row[row >= 0].tolist() for row in recording.token_id.values]
     return model, fed, recording
@@ -60,7 +60,7 @@ def generated() -> tuple:
 
 def test_statistic_is_the_norm_over_tokens(tiny) -> None:
     """On every architecture, over a padded batch."""
-    texts = conftest.random_ids(30, 11)
+    texts = helpers.random_ids(30, 11)
     got = flocking.statistic(flocking.record(tiny, texts, progress=False))
     for number, text in enumerate(texts):
         for layer, r in relative(tiny, text).items():
@@ -321,7 +321,7 @@ def test_between_sequence_overlap(recorded: tuple) -> None:
     coarse = flocking.record(model, ids, window=64, progress=False)
     with pytest.raises(ValueError, match="fewer than a window"):
         flocking.between_sequence_overlap(coarse)
-    equal = flocking.record(model, conftest.random_ids(20, 20), window=64, progress=False)
+    equal = flocking.record(model, helpers.random_ids(20, 20), window=64, progress=False)
     with pytest.raises(ValueError, match="one window cannot be halved"):
         flocking.between_sequence_overlap(equal)
 
@@ -354,7 +354,7 @@ def test_drift_refuses(recorded: tuple) -> None:
         flocking.drift(recorded[2], prompt_lengths=[18])
     with pytest.raises(ValueError, match="each must leave a prompt and a window"):
         flocking.drift(recorded[2], prompt_lengths=[49])
-    short = flocking.record(recorded[0], conftest.random_ids(8), window=8, progress=False)
+    short = flocking.record(recorded[0], helpers.random_ids(8), window=8, progress=False)
     with pytest.raises(ValueError, match="record with a smaller window"):
         flocking.drift(short)
     with pytest.raises(TypeError, match="is no recording"):

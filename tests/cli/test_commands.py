@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import conftest
+import helpers
 import pytest
 import xarray as xr
 from typer.testing import CliRunner
@@ -17,7 +17,7 @@ from flocking.cli import app
 def model(tmp_path: Path, embedded: tuple) -> str:
     """A folder with a tiny model and a tokenizer that fits it."""
     folder = tmp_path / "tiny"
-    conftest.build("llama", vocab_size=len(embedded[1])).save_pretrained(folder)
+    helpers.build("llama", vocab_size=len(embedded[1])).save_pretrained(folder)
     embedded[1].save_pretrained(folder)
     return str(folder)
 

@@ -31,7 +31,7 @@ from flocking.evaluation.tasks import find, quiet  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
 
-OWN = Path(__file__).parent / "tasks"
+OWN = Path(__file__).parents[1] / "tasks"
 CHOICES = ["hellaswag", "piqa", "copa", "arc_easy", "arc_challenge", "boolq"]
 TEXT = "Starlings turn together, each following the few that are nearest. " * 3
 

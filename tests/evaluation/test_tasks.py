@@ -16,8 +16,8 @@ from flocking.evaluation.tasks import Articles, find
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
 
-OWN = Path(__file__).parent / "tasks"
-REAL = Path(__file__).parents[2] / "shared" / "data"
+OWN = Path(__file__).parents[1] / "tasks"
+REAL = Path(__file__).parents[3] / "shared" / "data"
 
 
 def requests(name: str, folder: Path, limit: int = 2) -> list[tuple]:

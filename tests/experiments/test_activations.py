@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import conftest
+import helpers
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -19,14 +19,14 @@ from flocking.experiments import activations, reproduce
 from flocking.experiments.activations import EXPERIMENTS
 from flocking.experiments.figures import FIGURES
 
-COMMITTED = Path(__file__).parent.parent / "figures"
+COMMITTED = Path(__file__).parents[2] / "figures"
 
 
 @pytest.fixture(scope="module")
 def subject() -> tuple:
     """A tiny model that reads the packaged passages, with a context long enough for them."""
     _, tokenizer = flocking.load()
-    model = conftest.build("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+    model = helpers.build("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
     return model, tokenizer, flocking.passages()[:4]
 
 
@@ -47,7 +47,7 @@ def test_heatmaps_hold_raw_activations(subject: tuple) -> None:
     data = run("heatmaps", subject, tokens=33, neurons=20)
     layer = data.attrs["layer"]
     for text, ids in zip(data.sequence.values, ids_of(subject, 33), strict=False):
-        z = conftest.activations(subject[0], ids)[layer].double().numpy()
+        z = helpers.activations(subject[0], ids)[layer].double().numpy()
         expected = (np.abs(z) / np.linalg.norm(z, axis=1, keepdims=True))[1:, :20]
         shown = data.relative.sel(weights="trained", sequence=text)
         np.testing.assert_allclose(shown, expected, atol=1e-3)
@@ -142,7 +142,7 @@ def test_text_kinds(subject: tuple) -> None:
 
 
 def test_texts_are_cut_to_the_models_context(subject: tuple) -> None:
-    model = conftest.build("llama", vocab_size=len(subject[1]))  # a context of 256
+    model = helpers.build("llama", vocab_size=len(subject[1]))  # a context of 256
     with pytest.warns(UserWarning, match="cut to 241 tokens instead of 513"):
         data = EXPERIMENTS["scores"](model, *subject[1:], progress=False)
     assert data.attrs["tokens"] == 241

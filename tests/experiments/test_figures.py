@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import conftest
+import helpers
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from flocking.drawing import heatmap
 
 @pytest.fixture
 def relative(llama):
-    texts = conftest.random_ids(30, 12)
+    texts = helpers.random_ids(30, 12)
     recording = flocking.record(llama, texts, relative=[1], progress=False)
     return recording.relative.sel(relative_layer=1)
 

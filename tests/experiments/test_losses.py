@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import conftest
+import helpers
 import numpy as np
 import pytest
 import xarray as xr
@@ -17,7 +17,7 @@ from flocking.experiments.losses import EXPERIMENTS
 @pytest.fixture(scope="module")
 def subject() -> tuple:
     _, tokenizer = flocking.load()
-    model = conftest.build("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+    model = helpers.build("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
     return model, tokenizer, flocking.passages()[:4]
 
 

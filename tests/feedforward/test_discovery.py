@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
-import conftest
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_records_the_tensor_computed_by_hand(tiny: tf.PreTrainedModel) -> None:
         )
         for block in flocking.feedforwards(tiny)
     ]
-    ids = torch.tensor(conftest.random_ids(12))
+    ids = torch.tensor(helpers.random_ids(12))
     with torch.no_grad(), flocking.observe(tiny, lambda ff, z: seen.update({ff: z})):
         tiny(ids)
     for hook in hooks:
@@ -116,7 +116,7 @@ def test_records_the_tensor_computed_by_hand(tiny: tf.PreTrainedModel) -> None:
 def bitnet() -> tf.PreTrainedModel:
     """A norm lies between the gate's product and the down-projection."""
     config = tf.BitNetConfig(
-        vocab_size=conftest.VOCABULARY,
+        vocab_size=helpers.VOCABULARY,
         hidden_size=64,
         intermediate_size=160,
         num_hidden_layers=2,
@@ -137,9 +137,9 @@ def test_neurons_that_depend_on_each_other_are_recorded_and_not_pruned() -> None
     assert [(b.path, b.kind, b.d_ff, b.prunable) for b in blocks] == [
         (f"model.layers.{n}.mlp", "gated", 160, False) for n in (0, 1)
     ]
-    ids = conftest.random_ids(20)[0]
+    ids = helpers.random_ids(20)[0]
     recording = flocking.record(model, ids, progress=False)
-    for block, z in zip(blocks, conftest.activations(model, ids).values(), strict=True):
+    for block, z in zip(blocks, helpers.activations(model, ids).values(), strict=True):
         mlp = model.get_submodule(block.path)
         assert (block.gate, block.up, block.down) == (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         np.testing.assert_allclose(recording.norm.sel(layer=block.layer)[0], z.norm(dim=-1))
@@ -175,7 +175,7 @@ def test_located_without_proof_on_the_meta_device(
     architecture: str, tiny: tf.PreTrainedModel
 ) -> None:
     proved = flocking.feedforwards(tiny)
-    located = flocking.feedforwards(conftest.build(architecture).to("meta"))
+    located = flocking.feedforwards(helpers.build(architecture).to("meta"))
     assert [(b.layer, b.path, b.kind, b.d_ff) for b in located] == [
         (b.layer, b.path, b.kind, b.d_ff) for b in proved
     ]
@@ -184,7 +184,7 @@ def test_located_without_proof_on_the_meta_device(
 
 def test_gate_and_up_are_told_apart_by_function() -> None:
     """A block that defines up before gate: the order of definition would get it wrong."""
-    model = conftest.build("llama")
+    model = helpers.build("llama")
     for layer in model.model.layers:
         gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
         del layer.mlp.gate_proj, layer.mlp.up_proj
@@ -198,7 +198,7 @@ def test_gate_and_up_are_told_apart_by_function() -> None:
 @pytest.mark.parametrize("name", ["bert", "opt", "llama"])
 def test_found_where_d_ff_equals_the_hidden_size(name: str) -> None:
     """Then attention's projections have the same shapes as the block's."""
-    model = conftest.build(name, **{"ffn_dim" if name == "opt" else "intermediate_size": 64})
+    model = helpers.build(name, **{"ffn_dim" if name == "opt" else "intermediate_size": 64})
     _, _, up, down = EXPECTED[name]
     for block in flocking.feedforwards(model):
         layer = layer_of(model, block.layer)
@@ -242,7 +242,7 @@ def test_proved_again_when_a_projection_is_replaced(llama: tf.PreTrainedModel) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_proved_in_other_precisions(architecture: str, dtype: torch.dtype) -> None:
-    model = conftest.build(architecture).to(dtype)
+    model = helpers.build(architecture).to(dtype)
     assert [block.layer for block in flocking.feedforwards(model)] == [0, 1]
 
 
@@ -275,7 +275,7 @@ def only_attention(model: tf.PreTrainedModel) -> None:
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_is_refused(heads: int) -> None:
     """Its value-to-output pair has the structure: v_proj -> o_proj, one tensor between."""
-    config = conftest.ARCHITECTURES["llama"]()
+    config = helpers.ARCHITECTURES["llama"]()
     config.num_attention_heads = config.num_key_value_heads = heads
     config.head_dim = 64 // heads
     model = tf.LlamaForCausalLM(config).eval()
@@ -353,7 +353,7 @@ def test_each_run_of_a_shared_layer_counts_as_a_layer(albert: tf.PreTrainedModel
     blocks = flocking.feedforwards(albert)
     assert [(b.layer, b.call, b.calls) for b in blocks] == [(0, 0, 3), (1, 1, 3), (2, 2, 3)]
     assert len({block.down for block in blocks}) == 1
-    texts = conftest.random_ids(6, 9)
+    texts = helpers.random_ids(6, 9)
     recording = flocking.record(albert, texts, progress=False)
     for row, ids in enumerate(texts):
         runs: list[torch.Tensor] = []
@@ -438,7 +438,7 @@ class Twice(nn.Module):
 
 
 def test_two_blocks_in_a_layer(llama: tf.PreTrainedModel) -> None:
-    other = conftest.build("llama", intermediate_size=96)
+    other = helpers.build("llama", intermediate_size=96)
     for layer, more in zip(llama.model.layers, other.model.layers, strict=True):
         layer.mlp = Twice(layer.mlp, more.mlp)
     blocks = flocking.feedforwards(llama)
@@ -448,10 +448,10 @@ def test_two_blocks_in_a_layer(llama: tf.PreTrainedModel) -> None:
         (2, "1.mlp.first", 160),
         (3, "1.mlp.second", 96),
     ]
-    texts = conftest.random_ids(7, 5)
+    texts = helpers.random_ids(7, 5)
     recording = flocking.record(llama, texts, progress=False)
     for row, ids in enumerate(texts):
-        for layer, z in conftest.activations(llama, ids).items():
+        for layer, z in helpers.activations(llama, ids).items():
             due = (z / z.norm(dim=1, keepdim=True)).square().sum(dim=0)
             got = recording.energy.isel(sequence=row, layer=layer).sum("window")[: len(due)]
             assert torch.allclose(torch.from_numpy(got.values), due, atol=1e-5)
@@ -547,7 +547,7 @@ def test_a_single_shared_projection_is_not_pruned(llama: tf.PreTrainedModel) -> 
 
 def test_added_layers_are_found(llama: tf.PreTrainedModel) -> None:
     assert len(flocking.feedforwards(llama)) == 2
-    llama.model.layers.append(conftest.build("llama").model.layers[0])
+    llama.model.layers.append(helpers.build("llama").model.layers[0])
     llama.config.num_hidden_layers = 3
     llama.config.layer_types = ["full_attention"] * 3
     assert [block.layer for block in flocking.feedforwards(llama)] == [0, 1, 2]
@@ -649,7 +649,7 @@ def test_shadow_shares_weights_and_nothing_else(tiny: tf.PreTrainedModel) -> Non
     assert all(p is q for p, q in zip(copied.parameters(), tiny.parameters(), strict=True))
     assert not any(m._forward_hooks or m.training for m in copied.modules())
     tiny.eval()
-    ids = torch.tensor(conftest.random_ids(9))
+    ids = torch.tensor(helpers.random_ids(9))
     with torch.no_grad():
         assert relative_error(copied(ids)[0], tiny(ids)[0]) == 0
 
@@ -709,7 +709,7 @@ def test_blocks_that_a_user_names(lists: Lists) -> None:
     recording = flocking.record(lists, [[5, 6, 7, 8]], progress=False)  # from then on
     named.clear()  # the user's own, to do with as they please
     assert flocking.feedforwards(lists) == blocks
-    z = conftest.activations(lists, [5, 6, 7, 8])
+    z = helpers.activations(lists, [5, 6, 7, 8])
     for layer in range(3):
         r = z[layer] / z[layer].norm(dim=1, keepdim=True)
         energy = recording.energy.sel(layer=layer).sum("window").values[0]

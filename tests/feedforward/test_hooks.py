@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import conftest
+import helpers
 import pytest
 import torch
 import transformers as tf
+from helpers import hooks_of
 
 import flocking
 
 
-def hooks_of(model: tf.PreTrainedModel) -> list[object]:
-    """Every hook registered anywhere in the model."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [h for m in model.modules() for kind in kinds for h in getattr(m, kind).values()]
-
-
 def test_logits_are_bit_identical(tiny: tf.PreTrainedModel) -> None:
-    ids = torch.tensor(conftest.random_ids(33))
+    ids = torch.tensor(helpers.random_ids(33))
     with torch.no_grad():
         before = tiny(ids)[0]
         with flocking.observe(tiny, lambda ff, z: None):
@@ -67,7 +62,7 @@ def test_sees_what_the_users_own_hook_made_of_z(llama: tf.PreTrainedModel) -> No
     down = llama.model.layers[0].mlp.down_proj
     down.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     seen = {}
-    plain = conftest.activations(llama, [5, 6, 7])[0]
+    plain = helpers.activations(llama, [5, 6, 7])[0]
     with flocking.observe(llama, lambda ff, z: seen.update({ff.layer: z}), layers=[0]):
         llama(torch.tensor([[5, 6, 7]]))
     assert torch.equal(seen[0][0], plain)
@@ -77,7 +72,7 @@ def test_a_returned_tensor_replaces_z(tiny: tf.PreTrainedModel) -> None:
     """Masking through the hook is the model without those neurons."""
     block = flocking.feedforwards(tiny)[0]
     mask = torch.arange(block.d_ff) % 2
-    ids = torch.tensor(conftest.random_ids(9))
+    ids = torch.tensor(helpers.random_ids(9))
     with torch.no_grad():
         whole = tiny(ids)[0]
         with flocking.observe(tiny, lambda ff, z: z * mask, layers=[0]):
@@ -131,7 +126,7 @@ WAYS_TO_COMPILE = [
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_compiled_models_are_seen(llama: tf.PreTrainedModel, how) -> None:
     """Hooks set after compilation are skipped in silence, unless one takes care."""
-    ids = torch.tensor(conftest.random_ids(9))
+    ids = torch.tensor(helpers.random_ids(9))
     expected = flocking.record(llama, ids, progress=False)
     model = how(llama)
     with torch.no_grad():
@@ -148,7 +143,7 @@ def test_compiled_models_are_seen(llama: tf.PreTrainedModel, how) -> None:
             model(ids)
     assert seen == [0, 1]
     assert flocking.record(model, ids, progress=False).energy.equals(expected.energy)
-    again = conftest.build("llama")
+    again = helpers.build("llama")
     assert len(flocking.feedforwards(how(again))) == 2  # proved on a model compiled already
 
 
@@ -160,12 +155,12 @@ def test_compiling_goes_on_when_the_last_of_several_is_through() -> None:
         compiled.append(graph)
         return graph.forward
 
-    first, second = conftest.build("llama"), conftest.build("llama")
+    first, second = helpers.build("llama"), helpers.build("llama")
     watches = [flocking.observe(model, lambda ff, z: None) for model in (first, second)]
     for watch in watches:
         watch.__enter__()
     for number, (watch, model) in enumerate(zip(watches, (first, second), strict=True)):
-        model(torch.tensor(conftest.random_ids(5)))
+        model(torch.tensor(helpers.random_ids(5)))
         watch.__exit__(None, None, None)
         torch.compile(lambda x, n=number: x + n, backend=backend)(torch.ones(3))
         assert len(compiled) == number

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 
-import conftest
+import helpers
 import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import build, random_ids
+from helpers import build, random_ids
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import flocking
@@ -19,7 +19,7 @@ from flocking.feedforward.moe_hooks import watching
 from flocking.recording import Moments, Windows
 
 SMALL = {
-    "vocab_size": conftest.VOCABULARY,
+    "vocab_size": helpers.VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 160,
     "moe_intermediate_size": 40,
@@ -131,7 +131,7 @@ def test_hands_out_the_tensor_computed_by_hand(name: str, implementation: str) -
     model = build(name)
     model.set_experts_implementation(implementation)
     ids = random_ids(30)[0]
-    due = conftest.activations(model, ids)
+    due = helpers.activations(model, ids)
     seen: dict[int, torch.Tensor] = {}
     with torch.no_grad(), flocking.observe(model, lambda b, z: seen.update({b.layer: z})):
         model(torch.tensor([ids]))
@@ -189,7 +189,7 @@ def test_recorded_in_a_batch_as_alone_and_by_hand(name: str) -> None:
     batch = flocking.record(model, texts, batch_size=3, window=8, progress=False)
     for number, text in enumerate(texts):
         alone = flocking.record(model, text, window=8, progress=False)
-        for layer, z in conftest.activations(model, text).items():
+        for layer, z in helpers.activations(model, text).items():
             r = z.double().abs() / z.double().norm(dim=-1, keepdim=True)
             experts = int(batch.experts.sel(layer=layer))
             reached = (z != 0).unflatten(-1, (experts, -1)).any(-1).double()
@@ -213,7 +213,7 @@ def test_recorded_in_a_batch_as_alone_and_by_hand(name: str) -> None:
 def test_ranks_and_raw_activations() -> None:
     model, text = build("mixtral"), random_ids(20)[0]
     recording = flocking.record(model, text, ranks=True, relative=True, window=8, progress=False)
-    z = conftest.activations(model, text)[1]
+    z = helpers.activations(model, text)[1]
     r = z / z.norm(dim=-1, keepdim=True)
     np.testing.assert_allclose(
         recording.relative.sel(layer=1)[0], r.abs().numpy(), atol=1e-3, rtol=1e-3
@@ -286,7 +286,7 @@ def test_experts_that_the_prompt_did_not_reach_keep_their_largest_neurons() -> N
     for tokens in (1, 60):
         ids = torch.tensor(random_ids(tokens))
         twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
-        due = conftest.activations(model, ids[0].tolist())
+        due = helpers.activations(model, ids[0].tolist())
         counts.append(0)
         for block in flocking.feedforwards(model):
             z = due[block.layer]

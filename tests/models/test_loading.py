@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import conftest
+import helpers
 import platformdirs
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_record_finds_the_tokenizer_by_itself(embedded: tuple) -> None:
 
 
 def test_arguments_reach_from_pretrained(tmp_path: Path, embedded: tuple) -> None:
-    conftest.build("llama").save_pretrained(tmp_path)
+    helpers.build("llama").save_pretrained(tmp_path)
     embedded[1].save_pretrained(tmp_path)
     model, tokenizer = flocking.load(tmp_path, dtype="bfloat16")
     assert model.dtype == torch.bfloat16

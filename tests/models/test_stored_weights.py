@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 import xarray as xr
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from conftest import ARCHITECTURES, build, random_ids
+from helpers import ARCHITECTURES, build, random_ids
 from torch import nn
 
 import flocking

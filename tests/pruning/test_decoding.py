@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-from conftest import build, random_ids
+from helpers import build, random_ids
 from torch import Tensor
 
 import flocking

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 import xarray as xr
-from conftest import ARCHITECTURES, VOCABULARY, build, random_ids
+from helpers import ARCHITECTURES, VOCABULARY, build, random_ids
 from packaging.version import parse
 from torch import Tensor
 

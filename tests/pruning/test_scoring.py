@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import build, random_ids
+from helpers import build, random_ids
 
 import flocking
 from flocking.pruning import branches, side_by_side

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import build, random_ids
+from helpers import build, random_ids
 
 import flocking
 from flocking.recording import Moments, Windows, moments, windows

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import itertools
 
-import conftest
+import helpers
 import numpy as np
 import psutil
 import pytest
 import torch
 import transformers as tf
 import xarray as xr
-from test_hooks import hooks_of
+from helpers import hooks_of
 
 import flocking
 from flocking.models import capabilities
@@ -40,9 +40,9 @@ def assert_same(got: xr.Dataset, expected: xr.Dataset, rtol: float = 1e-4) -> No
 
 @pytest.mark.parametrize("window", [1, 16, None])
 def test_is_the_definition(tiny: tf.PreTrainedModel, window: int | None) -> None:
-    (ids,) = conftest.random_ids(50)
+    (ids,) = helpers.random_ids(50)
     recording = record(tiny, ids, window=window, ranks=True)
-    for layer, z in conftest.activations(tiny, ids).items():
+    for layer, z in helpers.activations(tiny, ids).items():
         mine = recording.sel(sequence=0, layer=layer)
         r = relative(z)
         starts = [0, *range(1, 50, window or 50), 50]
@@ -58,7 +58,7 @@ def test_is_the_definition(tiny: tf.PreTrainedModel, window: int | None) -> None
 
 
 def test_energy_sums_to_the_number_of_tokens(tiny: tf.PreTrainedModel) -> None:
-    recording = record(tiny, conftest.random_ids(50, 23, 1), window=16)
+    recording = record(tiny, helpers.random_ids(50, 23, 1), window=16)
     per_window = recording.energy.sum("neuron")
     np.testing.assert_allclose(per_window, recording.tokens.broadcast_like(per_window), rtol=1e-5)
 
@@ -67,7 +67,7 @@ def test_energy_sums_to_the_number_of_tokens(tiny: tf.PreTrainedModel) -> None:
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_a_batch_equals_its_members(tiny: tf.PreTrainedModel, side: str, batch_size: int) -> None:
     """Also where the caller has padded it, on whichever side."""
-    texts = conftest.random_ids(50, 9, 31, 1, 17)
+    texts = helpers.random_ids(50, 9, 31, 1, 17)
     width = max(map(len, texts))
     ids, mask = [], []
     for text in texts:
@@ -87,7 +87,7 @@ def test_a_batch_equals_its_members(tiny: tf.PreTrainedModel, side: str, batch_s
 
 def test_chunks_equal_one_pass(tiny: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than the sliding windows of the models that have one, and padded."""
-    texts = conftest.random_ids(60, 41)
+    texts = helpers.random_ids(60, 41)
     whole = record(tiny, texts, window=8)
     fed = []
     forward = type(tiny.base_model).forward
@@ -105,7 +105,7 @@ def test_chunks_equal_one_pass(tiny: tf.PreTrainedModel, monkeypatch: pytest.Mon
 
 
 def test_windows_of_any_size_add_up(llama: tf.PreTrainedModel) -> None:
-    texts = conftest.random_ids(150, 70)
+    texts = helpers.random_ids(150, 70)
     totals = [record(llama, texts, window=w).sum("window") for w in (1, 64, 150, None)]
     for other in totals[1:]:
         xr.testing.assert_allclose(other[["energy", "mass"]], totals[0][["energy", "mass"]])
@@ -114,10 +114,10 @@ def test_windows_of_any_size_add_up(llama: tf.PreTrainedModel) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models(architecture: str, dtype: torch.dtype) -> None:
     """Statistics are those of the model's own activations, in float32."""
-    model = conftest.build(architecture).to(dtype)
-    (ids,) = conftest.random_ids(40)
+    model = helpers.build(architecture).to(dtype)
+    (ids,) = helpers.random_ids(40)
     recording = record(model, ids, window=None)
-    for layer, z in conftest.activations(model, ids).items():
+    for layer, z in helpers.activations(model, ids).items():
         r = relative(z)
         mine = recording.sel(sequence=0, layer=layer)
         np.testing.assert_allclose(mine.energy.sum("window"), (r**2).sum(0), rtol=1e-3, atol=1e-5)
@@ -131,7 +131,7 @@ def test_replayed_generation_equals_live_hooks(tiny: tf.PreTrainedModel) -> None
         with pytest.raises(ValueError, match="BertModel is no causal language model"):
             record(tiny, [5, 6], max_new_tokens=3)
         return
-    prompts = conftest.random_ids(20, 13)
+    prompts = helpers.random_ids(20, 13)
     recording = record(tiny, prompts, max_new_tokens=12, window=4)
     for number, prompt in enumerate(prompts):
         live: dict[int, list[torch.Tensor]] = {0: [], 1: []}
@@ -165,13 +165,13 @@ def test_replayed_generation_equals_live_hooks(tiny: tf.PreTrainedModel) -> None
 
 def test_a_bidirectional_model_is_not_continued() -> None:
     """BERT's LM class can generate, but its prompt's tokens would see the continuation."""
-    model = tf.BertLMHeadModel(conftest.ARCHITECTURES["bert"]()).eval()
+    model = tf.BertLMHeadModel(helpers.ARCHITECTURES["bert"]()).eval()
     with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model"):
         record(model, [5, 6], max_new_tokens=3)
 
 
 def test_continued_plainly_whatever_the_generation_config(llama: tf.PreTrainedModel) -> None:
-    prompt = conftest.random_ids(9)
+    prompt = helpers.random_ids(9)
     plain = record(llama, prompt, max_new_tokens=9)
     llama.generation_config.repetition_penalty = 1.8
     llama.generation_config.return_dict_in_generate = True
@@ -194,19 +194,19 @@ def test_what_cannot_be_padded_is_batched_by_length(
     else:
         factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
         rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
-        model = conftest.build(
+        model = helpers.build(
             "phi3",
             max_position_embeddings=128,
             original_max_position_embeddings=32,
             rope_parameters={**rope, "original_max_position_embeddings": 32},
         )
     monkeypatch.setattr(capabilities, "CHUNK_TOKENS", 40)
-    texts = conftest.random_ids(60, 20, 60, 10)
+    texts = helpers.random_ids(60, 20, 60, 10)
     batch = record(model, texts)
     for number, text in enumerate(texts):
         alone = record(model, text)
         assert_same(batch.isel(sequence=[number]).assign_coords(sequence=[0]), alone)
-        z = conftest.activations(model, text)[1]
+        z = helpers.activations(model, text)[1]
         np.testing.assert_allclose(
             alone.energy.sel(sequence=0, layer=1).sum("window"),
             (relative(z) ** 2).sum(0),
@@ -225,17 +225,17 @@ def test_positions_that_start_behind_the_padding_index_count(llama: tf.PreTraine
         pad_token_id=1,
     )
     model = tf.RobertaModel(config).eval()
-    assert record(model, conftest.random_ids(38)).sizes["token"] == 38
+    assert record(model, helpers.random_ids(38)).sizes["token"] == 38
     with pytest.raises(ValueError, match="39 tokens, 1 more than the model's context of 38"):
-        record(model, conftest.random_ids(39))
+        record(model, helpers.random_ids(39))
 
 
 def test_other_defaults_of_torch(llama: tf.PreTrainedModel) -> None:
-    texts = conftest.random_ids(20, 9)
+    texts = helpers.random_ids(20, 9)
     expected = record(llama, texts)
     torch.set_default_dtype(torch.float64)
     try:
-        got = record(conftest.build("llama").float(), texts)
+        got = record(helpers.build("llama").float(), texts)
         got_again = record(llama, texts)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -247,7 +247,7 @@ def test_other_defaults_of_torch(llama: tf.PreTrainedModel) -> None:
 
 
 def test_layout_of_windows(llama: tf.PreTrainedModel) -> None:
-    recording = record(llama, conftest.random_ids(10, 6), window=4, max_new_tokens=6)
+    recording = record(llama, helpers.random_ids(10, 6), window=4, max_new_tokens=6)
     assert recording.phase.values.tolist() == ["first", *["prompt"] * 3, *["generation"] * 2]
     assert recording.start.values.tolist() == [0, 1, 5, 9, 0, 4]
     assert recording.tokens.values.tolist()[0] == [1, 4, 4, 1, 4, 1]
@@ -320,7 +320,7 @@ def test_every_form_of_token_ids(llama: tf.PreTrainedModel, text: object) -> Non
 
 
 def test_raw_relative_activations(tiny: tf.PreTrainedModel, capsys) -> None:
-    texts = conftest.random_ids(20, 12)
+    texts = helpers.random_ids(20, 12)
     recording = flocking.record(tiny, texts, relative=[1])
     assert recording.relative.dims == ("sequence", "relative_layer", "token", "neuron")
     assert recording.relative.dtype == np.float16
@@ -329,7 +329,7 @@ def test_raw_relative_activations(tiny: tf.PreTrainedModel, capsys) -> None:
     assert f"keeping relative activations as float16: {size:.1f} kB" in capsys.readouterr().err
     for number, text in enumerate(texts):
         mine = recording.relative.sel(sequence=number, relative_layer=1)
-        expected = relative(conftest.activations(tiny, text)[1])
+        expected = relative(helpers.activations(tiny, text)[1])
         np.testing.assert_allclose(mine[: len(text)], expected, atol=1e-3)
         assert bool(mine[len(text) :].isnull().all())
     assert record(tiny, texts, relative=True).relative.dims[1] == "layer"
@@ -344,7 +344,7 @@ def test_layers_of_different_widths(llama: tf.PreTrainedModel) -> None:
         nn.Linear(64, 96, bias=False),
         nn.Linear(96, 64, bias=False),
     )
-    recording = record(llama, conftest.random_ids(20))
+    recording = record(llama, helpers.random_ids(20))
     assert recording.d_ff.values.tolist() == [96, 160]
     assert float(recording.energy.sel(layer=0).isel(neuron=slice(96, None)).sum()) == 0
     np.testing.assert_allclose(recording.energy.sum(("window", "neuron")), 20, rtol=1e-5)
@@ -353,7 +353,7 @@ def test_layers_of_different_widths(llama: tf.PreTrainedModel) -> None:
 @pytest.mark.parametrize("window", [4, None])
 def test_zarr_round_trip(llama: tf.PreTrainedModel, tmp_path, window: int | None) -> None:
     recording = record(
-        llama, conftest.random_ids(9, 7), window=window, relative=[1], ranks=True, max_new_tokens=4
+        llama, helpers.random_ids(9, 7), window=window, relative=[1], ranks=True, max_new_tokens=4
     )
     recording = recording.assign_coords(text=("sequence", ["naïve \n", "日本"]))
     recording.to_zarr(tmp_path / "r.zarr", zarr_format=2)
@@ -371,7 +371,7 @@ def test_fifty_calls_leave_nothing_behind(llama: tf.PreTrainedModel) -> None:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-    texts = conftest.random_ids(200, 150)
+    texts = helpers.random_ids(200, 150)
     record(llama, texts)
     alive, size = tensors(), psutil.Process().memory_info().rss
     for _ in range(50):
@@ -392,7 +392,7 @@ def test_an_interrupted_call_leaves_the_model_as_it_was(llama: tf.PreTrainedMode
     hook = llama.model.layers[1].mlp.register_forward_hook(interrupt)
     random_state = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="training mode"):
-        record(llama, conftest.random_ids(9))
+        record(llama, helpers.random_ids(9))
     hook.remove()
     assert hooks_of(llama) == []
     assert [module.training for module in llama.modules()] == flags
@@ -401,8 +401,8 @@ def test_an_interrupted_call_leaves_the_model_as_it_was(llama: tf.PreTrainedMode
 
 
 def test_training_mode_is_warned_of_and_restored() -> None:
-    model = conftest.build("gpt2", resid_pdrop=0.5)
-    (ids,) = conftest.random_ids(20)
+    model = helpers.build("gpt2", resid_pdrop=0.5)
+    (ids,) = helpers.random_ids(20)
     expected = record(model, ids)
     model.train()
     with pytest.warns(UserWarning, match="recorded in eval mode"):
@@ -416,7 +416,7 @@ def test_a_models_own_randomness_is_seeded(llama: tf.PreTrainedModel) -> None:
     llama.model.layers[0].mlp.down_proj.register_forward_hook(
         lambda module, args, output: output + torch.randn_like(output)
     )
-    (ids,) = conftest.random_ids(20)
+    (ids,) = helpers.random_ids(20)
     random_state = torch.get_rng_state()
     first, second = record(llama, ids, seed=1), record(llama, ids, seed=1)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -426,14 +426,14 @@ def test_a_models_own_randomness_is_seeded(llama: tf.PreTrainedModel) -> None:
 
 def test_with_autocast_around_it(llama: tf.PreTrainedModel) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        recording = record(llama, conftest.random_ids(40))
+        recording = record(llama, helpers.random_ids(40))
     energy = recording.energy.sum("neuron")
     np.testing.assert_allclose(energy, recording.tokens.broadcast_like(energy), rtol=1e-5)
 
 
 def test_a_device_map(tmp_path) -> None:
     """As accelerate dispatches it, with its own wrappers around every forward."""
-    conftest.build("llama").save_pretrained(tmp_path)
+    helpers.build("llama").save_pretrained(tmp_path)
     plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu",
               "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
@@ -442,7 +442,7 @@ def test_a_device_map(tmp_path) -> None:
 
     mapped = dispatch_model(mapped, device_map=places, force_hooks=True)
     assert hasattr(mapped.model.layers[0], "_hf_hook")
-    texts = conftest.random_ids(30, 12)
+    texts = helpers.random_ids(30, 12)
     assert_same(record(mapped, texts), record(plain, texts))
 
 
@@ -535,7 +535,7 @@ def test_sparse_attention_is_not_padded() -> None:
     model = tf.DogeForCausalLM(config).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    texts = conftest.random_ids(40, 80)  # padded to 80, the first would change by 0.05
+    texts = helpers.random_ids(40, 80)  # padded to 80, the first would change by 0.05
     together = record(model, texts, window=None)
     for row, ids in enumerate(texts):
         alone = record(model, ids, window=None)
@@ -555,7 +555,7 @@ def test_a_short_text_does_not_change_the_attention_for_good() -> None:
     )
     torch.manual_seed(0)
     model = tf.BigBirdModel(config).eval()
-    short, long = conftest.random_ids(40, 208)
+    short, long = helpers.random_ids(40, 208)
     due = record(model, long)
     alone = record(model, short)
     assert model.attention_type == "block_sparse"
@@ -606,7 +606,7 @@ def test_encoder_decoders_read_the_text_on_both_sides(name: str) -> None:
     model = ENCODER_DECODERS[name]().eval()
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    texts = conftest.random_ids(7, 12)
+    texts = helpers.random_ids(7, 12)
     together = record(model, texts, window=4)
     sides = ["encoder" in path for path in together.module.values]
     assert sides == sorted(sides, reverse=True)
@@ -658,9 +658,9 @@ def test_the_context_is_that_of_the_shorter_side() -> None:
         pad_token_id=0,
     )
     model = tf.LEDForConditionalGeneration(config).eval()
-    assert record(model, conftest.random_ids(32)).sizes["token"] == 32
+    assert record(model, helpers.random_ids(32)).sizes["token"] == 32
     with pytest.raises(ValueError, match="1 more than the model's context of 32"):
-        record(model, conftest.random_ids(33))
+        record(model, helpers.random_ids(33))
 
 
 def test_tokens_first_or_sequences_first_is_the_same_to_a_callback() -> None:
@@ -668,7 +668,7 @@ def test_tokens_first_or_sequences_first_is_the_same_to_a_callback() -> None:
     torch.manual_seed(0)
     config = tf.XLNetConfig(vocab_size=128, d_model=64, n_layer=2, n_head=4, d_inner=160)
     model = tf.XLNetModel(config).eval()
-    ids = torch.tensor(conftest.random_ids(6, 6, 6))
+    ids = torch.tensor(helpers.random_ids(6, 6, 6))
     mask = torch.ones(3, 6, 160)
     mask[1] = 0  # one sequence's neurons, not one token's
     with torch.no_grad():
@@ -691,7 +691,7 @@ def test_a_recording_larger_than_memory_is_refused(
     """Before any work, with the window that would fit."""
     free = type("Memory", (), {"available": 400_000})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    (ids,) = conftest.random_ids(200)
+    (ids,) = helpers.random_ids(200)
     with pytest.raises(MemoryError, match=r"would take 5\d\d\.\d kB .* window=64 would fit"):
         record(llama, ids, window=1)
     assert record(llama, ids, window=64).sizes["window"] == 5
