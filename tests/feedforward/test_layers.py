@@ -30,7 +30,7 @@ def albert() -> tf.PreTrainedModel:
 
 
 def test_each_run_of_a_shared_layer_counts_as_a_layer(albert: tf.PreTrainedModel) -> None:
-    """ALBERT runs one layer again and again: recorded run by run, and GRIFFIN refuses."""
+    """ALBERT runs one layer repeatedly: each run is recorded as a layer."""
     blocks = flocking.feedforwards(albert)
     assert [(b.layer, b.call, b.calls) for b in blocks] == [(0, 0, 3), (1, 1, 3), (2, 2, 3)]
     assert len({block.down for block in blocks}) == 1

@@ -148,7 +148,7 @@ def test_gates_of_attention_are_not_blocks() -> None:
 
 
 class LowRank(nn.Module):
-    """As LoRA's: two factors of one matrix, beside another one."""
+    """As LoRA's: two factors of one matrix, next to another one."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_low_rank_factors_are_not_a_block(llama: tf.PreTrainedModel) -> None:
 
 
 class UsedTwice(nn.Module):
-    """Its up-projection feeds something else beside z, which a cut would change."""
+    """Its up-projection feeds something else besides z, which a cut would change."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
