@@ -128,7 +128,7 @@ def test_half_precision_models(architecture: str, dtype: torch.dtype) -> None:
 
 def test_replayed_generation_equals_live_hooks(tiny: tf.PreTrainedModel) -> None:
     if not tiny.can_generate():
-        with pytest.raises(ValueError, match="BertModel is no causal language model"):
+        with pytest.raises(ValueError, match="BertModel is not a causal language model"):
             record(tiny, [5, 6], max_new_tokens=3)
         return
     prompts = helpers.random_ids(20, 13)
@@ -166,7 +166,7 @@ def test_replayed_generation_equals_live_hooks(tiny: tf.PreTrainedModel) -> None
 def test_a_bidirectional_model_is_not_continued() -> None:
     """BERT's LM class can generate, but its prompt's tokens would see the continuation."""
     model = tf.BertLMHeadModel(helpers.ARCHITECTURES["bert"]()).eval()
-    with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model"):
+    with pytest.raises(ValueError, match="BertLMHeadModel is not a causal language model"):
         record(model, [5, 6], max_new_tokens=3)
 
 
