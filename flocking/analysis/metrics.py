@@ -16,7 +16,8 @@ import xarray as xr
 from scipy import sparse
 
 from flocking.models import warn
-from flocking.recording import FIRST, PROMPT, VARIABLES, require
+from flocking.recording import FIRST, PROMPT, require
+
 
 def named(values: xr.DataArray, name: str, long_name: str) -> xr.DataArray:
     """The values with a name, and the attributes that plots and tables show."""
@@ -183,6 +184,17 @@ def flocking_score(recording: xr.Dataset) -> xr.DataArray:
     -------
     xarray.DataArray, float64, (sequence, layer)
         Unitless, at most 1; NaN with fewer than two tokens after the first.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> flocking.flocking_score(recording).mean("sequence").dims
+    ('layer',)
+
+    The same for tokens 65 to 192 only, windows 2 and 3 of 64 tokens:
+
+    >>> flocking.flocking_score(recording.isel(window=[2, 3])).shape
+    (2, 2)
     """
     chance = chance_consistency(recording)
     values = (consistency(recording) - chance) / (1 - chance)
@@ -311,7 +323,7 @@ def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     ``(C - B) / (1 - B)`` for each pair of sequences, with :func:`between_consistency` B and the
     mean C of their two :func:`consistency`, from the same windows. 0: tokens of one text are not
     more similar than tokens of two, so that a static selection would serve as well. 1: a text's
-    tokens are identical, and share no neuron with the other's.
+    tokens are identical, but differ from the other's.
 
     Parameters
     ----------
@@ -398,7 +410,7 @@ def _by_token_id(
     counting = _counting(recording).values
     for sequence, real in enumerate(counting):
         ids, group = np.unique(recording.token_id.values[sequence, real], return_inverse=True)
-        r = recording.relative[sequence].transpose(*_RELATIVE_DIMS).values[real]
+        r = recording.relative[sequence].transpose("token", "neuron").values[real]
         r = np.nan_to_num(r.astype(np.float32))
         member = sparse.csr_matrix(
             (np.ones(len(group), np.float32), (group, np.arange(len(group))))

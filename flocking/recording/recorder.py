@@ -141,9 +141,9 @@ def record(
     --------
     >>> recording = flocking.record(model, "The starlings turned as one.", progress=False)
     >>> dict(recording.sizes)
-    {'sequence': 1, 'layer': 2, 'window': 2, 'neuron': 64, 'token': 6}
-    >>> recording.energy.sel(layer=1, window=0).sum().item()  # one token's squares
-    1.0...
+    {'sequence': 1, 'layer': 2, 'window': 2, 'neuron': 64, 'token': 7}
+    >>> recording.phase.values.tolist(), recording.tokens.values.tolist()
+    (['first', 'prompt'], [[1, 6]])
 
     Several texts, with more of what can be recorded:
 

@@ -271,7 +271,7 @@ def test_specificity_known_answers() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.isel(sequence=[0]), "one sequence and no pair"),
+        (lambda r: r.isel(sequence=[0]), "expected two sequences or more, got 1"),
         (lambda r: r.drop_vars("relative"), r"make it with record\(\.\.\., relative=True\)"),
         (lambda r: r.drop_vars("mass"), "no variable 'mass'"),
         (
@@ -295,5 +295,5 @@ def test_sequences_that_share_no_window(llama) -> None:
 
 def test_only_a_recording_is_taken(repetitive: tuple) -> None:
     for metric in (flocking.consistency, flocking.effective_neurons, flocking.specificity):
-        with pytest.raises(TypeError, match="a DataArray is no recording"):
+        with pytest.raises(TypeError, match="expected a recording .*, got a DataArray"):
             metric(repetitive[2].energy)
