@@ -32,9 +32,9 @@ class Passage(str):
 def passages() -> list[Passage]:
     """Twelve texts of different kinds, in alphabetical order of their names.
 
-    They were written for this project. Each is between 1,750 and 2,100 tokens long for the embedded model: dialogue,
-    essay, exposition, fiction, German prose, instructions, legal prose, letters,
-    a log, mathematics, source code and reportage.
+    They were written for this project. Each is between 1,750 and 2,100 tokens long for the
+    embedded model: dialogue, essay, exposition, fiction, German prose, instructions, legal prose,
+    letters, a log, mathematics, source code and reportage.
 
     Returns
     -------

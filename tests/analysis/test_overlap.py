@@ -150,6 +150,7 @@ def test_statistic_of_others(recorded: tuple) -> None:
         others = [energy[other] for other in range(3) if other != number]
         expected = np.sqrt(np.mean(others, axis=0))
         np.testing.assert_allclose(got.sel(sequence=number, layer=1), expected, rtol=1e-5)
+    assert got.dims == ("sequence", "layer", "neuron")
     with pytest.raises(ValueError, match="expected two sequences or more, got 1"):
         flocking.statistic_of_others(flocking.statistic(recording.isel(sequence=[0])))
 
@@ -203,6 +204,48 @@ def test_select_by_hand() -> None:
     np.testing.assert_array_equal(several.sel(density=0.25), flocking.select(s, 0.25))
 
 
+def test_one_density_for_each_layer(recorded: tuple) -> None:
+    """In every function that takes a density, as each layer alone with its density."""
+    _, _, recording = recorded
+    s = flocking.statistic(recording)
+    kept = flocking.select(s, [0.25, 0.5])
+    assert kept.sum("neuron").values.tolist() == [[40, 80]] * 3
+    assert kept.density.to_series().to_dict() == {0: 0.25, 1: 0.5}
+    drift = flocking.drift(recording, [0.25, 0.5])
+    overlap = flocking.between_sequence_overlap(recording, iter([0.25, 0.5]))
+    for layer, density in enumerate((0.25, 0.5)):
+        one = recording.sel(layer=[layer])
+        alone = flocking.select(s.sel(layer=[layer]), density)
+        np.testing.assert_array_equal(kept.sel(layer=[layer]), alone)
+        for together, alone in (
+            (drift, flocking.drift(one, density)),
+            (overlap, flocking.between_sequence_overlap(one, density)),
+        ):
+            for name, values in alone.items():
+                np.testing.assert_array_equal(together[name].sel(layer=[layer]), values)
+            assert together.density.sel(layer=layer).item() == density
+    with pytest.raises(ValueError, match="expected one number, or one for each of 2 layers, got 3"):
+        flocking.select(s, [0.25, 0.5, 0.75])
+    with pytest.raises(TypeError, match="density='half': give a number, or one for each of 2"):
+        flocking.select(s, "half")
+
+
+def test_densities_are_compared_each_for_all_layers(generated: tuple) -> None:
+    _, _, recording = generated
+    prompt = flocking.statistic(recording, phase="prompt")
+    several = flocking.select(prompt, densities=iter([0.25, 0.5]))
+    overlap = flocking.prompt_generation_overlap(recording, densities=iter([0.25, 0.5]))
+    for density in (0.25, 0.5):
+        one = flocking.select(prompt, density)
+        np.testing.assert_array_equal(several.sel(density=density), one)
+        one = flocking.prompt_generation_overlap(recording, density)
+        np.testing.assert_array_equal(overlap.sel(density=density), one)
+    mixed = flocking.prompt_generation_overlap(recording, [0.25, 0.5])
+    assert mixed.dims == ("sequence", "layer")
+    np.testing.assert_array_equal(mixed.sel(layer=0), overlap.sel(density=0.25, layer=0))
+    np.testing.assert_array_equal(mixed.sel(layer=1), overlap.sel(density=0.5, layer=1))
+
+
 def test_select_against_sorting() -> None:
     random = np.random.default_rng(0)
     s = of(random.integers(0, 9, (4, 5, 33)).astype(float))  # full of ties
@@ -213,7 +256,7 @@ def test_select_against_sorting() -> None:
             assert set(np.flatnonzero(mask)) == best(row, k)
 
 
-def test_narrow_layers_choose_among_their_own_neurons() -> None:
+def test_narrow_layers_keep_some_of_their_own_neurons() -> None:
     s = of([[0.0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]], d_ff=("layer", [2, 6]))
     assert flocking.select(s, 0.5).values.tolist() == [
         [True] + [False] * 5,
@@ -255,6 +298,7 @@ def test_chance_jaccard_against_simulation() -> None:
         ]
         simulated = np.mean([jaccard_of(a, b) for a, b in draws])
         assert flocking.chance_jaccard(density) == pytest.approx(simulated, abs=0.01)
+    assert flocking.chance_jaccard([0.5, 1]) == [pytest.approx(1 / 3), 1]
     with pytest.raises(ValueError, match="density=0"):
         flocking.chance_jaccard(0)
 

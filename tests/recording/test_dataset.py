@@ -61,5 +61,5 @@ def test_what_a_measure_needs_is_named_with_the_remedy(llama: tf.PreTrainedModel
         with pytest.raises(ValueError, match=message):
             require(recording, *names, phase=phase)
     for other in (recording.energy, recording.drop_vars("phase"), None):
-        with pytest.raises(TypeError, match="expected a recording .*, got a"):
+        with pytest.raises(TypeError, match=r"expected a recording .*, got a"):
             require(other)

@@ -55,7 +55,7 @@ def test_sums_against_brute_force(
     energy, mass = (part.clone() for part in start)
     norm, l1 = kernels.add(z, kernels.Pieces.of(window, torch.device("cpu")), energy, mass)
 
-    due = [part.double() for part in start]
+    expected = [part.double() for part in start]
     for sequence in range(sequences):
         for token in range(tokens):
             place = int(window[sequence, token])
@@ -67,10 +67,10 @@ def test_sums_against_brute_force(
             r = row.abs() / length if length else row.abs()
             torch.testing.assert_close(norm[sequence, token].double(), length, rtol=1e-6, atol=0)
             torch.testing.assert_close(l1[sequence, token].double(), r.sum(), rtol=1e-6, atol=0)
-            due[0][sequence, place] += r**2
-            due[1][sequence, place] += r
-    for got, expected in zip((energy, mass), due, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=1e-6)
+            expected[0][sequence, place] += r**2
+            expected[1][sequence, place] += r
+    for got, exact in zip((energy, mass), expected, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=1e-6)
 
 
 def test_what_is_not_finite_is_not_lost() -> None:
@@ -142,7 +142,7 @@ def test_recordings_and_selections_are_the_same(name: str, monkeypatch: pytest.M
         plain = flocking.record(model, ids, **options)
         return plain, flocking.record(model, ids, ranks=True, **options), twin.selection
 
-    due = everything()
+    expected = everything()
     calls = []
     add = kernels.add
     monkeypatch.setattr(kernels, "add", lambda *args: calls.append(args) or add(*args))
@@ -150,9 +150,9 @@ def test_recordings_and_selections_are_the_same(name: str, monkeypatch: pytest.M
         monkeypatch.setattr(module, "kernels_for", lambda device: kernels)
     got = everything()
     assert bool(calls) == (name != "mixtral")  # whose experts are routed, and summed in another way
-    for one, other in zip(got[:2], due[:2], strict=True):
+    for one, other in zip(got[:2], expected[:2], strict=True):
         xr.testing.assert_allclose(one, other, rtol=1e-5)
-    for layer, experts in due[2].items():
+    for layer, experts in expected[2].items():
         np.testing.assert_array_equal(got[2][layer], experts)
 
 
