@@ -301,10 +301,11 @@ def density_by_layer(density: float | Iterable[float], layers: int) -> list[floa
     TypeError
         If `density` is not a number, or several.
     """
+    numbers: object = density
+    if isinstance(density, Iterable) and getattr(density, "ndim", 1) > 0:
+        numbers = list(density)
     try:
-        if isinstance(density, Iterable) and getattr(density, "ndim", 1) > 0:
-            density = list(density)
-        each = np.array(density, dtype=np.float64)
+        each = np.array(numbers, dtype=np.float64)
     except (TypeError, ValueError):
         each = np.empty(0)
     if isinstance(density, str) or each.size == 0 or each.ndim > 1:
