@@ -160,7 +160,7 @@ def test_weight_magnitude(tiny) -> None:
     got = flocking.weight_magnitude(tiny)
     for block in flocking.feedforwards(tiny):
         rows = {}
-        if block.kind == "experts":  # a test of their own says what these are
+        if block.kind == "experts":  # test_moe says what these are
             rows["up"] = row_norms(block.down).flatten().numpy()
         for name in ("up", "gate"):
             projection = getattr(block, name)

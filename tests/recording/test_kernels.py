@@ -1,6 +1,6 @@
 """The CUDA kernels, run by Triton's interpreter, and compiled for cards that are not here.
 
-`make test` runs this file by itself, with Triton beside the environment and its interpreter on.
+`make test` runs this file by itself, with Triton next to the environment, and its interpreter on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flocking.recording import Moments, Windows, moments, windows
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make test runs these under Triton's interpreter", allow_module_level=True)
-pytest.importorskip("triton", reason="make test puts Triton beside the environment")
+pytest.importorskip("triton", reason="make test puts Triton next to the environment")
 
 from flocking.feedforward import columns
 from flocking.recording import kernels
@@ -149,7 +149,7 @@ def test_recordings_and_selections_are_the_same(name: str, monkeypatch: pytest.M
     for module in (moments, windows):
         monkeypatch.setattr(module, "kernels_for", lambda device: kernels)
     got = everything()
-    assert bool(calls) == (name != "mixtral")  # whose experts are routed, and summed in another way
+    assert bool(calls) == (name != "mixtral")  # its experts are routed, and summed in another way
     for one, other in zip(got[:2], expected[:2], strict=True):
         xr.testing.assert_allclose(one, other, rtol=1e-5)
     for layer, experts in expected[2].items():
