@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 
+import numpy as np
 import torch
 import transformers as tf
+import xarray as xr
 
 import flocking
 from flocking.feedforward import inherit_blocks
@@ -165,3 +167,22 @@ def hooks_of(model: tf.PreTrainedModel) -> list[object]:
     """Every hook registered anywhere in the model."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [h for m in model.modules() for kind in kinds for h in getattr(m, kind).values()]
+
+
+def record(model: tf.PreTrainedModel, text: object, **kwargs: object) -> xr.Dataset:
+    """A recording, without a progress bar."""
+    return flocking.record(model, text, progress=False, **kwargs)
+
+
+def relative(z: torch.Tensor) -> np.ndarray:
+    """Relative activations in float64, (token, neuron)."""
+    z = z.double().numpy()
+    return np.abs(z) / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def assert_same(got: xr.Dataset, expected: xr.Dataset, rtol: float = 1e-4) -> None:
+    """Recordings are equal where both have tokens; one may have more windows or padding."""
+    for name in ("energy", "mass", "norm", "l1", "tokens"):
+        a, b = xr.align(got[name], expected[name], join="inner", copy=False)
+        scale = float(np.nanmax(np.abs(b.values)))
+        np.testing.assert_allclose(a.values, b.values, rtol=rtol, atol=rtol * 1e-2 * scale)

@@ -240,7 +240,7 @@ def generation(
             chosen["magnitude"] = analysis.weight_magnitude(model)
         captured = xr.concat(
             [
-                analysis.captured_energy(analysis.select(values, DENSITIES), later)
+                analysis.captured_energy(analysis.select(values, densities=DENSITIES), later)
                 for values in chosen.values()
             ],
             dimension(
@@ -249,7 +249,7 @@ def generation(
             coords="minimal",
             compat="override",
         )
-        jaccard = analysis.prompt_generation_overlap(recording, DENSITIES)
+        jaccard = analysis.prompt_generation_overlap(recording, densities=DENSITIES)
         return xr.Dataset({"jaccard": jaccard, "captured": captured}).drop_vars(
             ["text", "module", "tokens", "d_ff"], errors="ignore"
         )

@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flocking.analysis import expert_count
+from flocking.analysis import kept_count
 from flocking.feedforward import (
     FeedForward,
     by_interface,
@@ -130,7 +130,7 @@ def griffin(
     # Where a block runs several times in a forward pass, all its runs have the same experts.
     firsts = [block for block in blocks if block.call == 0]
     counts = [
-        expert_count(each, block.d_ff // block.experts)
+        kept_count(each, block.d_ff // block.experts)
         for each, block in zip(_densities(density, len(firsts)), firsts, strict=True)
     ]
     refuse_forgetful(model)

@@ -15,7 +15,7 @@ from packaging.version import parse
 from torch import Tensor
 
 import flocking
-from flocking.analysis import expert_count, magnitude
+from flocking.analysis import kept_count, magnitude
 from flocking.pruning import METHODS
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -219,7 +219,7 @@ def test_other_arrangements_select_alike(
             flocking.feedforwards(model), statistic.values[0], moved, strict=True
         ):
             by_expert = values.reshape(block.experts, -1)
-            k = expert_count(0.5, by_expert.shape[1])
+            k = kept_count(0.5, by_expert.shape[1])
             threshold = np.sort(by_expert)[:, [-k]]
             distance = np.abs(by_expert - threshold) / threshold.clip(min=1e-9)
             assert (distance[here.reshape(by_expert.shape)] <= tolerance).all()
