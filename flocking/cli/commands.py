@@ -6,7 +6,6 @@ What needs torch is imported where it is used, so that help and version do not w
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -16,15 +15,21 @@ from rich.table import Table
 
 import flocking
 from flocking.cli.options import (
+    Calibration,
+    DataDir,
+    Densities,
     Device,
     Dtype,
+    LimitByTask,
+    Methods,
     Model,
     ModelArgument,
-    by_task,
+    ProtocolByTask,
+    Tasks,
+    at_least_one,
     listed,
     load,
     need_harness,
-    number,
     numbers_of,
     one_sentence,
     passage,
@@ -60,7 +65,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Hold what belongs to no command."""
+    """Options of the command itself."""
 
 
 @app.command(
@@ -170,13 +175,13 @@ def figures(
     only: Annotated[
         list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights and random experts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random weights and random selections.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Run the experiments and draw their figures, beside chance and random weights.
+    """Run the experiments and draw their figures, with chance and random weights in them.
 
-    Each figure is a PNG and an SVG, with its numbers and where they come from as JSON beside it.
+    Each figure is a PNG and an SVG, with its numbers and where they come from in a JSON file.
     Where the numbers are there already, for the same model, texts, versions and code, they are
     only drawn again.
     """
@@ -199,28 +204,27 @@ def figures(
 @app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
 @one_sentence
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     density: Annotated[float, typer.Option(help="Fraction of FF neurons kept.")] = 0.5,
     method: Annotated[
         str, typer.Option(help="topk, sampled, half-sampled, random or magnitude.")
     ] = "topk",
     scope: Annotated[str, typer.Option(help="shared or sequence.")] = "shared",
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
-    compare: Annotated[bool, typer.Option(help="Show the full model's text beside it.")] = False,
+    compare: Annotated[bool, typer.Option(help="Show the full model's text as well.")] = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Go on from a prompt greedily with GRIFFIN: the prompt in full, then its experts alone."""
+    """Continue a prompt greedily with GRIFFIN: the prompt in full, then the kept neurons alone."""
     from flocking.cli.streaming import Clock
     from flocking.models import refuse_long
     from flocking.pruning import METHODS
 
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {max_new_tokens}: give 1 or more.")
+    at_least_one(max_new_tokens, "--max-new-tokens")
     text = read("-") if prompt == "-" else prompt
     if not text:
-        raise ValueError("the prompt is empty: there is nothing to choose experts from.")
+        raise ValueError("the prompt is empty: give some text to select neurons from.")
     if method not in METHODS:
         raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
     loaded, tokenizer = load(model, device, dtype)
@@ -280,42 +284,14 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
 )
 @one_sentence
 def evaluate(
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Such as hellaswag,piqa,wikitext: the paper's tasks, or any of the harness's."
-        ),
-    ],
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="topk, sampled, half-sampled, random, magnitude, static and global-local, each "
-            "at all densities, or at its own, as in topk@0.25. The full model comes first."
-        ),
-    ] = "topk",
-    densities: Annotated[str, typer.Option(help="Fractions of FF neurons kept.")] = "0.5",
-    protocol: Annotated[
-        str,
-        typer.Option(
-            help="Of likelihoods, context or last-token; TASK=... for one. Answers of one token "
-            "are the full model's with context."
-        ),
-    ] = "context",
-    limit: Annotated[
-        str | None, typer.Option(help="At most so many items of each task; TASK=... for one.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the items as JSON lines, such as piqa.jsonl; or the hub."),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file, or folder of .txt files, for static and global-local; the packaged "
-            "passages by default."
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 1,
+    tasks: Tasks,
+    methods: Methods = "topk",
+    densities: Densities = "0.5",
+    protocol: ProtocolByTask = "context",
+    limit: LimitByTask = None,
+    data_dir: DataDir = None,
+    calibration: Calibration = None,
+    batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the methods that draw.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for items, tables and figures; what is done is kept there.")
@@ -330,50 +306,33 @@ def evaluate(
     interruption, or with more tasks or methods, the same command runs only what is not there.
     """
     need_harness()
+    from flocking.cli.evaluating import refuse_foreign, settings_of, source_of
     from flocking.evaluation import report, runner
     from flocking.models import identity
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: give 1 or more.")
-    options = {
-        "methods": listed(methods),
-        "densities": [number(text, "--densities", float) for text in listed(densities)],
-        "protocol": by_task(protocol, "--protocol", str),
-        "limit": None if limit is None else by_task(limit, "--limit", int),
-    }
-    runner.variants_of(options["methods"], options["densities"])  # before a model is loaded
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder.")
-    there = [out / name for name in report.FILES if (out / name).exists()]
-    if 0 < len(there) < len(report.FILES) and not (out / "cells").is_dir():
-        raise ValueError(f"{there[0]} exists and is no report of flocking: choose another --out.")
+    at_least_one(batch_size, "--batch-size")
+    settings = settings_of(methods, densities, protocol, limit)
+    refuse_foreign(out)
     loaded, tokenizer = load(model, device, dtype)
+    cells = out / "cells"
     try:
         items = runner.evaluate(
             loaded,
             tokenizer,
             listed(tasks),
-            **options,
+            **settings._asdict(),
             data_dir=data_dir,
             calibration=calibration,
             batch_size=batch_size,
             seed=seed,
-            kept=out / "cells",
+            kept=cells,
             identity=identity(model),
             say=typer.echo,
         )
     except KeyboardInterrupt:
-        kept = out / "cells"
-        typer.echo(f"interrupted: {kept} has what is finished; the same command goes on.", err=True)
+        typer.echo(f"interrupted: what is finished is in {cells}; run it again to go on.", err=True)
         raise typer.Exit(130) from None
-    source = {
-        "model": loaded.name_or_path.rstrip("/").rpartition("/")[2],
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": loaded.device.type,
-        "calibration": str(calibration or "the packaged passages"),
-        "seed": str(seed),
-    } | {name: version(name) for name in ("flocking", "transformers", "torch", "lm-eval")}
-    report.write(items, out, source)
+    report.write(items, out, source_of(loaded, calibration, seed))
     typer.echo(f"wrote {', '.join(report.FILES + report.FIGURES)} in {out}; read {out}/tables.md")
 
 
@@ -382,12 +341,12 @@ def evaluate(
     context_settings={
         "allow_extra_args": True,
         "ignore_unknown_options": True,
-        "help_option_names": [],  # the harness's own help is meant
+        "help_option_names": [],  # --help is the harness's
     },
 )
 @one_sentence
 def lm_eval(context: typer.Context) -> None:
-    """The lm-evaluation-harness, which then knows --model griffin; all that follows is its own.
+    """Run the lm-evaluation-harness with --model griffin; all other options are the harness's.
 
     For example: flocking lm-eval run --model griffin --model_args
     pretrained=my-model,density=0.5,protocol=context --tasks hellaswag,piqa
@@ -405,10 +364,11 @@ def lm_eval(context: typer.Context) -> None:
 @app.command(epilog="Example: flocking check my-model && echo fit for use")
 @one_sentence
 def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
-    """Try on a model what must hold for its recordings and twins to be right; exit code 1 if not.
+    """Check that a model's recordings and twins are right; the exit code is 1 if they are not.
 
-    Proof of the FF blocks, the same output while watched, batches against their members, experts
-    against the analysis, and twins against the full model, masked or at density 1.
+    The FF blocks are proved; outputs must not change while watched, nor texts in a batch; a twin
+    must keep the neurons that the analysis selects, and compute what the full model does, at
+    density 1 or with all other neurons masked.
     """
     import numpy as np
 

@@ -72,7 +72,7 @@ def test_nothing_but_a_recording_is_ever_replaced(tmp_path: Path, model: str, te
     for output in (tmp_path / "precious", text, tmp_path, ".."):
         result = run("record", text, "-o", output, "--model", model, "--overwrite")
         assert result.exit_code == 2
-        assert "exists and is no recording" in result.output
+        assert "exists and is not a recording" in result.output
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -221,7 +221,7 @@ def test_check(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("check", model)
     assert result.exit_code == 0
     rows = {line.partition("  ")[0]: line for line in result.stdout.splitlines()[1:]}
-    assert list(rows) == ["proof", "watching", "batch", "experts", "density 1", "density 0.5"]
+    assert list(rows) == ["proof", "watching", "batch", "selection", "density 1", "density 0.5"]
     assert all("passed" in row for row in rows.values())
     monkeypatch.setattr("flocking.checking.tolerance", lambda dtype: -1.0)
     failing = run("check", model)
