@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -168,10 +168,16 @@ def _file_of(module: str) -> Path | None:
 def _parsed(path: Path) -> ast.Module:
     """The syntax tree of a file without docstrings and what only type checkers read."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(getattr(node, "body", None), list):
-            node.body = [statement for statement in node.body if not _only_tells(statement)]
+    _drop(tree, _only_tells)
     return tree
+
+
+def _drop(tree: ast.Module, unwanted: Callable[[ast.stmt], bool]) -> None:
+    """Remove statements from all bodies in a tree."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            body[:] = [statement for statement in body if not unwanted(statement)]
 
 
 def _only_tells(statement: ast.stmt) -> bool:
@@ -212,13 +218,10 @@ def code_digest(module: str) -> str:
 
     Comments, docstrings, layout and imports do not count.
     """
-    statements = []
+    statements: list[str] = []
     for path in sources(module):
         tree = _parsed(path)
-        for node in ast.walk(tree):
-            if isinstance(getattr(node, "body", None), list):
-                kept = [s for s in node.body if not isinstance(s, ast.Import | ast.ImportFrom)]
-                node.body = kept
+        _drop(tree, lambda statement: isinstance(statement, ast.Import | ast.ImportFrom))
         statements += map(ast.unparse, tree.body)
     return hashlib.sha256("\n".join(sorted(statements)).encode()).hexdigest()
 

@@ -170,30 +170,34 @@ def figures(
     only: Annotated[
         list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights and random experts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random weights and random selections.")] = 0,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only say which figures are out of date, and what changed in the numbers since "
+            "the last commit; exit code 1 if one is. Runs no model.",
+        ),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Run the experiments and draw their figures, beside chance and random weights.
+    """Run the experiments and draw their figures, with chance and random weights to compare.
 
-    Each figure is a PNG and an SVG, with its numbers and where they come from as JSON beside it.
+    Each figure is a PNG and an SVG, and a JSON file with its numbers and where they come from.
     Where the numbers are there already, for the same model, texts, versions and code, they are
     only drawn again.
     """
-    from flocking.experiments import regenerate
+    from flocking import experiments
     from flocking.models import identity
 
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
-    regenerate(
-        out,
-        lambda: load(model, device, dtype),
-        key,
-        passages,
-        only=only,
-        seed=seed,
-        say=typer.echo,
-    )
+    options = {"only": only, "seed": seed, "say": typer.echo}
+    if not check:
+        experiments.regenerate(out, lambda: load(model, device, dtype), key, passages, **options)
+    elif not experiments.check(out, key, passages, **options):
+        raise typer.Exit(1)
 
 
 @app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
@@ -315,11 +319,19 @@ def evaluate(
             "passages by default."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the methods that draw.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for items, tables and figures; what is done is kept there.")
     ] = Path("out/evaluation"),
+    keep_older: Annotated[
+        bool,
+        typer.Option(
+            "--keep-older",
+            help="Accept cells that other code computed from the same inputs with the same "
+            "versions; tables mark them.",
+        ),
+    ] = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -331,17 +343,22 @@ def evaluate(
     """
     need_harness()
     from flocking.evaluation import report, runner
+    from flocking.evaluation.cells import Cells
+    from flocking.evaluation.plan import Plan
     from flocking.models import identity
 
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: give 1 or more.")
-    options = {
-        "methods": listed(methods),
-        "densities": [number(text, "--densities", float) for text in listed(densities)],
-        "protocol": by_task(protocol, "--protocol", str),
-        "limit": None if limit is None else by_task(limit, "--limit", int),
-    }
-    runner.variants_of(options["methods"], options["densities"])  # before a model is loaded
+    plan = Plan(
+        listed(tasks),
+        methods=listed(methods),
+        densities=[number(text, "--densities", float) for text in listed(densities)],
+        protocol=by_task(protocol, "--protocol", str),
+        limit=None if limit is None else by_task(limit, "--limit", int),
+        data_dir=data_dir,
+        calibration=calibration,
+        seed=seed,
+    )
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder.")
     there = [out / name for name in report.FILES if (out / name).exists()]
@@ -352,14 +369,9 @@ def evaluate(
         items = runner.evaluate(
             loaded,
             tokenizer,
-            listed(tasks),
-            **options,
-            data_dir=data_dir,
-            calibration=calibration,
+            plan,
             batch_size=batch_size,
-            seed=seed,
-            kept=out / "cells",
-            identity=identity(model),
+            cells=Cells(out / "cells", identity(model), keep_older),
             say=typer.echo,
         )
     except KeyboardInterrupt:
