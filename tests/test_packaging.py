@@ -28,7 +28,6 @@ LINES = 60  # of a function, from its decorators on, without its docstring
 # Both lists may only shrink: functions that are longer, and files that still say one of PHRASES.
 LONG = {
     "analysis/overlap.py:drift",
-    "evaluation/runner.py:evaluate",
     "experiments/activations.py:generation",
     "experiments/losses.py:loss_by_method",
     "feedforward/hooks.py:observe",

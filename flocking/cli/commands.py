@@ -20,6 +20,7 @@ from flocking.cli.options import (
     Densities,
     Device,
     Dtype,
+    KeepOlder,
     LimitByTask,
     Methods,
     Model,
@@ -27,9 +28,11 @@ from flocking.cli.options import (
     ProtocolByTask,
     Tasks,
     at_least_one,
+    by_task,
     listed,
     load,
     need_harness,
+    number,
     numbers_of,
     one_sentence,
     passage,
@@ -176,29 +179,33 @@ def figures(
         list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights and random selections.")] = 0,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only say which figures are out of date, and what changed in the numbers since "
+            "the last commit; exit code 1 if one is. Runs no model.",
+        ),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Run the experiments and draw their figures, with chance and random weights in them.
+    """Run the experiments and draw their figures, with chance and random weights to compare.
 
-    Each figure is a PNG and an SVG, with its numbers and where they come from in a JSON file.
+    Each figure is a PNG and an SVG, and a JSON file with its numbers and where they come from.
     Where the numbers are there already, for the same model, texts, versions and code, they are
     only drawn again.
     """
-    from flocking.experiments import regenerate
+    from flocking import experiments
     from flocking.models import identity
 
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
-    regenerate(
-        out,
-        lambda: load(model, device, dtype),
-        key,
-        passages,
-        only=only,
-        seed=seed,
-        say=typer.echo,
-    )
+    options = {"only": only, "seed": seed, "say": typer.echo}
+    if not check:
+        experiments.regenerate(out, lambda: load(model, device, dtype), key, passages, **options)
+    elif not experiments.check(out, key, passages, **options):
+        raise typer.Exit(1)
 
 
 @app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
@@ -296,6 +303,7 @@ def evaluate(
     out: Annotated[
         Path, typer.Option(help="Folder for items, tables and figures; what is done is kept there.")
     ] = Path("out/evaluation"),
+    keep_older: KeepOlder = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -306,31 +314,37 @@ def evaluate(
     interruption, or with more tasks or methods, the same command runs only what is not there.
     """
     need_harness()
-    from flocking.cli.evaluating import refuse_foreign, settings_of, source_of
+    from flocking.cli.evaluating import refuse_foreign, source_of
     from flocking.evaluation import report, runner
+    from flocking.evaluation.cells import Cells
+    from flocking.evaluation.plan import Plan
     from flocking.models import identity
 
     at_least_one(batch_size, "--batch-size")
-    settings = settings_of(methods, densities, protocol, limit)
+    plan = Plan(
+        listed(tasks),
+        methods=listed(methods),
+        densities=[number(text, "--densities", float) for text in listed(densities)],
+        protocol=by_task(protocol, "--protocol", str),
+        limit=None if limit is None else by_task(limit, "--limit", int),
+        data_dir=data_dir,
+        calibration=calibration,
+        seed=seed,
+    )
     refuse_foreign(out)
     loaded, tokenizer = load(model, device, dtype)
-    cells = out / "cells"
     try:
         items = runner.evaluate(
             loaded,
             tokenizer,
-            listed(tasks),
-            **settings._asdict(),
-            data_dir=data_dir,
-            calibration=calibration,
+            plan,
             batch_size=batch_size,
-            seed=seed,
-            kept=cells,
-            identity=identity(model),
+            cells=Cells(out / "cells", identity(model), keep_older),
             say=typer.echo,
         )
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: what is finished is in {cells}; run it again to go on.", err=True)
+        kept = out / "cells"
+        typer.echo(f"interrupted: {kept} has what is finished; the same command goes on.", err=True)
         raise typer.Exit(130) from None
     report.write(items, out, source_of(loaded, calibration, seed))
     typer.echo(f"wrote {', '.join(report.FILES + report.FIGURES)} in {out}; read {out}/tables.md")

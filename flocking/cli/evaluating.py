@@ -1,36 +1,13 @@
-"""What ``flocking evaluate`` reads from its options, checks first, and says about its numbers."""
+"""What ``flocking evaluate`` checks before it runs, and what it says about its numbers."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from flocking.cli.options import by_task, listed, number
-from flocking.evaluation import report, runner
-
-
-class Settings(NamedTuple):
-    """What is asked, and of which variants of the model."""
-
-    methods: list[str]
-    densities: list[float]
-    protocol: dict[str, str]
-    limit: dict[str, int] | None
-
-
-def settings_of(methods: str, densities: str, protocol: str, limit: str | None) -> Settings:
-    """Read the options' texts, and refuse an unknown method before a model is loaded."""
-    settings = Settings(
-        listed(methods),
-        [number(text, "--densities", float) for text in listed(densities)],
-        by_task(protocol, "--protocol", str),
-        None if limit is None else by_task(limit, "--limit", int),
-    )
-    runner.variants_of(settings.methods, settings.densities)
-    return settings
+from flocking.evaluation import report
 
 
 def refuse_foreign(out: Path) -> None:

@@ -80,6 +80,14 @@ Calibration = Annotated[
         "passages by default."
     ),
 ]
+KeepOlder = Annotated[
+    bool,
+    typer.Option(
+        "--keep-older",
+        help="Accept cells that other code computed from the same inputs with the same versions; "
+        "tables mark them.",
+    ),
+]
 
 
 def load(

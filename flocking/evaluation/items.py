@@ -108,7 +108,7 @@ def _chances(task: Task, sample: dict[str, Any], later: dict[str, Any]) -> dict[
     return {}
 
 
-def foretell(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[str, Any]]:
+def article_losses(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[str, Any]]:
     """Losses of the same tokens of each article, whatever the prompt before them.
 
     Parameters
