@@ -1,6 +1,6 @@
-"""The ``flocking`` command: what each of its parts does.
+"""The commands of ``flocking``.
 
-What needs torch is imported where it is used, so that help and version do not wait for it.
+What needs torch is imported inside of the commands, so that help and version are quick.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ def record(
         Path, typer.Option("--output", "-o", metavar="OUT.zarr", help="Zarr store to write.")
     ],
     model: Model = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 64,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 64,
     layers: Annotated[
         str | None, typer.Option(help="Layers, such as 0,5,10-12; all by default.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Continue each text greedily by up to so many tokens.")
+        int, typer.Option(help="Continue each text greedily by at most this many tokens.")
     ] = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -178,7 +178,7 @@ def figures(
     only: Annotated[
         list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights and random selections.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random weights and random selections.")] = 0,
     check: Annotated[
         bool,
         typer.Option(
@@ -201,11 +201,14 @@ def figures(
 
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
-    options = {"only": only, "seed": seed, "say": typer.echo}
-    if not check:
-        experiments.regenerate(out, lambda: load(model, device, dtype), key, passages, **options)
-    elif not experiments.check(out, key, passages, **options):
-        raise typer.Exit(1)
+    say = typer.echo
+    if check:
+        if not experiments.check(out, key, passages, only=only, seed=seed, say=say):
+            raise typer.Exit(1)
+        return
+    experiments.regenerate(
+        out, lambda: load(model, device, dtype), key, passages, only=only, seed=seed, say=say
+    )
 
 
 @app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
@@ -217,13 +220,13 @@ def generate(
         str, typer.Option(help="topk, sampled, half-sampled, random or magnitude.")
     ] = "topk",
     scope: Annotated[str, typer.Option(help="shared or sequence.")] = "shared",
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
     compare: Annotated[bool, typer.Option(help="Show the full model's text as well.")] = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Continue a prompt greedily with GRIFFIN: the prompt in full, then the kept neurons alone."""
+    """Continue a prompt greedily with GRIFFIN: the prompt in full, the rest with kept neurons."""
     from flocking.cli.streaming import Clock
     from flocking.models import refuse_long
     from flocking.pruning import METHODS
@@ -253,7 +256,9 @@ def generate(
         table.add_row(name, str(len(clock.times)), clock.speed, f"{active:,}")
     if compare:
         console.print(table)
-        console.print("Speed is of decoding, without the prompt; one run says little about it.")
+        console.print(
+            "Speed is that of decoding, without the prompt; one run says little about it."
+        )
 
 
 @app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")
@@ -299,9 +304,9 @@ def evaluate(
     data_dir: DataDir = None,
     calibration: Calibration = None,
     batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the methods that draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the methods that draw random numbers.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder for items, tables and figures; what is done is kept there.")
+        Path, typer.Option(help="Folder for items, tables, figures and finished cells.")
     ] = Path("out/evaluation"),
     keep_older: KeepOlder = False,
     model: Model = None,
@@ -393,7 +398,7 @@ def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = Non
     words = {True: "passed", False: "FAILED"}
     for name, row in results.iterrows():
         numbers = ("" if np.isnan(x) else f"{x:.1g}" for x in (row.error, row.allowed))
-        table.add_row(name, words.get(row.passed, "does not apply"), *numbers, row.reason)
+        table.add_row(str(name), words.get(row.passed, "does not apply"), *numbers, row.reason)
     wide_console().print(table)
     if (results.passed == False).any():  # noqa: E712 (NA is neither)
         raise typer.Exit(1)

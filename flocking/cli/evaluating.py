@@ -25,7 +25,7 @@ def source_of(model: PreTrainedModel, calibration: Path | None, seed: int) -> di
     """Where the numbers come from, as the report says it."""
     packages = ("flocking", "transformers", "torch", "lm-eval")
     return {
-        "model": model.name_or_path.rstrip("/").rpartition("/")[2],
+        "model": str(model.name_or_path).rstrip("/").rpartition("/")[2],
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "calibration": str(calibration or "the packaged passages"),

@@ -65,7 +65,7 @@ ProtocolByTask = Annotated[
     ),
 ]
 LimitByTask = Annotated[
-    str | None, typer.Option(help="At most so many items of each task; TASK=... for one.")
+    str | None, typer.Option(help="At most this many items of each task; TASK=... for one.")
 ]
 DataDir = Annotated[
     Path | None,
