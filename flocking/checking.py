@@ -20,9 +20,9 @@ from flocking.models import (
     forward,
     private_randomness,
     relative_error,
+    require_model,
     tolerance,
     undisturbed,
-    unwrap,
 )
 from flocking.pruning import griffin
 from flocking.recording import record
@@ -73,11 +73,7 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = No
     >>> bool(table.passed.all())
     True
     """
-    model = unwrap(model)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}: give a transformers model (PreTrainedModel)."
-        )
+    model = require_model(model)
     rows: dict[str, dict[str, object]] = {}
     allowed = math.nan
     texts: list[list[int]] = []

@@ -25,7 +25,7 @@ from flocking.feedforward import (
     is_plain,
     shadow_with_blocks,
 )
-from flocking.models import is_loaded, refuse_forgetful, shadow, traits, unwrap
+from flocking.models import is_loaded, refuse_forgetful, require_model, shadow, traits
 from flocking.pruning.compact import Compact
 from flocking.pruning.methods import METHODS, WITH_REFERENCE, Method, by_reference, global_local
 from flocking.pruning.offloading import offloaded
@@ -113,7 +113,7 @@ def griffin(
     >>> pruned = flocking.griffin(model, density=0.5)
     >>> pruned.generate(**tokenizer("Birds of a feather", return_tensors="pt"))
     """
-    model = unwrap(model)
+    model = require_model(model)
     blocks = _prunable(model)
     if scope not in ("shared", "sequence"):
         raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")

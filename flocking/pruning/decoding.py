@@ -32,9 +32,9 @@ from flocking.models import (
     parts,
     refuse_forgetful,
     relative_error,
+    require_model,
     tolerance,
     undisturbed,
-    unwrap,
 )
 from flocking.pruning.twin import Twin
 
@@ -81,11 +81,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int, *, batch_size: int = 1) -> None:
-        model = unwrap(model)
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"model is a {type(model).__name__}: give a transformers model, or a twin."
-            )
+        model = require_model(model)
         for name, value in (("max_length", max_length), ("batch_size", batch_size)):
             if not isinstance(value, int):
                 raise TypeError(f"{name}={value!r}: give a whole number.")

@@ -21,6 +21,7 @@ from flocking.models import (
     embeddings_of,
     refuse_forgetful,
     refuse_long,
+    require_model,
     tokenize,
     undisturbed,
     unwrap,
@@ -211,7 +212,7 @@ def cut_of(protocol: Protocol, prompt: int, length: int) -> int:
 
 def refuse_unscorable(model: PreTrainedModel, fed: list[Tensor]) -> None:
     """Raise a ValueError for a text that does not fit, or a model that cannot go on."""
-    model = unwrap(model)
+    model = require_model(model)
     refuse_long(model, fed)
     whole = full_model(model)
     refuse_forgetful(whole, pieces=True)
@@ -239,7 +240,7 @@ def side_by_side(
         first, in nats.
     """
     first = None
-    for model in map(unwrap, models):
+    for model in map(require_model, models):
         if first is None:
             first = model
             logits, past = beginning(model, ids, cut)
@@ -299,7 +300,7 @@ def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
     In two passes, the first over `cut` tokens: under a twin that one is the full model's and
     gives the experts. A model alone is run in the same way, so that the two compare.
     """
-    model = unwrap(model)
+    model = require_model(model)
     head, past = beginning(model, ids, cut)
     later = rest(model, ids, cut, past)
     return torch.cat([_of_next_tokens(head, ids, 0), _of_next_tokens(later, ids, cut)], dim=1)

@@ -463,7 +463,7 @@ def test_experts_in_a_loop_of_their_own_are_refused_by_name() -> None:
     with pytest.raises(flocking.UnsupportedModelError, match=r"mlp\.experts could not be proved"):
         flocking.feedforwards(model)
     with pytest.warns(UserWarning, match="left out"):
-        blocks = flocking.feedforwards(model, allow_partial=True)
+        blocks = flocking.set_feedforwards(model, allow_partial=True)
     assert {block.kind for block in blocks} == {"gated"}
 
 
