@@ -386,8 +386,8 @@ def _share(part: int, whole: int) -> str:
 def page(tables: dict[str, list[Row]]) -> str:
     """The page of the documentation."""
     text = (
-        "# Architectures\n\nMade by `benchmarks/coverage.py`, which describes how each type is tried: "
-        f"a tiny model with random weights, transformers {tf.__version__}, torch "
+        "# Architectures\n\nMade by `benchmarks/coverage.py`, which describes how each type is "
+        f"tried: a tiny model with random weights, transformers {tf.__version__}, torch "
         f"{torch.__version__}.\n"
     )
     for mapping, rows in tables.items():

@@ -23,6 +23,7 @@ from flocking.models import (
     require_model,
     tolerance,
     undisturbed,
+    vocabulary_of,
 )
 from flocking.pruning import griffin
 from flocking.recording import record
@@ -103,7 +104,7 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
     if tokenizer is not None:
         some = passages()[: len(_LENGTHS)]
         return [tokenizer(t)["input_ids"][:n] for t, n in zip(some, _LENGTHS, strict=True)]
-    vocabulary = embeddings_of(model).weight.shape[0]
+    vocabulary = vocabulary_of(model)
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in _LENGTHS]
 
