@@ -265,13 +265,16 @@ def generate(
 @one_sentence
 def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
     """Show a model's FF blocks, how exactly each was proved, and whether GRIFFIN can prune it."""
+    from flocking.feedforward import width
+
     loaded, _ = load(model, device, dtype)
     blocks = flocking.feedforwards(loaded)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("layer", "module", "kind", "hidden", "d_ff", "experts", "proof's error"):
         table.add_column(column, justify="left" if column in ("module", "kind") else "right")
     for block in blocks:
-        hidden = block.weight.numel() // block.d_ff
+        sizes = None if block.kind == "experts" else width(block.down)
+        hidden = sizes[1] if sizes else block.weight.numel() // block.d_ff
         experts = block.experts if block.kind == "experts" else ""
         cells = (block.layer, block.path, block.kind, hidden, block.d_ff, experts)
         table.add_row(*map(str, cells), f"{block.error:.1g}")
