@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -220,24 +218,16 @@ def footnote(items: pd.DataFrame) -> str:
     older = items[items["older"] != ""] if "older" in items else items.iloc[:0]
     if older.empty:
         return ""
-    named = older.assign(
-        cell=[
-            f"{label(*at)} on {task}" for *at, task in _columns(older, "method", "density", "task")
-        ]
-    )
+    variants = map(label, older["method"], older["density"])
+    cells = [f"{variant} on {task}" for variant, task in zip(variants, older["task"], strict=True)]
     codes = [
         f"code {code}: {', '.join(part['cell'].unique())}"
-        for code, part in named.groupby("older", sort=False)
+        for code, part in older.assign(cell=cells).groupby("older", sort=False)
     ]
     return (
         f"{_MARK} Computed by older code, or compared with what older code computed "
         f"(kept with --keep-older; inputs and versions are the same). {'; '.join(codes)}."
     )
-
-
-def _columns(data: pd.DataFrame, *names: str) -> Iterator[tuple]:
-    """Some columns, row by row."""
-    return data[list(names)].itertuples(index=False, name=None)
 
 
 def _said(values: pd.Series, scale: float | None, sign: bool) -> str:
