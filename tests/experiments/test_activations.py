@@ -125,5 +125,5 @@ def test_texts_are_cut_to_the_models_context(subject: tuple) -> None:
     assert data.attrs["tokens"] == 241
     with pytest.raises(ValueError, match="text '1' has 3 tokens"):
         EXPERIMENTS["scores"](model, subject[1], ["word " * 300, "a b c"], progress=False)
-    with pytest.raises(ValueError, match="there are 1 texts: give two or more"):
+    with pytest.raises(ValueError, match="expected two texts or more, to compare them, got 1"):
         EXPERIMENTS["scores"](model, subject[1], ["word " * 300], progress=False)
