@@ -48,7 +48,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     Raises
     ------
     ValueError
-        If there is no such variant, or a task has other items of it.
+        If there is no such variant, or it was not asked the same items.
     """
     rows = []
     named = items.assign(
@@ -115,14 +115,14 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
     items : pandas.DataFrame
         As :func:`flocking.evaluation.runner.evaluate` returns it.
     groups : int
-        As many groups of items, of about the same size, if prompts differ.
+        How many groups of items, of about the same size, if prompts differ.
     seed : int
         Of the bootstrap.
 
     Returns
     -------
     pandas.DataFrame
-        As of :func:`summary`, with ``prompt_tokens``, the median of a group's. Tasks that differ
+        As of :func:`summarise`, with ``prompt_tokens``, the median of a group's. Tasks that differ
         in nothing but the prompt, such as ``wikitext_16`` and ``wikitext_64``, are one.
     """
     parts = []
@@ -146,7 +146,7 @@ def is_loss(metric: str) -> bool:
 
 
 def family(task: str, metric: str) -> str:
-    """A task's name without the length of its prompt, where that is all that tells two apart."""
+    """A task's name without the length of its prompt, if it is one of several lengths."""
     shorter = task.rpartition("_")[0] if is_loss(metric) else ""
     return shorter or task
 
@@ -173,12 +173,12 @@ def _tokens(*names: str) -> tuple[int, ...]:
 
 
 def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
-    """A summary in Markdown, the differences by variant.
+    """A summary as a table in Markdown, with the differences by variant.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        Of :func:`summary`.
+        Of :func:`summarise`.
     base : str, optional
         The variant whose own score and chance are shown first, instead of a difference.
 

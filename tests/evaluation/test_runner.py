@@ -32,7 +32,7 @@ TEXT = "Starlings turn together, each following the few that are nearest. " * 3
 
 @pytest.fixture(scope="module")
 def items(evaluate: Callable) -> pd.DataFrame:
-    """Two variants beside the full model on likelihoods and generated text."""
+    """The full model and two variants on likelihoods and generated text."""
     return evaluate(
         ["piqa", "boolq", "xsum"],
         methods=["topk", "static@0.75"],
@@ -106,7 +106,7 @@ def test_batches_and_repetition_change_nothing(items: pd.DataFrame, evaluate: Ca
 
 
 def test_last_token_is_a_direct_computation(embedded: tuple, evaluate: Callable) -> None:
-    """BoolQ: the experts of all tokens but the last one that is fed, which is computed pruned."""
+    """BoolQ: neurons are selected from all tokens but the last one that is fed, which is pruned."""
     model, tokenizer = embedded
     found = evaluate(["boolq"], methods=["topk"], protocol="last-token")
     twin = flocking.griffin(model)
