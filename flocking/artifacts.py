@@ -79,10 +79,7 @@ class Key:
     def told(self, stored: Key | None) -> str:
         """The parts in which a stored key differs, in words, with the versions before and now."""
         if stored is None:
-            return (
-                "code, inputs and versions (its key is not in three parts: "
-                "an earlier version of flocking wrote it)"
-            )
+            return "all parts (its key is not in three parts: an earlier version wrote it)"
         parts: list[str] = list(self.differing(stored))
         if "versions" in parts:
             names = sorted(self.versions.keys() | stored.versions.keys())

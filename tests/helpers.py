@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
+import pandas as pd
 import torch
 import transformers as tf
 
@@ -144,3 +146,30 @@ def hooks_of(model: tf.PreTrainedModel) -> list[object]:
     """Every hook registered anywhere in the model."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [h for m in model.modules() for kind in kinds for h in getattr(m, kind).values()]
+
+
+def made_up(values: dict[str, np.ndarray], task: str = "piqa", **columns: object) -> pd.DataFrame:
+    """Items of an evaluation, of variants such as ``topk@0.5``."""
+    parts = []
+    for variant, own in values.items():
+        method, _, density = variant.partition("@")
+        parts.append(
+            pd.DataFrame(
+                {
+                    "task": task,
+                    "protocol": "context",
+                    "method": method,
+                    "density": float(density or 1),
+                    "metric": "acc",
+                    "item": range(len(own)),
+                    "value": own,
+                    "chance": 0.5,
+                    "prompt_tokens": np.arange(len(own)) + 10,
+                    "left_out": 0,
+                    "scored": 4,
+                    "pruned": 0 if method == "full" else 3,
+                    **columns,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)

@@ -60,7 +60,7 @@ class Question:
             # Examples shown before the items are drawn from all documents.
             shown = self.limit if not self.task.config.num_fewshot else None
             asked = [self.task.dump_config(), list(self.task.eval_docs)[:shown]]
-        # (A function's address differs from process to process, its name does not.)
+        # A function's address differs from process to process, its name does not.
         text = json.dumps(
             [asked, self.protocol, self.limit], default=lambda x: getattr(x, "__qualname__", str(x))
         )
@@ -76,8 +76,8 @@ class Plan:
     tasks : list of str
         See :func:`flocking.evaluation.tasks.find`.
     methods : list of str
-        Of :func:`flocking.griffin`, at each of `densities`, or with a density of their own as in
-        "topk@0.25". The full model always comes first.
+        Of :func:`flocking.griffin`, at each of `densities`, or at one density as in "topk@0.25".
+        The full model always comes first.
     densities : list of float
     protocol : {"context", "last-token"} or dict of str to str
         Of likelihoods, as in :func:`flocking.score`; by task or group, with ``""`` for the others.
@@ -125,8 +125,8 @@ class Plan:
         Raises
         ------
         ValueError
-            For an unknown task, documents that cannot be had or read, or settings for a task that
-            is not asked.
+            For an unknown task, documents that cannot be read, or settings for a task that is not
+            asked.
         """
         data_dir = None if self.data_dir is None else Path(self.data_dir)
         groups = {name: find([name], data_dir) for name in self.tasks}

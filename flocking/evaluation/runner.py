@@ -52,7 +52,7 @@ def evaluate(
     Raises
     ------
     ValueError
-        For an unknown task, documents that cannot be had or read, or as
+        For an unknown task, documents that cannot be read, or as
         :class:`flocking.evaluation.harness.GriffinLM`.
 
     Examples

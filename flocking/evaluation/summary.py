@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -50,7 +48,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     Raises
     ------
     ValueError
-        If there is no such variant, or a task has other items of it.
+        If there is no such variant, or it was not asked the same items.
     """
     rows = []
     named = items.assign(
@@ -117,14 +115,14 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
     items : pandas.DataFrame
         As :func:`flocking.evaluation.runner.evaluate` returns it.
     groups : int
-        As many groups of items, of about the same size, if prompts differ.
+        How many groups of items, of about the same size, if prompts differ.
     seed : int
         Of the bootstrap.
 
     Returns
     -------
     pandas.DataFrame
-        As of :func:`summary`, with ``prompt_tokens``, the median of a group's. Tasks that differ
+        As of :func:`summarise`, with ``prompt_tokens``, the median of a group's. Tasks that differ
         in nothing but the prompt, such as ``wikitext_16`` and ``wikitext_64``, are one.
     """
     parts = []
@@ -148,7 +146,7 @@ def is_loss(metric: str) -> bool:
 
 
 def family(task: str, metric: str) -> str:
-    """A task's name without the length of its prompt, where that is all that tells two apart."""
+    """A task's name without the length of its prompt, if it is one of several lengths."""
     shorter = task.rpartition("_")[0] if is_loss(metric) else ""
     return shorter or task
 
@@ -175,12 +173,12 @@ def _tokens(*names: str) -> tuple[int, ...]:
 
 
 def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
-    """A summary in Markdown, the differences by variant.
+    """A summary as a table in Markdown, with the differences by variant.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        Of :func:`summary`.
+        Of :func:`summarise`.
     base : str, optional
         The variant whose own score and chance are shown first, instead of a difference.
 
@@ -220,24 +218,16 @@ def footnote(items: pd.DataFrame) -> str:
     older = items[items["older"] != ""] if "older" in items else items.iloc[:0]
     if older.empty:
         return ""
-    named = older.assign(
-        cell=[
-            f"{label(*at)} on {task}" for *at, task in _columns(older, "method", "density", "task")
-        ]
-    )
+    variants = map(label, older["method"], older["density"])
+    cells = [f"{variant} on {task}" for variant, task in zip(variants, older["task"], strict=True)]
     codes = [
         f"code {code}: {', '.join(part['cell'].unique())}"
-        for code, part in named.groupby("older", sort=False)
+        for code, part in older.assign(cell=cells).groupby("older", sort=False)
     ]
     return (
         f"{_MARK} Computed by older code, or compared with what older code computed "
         f"(kept with --keep-older; inputs and versions are the same). {'; '.join(codes)}."
     )
-
-
-def _columns(data: pd.DataFrame, *names: str) -> Iterator[tuple]:
-    """Some columns, row by row."""
-    return data[list(names)].itertuples(index=False, name=None)
 
 
 def _said(values: pd.Series, scale: float | None, sign: bool) -> str:
