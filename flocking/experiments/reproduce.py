@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking.artifacts import Key, from_json, replacing, to_json
 from flocking.drawing import save
 from flocking.experiments import activations, losses
-from flocking.experiments.changes import changes, committed
+from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
 
 EXPERIMENTS = activations.EXPERIMENTS | losses.EXPERIMENTS

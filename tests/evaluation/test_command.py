@@ -61,13 +61,13 @@ def test_command_refuses(tmp_path: Path) -> None:
         return result.output
 
     assert "there is no method 'best'" in said("--methods", "best")
-    assert "--limit: 'few' is no number" in said("--limit", "few")
+    assert "--limit: 'few' is not a number" in said("--limit", "few")
     assert "--limit 1,2: give one for all" in said("--limit", "1,2")
-    assert "--densities: 'half' is no number" in said("--densities", "half")
+    assert "--densities: 'half' is not a number" in said("--densities", "half")
     assert "--batch-size 0" in said("--batch-size", "0")
     assert "densities [2.0]: give a density" in said("--densities", "2")
     (tmp_path / "file").write_text("mine")
     assert "file is a file: name a folder" in said("--out", str(tmp_path / "file"))
     (tmp_path / "summary.csv").write_text("mine")
-    assert "summary.csv exists and is no report of flocking" in said()
+    assert "summary.csv exists and is not a report of flocking" in said()
     assert (tmp_path / "summary.csv").read_text() == "mine"

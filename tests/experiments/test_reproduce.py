@@ -15,7 +15,7 @@ import flocking
 from flocking import artifacts
 from flocking.cli import app
 from flocking.experiments import activations, reproduce
-from flocking.experiments.changes import changes
+from flocking.experiments.comparing import changes
 
 
 @pytest.fixture(scope="module")
