@@ -8,6 +8,7 @@ from flocking.feedforward.block import FeedForward, UnsupportedModelError
 from flocking.feedforward.discovery import (
     feedforwards,
     inherit,
+    inherit_blocks,
     keeping_blocks,
     set_feedforwards,
     shadow_with_blocks,
@@ -36,6 +37,7 @@ __all__ = [
     "feedforwards",
     "fused_rows",
     "inherit",
+    "inherit_blocks",
     "is_plain",
     "keeping_blocks",
     "observe",

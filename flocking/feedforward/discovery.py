@@ -148,6 +148,12 @@ def set_feedforwards(
 def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
     """A shadow of `model`, on which the same blocks are known without another proof."""
     copied = shadow(model)
+    inherit_blocks(model, copied)
+    return copied
+
+
+def inherit_blocks(model: PreTrainedModel, copied: PreTrainedModel) -> None:
+    """Let a copy of a model have the same blocks, without another proof."""
     copies = dict(zip(model.modules(), copied.modules(), strict=True))
     moved = [
         replace(
@@ -160,7 +166,6 @@ def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
     ]
     _blocks_of.remember(copied, moved)
     inherit(model, copied)
-    return copied
 
 
 @contextmanager

@@ -43,8 +43,8 @@ def select_layers(
     known = {block.layer for block in blocks}
     if unknown := sorted(wanted - known):
         raise ValueError(
-            f"{argument}={unknown}: there are FF blocks in layers {min(known)} to {max(known)} only "
-            f"({len(known)} layers)."
+            f"{argument}={unknown}: there are FF blocks in layers {min(known)} to {max(known)} "
+            f"({len(known)} of them) only."
         )
     if not wanted:
         raise ValueError(f"{argument} is empty: name at least one layer, or leave it out for all.")

@@ -22,7 +22,7 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode, no gradients and random numbers from `seed`; all restored at the end."""
     training = [module for module in model.modules() if module.training]
     # BigBird's attention becomes a full one for good, once a text is short.
-    attention: dict[Any, str] = {
+    kinds: dict[Any, str] = {
         module: str(module.attention_type)
         for module in model.modules()
         if hasattr(module, "set_attention_type")
@@ -35,7 +35,7 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        for changed, kind in attention.items():
+        for changed, kind in kinds.items():
             if changed.attention_type != kind:
                 changed.set_attention_type(kind)
 
