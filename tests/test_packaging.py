@@ -24,8 +24,14 @@ SOURCES = {
     for path in sorted((ROOT / "flocking").rglob("*.py"))
 }
 LINES = 60  # of a function, from its decorators on, without its docstring
+PHRASES = r"in force|foret(ell|old)|\balike\b|of its own|as far as a trial|choos\w+ (the )?experts"
 
-# Both lists may only shrink: functions that are longer, and files that still say one of PHRASES = r"in force|foret(ell|old)|\balike\b|of its own|as far as a trial|choos\w+ (the )?experts"
+# Both lists may only shrink: functions that are longer, and files that still say such a phrase.
+LONG = {
+    "analysis/overlap.py:drift",
+    "pruning/decoding.py:__init__",
+    "recording/dataset.py:label",
+}
 STILL_SAY = {
     "analysis/__init__.py",
     "analysis/metrics.py",
