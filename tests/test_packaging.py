@@ -166,7 +166,7 @@ def test_the_python_of_the_page_about_models_runs() -> None:
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "flocking.pruning.decoding._COMPILER", "eager"
+        "flocking.pruning.graphs._COMPILER", "eager"
     )  # traced, not compiled: seconds
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}

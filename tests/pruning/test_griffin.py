@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flocking
 from flocking.analysis import expert_count, magnitude
-from flocking.pruning import METHODS
+from flocking.pruning import METHODS, full_model
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -534,7 +534,7 @@ def test_two_twins_in_two_threads(llama: tf.PreTrainedModel) -> None:
     alone = [generate(*pair) for pair in zip(twins, prompts, strict=True)]
     # The second is given its prompt in the middle of the first's.
     inner: list[Tensor] = []
-    layer = twins[0]._griffin.whole.model.layers[1]
+    layer = full_model(twins[0]).model.layers[1]
     forward = layer.forward
 
     def interrupted(*args: object, **kwargs: object) -> Tensor:
@@ -764,8 +764,8 @@ def test_a_users_own_method(llama: tf.PreTrainedModel) -> None:
     generate(twin, tokens(20))
     assert twin.selection[0].tolist() == [*range(61, 141)]
     for wrong, message in (
-        (lambda s, k, b, g: s[:3], r"returned \(3,\) where one score for each of 160 neurons"),
-        (lambda s, k, b, g: None, "returned NoneType where one score"),
+        (lambda s, k, b, g: s[:3], r"one score for each of 160 neurons, method returned \(3,\)"),
+        (lambda s, k, b, g: None, "expected one score .* method returned NoneType"),
         (lambda s, k, b, g: s * float("nan"), "returned NaN in layer 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -782,7 +782,7 @@ def test_a_users_own_method(llama: tf.PreTrainedModel) -> None:
         ({"density": 0}, r"density=0\.0: give the fraction"),
         ({"density": 1.5}, r"density=1\.5"),
         ({"density": 0.001}, "keeps none of 160"),
-        ({"density": [0.5]}, "density has 1 values: give one, or one for each of 2"),
+        ({"density": [0.5]}, "expected one density, or one for each of 2 layers, got 1"),
         ({"method": "best"}, "choose from topk, sampled, half-sampled, random, magnitude, static"),
         ({"method": "static"}, "needs reference"),
         ({"method": "global-local"}, "needs reference"),
@@ -803,17 +803,17 @@ def test_density_is_a_number(llama: tf.PreTrainedModel, density: object) -> None
 
 def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None:
     reference = flocking.global_statistic(llama, random_ids(20), progress=False)
-    with pytest.raises(ValueError, match="of 1 layers of 160 neurons, and this model has 2 of 160"):
+    with pytest.raises(ValueError, match="expected reference of 2 layers of 160 neurons, got one of 1 layers of 160"):
         flocking.griffin(llama, method="static", reference=reference.isel(layer=[1]))
     for width in (9, 500):  # also a wider model's, whose first neurons are others
         other = reference.reindex(neuron=range(width), fill_value=1.0)
-        with pytest.raises(ValueError, match=f"of 2 layers of {width} neurons"):
+        with pytest.raises(ValueError, match=f"got one of 2 layers of {width} neurons"):
             flocking.griffin(llama, method="static", reference=other)
     with pytest.raises(ValueError, match="not finite"):
         flocking.griffin(llama, method="static", reference=reference.where(reference.layer > 0))
     with pytest.raises(TypeError, match="reference is a ndarray"):
         flocking.griffin(llama, method="static", reference=reference.values)
-    with pytest.raises(ValueError, match="give \\(layer, neuron\\)"):
+    with pytest.raises(ValueError, match=r"expected reference \(layer, neuron\)"):
         flocking.griffin(llama, method="static", reference=reference.isel(layer=0))
     with pytest.raises(ValueError, match="weight=2"):
         flocking.griffin(llama, method="global-local", reference=reference, weight=2)
@@ -834,7 +834,7 @@ class Packed(torch.nn.Linear):
 
 
 def test_refuses_models_that_cannot_be_pruned() -> None:
-    with pytest.raises(ValueError, match="no decoder-only model that generates"):
+    with pytest.raises(ValueError, match="not a decoder-only model that generates"):
         flocking.griffin(build("bert"))
     with torch.device("meta"):
         meta = tf.AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]())
@@ -851,9 +851,9 @@ def test_refuses_models_that_cannot_be_pruned() -> None:
 def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
     model, twin = pair
     ids = tokens(20)
-    with pytest.raises(RuntimeError, match="no experts yet"):
+    with pytest.raises(RuntimeError, match="this twin has no selection yet"):
         twin(ids)
-    with pytest.raises(RuntimeError, match="no experts were chosen"):
+    with pytest.raises(RuntimeError, match="this twin has no selection yet"):
         _ = twin.selection
     with pytest.raises(ValueError, match="use_cache=False, given or in the model"):
         generate(twin, ids, use_cache=False)
@@ -920,9 +920,9 @@ def test_refuses_other_sequences_than_the_experts_are_for() -> None:
         twin = flocking.griffin(build(name), 0.5, scope="sequence")
         generate(twin, tokens(20, 20))
         for batch in (1, 4):
-            with pytest.raises(RuntimeError, match=f"experts of 2 sequences, and {batch} were"):
+            with pytest.raises(RuntimeError, match=f"selections for 2 sequences, and was given {batch}"):
                 twin(tokens(*[6] * batch))
-        with pytest.raises(RuntimeError, match="experts of 2 sequences"):
+        with pytest.raises(RuntimeError, match="selections for 2 sequences"):
             twin(input_ids=tokens(6))
         generate(twin, tokens(20))
         assert twin(tokens(6, 6)).logits.shape[:2] == (2, 6)
@@ -953,23 +953,23 @@ def test_an_interrupted_prompt_leaves_no_half_chosen_experts(pair: tuple) -> Non
         raise Interrupted
 
     state = twin._griffin
-    method, fill = state.method, state.compacts[1].fill
+    method, fill = state.selector.method, state.compacts[1].fill
     for attempt in ("prompt", "method", "copy"):
         generate(twin, ids)
         if attempt == "method":
-            state.method = interrupt
+            state.selector.method = interrupt
         elif attempt == "copy":
             state.compacts[1].fill = interrupt
         row = torch.full((1, 5), VOCABULARY + 7) if attempt == "prompt" else tokens(9)
         with pytest.raises((IndexError, Interrupted)):
             generate(twin, row)
-        with pytest.raises(RuntimeError, match="no experts were chosen"):
+        with pytest.raises(RuntimeError, match="this twin has no selection yet"):
             _ = twin.selection
         for run in (twin, twin.model):
-            with pytest.raises(RuntimeError, match="no experts yet"):
+            with pytest.raises(RuntimeError, match="this twin has no selection yet"):
                 run(ids)
         assert twin.report().prefilled_tokens == 0
-        state.method, state.compacts[1].fill = method, fill
+        state.selector.method, state.compacts[1].fill = method, fill
     generate(twin, ids)
     np.testing.assert_array_equal(as_masks(twin, model), expected_selection(model, ids)[0])
 
