@@ -52,7 +52,7 @@ def global_statistic(
 
     Examples
     --------
-    >>> texts = flocking.passages()[:3]
+    >>> texts = [text[:500] for text in flocking.passages()]
     >>> reference = flocking.global_statistic(
     ...     model, texts, tokenizer=tokenizer, progress=False
     ... )

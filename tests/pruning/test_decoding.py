@@ -256,7 +256,11 @@ def test_refuses_prompts(llama: tf.PreTrainedModel) -> None:
     for wrong, new, message in (
         (prompts(2, 20), 4, r"expected input_ids of shape \(1, tokens\)"),
         ({"input_ids": prompt["input_ids"][0]}, 4, r"expected input_ids of shape \(1, tokens\)"),
-        ({"input_ids": prompt["input_ids"][:, :0]}, 4, r"expected input_ids of shape \(1, tokens\)"),
+        (
+            {"input_ids": prompt["input_ids"][:, :0]},
+            4,
+            r"expected input_ids of shape \(1, tokens\)",
+        ),
         (prompt, 13, "room for 32 tokens in all"),
         (prompt, 0, "at least one new token"),
         (right, 4, "zeros on the left only"),

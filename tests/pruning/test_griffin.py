@@ -803,7 +803,10 @@ def test_density_is_a_number(llama: tf.PreTrainedModel, density: object) -> None
 
 def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None:
     reference = flocking.global_statistic(llama, random_ids(20), progress=False)
-    with pytest.raises(ValueError, match="expected reference of 2 layers of 160 neurons, got one of 1 layers of 160"):
+    with pytest.raises(
+        ValueError,
+        match="expected reference of 2 layers of 160 neurons, got one of 1 layers of 160",
+    ):
         flocking.griffin(llama, method="static", reference=reference.isel(layer=[1]))
     for width in (9, 500):  # also a wider model's, whose first neurons are others
         other = reference.reindex(neuron=range(width), fill_value=1.0)
@@ -920,7 +923,9 @@ def test_refuses_other_sequences_than_the_experts_are_for() -> None:
         twin = flocking.griffin(build(name), 0.5, scope="sequence")
         generate(twin, tokens(20, 20))
         for batch in (1, 4):
-            with pytest.raises(RuntimeError, match=f"selections for 2 sequences, and was given {batch}"):
+            with pytest.raises(
+                RuntimeError, match=f"selections for 2 sequences, and was given {batch}"
+            ):
                 twin(tokens(*[6] * batch))
         with pytest.raises(RuntimeError, match="selections for 2 sequences"):
             twin(input_ids=tokens(6))
