@@ -230,7 +230,7 @@ def _why_fixed(block: FeedForward) -> str:
 
 
 def _is_separable(block: FeedForward) -> bool:
-    """Whether its projections can compute each sequence with weights of its own."""
+    """Whether its projections can compute each sequence with other weights."""
     if block.kind == "experts":
         return by_interface(block.down)
     parts = (block.up, block.gate or block.up, block.down)

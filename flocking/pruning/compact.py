@@ -21,7 +21,7 @@ class _Part(Protocol):
         """A compact copy of the weights of the kept neurons."""
 
     def by_sequence(self, compact: nn.Module, sequences: int) -> nn.Module:
-        """An unfilled module with weights of its own for each sequence."""
+        """An unfilled module with other weights for each sequence."""
 
     def fill(self, compact: nn.Module, kept: Tensor, row: int | None = None) -> None:
         """Copy the kept neurons' weights; `row` names the sequence, if each has its own."""
@@ -101,8 +101,8 @@ class Compact:
         self.block, self.k, self.layers = block, k, [block.layer]
         self.kept = torch.empty(0, dtype=torch.int64)
         self.parts = _parts(block)
-        # Where they stand in the twin, as the module that holds each and its name there. (The twin
-        # itself would be a reference cycle, whose memory waits for the garbage collector.)
+        # Where they stand in the twin, as the module that holds each and its name there. (A
+        # reference to the twin would be a cycle, and memory would wait for the garbage collector.)
         self._places: list[tuple[nn.Module, str]] = []
         for part in self.parts:
             path, _, name = paths[id(part.original)].rpartition(".")

@@ -48,14 +48,14 @@ class Decoder:
     with prompts of any length, do not. On CUDA devices a step is then one graph, replayed.
 
     With a twin, each prompt is read by the full model, and neurons are selected from it, as in
-    ``generate``; the step is compiled for the twin's compact projections, whose memory stays
-    where it is.
+    ``generate``; the step is compiled for the twin's compact projections, which do not move in
+    memory.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A decoder-only model, or a twin that :func:`flocking.griffin` made of it, all of whose
-        parameters are on one device. It is not changed.
+        A decoder-only model, or a twin that :func:`flocking.griffin` made of it, with all
+        parameters on one device. It is not changed.
     max_length : int
         Most tokens of a prompt and its continuation together. The cache has room for this number
         from the start (also where the model has sliding windows, which are masked, not cut), and
@@ -171,8 +171,8 @@ class Decoder:
         """
         if self._left < 1:
             raise RuntimeError(
-                f"there is no room for another token: read a prompt first, of fewer than "
-                f"{self.max_length} tokens together with what follows it."
+                "there is no room for another token: read a prompt first, which with its "
+                f"continuation has at most {self.max_length} tokens."
             )
         self._left -= 1
         self._compiled()

@@ -84,10 +84,10 @@ class Reader:
         tokens : int or None
             Of each sequence's prompt, if known.
         earlier : Read or None
-            Earlier turns, to whose moments this prompt's are added, in place.
+            Earlier turns; this prompt is added to their moments, in place.
         """
         moments = {} if earlier is None else earlier.moments
-        # The first token of a text is a window of its own, as in recordings.
+        # The first token of a text is the first window, as in recordings.
         number = window_numbers(sequences, mask, first=earlier is None)
         add = _Adder(moments, self._first_run, sequences, number)
         with torch.no_grad(), observe(self.full, add, routed=True):

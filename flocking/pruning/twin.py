@@ -165,8 +165,8 @@ class Twin(_Generating):
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            "a twin cannot be the main model of assisted or prompt-lookup decoding, whose checks "
-            "must be the full model's: call generate on the original, with assistant_model=twin."
+            "a twin cannot be the main model of assisted or prompt-lookup decoding, where the full "
+            "model must check: call generate on the original, with assistant_model=twin."
         )
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
