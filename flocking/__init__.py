@@ -30,7 +30,13 @@ if TYPE_CHECKING:
         weight_magnitude,
     )
     from flocking.checking import check
-    from flocking.feedforward import FeedForward, UnsupportedModelError, feedforwards, observe
+    from flocking.feedforward import (
+        FeedForward,
+        UnsupportedModelError,
+        feedforwards,
+        observe,
+        set_feedforwards,
+    )
     from flocking.models import control, load
     from flocking.pruning import Decoder, global_statistic, griffin, perplexity, score
     from flocking.recording import Moments, record
@@ -69,6 +75,7 @@ __all__ = [
     "record",
     "score",
     "select",
+    "set_feedforwards",
     "specificity",
     "statistic",
     "statistic_of_others",
@@ -106,6 +113,7 @@ _ROOMS = {
     "record": "flocking.recording",
     "score": "flocking.pruning",
     "select": "flocking.analysis",
+    "set_feedforwards": "flocking.feedforward",
     "specificity": "flocking.analysis",
     "statistic": "flocking.analysis",
     "statistic_of_others": "flocking.analysis",

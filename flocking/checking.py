@@ -20,9 +20,9 @@ from flocking.models import (
     forward,
     private_randomness,
     relative_error,
+    require_model,
     tolerance,
     undisturbed,
-    unwrap,
 )
 from flocking.pruning import griffin
 from flocking.recording import record
@@ -51,18 +51,14 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = No
     Raises
     ------
     TypeError
-        If `model` is no transformers model.
+        If `model` is not a transformers model.
 
     Examples
     --------
     >>> table = flocking.check(model)
     >>> assert table.passed.all()
     """
-    model = unwrap(model)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}: give a transformers model (PreTrainedModel)."
-        )
+    model = require_model(model)
     rows: dict[str, dict[str, object]] = {}
     allowed = math.nan
     texts: list[list[int]] = []

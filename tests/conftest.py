@@ -10,7 +10,7 @@ os.environ["MPLBACKEND"] = "agg"  # nor for a screen
 import pytest
 import torch
 import transformers as tf
-from helpers import ARCHITECTURES, build
+from helpers import ARCHITECTURES, build, proved
 
 import flocking
 
@@ -30,14 +30,14 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def tiny(architecture: str) -> tf.PreTrainedModel:
-    """Each architecture in turn."""
-    return build(architecture)
+    """Each architecture in turn; its blocks are known, so that no test waits for the proof."""
+    return proved(architecture)
 
 
 @pytest.fixture(params=[name for name in ARCHITECTURES if name != "bert"])
 def generating(request: pytest.FixtureRequest) -> tf.PreTrainedModel:
-    """Each architecture that generates, in turn."""
-    return build(request.param)
+    """Each architecture that generates, in turn; its blocks are known, as in `tiny`."""
+    return proved(request.param)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 
 import flocking
 from flocking.analysis import magnitude
+from flocking.feedforward import inherit_blocks
+from flocking.models import traits
 
 VOCABULARY = 128
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -103,6 +106,24 @@ def build(name: str, **changes: object) -> tf.PreTrainedModel:
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data.add_(0.1 * noise)
     return model
+
+
+@functools.cache
+def _original(name: str) -> tf.PreTrainedModel:
+    return build(name)
+
+
+def proved(name: str) -> tf.PreTrainedModel:
+    """What `build` gives, with its blocks and traits known, as they were found out once.
+
+    For tests of what is done with blocks. Those of finding them need a model that was just built.
+    """
+    original = _original(name)
+    copied = copy.deepcopy(original)
+    inherit_blocks(original, copied)
+    traits.remember(copied, traits(original))
+    torch.manual_seed(0)
+    return copied
 
 
 def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:

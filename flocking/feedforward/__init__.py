@@ -1,11 +1,18 @@
 """Finding, proving and hooking a model's feed-forward (FF) blocks.
 
-A block is located by its structure and proved by its function; :func:`observe` hands out what
-goes into its down-projection. Imports ``models``, and what that may import.
+A block is located by its structure and proved by its function; :func:`observe` hands out the
+input of its down-projection. Imports ``models``, and what that may import.
 """
 
 from flocking.feedforward.block import FeedForward, UnsupportedModelError
-from flocking.feedforward.discovery import feedforwards, inherit, keeping_blocks, shadow_with_blocks
+from flocking.feedforward.discovery import (
+    feedforwards,
+    inherit,
+    inherit_blocks,
+    keeping_blocks,
+    set_feedforwards,
+    shadow_with_blocks,
+)
 from flocking.feedforward.hooks import anything_is_watched, observe, select_layers
 from flocking.feedforward.moe import Routed, by_interface, row_norms
 from flocking.feedforward.projections import (
@@ -30,11 +37,13 @@ __all__ = [
     "feedforwards",
     "fused_rows",
     "inherit",
+    "inherit_blocks",
     "is_plain",
     "keeping_blocks",
     "observe",
     "row_norms",
     "select_layers",
+    "set_feedforwards",
     "shadow_with_blocks",
     "stored_transposed",
     "width",

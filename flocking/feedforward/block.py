@@ -9,11 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from flocking.feedforward.moe import is_experts
-from flocking.models import device_of
+from flocking.models import device_of, tensor_of
 
 
 class UnsupportedModelError(ValueError):
-    """The model has no FF block that can be located and proved."""
+    """A transformers model in which FF blocks cannot be located and proved.
+
+    Examples
+    --------
+    >>> import torch
+    >>> broken = flocking.control(model)
+    >>> for layer in broken.model.layers:
+    ...     layer.mlp = torch.nn.Identity()
+    >>> try:
+    ...     flocking.feedforwards(broken)
+    ... except flocking.UnsupportedModelError as error:
+    ...     print(error)
+    LlamaForCausalLM has no feed-forward block that flocking can prove: ...
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,33 +38,41 @@ class FeedForward:
     layer : int
         Index of the decoder (or encoder) layer that holds the block.
     path : str
-        Path of the smallest module that holds all of the block's projections; of the
-        down-projection, where that is the whole model.
+        Path of the smallest module that holds all of the block's projections; that of the
+        down-projection, if the smallest module is the whole model.
     d_ff : int
-        Number of neurons, the width of ``z``; of a mixture of experts, all of theirs together.
+        Number of neurons, the width of ``z``; in a mixture, those of all experts together.
     up, down : torch.nn.Module
-        The projections. The input of ``down`` is the tensor ``z`` that is recorded. Of a mixture
-        of experts, the one module that holds all of them.
+        The projections. The input of ``down`` is the tensor ``z`` that is recorded. In a mixture
+        of experts, both are the one module that holds all experts.
     gate : torch.nn.Module or None
-        The projection inside the activation function; None in a plain block, and the
-        same module as ``up`` where the two are fused into one matrix of ``2 * d_ff`` rows.
+        The projection inside the activation function; None in a plain block. Where gate and up
+        are fused into one matrix of ``2 * d_ff`` rows, the same module as ``up``.
     interleaved : bool
         Whether a fused matrix alternates gate and up row by row (else it stacks them).
     error : float
         Largest relative error seen in the proof; NaN if unproved (meta device).
     experts : int
-        Of a mixture, which share the neurons evenly; 1 in a dense block.
+        Number of experts in a mixture, which share the neurons evenly; 1 in a dense block.
     prunable : bool
-        Whether its neurons are independent of each other. Where they are not (a norm between
-        the activation function and the down-projection, say), they can be recorded only.
+        Whether its neurons are independent of each other. If not (because of a norm between the
+        activation function and the down-projection, for example), they can only be recorded.
     token_first : bool
         Whether the model computes z as (token, sequence, neuron), as XLNet does.
     offset : int or None
-        Where the text's tokens begin in a z that has rows for more than those: behind a prefix of
-        the model's own, or before what fills them up. None if there are no such rows.
+        Where the text's tokens begin in a z that has more rows than those: after a prefix that
+        the model adds, or before rows that fill it up. None if there are no such rows.
     call, calls : int
-        Which of its runs in one forward pass this is, of how many, from 0. (Where layers share
-        weights, or one is run repeatedly, each run counts as a layer.)
+        Which run of the block in one forward pass this is, counted from 0, and how many there
+        are. Where layers share weights, or a layer runs repeatedly, each run counts as a layer.
+
+    Examples
+    --------
+    >>> block = flocking.feedforwards(model)[0]
+    >>> block
+    FeedForward(layer=0, path='model.layers.0.mlp', d_ff=64, error=..., experts=1, prunable=True)
+    >>> block.kind, block.down
+    ('gated', Linear(in_features=64, out_features=32, bias=False))
     """
 
     layer: int
@@ -71,13 +92,17 @@ class FeedForward:
 
     @property
     def weight(self) -> Tensor:
-        """Of the down-projection(s); without values while they are offloaded."""
-        return self.down.down_proj if self.kind == "experts" else self.down.weight
+        """Weight of the down-projection(s); without values while it is offloaded."""
+        return tensor_of(self.down, self._weight_name)
 
     @property
     def device(self) -> torch.device:
         """Where the block computes, which need not be where its weights are kept."""
-        return device_of(self.down, "down_proj" if self.kind == "experts" else "weight")
+        return device_of(self.down, self._weight_name)
+
+    @property
+    def _weight_name(self) -> str:
+        return "down_proj" if self.kind == "experts" else "weight"
 
     @property
     def kind(self) -> str:

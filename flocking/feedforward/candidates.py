@@ -1,8 +1,8 @@
 """Locating what may be an FF block, by structure alone: shapes and places of projections.
 
-No table of architectures: a candidate is an up-projection (with a gate, fused or not) and a
-down-projection around one tensor of width ``d_ff``. Attention's value and output projections
-are candidates too; ``proof.py`` proves which of them are blocks.
+There is no table of architectures: a candidate is an up-projection (with a gate, fused or not)
+and a down-projection around one tensor of width ``d_ff``. Attention's value and output
+projections are candidates too; ``proof.py`` proves which candidates are blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Candidate(NamedTuple):
     d_ff: int
     fused: bool = False
     interleaved: bool = False
-    experts: int = 1  # a mixture's, whose neurons `d_ff` counts together
+    experts: int = 1  # of a mixture; `d_ff` counts the neurons of all
 
     @property
     def scope(self) -> str:
@@ -35,7 +35,7 @@ class Candidate(NamedTuple):
         return ".".join(names[0] for names in shared)
 
     def __str__(self) -> str:
-        """What it is called in an error: ``gate + up -> down``."""
+        """Its name in errors: ``gate + up -> down``."""
         if not self.ups:
             return f"{self.down} ({self.experts} experts)"
         layout = (" (interleaved)" if self.interleaved else " (fused)") if self.fused else ""
@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
 
 
 def layers_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The elements of the outermost module lists: a model's stack(s) of layers."""
+    """The elements of the outermost module lists, which are a model's layers, by path."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
         if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
@@ -56,12 +56,12 @@ def candidates_in(layer: nn.Module) -> Iterator[Candidate]:
     """Every set of projections in `layer` with the structure of an FF block.
 
     For each possible down-projection (d_ff -> d), the up-projections (d -> d_ff, or
-    d -> 2 d_ff if fused) are sought in the smallest module around it that has any.
+    d -> 2 d_ff if fused) are looked for in the smallest module around it that has any.
     """
     for path, module in layer.named_modules():
         yield from candidates_of((path,), [module])
     found = projections_in(layer)
-    widths = {path: width(module) for path, module in found.items()}
+    widths = {path: size for path, module in found.items() if (size := width(module))}
     for down, (d_ff, d) in widths.items():
         if d_ff < 2:
             continue
@@ -78,15 +78,15 @@ def candidates_in(layer: nn.Module) -> Iterator[Candidate]:
 
 
 def candidates_of(paths: tuple[str, ...], modules: list[nn.Module]) -> Iterator[Candidate]:
-    """What a down-projection and its up-projections, or a mixture alone, may be together."""
+    """The candidates that a down-projection and its up-projections, or a mixture alone, make."""
     (down, *ups), (last, *firsts) = paths, modules
     if not ups and is_experts(last):
         experts, d = shape(last)
         yield Candidate(down, (), experts * d, experts=experts)
     sizes = [width(module) for module in firsts]
-    if width(last) is None or not sizes:
+    if (size_of_last := width(last)) is None or not sizes:
         return
-    d_ff, d = width(last)
+    d_ff, d = size_of_last
     if len(ups) <= 2 and all(size == (d, d_ff) for size in sizes):
         yield Candidate(down, tuple(ups), d_ff)
     elif sizes == [(d, 2 * d_ff)]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 8, 256  # of the copy, that one program makes
+_ROWS, _COLUMNS = 8, 256  # of the copy, made by one program
 
 
 def take_columns(whole: Tensor, index: Tensor, out: Tensor) -> Tensor:

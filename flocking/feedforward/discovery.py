@@ -1,13 +1,8 @@
-"""Finding a model's feed-forward (FF) blocks, and proving that they are what they seem.
+"""Finding a model's feed-forward (FF) blocks, and proving that they are FF blocks.
 
-There is no table of architectures here. A block is *located* by its structure, an
-up-projection (with a gate, separate or fused, or without) and a down-projection around
-one tensor of width ``d_ff``, and *proved* by its function: the layer, run with its
-projections cut down to a random half of the neurons, must give what the whole layer
-gives when the tensor that we would record is masked to that half. Attention's
-value-to-output pair and Mamba's in-and-out pair have the structure and fail the proof.
-
-Everything is tried on a shadow of the model (see ``models/copies.py``), never on the model itself.
+There is no table of architectures. A block is *located* by its structure (``candidates.py``) and
+*proved* by its function (``proof.py``), on a shadow of the model (``models/copies.py``), never on
+the model itself.
 """
 
 from __future__ import annotations
@@ -29,24 +24,22 @@ from flocking.feedforward.candidates import Candidate, candidates_in, candidates
 from flocking.feedforward.moe import foreign_experts
 from flocking.feedforward.projections import width
 from flocking.feedforward.search import UNTIMELY, Findings, prove_all
-from flocking.models import PerModel, shadow, unwrap, warn
+from flocking.models import PerModel, require_model, shadow, warn
 
 Locate = Mapping[str, Iterable[str]] | Callable[[PreTrainedModel], Mapping[str, Iterable[str]]]
 
 
-class _Wish(NamedTuple):
-    """What a user said of a model; `located` are paths, the down-projection's first."""
+class _Instructions(NamedTuple):
+    """What :func:`set_feedforwards` says of a model."""
 
-    located: tuple[tuple[str, ...], ...] = ()
+    located: tuple[tuple[str, ...], ...] = ()  # paths of each block, the down-projection's first
     allow_partial: bool = False
 
 
-_wishes: weakref.WeakKeyDictionary[nn.Module, _Wish] = weakref.WeakKeyDictionary()
+_instructions: weakref.WeakKeyDictionary[nn.Module, _Instructions] = weakref.WeakKeyDictionary()
 
 
-def feedforwards(
-    model: nn.Module, *, locate: Locate | None = None, allow_partial: bool | None = None
-) -> list[FeedForward]:
+def feedforwards(model: nn.Module) -> list[FeedForward]:
     """Every FF block of `model`, in the order of its layers.
 
     Each block is located by structure and proved by function on random tokens, on a
@@ -54,21 +47,12 @@ def feedforwards(
     the first time and is remembered until the model's modules change. On the
     meta device the blocks are located by their shapes alone, and ``error`` is NaN.
 
+    Where this fails, :func:`set_feedforwards` can help.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel
         With or without a head, compiled or not, with PEFT's adapters or without.
-    locate : dict, or function that makes one of the model, optional
-        Where the blocks are, if looking for them does not find them: from the path of each
-        block's down-projection to those of its up-projection, or of its gate and its up-projection
-        in either order. (Of a mixture of experts that follows transformers' interface, from its
-        path to none.) They go through the same proof. An empty dict: look for them again.
-    allow_partial : bool, optional
-        Go on without blocks that cannot be proved, or that belong to no one layer; by default they
-        are an error.
-
-        What `locate` and `allow_partial` say holds for this model from then on, in
-        :func:`record`, :func:`observe` and :func:`griffin` too.
 
     Returns
     -------
@@ -77,96 +61,141 @@ def feedforwards(
     Raises
     ------
     UnsupportedModelError
-        If there is no such block, if one that other layers have, or that was given, cannot be
-        proved in a layer, or if the model's experts do not follow transformers' interface. It
-        names what was looked at.
-    ValueError
-        If `locate` names modules that are not there, or no projections of fitting sizes.
+        If there is no such block; if a block that other layers have, or that was given, cannot be
+        proved in a layer; or if the model's experts do not follow transformers' interface. The
+        message names what was looked at.
     TypeError
-        If `locate` is nothing of the kind.
+        If `model` is not a transformers model.
 
     Warns
     -----
     UserWarning
-        If some layers of the stack hold no such block, or do not run on text, and are
-        left out, or if blocks are left out by `allow_partial`.
+        If some layers hold no such block, or do not run on text, and are left out.
 
     Examples
     --------
-    >>> model, tokenizer = flocking.load()
-    >>> flocking.feedforwards(model)[0]
-    FeedForward(layer=0, path='model.layers.0.mlp', d_ff=1536, error=...)
+    >>> blocks = flocking.feedforwards(model)
+    >>> len(blocks)
+    2
+    >>> blocks[0]
+    FeedForward(layer=0, path='model.layers.0.mlp', d_ff=64, error=..., experts=1, prunable=True)
     """
-    model = unwrap(model)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model: flocking needs one "
-            "(PreTrainedModel), since it has to know how to run it."
-        )
-    before = _wishes.get(model, _Wish())
-    wish = _Wish(
-        before.located if locate is None else _paths(model, locate),
-        before.allow_partial if allow_partial is None else bool(allow_partial),
-    )
-    if wish == before:
-        return list(_blocks_of(model))
-    _wishes[model] = wish
-    _blocks_of.forget(model)
+    return list(_blocks_of(require_model(model)))
+
+
+def set_feedforwards(
+    model: nn.Module, locate: Locate | None = None, *, allow_partial: bool = False
+) -> list[FeedForward]:
+    """Decide which FF blocks of `model` all of flocking works on, from now on.
+
+    :func:`feedforwards`, :func:`record`, :func:`observe`, :func:`griffin` and everything else
+    then use the blocks that this function returns. Without arguments, it goes back to looking for
+    blocks in all layers. If it raises, what held before still holds.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        As for :func:`feedforwards`.
+    locate : dict, or function that takes the model and returns one, optional
+        Where the blocks are: from the path of each block's down-projection to the path of its
+        up-projection, or to those of its gate and its up-projection in either order. (For a
+        mixture of experts that follows transformers' interface, from its path to an empty list.)
+        These blocks are proved like those that are found by looking.
+    allow_partial : bool
+        Leave out blocks that cannot be proved, or that do not belong to one layer, with a
+        warning. By default they are an error.
+
+    Returns
+    -------
+    list of FeedForward
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is no block that can be proved; without `allow_partial`, if one cannot.
+    ValueError
+        If `locate` names modules that do not exist, or projections whose sizes do not fit.
+    TypeError
+        If `locate` is not such a dict or function, or `model` is not a transformers model.
+
+    Warns
+    -----
+    UserWarning
+        If layers without blocks are left out, or blocks because of `allow_partial`.
+
+    Examples
+    --------
+    >>> down, up, gate = (f"model.layers.0.mlp.{name}_proj" for name in ("down", "up", "gate"))
+    >>> blocks = flocking.set_feedforwards(model, {down: [up, gate]})
+    >>> len(blocks), flocking.record(model, "Starlings", progress=False).sizes["layer"]
+    (1, 1)
+    >>> len(flocking.set_feedforwards(model))  # back to all that are found
+    2
+    """
+    model = require_model(model)
+    before = _instructions.get(model, _Instructions())
+    now = _Instructions(() if locate is None else _paths(model, locate), bool(allow_partial))
+    if now != before:
+        _instructions[model] = now
+        _blocks_of.forget(model)
     try:
         return list(_blocks_of(model))
     except Exception:
-        _wishes[model] = before
+        _instructions[model] = before
         raise
 
 
 def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
-    """A shadow of `model` whose blocks are known without being proved again."""
+    """A shadow of `model`, on which the same blocks are known without another proof."""
     copied = shadow(model)
-    twins = dict(zip(model.modules(), copied.modules(), strict=True))
+    inherit_blocks(model, copied)
+    return copied
+
+
+def inherit_blocks(model: PreTrainedModel, copied: PreTrainedModel) -> None:
+    """Let a copy of a model have the same blocks, without another proof."""
+    copies = dict(zip(model.modules(), copied.modules(), strict=True))
     moved = [
-        replace(block, up=twins[block.up], gate=twins.get(block.gate), down=twins[block.down])
+        replace(
+            block,
+            up=copies[block.up],
+            gate=None if block.gate is None else copies[block.gate],
+            down=copies[block.down],
+        )
         for block in feedforwards(model)
     ]
     _blocks_of.remember(copied, moved)
     inherit(model, copied)
-    return copied
 
 
 @contextmanager
 def keeping_blocks(model: PreTrainedModel) -> Iterator[list[FeedForward]]:
-    """Its blocks, which stay known when its weights are in other places at the end."""
+    """The model's blocks; they stay known if the ``with`` moves its weights to another device."""
     blocks = feedforwards(model)
     yield blocks
     _blocks_of.remember(model, blocks)
 
 
 def inherit(model: PreTrainedModel, copied: PreTrainedModel) -> None:
-    """What was said of a model holds for a copy of it."""
-    if model in _wishes:
-        _wishes[copied] = _wishes[model]
+    """Let what :func:`set_feedforwards` said of a model hold for a copy of it."""
+    if model in _instructions:
+        _instructions[copied] = _instructions[model]
 
 
 @PerModel
 def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
     name = type(model).__name__
-    wish = _wishes.get(model, _Wish())
+    given = _instructions.get(model, _Instructions())
     layers = dict(layers_of(model))
-    # Where there is no stack, or a block is spread over it, that is the whole model without head.
+    # Without layers, or for a block that is spread over several: the whole model without its head.
     whole = next(path for path, module in model.named_modules() if module is model.base_model)
-    problems: dict[str, str] = {}
-    if wish.located:
-        candidates = _given(model, wish.located, layers, whole)
+    if given.located:
+        candidates = _given(model, given.located, layers, whole)
     else:
         candidates = {path: list(candidates_in(layer)) for path, layer in layers.items()}
         if not layers:
             candidates = {whole: list(candidates_in(model.base_model))}
-        for path, layer in layers.items():
-            if (experts := foreign_experts(layer)) is not None:
-                problems[f"{path}.{experts}"] = (
-                    "are experts that do not follow transformers' experts interface, so that they "
-                    "cannot be watched"
-                )
-        _refuse(name, problems, wish)
+        _refuse(name, _foreign(layers), given)
     try:
         found = prove_all(model, candidates)
     except Exception as problem:  # whatever a model raises that cannot be run like this
@@ -181,18 +210,18 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
             "(with or without a gate), an activation function and a down-projection, as Linear or "
             f"Conv1D modules, around one tensor. It looked at:\n{_describe(model, found)}"
         )
-    if wish.located:  # what a user names must all be there
-        due = {path: {c.down for c in each} for path, each in candidates.items()}
+    if given.located:  # all that a user names must be there
+        expected = {path: {c.down for c in each} for path, each in candidates.items()}
     else:
-        due = _due(model, candidates, found)
-    problems = _left_out(found, due)
-    _refuse(name, problems, wish)
+        expected = _expected(model, candidates, found)
+    problems = _left_out(found, expected)
+    _refuse(name, problems, given)
     _warn_of_gaps(name, candidates, found, problems)
     return _assemble(model, found)
 
 
 def _paths(model: PreTrainedModel, locate: Locate) -> tuple[tuple[str, ...], ...]:
-    """What a user names, at once, whatever becomes of the user's dict."""
+    """The paths in `locate`, copied, since the user's dict may change later."""
     given = locate(model) if callable(locate) else locate
     if not isinstance(given, Mapping):
         raise TypeError(
@@ -219,10 +248,10 @@ def _given(
     candidates: dict[str, list[Candidate]] = {}
     for paths in located:
         if missing := [path for path in paths if path not in modules]:
-            raise ValueError(f"locate names {missing[0]!r}, and the model has no such module.")
+            raise ValueError(f"locate names {missing[0]!r}: the model has no such module.")
         if outside := [path for path in paths if whole and not path.startswith(f"{whole}.")]:
             raise ValueError(
-                f"locate names {outside[0]!r}, outside of {whole!r}, which is all that is run."
+                f"locate names {outside[0]!r}: only what is inside of {whole!r} is run."
             )
         holder = next(
             (layer for layer in layers if all(path.startswith(f"{layer}.") for path in paths)),
@@ -233,50 +262,60 @@ def _given(
         if not fitting:
             sizes = ", ".join(f"{path} {width(modules[path])}" for path in paths)
             raise ValueError(
-                f"locate: these are no down-projection (d_ff, d) with up-projections (d, d_ff), or "
-                f"one of (d, 2 d_ff): {sizes}."
+                "locate: expected a down-projection (d_ff, d) and up-projections (d, d_ff), or a "
+                f"fused one (d, 2 d_ff), got {sizes}."
             )
         candidates.setdefault(holder, []).extend(fitting)
     return candidates
 
 
-def _due(
+def _foreign(layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Experts that cannot be watched, and why."""
+    return {
+        f"{path}.{experts}": "are experts that do not follow transformers' experts interface, so "
+        "that they cannot be watched"
+        for path, layer in layers.items()
+        if (experts := foreign_experts(layer)) is not None
+    }
+
+
+def _expected(
     model: PreTrainedModel, candidates: dict[str, list[Candidate]], found: Findings
 ) -> dict[str, set[str]]:
     """Down-projections that must be proved, by layer: what one layer has, all others must have."""
     proved = {path: {b.candidate.down for b in each} for path, each in found.proved.items()}
-    everywhere = set().union(*proved.values())
-    due = {}
+    everywhere: set[str] = set().union(*proved.values())
+    expected = {}
     for path in filter(found.calls.get, candidates):
         experts = {c.down for c in candidates[path] if not c.ups}
         there = dict(model.get_submodule(path).named_modules())
         idle = {c.down for c, reason in found.refused[path].items() if reason == UNTIMELY}
-        due[path] = experts | (everywhere & there.keys()) - (idle if proved[path] else set())
-    return due
+        expected[path] = experts | (everywhere & there.keys()) - (idle if proved[path] else set())
+    return expected
 
 
-def _left_out(found: Findings, due: dict[str, set[str]]) -> dict[str, str]:
-    """Blocks that must not go missing without a word, and why they are."""
+def _left_out(found: Findings, expected: dict[str, set[str]]) -> dict[str, str]:
+    """The expected blocks that were not proved, and why."""
     problems: dict[str, str] = {}
-    for path, downs in due.items():
+    for path, downs in expected.items():
         here = {block.candidate.down for block in found.proved.get(path, [])}
         for down in sorted(downs - here):
             reasons = [why for c, why in found.refused.get(path, {}).items() if c.down == down]
-            reason = reasons[-1] if reasons else "it is no Linear"
+            reason = reasons[-1] if reasons else "it is not a Linear"
             problems[".".join(filter(None, (path, down)))] = f"could not be proved: {reason}"
     return problems
 
 
-def _refuse(name: str, problems: dict[str, str], wish: _Wish) -> None:
-    """An error, or a warning if the user allows it, for what cannot be recorded."""
+def _refuse(name: str, problems: dict[str, str], given: _Instructions) -> None:
+    """Raise an error, or a warning if the user allows it, for what cannot be recorded."""
     if not problems:
         return
     first, reason = next(iter(problems.items()))
     more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
-    if not wish.allow_partial:
+    if not given.allow_partial:
         raise UnsupportedModelError(
-            f"{name}: {first} {reason}{more}. To go on without what cannot be recorded, in record "
-            "and griffin too, call flocking.feedforwards(model, allow_partial=True)."
+            f"{name}: {first} {reason}{more}. To go on without what cannot be recorded, call "
+            "flocking.set_feedforwards(model, allow_partial=True) first."
         )
     warn(f"{name}: left out, since {first} {reason}{more}.")
 
@@ -284,7 +323,7 @@ def _refuse(name: str, problems: dict[str, str], wish: _Wish) -> None:
 def _warn_of_gaps(
     name: str, candidates: Iterable[str], found: Findings, problems: dict[str, str]
 ) -> None:
-    """Layers that hold no block at all are left out, but not without a word."""
+    """Warn of layers that hold no block at all, which are left out."""
     stacks = {path.rpartition(".")[0] for path, blocks in found.proved.items() if blocks}
     left_out = [
         path
@@ -300,7 +339,7 @@ def _warn_of_gaps(
 
 
 def _describe(model: nn.Module, found: Findings) -> str:
-    """What was looked at, and what was missing, for the error message."""
+    """What was looked at and what was missing, for the error message."""
     lines = []
     for path in itertools.islice(found.calls, 2):
         layer = model.get_submodule(path)
@@ -315,20 +354,20 @@ def _describe(model: nn.Module, found: Findings) -> str:
 
 
 def _assemble(model: nn.Module, findings: Findings) -> list[FeedForward]:
-    """The blocks, on the modules of the model itself."""
+    """The blocks that were proved, with the modules of the model itself."""
     blocks: list[FeedForward] = []
     found = {path: proved for path, proved in findings.proved.items() if proved}
     numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", path) for path in found]
     positions = [int(match[1]) if match else 0 for match in numbers]
-    # A layer's number is its place in the stack, unless several stacks, or several blocks or runs
-    # of a layer would make that ambiguous: then they are counted in the order they stand.
+    # A block's layer is its place in the stack of layers. If that is ambiguous, because there are
+    # several stacks, or several blocks or runs of a layer, blocks are counted in their order.
     unique = len(set(positions)) == len(positions) and all(
         len(proved) == findings.calls[path] == 1 for path, proved in found.items()
     )
     for position, (prefix, proved) in zip(positions, found.items(), strict=True):
-        for _, block in itertools.product(range(findings.calls[prefix]), proved):
-            candidate = block.candidate
-            inside = (*(block.order or [candidate.down]), candidate.down)
+        for _, passed in itertools.product(range(findings.calls[prefix]), proved):
+            candidate = passed.candidate
+            inside = (*(passed.order or [candidate.down]), candidate.down)
             *gate, up, down = (model.get_submodule(f"{prefix}.{p}".lstrip(".")) for p in inside)
             blocks.append(
                 FeedForward(
@@ -339,11 +378,11 @@ def _assemble(model: nn.Module, findings: Findings) -> list[FeedForward]:
                     gate=up if candidate.fused else (gate[0] if gate else None),
                     down=down,
                     interleaved=candidate.interleaved,
-                    error=block.error,
+                    error=passed.error,
                     experts=candidate.experts,
-                    prunable=block.prunable,
-                    token_first=block.token_first,
-                    offset=block.offset,
+                    prunable=passed.prunable,
+                    token_first=passed.token_first,
+                    offset=passed.offset,
                 )
             )
     calls = Counter(block.down for block in blocks)

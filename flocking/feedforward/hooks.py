@@ -1,7 +1,6 @@
-"""The one hook of the package: it reads ``z``, the input of every FF down-projection.
+"""The only hooks of the package: they read ``z``, the input of every FF down-projection.
 
-Recording, and GRIFFIN's prefill, are callbacks of :func:`observe`; no other module
-registers a hook.
+Recording and GRIFFIN's prefill are callbacks of :func:`observe`; no other module registers a hook.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from flocking.feedforward.block import FeedForward
 from flocking.feedforward.discovery import feedforwards
 from flocking.feedforward.moe import Routed, is_experts
 from flocking.feedforward.moe_hooks import watching
-from flocking.models import unwrap
+from flocking.models import require_model
 
 
 def select_layers(
@@ -44,7 +44,7 @@ def select_layers(
     if unknown := sorted(wanted - known):
         raise ValueError(
             f"{argument}={unknown}: there are FF blocks in layers {min(known)} to {max(known)} "
-            f"here ({len(known)} of them), and in no others."
+            f"({len(known)} of them) only."
         )
     if not wanted:
         raise ValueError(f"{argument} is empty: name at least one layer, or leave it out for all.")
@@ -57,10 +57,10 @@ _eager_stack, _eager_users = ExitStack(), 0
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Nothing runs compiled, until the last of all threads that ask for it is through.
+    """Run nothing compiled, until the last thread that asks for this leaves its ``with``.
 
-    (The stance belongs to the process: two threads that each restored what they had found would
-    leave one's for good.)
+    torch's stance belongs to the process: if two threads each restored what they had found, the
+    stance of one could stay.
     """
     global _eager_users
     with _eager_lock:
@@ -77,24 +77,44 @@ def _eager() -> Iterator[None]:
 
 
 def anything_is_watched() -> bool:
-    """Whether this process is inside of :func:`observe`, so that what is compiled runs eagerly."""
+    """Whether any thread is inside of :func:`observe`, where compiled code runs eagerly."""
     return _eager_users > 0
+
+
+@overload
+def observe(
+    model: nn.Module,
+    callback: Callable[[FeedForward, Tensor], Tensor | None],
+    *,
+    layers: Iterable[int] | None = None,
+    routed: Literal[False] = False,
+) -> AbstractContextManager[list[FeedForward]]: ...
+
+
+@overload
+def observe(
+    model: nn.Module,
+    callback: Callable[[FeedForward, Tensor | Routed], Tensor | None],
+    *,
+    layers: Iterable[int] | None = None,
+    routed: Literal[True],
+) -> AbstractContextManager[list[FeedForward]]: ...
 
 
 @contextmanager
 def observe(
     model: nn.Module,
-    callback: Callable[[FeedForward, Tensor], Tensor | None],
+    callback: Callable[[FeedForward, Any], Tensor | None],  # the overloads say what it is given
     *,
     layers: Iterable[int] | None = None,
     routed: bool = False,
 ) -> Iterator[list[FeedForward]]:
     """Call ``callback(block, z)`` at every FF block of every forward pass in the ``with``.
 
-    The hooks are removed at the end, whatever happens in between, and nobody else's are
+    The hooks are removed at the end, whatever happens in between, and hooks of others are not
     touched. Compiled models (``model.compile()``, ``torch.compile(model)`` or a compiled
-    ``forward``) would skip hooks without a word: inside the ``with``, everything compiled
-    runs eagerly instead.
+    ``forward``) would silently skip hooks: inside the ``with``, everything compiled runs eagerly
+    instead.
 
     Parameters
     ----------
@@ -102,96 +122,133 @@ def observe(
     callback : callable
         Gets the :class:`FeedForward` and its ``z``, a tensor of shape (sequence, token,
         d_ff), or (sequence * token, d_ff) where a block flattens its input as OPT's does, in
-        the model's dtype and on its layer's device: the very tensor that the model
-        goes on with, so copy what you keep and change nothing in place. Return None to
-        leave the model alone, or a tensor to use in place of ``z``. A mixture of experts has
-        the neurons of all its experts side by side, shape (sequence * token, d_ff), zero at
-        those that a token is not routed to.
+        the model's dtype and on its layer's device. The model itself goes on with this tensor, so
+        copy what you keep and change nothing in place. Return None to leave the model alone, or a
+        tensor to use in place of ``z``. A mixture of experts has the neurons of all its experts
+        next to each other, shape (sequence * token, d_ff), zero for experts that a token is not
+        routed to.
     layers : iterable of int, optional
         Layers to watch; all by default.
     routed : bool
-        Give the callback a mixture's activations as :class:`flocking.feedforward.Routed`, at the
-        experts that each token is routed to alone, and take them back as ``Routed.z`` is.
+        Give the callback a mixture's activations as :class:`flocking.feedforward.Routed`, which
+        holds those of the experts that each token is routed to; the callback may return others
+        in the shape of ``Routed.z``.
 
     Yields
     ------
     list of FeedForward
-        The blocks that are watched.
+        The watched blocks.
 
     Raises
     ------
     UnsupportedModelError
         If the model has no FF block that can be proved.
     ValueError
-        If `layers` names a layer that does not exist.
+        If `layers` names a layer that has no FF block.
+    TypeError
+        If `model` is not a transformers model.
     RuntimeError
-        At the end, if a watched block never ran: either no forward pass was made inside
-        the ``with``, or something bypassed the block.
+        At the end, if a watched block never ran: no forward pass was made inside the ``with``, or
+        something bypassed the block.
 
     Examples
     --------
-    >>> norms = {}
-    >>> with flocking.observe(model, lambda ff, z: norms.update({ff.layer: z.norm()})):
-    ...     model(**tokenizer("Birds of a feather", return_tensors="pt"))
+    >>> shapes = {}
+    >>> with flocking.observe(model, lambda ff, z: shapes.update({ff.layer: tuple(z.shape)})):
+    ...     output = model(**tokenizer("Birds of a feather", return_tensors="pt"))
+    >>> shapes  # (sequence, token, d_ff)
+    {0: (1, ..., 64), 1: (1, ..., 64)}
     """
-    model = unwrap(model)
+    model = require_model(model)
     blocks = select_layers(feedforwards(model), layers)
-    silent = set(blocks)
-    by_module: dict[nn.Module, dict[int, FeedForward]] = {}
-    for block in blocks:
-        by_module.setdefault(block.down, {})[block.call] = block
-    ran: Counter[nn.Module] = Counter()  # how often, in this forward pass
+    watch = _Watch(blocks, callback, routed)
+    with ExitStack() as everything:
+        everything.enter_context(_eager())
+        if any(block.calls > 1 for block in blocks):  # a pass that failed must not shift the next
+            start: nn.Module = model.base_model
+            handle = start.register_forward_pre_hook(lambda *_: watch.ran.clear())
+            everything.callback(handle.remove)
+        for module in watch.by_module:
+            if is_experts(module):
+                everything.enter_context(watching(module, watch.tap_of(module)))
+            else:
+                handle = module.register_forward_pre_hook(watch.hook)
+                everything.callback(handle.remove)
+        yield blocks
+    watch.refuse_silent()
 
-    def running(module: nn.Module) -> FeedForward | None:
-        """Which of a module's runs this is; None if it is not watched."""
-        mine = by_module.get(module)
-        if mine is None:  # of a copy that a user made of the model in the meantime
+
+class _Watch:
+    """Hands the callback of one :func:`observe` the z of each run of each block.
+
+    Attributes
+    ----------
+    by_module : dict
+        The watched blocks, by down-projection and number of the run.
+    ran : Counter
+        How often each down-projection ran in this forward pass.
+    silent : set of FeedForward
+        Those that have not run yet.
+    """
+
+    def __init__(
+        self,
+        blocks: list[FeedForward],
+        callback: Callable[[FeedForward, Any], Tensor | None],
+        routed: bool,
+    ) -> None:
+        self.blocks, self.callback, self.routed = blocks, callback, routed
+        self.by_module: dict[nn.Module, dict[int, FeedForward]] = {}
+        for block in blocks:
+            self.by_module.setdefault(block.down, {})[block.call] = block
+        self.ran: Counter[nn.Module] = Counter()
+        self.silent = set(blocks)
+
+    def running(self, module: nn.Module) -> FeedForward | None:
+        """The block that this run of a module belongs to; None if it is not watched."""
+        runs = self.by_module.get(module)
+        if runs is None:  # the module of a copy that a user has made of the model since
             return None
-        block = mine.get(ran[module] % next(iter(mine.values())).calls)
-        ran[module] += 1
-        silent.discard(block)
+        block = runs.get(self.ran[module] % next(iter(runs.values())).calls)
+        self.ran[module] += 1
+        if block is not None:
+            self.silent.discard(block)
         return block
 
-    def hook(module: nn.Module, args: tuple) -> tuple | None:
-        block = running(module)
+    def hook(self, module: nn.Module, args: tuple) -> tuple | None:
+        """A forward pre-hook of a dense block's down-projection."""
+        block = self.running(module)
         if block is None:
             return None
         z = args[0]
-        replacement = callback(block, z.transpose(0, 1) if block.token_first else z)
+        replacement = self.callback(block, z.transpose(0, 1) if block.token_first else z)
         if replacement is None:
             return None
         if block.token_first:
             replacement = replacement.transpose(0, 1)
         return (replacement, *args[1:])
 
-    def tap_of(module: nn.Module) -> Callable[[Routed], Tensor | None]:
+    def tap_of(self, module: nn.Module) -> Callable[[Routed], Tensor | None]:
+        """What a mixture of experts hands its activations to."""
+
         def tap(z: Routed) -> Tensor | None:
-            block = running(module)
+            block = self.running(module)
             if block is None:
                 return None
-            if routed:
-                return callback(block, z)
-            replacement = callback(block, z.dense())
+            if self.routed:
+                return self.callback(block, z)
+            replacement = self.callback(block, z.dense())
             return None if replacement is None else z.of(replacement)
 
         return tap
 
-    with ExitStack() as everything:
-        everything.enter_context(_eager())
-        if any(block.calls > 1 for block in blocks):  # a pass that failed must not shift the next
-            handle = model.base_model.register_forward_pre_hook(lambda *_: ran.clear())
-            everything.callback(handle.remove)
-        for module in by_module:
-            if is_experts(module):
-                everything.enter_context(watching(module, tap_of(module)))
-            else:
-                handle = module.register_forward_pre_hook(hook)
-                everything.callback(handle.remove)
-        yield blocks
-    if silent:
-        names = [block.path for block in blocks if block in silent]
+    def refuse_silent(self) -> None:
+        """Raise a RuntimeError if a block never ran."""
+        names = [block.path for block in self.blocks if block in self.silent]
+        if not names:
+            return
         which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise RuntimeError(
-            f"{len(names)} of {len(blocks)} observed FF blocks never ran ({which}): run this very "
-            "model inside the `with` (not a copy, an export or a captured graph of it)."
+            f"{len(names)} of {len(self.blocks)} observed FF blocks never ran ({which}): run this "
+            "very model inside the `with` (not a copy, an export or a captured graph of it)."
         )

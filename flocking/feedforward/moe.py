@@ -1,10 +1,11 @@
-"""Mixtures of experts whose weights are three-dimensional: found, cut down, told apart.
+"""Mixtures of experts with three-dimensional weights: recognising them and cutting them down.
 
-All experts of a layer are one module, as transformers' experts interface has them, or Llama 4.
+All experts of a layer are one module, as in transformers' experts interface and in Llama 4.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,20 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from flocking.feedforward.projections import fused_rows
-from flocking.models import loaded, separate, without_accelerate
+from flocking.models import loaded, parameter_of, separate, tensor_of, without_accelerate
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether `module` holds experts side by side, as the interface or Llama 4 has them."""
-    up, down = (
-        next((p for name in names if (p := module._parameters.get(name)) is not None), None)
-        for names in (("gate_up_proj", "up_proj"), ("down_proj",))
-    )
+    """Whether `module` holds experts side by side, as in the interface or in Llama 4."""
+    held = {name: p for name, p in module._parameters.items() if p is not None}
+    up, down = held.get("gate_up_proj", held.get("up_proj")), held.get("down_proj")
     return up is not None and down is not None and up.ndim == down.ndim == 3
 
 
 def by_interface(experts: nn.Module) -> bool:
-    """Whether experts follow the interface; others are computed at once, for all tokens."""
+    """Whether experts follow the interface; other experts are all computed for all tokens."""
     return hasattr(experts, "has_gate")
 
 
@@ -43,15 +42,15 @@ def _layout(experts: nn.Module) -> _Layout:
     if by_interface(experts):
         return _Layout(*(getattr(experts, name) for name in _Layout._fields))
     fused = "gate_up_proj" in experts._parameters
-    up = experts._parameters["gate_up_proj" if fused else "up_proj"].shape
-    down = experts.down_proj.shape
-    # Told by sizes, as far as they differ; the proof would refuse what is told wrongly.
+    up = parameter_of(experts, "gate_up_proj" if fused else "up_proj").shape
+    down = tensor_of(experts, "down_proj").shape
+    # By sizes, if they differ; the proof refuses blocks where this is wrong.
     straight = up[2] == down[1] and up[1] == (2 if fused else 1) * down[2]
     return _Layout(fused, has_bias=False, is_transposed=not straight, is_concatenated=True)
 
 
 def foreign_experts(layer: nn.Module) -> str | None:
-    """Path of experts in `layer` that do not follow the interface, which nobody can watch."""
+    """Path of experts in `layer` of another kind, which cannot be watched; None without any."""
     for path, module in layer.named_modules():
         named = re.search("experts?$", path, re.I) or re.search("experts?$", type(module).__name__)
         several = isinstance(module, nn.ModuleList | nn.ModuleDict) or any(
@@ -63,13 +62,13 @@ def foreign_experts(layer: nn.Module) -> str | None:
 
 
 def shape(experts: nn.Module) -> tuple[int, int]:
-    """Number of experts, and of neurons in each."""
-    count, *matrix = experts.down_proj.shape
+    """Number of experts, and number of neurons in each."""
+    count, *matrix = tensor_of(experts, "down_proj").shape
     return count, matrix[0 if _layout(experts).is_transposed else 1]
 
 
 def _axes(experts: nn.Module) -> Iterator[tuple[str, int, bool]]:
-    """Each parameter that has neurons along an axis; whether gate and up are fused in it."""
+    """The parameters that have neurons along an axis, and whether gate and up are fused in it."""
     layout = _layout(experts)
     up = "gate_up_proj" if layout.has_gate else "up_proj"
     yield up, 2 if layout.is_transposed else 1, layout.has_gate
@@ -81,10 +80,10 @@ def _axes(experts: nn.Module) -> Iterator[tuple[str, int, bool]]:
 
 
 def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> nn.Module:
-    """Experts with some of their neurons, as a copy or in the memory of an earlier one.
+    """A copy of experts with some of their neurons; or `out`, filled again.
 
-    Grouped matrix products take rows of whole multiples of 16 bytes only. Where `k` neurons do not
-    fill them, the copy has a few more, which add nothing to its output.
+    Grouped matrix products need rows of a multiple of 16 bytes. Where `k` neurons do not fill
+    them, the copy has a few more, which add nothing to its output.
 
     Parameters
     ----------
@@ -93,7 +92,7 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
     neurons : Tensor of int64, shape (expert, k)
         Which of each expert's neurons to keep.
     out : torch.nn.Module, optional
-        What :func:`take` returned for as many.
+        What :func:`take` returned for the same number of neurons.
     """
     with loaded(experts):
         return _take(experts, neurons, out)
@@ -105,14 +104,14 @@ def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Modu
         compact = without_accelerate(separate(experts))
         compact._parameters = dict(experts._parameters)
     d_ff, k = shape(experts)[1], neurons.shape[1]
-    more = -k % (16 // experts.down_proj.element_size())
+    more = -k % (16 // tensor_of(experts, "down_proj").element_size())
     neurons = torch.cat((neurons, neurons[:, :1].expand(-1, more)), dim=1)
     for name, axis, fused in _axes(experts):
         index = neurons
         if fused:
             rows = [fused_rows(row, d_ff, not _layout(experts).is_concatenated) for row in neurons]
             index = torch.stack(rows)
-        whole = experts._parameters[name].detach()
+        whole = parameter_of(experts, name).detach()
         for dim in range(1, whole.ndim):
             if dim != axis:
                 index = index.unsqueeze(dim)
@@ -123,41 +122,43 @@ def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Modu
             kept = nn.Parameter(whole.gather(axis, index), requires_grad=False)
             compact._parameters[name] = kept
         else:
-            torch.gather(whole, axis, index, out=compact._parameters[name].data)
-    down = compact._parameters["down_proj"].detach()
+            torch.gather(whole, axis, index, out=parameter_of(compact, name).data)
+    down = parameter_of(compact, "down_proj").detach()
     down.narrow(1 if _layout(experts).is_transposed else 2, k, more).zero_()
     return compact
 
 
 def row_norms(experts: nn.Module) -> Tensor:
-    """Product of each neuron's gate and up row norms, or up row norm, (expert, neuron)."""
+    """Product of each neuron's gate and up row norms, or its up row norm, (expert, neuron)."""
     layout = _layout(experts)
-    product = None
+    factors: list[Tensor] = []
     with loaded(experts):
         for name, axis, fused in _axes(experts):
-            weight = experts._parameters[name].detach()
+            weight = parameter_of(experts, name).detach()
             if name == "down_proj" or weight.ndim != 3:
                 continue
             norms = torch.linalg.vector_norm(weight.float(), dim=3 - axis)
             if fused:
                 pair = (2, -1) if layout.is_concatenated else (-1, 2)
                 norms = norms.unflatten(1, pair).prod(dim=1 if layout.is_concatenated else 2)
-            product = norms if product is None else product * norms
-    return product
+            factors.append(norms)
+    return functools.reduce(torch.mul, factors)
 
 
 class BySequence(nn.Module):
     """Experts cut down to other neurons for each sequence of the batch.
 
-    The sequences' experts stand side by side, and each token is routed to those of its own.
+    The experts of all sequences stand side by side, and each token is routed to those of its
+    sequence.
 
     Parameters
     ----------
     original : torch.nn.Module
         All experts whole.
     compact : torch.nn.Module
-        What :func:`take` returned of them.
+        What :func:`take` returned for them.
     sequences : int
+        Number of sequences.
     """
 
     def __init__(self, original: nn.Module, compact: nn.Module, sequences: int) -> None:
@@ -166,47 +167,46 @@ class BySequence(nn.Module):
         self.all = separate(compact)
         vars(self.all).pop("forward", None)
         self.all._parameters = dict(compact._parameters)
-        self.all.num_experts = sequences * self.count
+        vars(self.all)["num_experts"] = sequences * self.count
         with loaded(original):
             for name, value in compact._parameters.items():
                 if value is not None:
-                    whole = original._parameters[name].detach()
+                    whole = parameter_of(original, name).detach()
                     room = whole.new_empty(sequences * self.count, *value.shape[1:])
                     if value.shape == whole.shape:  # the down-projections' biases, whole
                         room.copy_(whole.repeat(sequences, *[1] * (whole.ndim - 1)))
                     self.all._parameters[name] = nn.Parameter(room, requires_grad=False)
 
     def fill(self, row: int, original: nn.Module, neurons: Tensor) -> None:
-        """Copy the weights of one sequence's neurons, int64 (expert, k)."""
+        """Copy the weights of the neurons, int64 (expert, k), of sequence number `row`."""
         mine = separate(self.all)
         here = slice(row * self.count, (row + 1) * self.count)
         mine._parameters = {
-            name: value if value is None else value.detach()[here]
+            name: value if value is None else nn.Parameter(value.detach()[here], False)
             for name, value in self.all._parameters.items()
         }
         take(original, neurons, out=mine)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Of (token, hidden), all sequences' tokens one after another."""
+        """The experts' output, (token, hidden), for the sequences' tokens one after another."""
         tokens = torch.arange(len(top_k_index), device=top_k_index.device)
         sequence = tokens // (len(tokens) // self.sequences)
         return self.all(hidden_states, top_k_index + sequence[:, None] * self.count, top_k_weights)
 
 
 class Routed(NamedTuple):
-    """Activations of a mixture of experts: of each token, those of the experts it is routed to.
+    """Activations of a mixture: for each token, those of the experts that it is routed to.
 
     Attributes
     ----------
     z : Tensor, shape (..., slot, d)
-        Input of the down-projection of the expert in each of a token's slots, whose neurons
-        are `d`.
+        Input of the down-projection of the expert in each of a token's slots; `d` is its neurons.
     expert : Tensor of int64, shape (..., slot)
         Number of that expert.
     experts : int
-        How many there are.
+        Number of experts.
     filled : Tensor of bool, shape (..., slot), or None
-        Which slots are in use; all if None. In others, z is zero.
+        Which slots are in use; all if None. In the others, z is zero.
     """
 
     z: Tensor
@@ -216,7 +216,7 @@ class Routed(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of :meth:`dense`."""
+        """The shape of :meth:`dense`."""
         return (*self.expert.shape[:-1], self.experts * self.z.shape[-1])
 
     def reshape(self, *tokens: int) -> Routed:
@@ -233,6 +233,6 @@ class Routed(NamedTuple):
         return full.scatter(-2, self.expert[..., None].expand_as(self.z), self.z).flatten(-2)
 
     def of(self, dense: Tensor) -> Tensor:
-        """What stands in `dense` at the experts that each token is routed to, shaped as `z`."""
+        """The values in `dense` at the experts that each token is routed to, shaped as `z`."""
         full = dense.unflatten(-1, (self.experts, -1))
         return full.gather(-2, self.expert[..., None].expand_as(self.z))

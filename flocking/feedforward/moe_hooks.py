@@ -1,10 +1,10 @@
-"""Watching mixtures of experts: handing out what their down-projections are given.
+"""Watching mixtures of experts: handing out the inputs of their down-projections.
 
-Those that follow transformers' experts interface look up their forward by name for every call. A
-module that is watched is given a config of its own with the name of an implementation registered
-here: it runs the one that the model was to use, by way of a stand-in that hands out what the
-activation function gives. Others compute all experts at once: there, a stand-in takes the place of
-the weights.
+Experts that follow transformers' experts interface look up their forward by name for every call.
+A watched module is given a separate config with the name of an implementation that is registered
+here. It runs the implementation that the model was to use, on a stand-in for the module that hands
+out what the activation function returns. Other experts are all computed at once: for these, a
+stand-in replaces the weights.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flocking.feedforward.moe import Routed, by_interface, shape
-from flocking.models import overriding
+from flocking.models import overriding, parameter_of
 
 _NAME = "flocking"
-# What hands out activations in rows that we can tell apart. Others (eager loops, kernels that
-# fuse all) run as the first of these while they are watched, up to rounding.
+# Implementations in which each row's token and expert are known. Others (eager loops, kernels that
+# fuse everything) are replaced by the first of these while watched, with the same output up to
+# rounding.
 _TRANSPARENT = ("grouped_mm", "batched_mm")
 
 _watched: weakref.WeakKeyDictionary[nn.Module, tuple[Callable, str]] = weakref.WeakKeyDictionary()
 
 
 class _StandIn:
-    """An experts module to its implementation, but for the activations that it hands to `tap`."""
+    """Stands for an experts module in its implementation, and hands its activations to `tap`."""
 
     def __init__(self, experts: nn.Module, tap: Callable[[Tensor], Tensor]) -> None:
-        self._experts, self._tap = experts, tap
+        self._experts: Any = experts
+        self._tap = tap
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._experts, name)
@@ -47,7 +49,7 @@ class _StandIn:
 
 
 class _Tapped:
-    """The down-projections of experts that are all computed at once, in the parameter's place.
+    """Stands for the down-projections' parameter where all experts are computed at once.
 
     What is multiplied with it, (expert, token, d), passes through `tap`.
     """
@@ -72,9 +74,10 @@ class _Tapped:
 
 
 def _all_at_once(callback: Callable[[Routed], Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """For `_Tapped`: experts to which a token is not routed have zeros there.
+    """A tap for `_Tapped` that hands `callback` the experts with activations other than zero.
 
-    (So do those whose activations are all zero; they do not count as routed to.)
+    Experts that a token is not routed to have zeros there. (So may others, which then do not count
+    as routed to.)
     """
 
     def tap(z: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ def _all_at_once(callback: Callable[[Routed], Tensor | None]) -> Callable[[Tenso
         slots = max(1, int(active.sum(dim=1).max()))
         expert = active.byte().topk(slots, dim=1).indices.sort(dim=1).values
         rows = by_token.gather(1, expert[..., None].expand(-1, -1, z.shape[-1]))
-        # A token that fewer experts answer has slots left, which count for none.
+        # A token with fewer experts than others has slots left over, marked as not filled.
         routed = Routed(rows, expert, len(z), active.gather(1, expert))
         replacement = callback(routed)
         if replacement is None:
@@ -97,8 +100,8 @@ def _all_at_once(callback: Callable[[Routed], Tensor | None]) -> Callable[[Tenso
 def _run_watched(
     experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The implementation registered here: another's, with its activations handed out."""
-    # (A copy that a user made of watched experts is not watched.)
+    """The implementation registered here: runs another one and hands out its activations."""
+    # A copy that a user made of watched experts is not watched.
     callback, name = _watched.get(experts, (lambda routed: None, _TRANSPARENT[0]))
     count, d_ff = shape(experts)
     tokens, slots = top_k_index.shape
@@ -118,8 +121,9 @@ def _run_watched(
         z = replacement.reshape(-1, d_ff)
         return z if order is None else z[order]
 
-    run = ALL_EXPERTS_FUNCTIONS.get_interface(name, None)
-    return run(_StandIn(experts, tap), hidden_states, top_k_index, top_k_weights)
+    return ALL_EXPERTS_FUNCTIONS[name](
+        _StandIn(experts, tap), hidden_states, top_k_index, top_k_weights
+    )
 
 
 ALL_EXPERTS_FUNCTIONS.register(_NAME, _run_watched)
@@ -132,14 +136,14 @@ def watching(experts: nn.Module, callback: Callable[[Routed], Tensor | None]) ->
     Parameters
     ----------
     experts : torch.nn.Module
-        Its config is another, like its own, inside of the ``with``, and nothing else changes.
+        Inside of the ``with`` it has a copy of its config; nothing else changes.
     callback : callable
-        Gets the :class:`Routed` activations; may return others in the place of ``routed.z``.
+        Gets the :class:`Routed` activations; may return a tensor to use in place of ``routed.z``.
 
     Raises
     ------
     RuntimeError
-        If somebody watches these experts already, or they are spread over devices.
+        If these experts are watched already, or are spread over devices.
     """
     if experts in _watched:
         raise RuntimeError("these experts are watched already: leave the other `with` first.")
@@ -147,11 +151,11 @@ def watching(experts: nn.Module, callback: Callable[[Routed], Tensor | None]) ->
         raise RuntimeError("experts that are spread over devices cannot be watched.")
     if not by_interface(experts):
         name = ""
-        tapped = _Tapped(lambda: experts._parameters["down_proj"], _all_at_once(callback))
+        tapped = _Tapped(lambda: parameter_of(experts, "down_proj"), _all_at_once(callback))
         instead = overriding(experts, "down_proj", tapped)
     else:
-        name = experts.config._experts_implementation
-        config = copy.copy(experts.config)
+        config: Any = copy.copy(experts.config)
+        name = config._experts_implementation
         config._experts_implementation_internal = _NAME
         instead = overriding(experts, "config", config)
     _watched[experts] = callback, name if name in _TRANSPARENT else _TRANSPARENT[0]

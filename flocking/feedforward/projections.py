@@ -1,7 +1,7 @@
-"""Projections: the one place that knows how a weight matrix is stored, and how to cut it.
+"""Projections: how a weight matrix is stored, and how to cut it.
 
-Transposed, quantised, wrapped in an adapter, or offloaded by accelerate, which keeps values
-elsewhere and brings them for the time of a forward pass.
+A weight may be transposed, quantised, wrapped in an adapter, or offloaded by accelerate, which
+keeps values elsewhere and brings them for the time of a forward pass. Only this file knows.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from flocking.models import loaded, parts, separate, without_accelerate
+from flocking.models import loaded, parameter_of, parts, separate, tensor_of, without_accelerate
 
 
 def width(module: nn.Module) -> tuple[int, int] | None:
@@ -24,17 +25,18 @@ def width(module: nn.Module) -> tuple[int, int] | None:
     A projection is an ``nn.Linear``, transformers' ``Conv1D``, or whatever has ``in_features`` and
     ``out_features`` as a Linear has: adapters around one, quantised ones.
     """
-    weight = getattr(module, "weight", None)
     if isinstance(module, Conv1D):  # GPT-2's, stored transposed
-        return tuple(weight.shape)
+        inputs, outputs = tensor_of(module).shape
+        return inputs, outputs
     if isinstance(module, nn.Linear) and is_plain(module):
-        return tuple(weight.shape[::-1])
-    sizes = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
-    return sizes if all(isinstance(size, int) for size in sizes) else None
+        outputs, inputs = module.weight.shape
+        return inputs, outputs
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
 
 def projections_in(root: nn.Module) -> dict[str, nn.Module]:
-    """Every projection below `root` by its path, less those inside of another (an adapter's)."""
+    """Every projection below `root` by path, without those inside of another (an adapter's)."""
     found: dict[str, nn.Module] = {}
     last = None
     for path, module in root.named_modules():
@@ -45,7 +47,7 @@ def projections_in(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_plain(projection: nn.Module) -> bool:
-    """Whether a projection is one matrix of floating-point numbers (and a bias), nothing else."""
+    """Whether a projection is one floating-point matrix, with or without a bias."""
     weight = projection._parameters.get("weight")
     return (
         isinstance(projection, nn.Linear | Conv1D)
@@ -57,7 +59,7 @@ def is_plain(projection: nn.Module) -> bool:
 
 
 def stored_transposed(projection: nn.Module) -> bool:
-    """Whether a weight has one column, instead of one row, for each output, as GPT-2's has."""
+    """Whether a weight has one column, not one row, for each output, as in GPT-2."""
     return isinstance(projection, Conv1D)
 
 
@@ -85,13 +87,12 @@ def cut(
     with loaded(projection):
         compact._parameters = parameters = dict(projection._parameters)  # a bias may stay whole
         for name, axis, index in _taken(projection, outputs, inputs):
-            kept = _take(parameters[name].detach(), axis, index)
+            kept = _take(parameter_of(compact, name).detach(), axis, index)
             parameters[name] = nn.Parameter(kept, requires_grad=False)
-    d_in, d_out = parameters["weight"].shape[:: 1 if stored_transposed(projection) else -1]
-    if stored_transposed(projection):
-        compact.nx, compact.nf = d_in, d_out
-    else:
-        compact.in_features, compact.out_features = d_in, d_out
+    if isinstance(compact, Conv1D):
+        compact.nx, compact.nf = parameter_of(compact, "weight").shape
+    elif isinstance(compact, nn.Linear):
+        compact.out_features, compact.in_features = parameter_of(compact, "weight").shape
     return compact
 
 
@@ -103,17 +104,17 @@ def copy_cut(
     outputs: Tensor | None = None,
     inputs: Tensor | None = None,
 ) -> None:
-    """What :func:`cut` would keep of `projection`, into memory that is there already."""
+    """Copy what :func:`cut` would keep of `projection` into tensors that are there already."""
     room = {"weight": weight, "bias": bias}
     with loaded(projection):
         for name, axis, index in _taken(projection, outputs, inputs):
-            _take(projection._parameters[name].detach(), axis, index, out=room[name])
+            _take(parameter_of(projection, name).detach(), axis, index, out=room[name])
 
 
 def _taken(
     projection: nn.Module, outputs: Tensor | None, inputs: Tensor | None
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Which parameters are to be cut, along which axis, to what."""
+    """Names of the parameters to cut, with the axis and the indices to keep."""
     out_axis = 1 if stored_transposed(projection) else 0
     if inputs is not None:
         yield "weight", 1 - out_axis, inputs
@@ -124,22 +125,22 @@ def _taken(
 
 
 def _take(whole: Tensor, axis: int, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """Some of a tensor's rows or columns, where it is quantised of its numbers and scales alike."""
+    """Some rows or columns of a tensor; of a quantised one, of both its numbers and its scales."""
     if not is_traceable_wrapper_subclass(whole):
         index = index.to(whole.device)
         if axis == 0:
             return torch.index_select(whole, 0, index, out=out)
         if out is not None and whole.is_cuda and out.is_contiguous() and (kernel := _columns()):
             return kernel.take_columns(whole, index, out)
-        # (Of columns the same, and on CPUs faster in half precision.)
+        # The same as index_select of columns, and faster on CPUs in half precision.
         return torch.gather(whole, 1, index.expand(len(whole), -1), out=out)
     if out is None:
         out = whole.narrow(axis, 0, len(index)).clone()
     for part, room in zip(parts(whole), parts(out), strict=True):
         if part.ndim != whole.ndim or part.shape[axis] not in (1, whole.shape[axis]):
             raise ValueError(
-                f"its {type(whole).__name__} cannot be cut: numbers of several neurons share a "
-                "scale, or are packed"
+                f"its {type(whole).__name__} cannot be cut: several neurons share a scale, or are "
+                "packed together"
             )
         if part.shape[axis] == 1 != whole.shape[axis]:  # a scale that all of them share
             room.copy_(part)
@@ -150,7 +151,7 @@ def _take(whole: Tensor, axis: int, index: Tensor, out: Tensor | None = None) ->
 
 @functools.cache
 def _columns() -> ModuleType | None:
-    """The module of that name, if Triton is there."""
+    """The module ``columns``, if Triton is installed."""
     try:
         from flocking.feedforward import columns
     except ImportError:
@@ -161,9 +162,10 @@ def _columns() -> ModuleType | None:
 def dense(projection: nn.Module) -> Tensor:
     """A projection's weight as floating-point numbers, one row for each output."""
     with loaded(projection):
-        weight = projection.weight.detach()
+        weight = tensor_of(projection).detach()
         if is_traceable_wrapper_subclass(weight):
-            weight = weight.dequantize()
+            quantised: Any = weight
+            weight = quantised.dequantize()
         weight = weight.float()
     return weight.T if stored_transposed(projection) else weight
 

@@ -1,8 +1,8 @@
-"""Proving, by function, that a candidate is the FF block that it seems to be.
+"""Proving by function that a candidate is an FF block.
 
 The layer, run with its projections cut down to a random half of the neurons, must give what the
-whole layer gives when the tensor that we would record is masked to that half. Attention's
-value-to-output pair and Mamba's in-and-out pair have the structure and fail the proof.
+whole layer gives when the tensor that would be recorded is masked to that half. Attention's
+value-to-output pair and Mamba's in-and-out pair have the structure of an FF block and fail.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ from flocking.feedforward.candidates import Candidate
 from flocking.feedforward.moe import Routed, shape, take
 from flocking.feedforward.moe_hooks import watching
 from flocking.feedforward.projections import cut, fused_rows, projections_in
-from flocking.models import device_of, is_loaded, relative_error, replaced, tolerance, with_forward
+from flocking.models import (
+    device_of,
+    is_loaded,
+    relative_error,
+    replaced,
+    tensor_of,
+    tolerance,
+    with_forward,
+)
 
-PROBE_SHAPE = (2, 9)  # sequences x tokens of the one forward pass that the proof runs
+PROBE_SHAPE = (2, 9)  # (sequences, tokens) of the forward pass in which candidates are tried
 FLIPPED = 3  # the token whose change must not reach the others
 
 
@@ -30,14 +38,14 @@ class RefusedError(Exception):
 
 
 class Rows(NamedTuple):
-    """Where the text's tokens stand, among more rows than there are tokens."""
+    """Where the text's tokens stand, if there are more rows than tokens."""
 
     offset: int
-    total: int  # of the proof's text
+    total: int  # rows for the text of the proof
 
 
 class Proved(NamedTuple):
-    """A candidate that passed, its largest relative error, and its ups, the gate first."""
+    """A candidate that passed, its largest relative error, and its up-projections, gate first."""
 
     candidate: Candidate
     error: float
@@ -48,7 +56,7 @@ class Proved(NamedTuple):
 
 
 class _Bench:
-    """One candidate in a shadow's layer, to be run in one way and another."""
+    """One candidate in a shadow's layer, to be run with changed projections."""
 
     def __init__(
         self, layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None
@@ -56,8 +64,9 @@ class _Bench:
         self.layer, self.candidate, self.run, self.rows = layer, candidate, run, rows
         self.down = layer.get_submodule(candidate.down)
         self.ups = {path: layer.get_submodule(path) for path in candidate.ups}
-        self.tolerance = tolerance(self.down.weight.dtype)
-        self.token_first = False  # whether z is (token, sequence, neuron), as XLNet's is
+        self.dtype = tensor_of(self.down).dtype
+        self.tolerance = tolerance(self.dtype)
+        self.token_first = False  # whether z is (token, sequence, neuron), as in XLNet
 
     def run_with(
         self,
@@ -65,7 +74,7 @@ class _Bench:
         down: nn.Module | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
-        """Output of the layer with these projections, and the z that reached the last one."""
+        """Output of the layer with these projections, and the z that the last one was given."""
         seen: list[Tensor] = []
         final = self.down if down is None else down
 
@@ -81,7 +90,7 @@ class _Bench:
         return output, self.sequence_first(seen[0])
 
     def sequence_first(self, x: Tensor) -> Tensor:
-        """A view of what the layer computes with."""
+        """A view of a tensor of the layer with the sequence as first dimension."""
         return x.transpose(0, 1) if self.token_first else x
 
     def check(self, error: float, reason: str) -> float:
@@ -107,9 +116,14 @@ def prove(
     generator: torch.Generator,
     rows: Rows | None = None,
 ) -> Proved:
-    """The proof for one candidate of a shadow's layer, which `run` calls.
+    """Prove one candidate in a shadow's layer, which `run` calls.
 
-    Raises RefusedError, or whatever the layer raises when it is run with cut projections.
+    Raises
+    ------
+    RefusedError
+        If the candidate is not an FF block whose neurons are independent of each other.
+    Exception
+        Whatever the layer raises when it is run with cut projections.
     """
     if not candidate.ups:
         return Proved(candidate, _prove_experts(layer, candidate, run, generator), ())
@@ -124,19 +138,19 @@ def prove(
 def prove_recordable(
     layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None = None
 ) -> Proved:
-    """A weaker proof, for blocks whose neurons depend on each other: they can be recorded alone.
+    """A weaker proof, for blocks whose neurons depend on each other and can only be recorded.
 
     Where a norm lies between the activation function and the down-projection (BitNet), or only
-    the highest neurons stay active (Gemma 3n), no block can be cut. It is one all the same
-    if its z belongs to one token each, depends on the up-projections and on nothing else, and not
-    linearly.
+    the highest neurons stay active (Gemma 3n), a block cannot be cut. It still is a block if each
+    row of its z depends on one token only, and if z depends on the up-projections, not linearly,
+    and on nothing else.
     """
     bench = _Bench(layer, candidate, run, rows)
     whole, z = bench.run_with({})
     bench.refuse_layout(z)
     error = _prove_tokenwise(bench, z)
     order = _gate_first(bench, z)
-    # What the up-projections give is held fast, and all else in the layer is another.
+    # The outputs of the up-projections are kept as they were, and all else is changed.
     given: dict[str, Tensor] = {}
 
     def keeping(path: str, up: nn.Module) -> nn.Module:
@@ -175,10 +189,10 @@ def prove_recordable(
 
 
 def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Cut down to a random half of the neurons, the layer computes those and no others."""
+    """Check that the layer, cut down to a random half of the neurons, computes those alone."""
     d_ff, device = bench.candidate.d_ff, device_of(bench.down)
     half = torch.randperm(d_ff, generator=generator, device="cpu")[: d_ff // 2].sort().values
-    mask = torch.zeros(d_ff, dtype=bench.down.weight.dtype, device="cpu").index_fill_(0, half, 1)
+    mask = torch.zeros(d_ff, dtype=bench.dtype, device="cpu").index_fill_(0, half, 1)
     half, mask = half.to(device), mask.to(device)
     fused = bench.candidate.fused
     rows = fused_rows(half, d_ff, bench.candidate.interleaved) if fused else half
@@ -198,7 +212,7 @@ def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tenso
 def _prove_experts(
     layer: nn.Module, candidate: Candidate, run: Callable[[], Any], generator: torch.Generator
 ) -> float:
-    """Each cut down to a random half of its neurons, experts compute those and no others."""
+    """Check that experts, each cut down to a random half of its neurons, compute those alone."""
     experts = layer.get_submodule(candidate.down)
     if not is_loaded(experts):
         return math.nan
@@ -206,7 +220,7 @@ def _prove_experts(
     count, d_ff = shape(experts)
     orders = [torch.randperm(d_ff, generator=generator, device="cpu") for _ in range(count)]
     half = torch.stack(orders)[:, : d_ff // 2].sort(dim=1)[0].to(device)
-    mask = torch.zeros(count, d_ff, dtype=experts.down_proj.dtype, device=half.device)
+    mask = torch.zeros(count, d_ff, dtype=tensor_of(experts, "down_proj").dtype, device=half.device)
     mask.scatter_(1, half, 1)
 
     def run_with(module: nn.Module, mask: Tensor | None = None) -> tuple[Any, Routed]:
@@ -219,7 +233,7 @@ def _prove_experts(
         with replaced(layer, {candidate.down: module}), watching(module, tap):
             output = run()
         if not seen:
-            raise RefusedError("computes its experts in a way of its own, which cannot be watched")
+            raise RefusedError("does not compute its experts in a way that can be watched")
         if len(seen) > 1:
             raise RefusedError(f"calls its experts {len(seen)} times in one forward")
         return output, seen[0]
@@ -248,9 +262,9 @@ def _prove_experts(
 
 
 def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
-    """Another value at one token changes no other token's z.
+    """Check that another value at one token changes no other token's z, as in attention.
 
-    Attention's values would. (Cutting alone might let an attention without heads pass.)
+    Cutting alone might let an attention without heads pass.
     """
 
     def flipping(up: nn.Module) -> nn.Module:
@@ -268,14 +282,14 @@ def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
 
 
 def _gate_first(bench: _Bench, z: Tensor) -> tuple[str, ...]:
-    """The up-projections, the gate first: z is linear in up and not in the gate.
+    """The up-projections, gate first: z is linear in up, and not in the gate.
 
-    Where both or neither is linear, the first one defined is called the gate.
+    Where z is linear in both or in neither, the first one defined is taken for the gate.
     """
-    linear = {}
+    linear: dict[str, bool] = {}
     for path, up in bench.ups.items():
         _, negated = bench.run_with({path: with_forward(up, lambda x, up=up: -up(x))})
         linear[path] = relative_error(negated, -z) <= bench.tolerance
     if not bench.candidate.fused and len(linear) == 1 and all(linear.values()):
         raise RefusedError("it has no activation function: two factors of one matrix")
-    return tuple(sorted(bench.candidate.ups, key=linear.get))  # stable
+    return tuple(sorted(bench.candidate.ups, key=linear.__getitem__))  # stable

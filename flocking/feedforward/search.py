@@ -1,4 +1,4 @@
-"""Proving all candidates of a model in one small forward pass of a shadow of it."""
+"""Proving all candidates of a model in one small forward pass of its shadow."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from flocking.models import (
     replaced,
     shadow,
     trial,
+    vocabulary_of,
     with_forward,
 )
 
@@ -38,13 +39,13 @@ UNTIMELY = "its up-projection does not run before its down-projection"
 
 
 class Findings(NamedTuple):
-    """What one pass found out, by the path of the layer.
+    """What one pass found out, by path of the layer.
 
     Attributes
     ----------
     proved : dict of str to list of Proved
     refused : dict of str to dict of Candidate to str
-        Why the other candidates are no blocks.
+        Why the other candidates are not blocks.
     calls : dict of str to int
         How often the layer ran.
     """
@@ -55,12 +56,12 @@ class Findings(NamedTuple):
 
     @property
     def any(self) -> bool:
-        """Whether there is a block at all."""
+        """Whether any block was proved."""
         return any(self.proved.values())
 
 
 def prove_all(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) -> Findings:
-    """Try the candidates of each layer, given by its path, where the pass comes by.
+    """Try the candidates of each layer, given by path, when the pass runs that layer.
 
     Raises
     ------
@@ -76,7 +77,7 @@ def prove_all(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) ->
         forward = layer.forward
 
         def run_and_prove(*args: Any, **kwargs: Any) -> Any:
-            def run() -> Any:  # from the same cache every time, if the model insists on one
+            def run() -> Any:  # from the same cache every time, if the model always uses one
                 again = {
                     name: copy.deepcopy(value) if isinstance(value, Cache) else value
                     for name, value in kwargs.items()
@@ -107,14 +108,14 @@ def prove_all(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) ->
 
 
 class _SeenError(Exception):
-    """Enough was seen of a forward pass."""
+    """Ends a forward pass of which enough was seen."""
 
 
 def _rows(copied: PreTrainedModel, layers: Iterable[str]) -> Rows | None:
     """Where the text is, if the first layer is given more rows than there are tokens.
 
-    Some models put tokens of their own before it, some fill it up behind to whole chunks: the row
-    that changes with a token says where they stand. None if rows are tokens.
+    Some models put a prefix before the text, and some fill it up to whole chunks. The row that
+    changes with a token says where the text stands. None if every row is a token.
     """
 
     def given(changed: bool) -> Tensor | None:
@@ -134,20 +135,20 @@ def _rows(copied: PreTrainedModel, layers: Iterable[str]) -> Rows | None:
     if before is None or before.is_meta or before.shape[0] != PROBE_SHAPE[0]:
         return None
     total = before.shape[1]
-    if total <= PROBE_SHAPE[1]:
+    if total <= PROBE_SHAPE[1] or (after := given(True)) is None:
         return None
-    other = (given(True) != before).any(dim=-1)[0].nonzero().flatten().tolist()
+    other = after.ne(before).any(dim=-1)[0].nonzero().flatten().tolist()
     return Rows(other[0] - FLIPPED, total) if len(other) == 1 else None
 
 
 def _probe(model: PreTrainedModel, changed: bool = False, masked: bool = True) -> None:
     """One small forward pass of random tokens, without the head and without a cache.
 
-    With one token `changed` to another, if so asked.
+    With `changed`, one of the tokens is another; with `masked`, an attention mask is given.
     """
     embeddings = embeddings_of(model)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = embeddings.weight.shape[0]
+    vocabulary = vocabulary_of(model)
     ids = torch.randint(vocabulary, PROBE_SHAPE, generator=generator, device="cpu")
     if changed:
         ids[0, FLIPPED] = (ids[0, FLIPPED] + 1) % vocabulary
@@ -156,9 +157,10 @@ def _probe(model: PreTrainedModel, changed: bool = False, masked: bool = True) -
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     for module in model.modules():  # a cache would carry one trial's tokens into the next
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
-    if not is_loaded(embeddings):  # and no values that some implementations look at
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    if not is_loaded(embeddings):  # some implementations look at values, and there are none
         model.set_attn_implementation("eager")
         if any(is_experts(module) for module in model.modules()):
             model.set_experts_implementation("batched_mm")
@@ -168,7 +170,7 @@ def _probe(model: PreTrainedModel, changed: bool = False, masked: bool = True) -
 
 
 def _order_of_calls(layer: nn.Module, paths: set[str], run: Callable[[], Any]) -> dict[str, int]:
-    """When each of these modules is first called in one run of the layer; absent if never."""
+    """The order in which these modules are first called in one run of the layer, if they are."""
     calls: dict[str, int] = {}
 
     def noting(path: str) -> nn.Module:
@@ -194,20 +196,37 @@ def _search_layer(
 ) -> tuple[list[Proved], dict[Candidate, str]]:
     """The candidates of one shadow layer that pass, and why the others do not.
 
-    `broken` remembers, over the layers, what a layer of this class cannot even be run
-    with (attention's projections, mostly), so that this is tried only once.
+    `broken` remembers, over the layers, candidates with which a layer of this class cannot even
+    be run (attention's projections, mostly), so that each is tried only once.
     """
+    calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
+    timely: list[Candidate] = []
+    untimely: dict[Candidate, str] = {}
+    for candidate in candidates:
+        last = calls.get(candidate.down, -1)
+        if all(calls.get(up, math.inf) < last for up in candidate.ups):
+            timely.append(candidate)
+        else:
+            untimely[candidate] = UNTIMELY
+    found, refused, tried = _prove_by_cutting(layer, timely, run, broken, rows)
+    found += _prove_without_cutting(layer, tried, found, run, rows)
+    return found, untimely | refused
+
+
+def _prove_by_cutting(
+    layer: nn.Module,
+    candidates: list[Candidate],
+    run: Callable[[], Any],
+    broken: dict[tuple, str],
+    rows: Rows | None,
+) -> tuple[list[Proved], dict[Candidate, str], list[Candidate]]:
+    """The blocks that can be cut; why others cannot; and the projections that were tried."""
     generator = torch.Generator().manual_seed(0)
     found: list[Proved] = []
     refused: dict[Candidate, str] = {}
-    untimely: dict[Candidate, str] = {}
     tried: list[Candidate] = []
-    calls = _order_of_calls(layer, {p for c in candidates for p in (c.down, *c.ups)}, run)
     for candidate in candidates:
-        if not all(calls.get(up, math.inf) < calls.get(candidate.down, -1) for up in candidate.ups):
-            untimely[candidate] = UNTIMELY
-            continue
-        if any(candidate.down == proved.candidate.down for proved in found):
+        if _is_taken(candidate, found):
             continue
         if candidate.ups:
             tried.append(candidate)
@@ -223,14 +242,32 @@ def _search_layer(
         except Exception as problem:  # a wrong candidate may break the layer in any way
             reason = "cut, it fails: " + str(problem).strip().partition("\n")[0]
             refused[candidate] = broken[type(layer), candidate, kinds] = reason
-    # Only where nothing can be cut, and the widest, since gates may look like such blocks too; or
-    # where these very weights cannot be cut.
-    for candidate in sorted(tried, key=lambda c: (-c.d_ff, -len(c.ups))):
+    return found, refused, tried
+
+
+def _prove_without_cutting(
+    layer: nn.Module,
+    candidates: list[Candidate],
+    cuttable: list[Proved],
+    run: Callable[[], Any],
+    rows: Rows | None,
+) -> list[Proved]:
+    """The blocks that can only be recorded, of a layer without blocks that can be cut.
+
+    In a layer with such blocks, only those with weights that cannot be cut. The widest first,
+    since gates may look like such blocks too.
+    """
+    found: list[Proved] = []
+    for candidate in sorted(candidates, key=lambda c: (-c.d_ff, -len(c.ups))):
+        if _is_taken(candidate, [*cuttable, *found]):
+            continue
         paths = (candidate.down, *candidate.ups)
         packed = not all(is_plain(layer.get_submodule(path)) for path in paths)
-        if any(candidate.down == proved.candidate.down for proved in found):
-            continue
-        if packed or not found:
-            with suppress(Exception):  # why it is no block at all was said above
+        if packed or not (cuttable or found):
+            with suppress(Exception):  # the first proof has said why it is not a block
                 found.append(prove_recordable(layer, candidate, run, rows))
-    return found, untimely | refused
+    return found
+
+
+def _is_taken(candidate: Candidate, found: list[Proved]) -> bool:
+    return any(candidate.down == proved.candidate.down for proved in found)

@@ -1,11 +1,11 @@
 """Handling a Hugging Face model without changing it.
 
-Loading it, copying its modules, running it, finding out by trial what may be done with it, and
-tokenizing for it. Imports no other room but ``artifacts``.
+Loading a model, copying its modules, running it, finding out by trial in which ways it can be
+run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` only.
 """
 
 from flocking.models.capabilities import batches, chunks, forcing, refuse_forgetful, traits
-from flocking.models.copies import overriding, put, replaced, separate, shadow, unwrap, with_forward
+from flocking.models.copies import overriding, put, replaced, separate, shadow, with_forward
 from flocking.models.loading import control, embedded, identity, load
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
@@ -18,9 +18,13 @@ from flocking.models.weights import (
     embeddings_of,
     is_loaded,
     loaded,
+    parameter_of,
     parts,
+    tensor_of,
+    vocabulary_of,
     without_accelerate,
 )
+from flocking.models.wrapping import require_model, unwrap
 
 __all__ = [
     "PerModel",
@@ -43,6 +47,7 @@ __all__ = [
     "load",
     "loaded",
     "overriding",
+    "parameter_of",
     "parts",
     "private_randomness",
     "put",
@@ -50,14 +55,17 @@ __all__ = [
     "refuse_long",
     "relative_error",
     "replaced",
+    "require_model",
     "separate",
     "shadow",
+    "tensor_of",
     "tokenize",
     "tolerance",
     "traits",
     "trial",
     "undisturbed",
     "unwrap",
+    "vocabulary_of",
     "warn",
     "with_forward",
     "without_accelerate",

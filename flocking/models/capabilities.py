@@ -1,4 +1,4 @@
-"""What may be done with a model without changing what its tokens give, found out by trial."""
+"""In which ways a model can be run without changing its results, found out by trial."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from flocking.models.copies import shadow
 from flocking.models.memo import PerModel
 from flocking.models.running import forward
 from flocking.models.sandbox import relative_error, tolerance, trial
-from flocking.models.weights import device_of, embeddings_of
+from flocking.models.weights import device_of, embeddings_of, vocabulary_of
 
 # Tokens of one forward pass, all sequences of the batch together. Longer texts are fed in
 # chunks over a cache, so that peak memory grows with the cache and the result only. Below
-# this many, one pass without a cache is faster and needs less memory than chunks would.
+# this many tokens, one pass without a cache is faster and needs less memory than chunks would.
 CHUNK_TOKENS = 8192
 
 
 def chunks(model: PreTrainedModel, batch: int, length: int) -> list[slice]:
-    """The pieces in which `length` tokens of each of `batch` sequences are fed."""
+    """The slices in which `length` tokens of each of `batch` sequences are fed."""
     step = max(1, CHUNK_TOKENS // batch)
     if length <= step or not traits(model).chunkable:
         step = length
@@ -31,9 +31,9 @@ def chunks(model: PreTrainedModel, batch: int, length: int) -> list[slice]:
 
 
 def batches(model: PreTrainedModel, lengths: list[int], size: int) -> list[list[int]]:
-    """Which sequences share a forward pass: of like length, so that little is padding.
+    """Rows of sequences that share a forward pass, of similar length to keep padding small.
 
-    Of the same length, if the model cannot be padded without changing what it gives.
+    Of the same length, if padding changes the model's results.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     mixed = size == 1 or len(set(lengths)) == 1 or traits(model).paddable
@@ -47,17 +47,17 @@ def batches(model: PreTrainedModel, lengths: list[int], size: int) -> list[list[
 
 
 class Traits(NamedTuple):
-    """What may be done with a model without changing what its real tokens give.
+    """Ways to run a model that do not change the results of a text's tokens.
 
     Attributes
     ----------
     causal : bool
         Later tokens do not matter to earlier ones.
     decodes : bool
-        What follows a text may be fed one token at a time, over a cache, as generation does, and
+        What follows a text may be fed one token at a time over a cache, as generation does, also
         to another copy of the model than the one that read the text.
     continuable : bool
-        It may be fed in one piece, over a cache.
+        What follows a text may be fed in one piece over a cache.
     chunkable : bool
         A text may be fed in pieces, over a cache.
     paddable : bool
@@ -71,108 +71,157 @@ class Traits(NamedTuple):
     paddable: bool
 
 
+# What no trial on a few tokens can show: a text's length, padding included, matters if one of
+# these attributes of the configuration has such a value.
+DEPENDS_ON_LENGTH: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rope_parameters": (
+        lambda value: "longrope" in str(value) or "dynamic" in str(value),
+        "rotary embeddings change with the length",
+    ),
+    "index_topk": (bool, "sparse attention drops keys of long texts; padding may change which"),
+    "keep_window_size": (bool, "as index_topk, in Doge"),
+    "attention_type": (
+        lambda value: value == "block_sparse",
+        "BigBird attends to blocks, of which long texts leave some out",
+    ),
+}
+
+
 @PerModel
 def traits(model: PreTrainedModel) -> Traits:
     """Find out by trial, on a shadow of the model and 16 random tokens."""
-    copied = shadow(model)
-    vocabulary = embeddings_of(copied).weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (1, 16), generator=generator, device="cpu")
-    ones = torch.ones_like(ids)
+    attempts = _Attempts(model)
+    with trial(attempts.copied):
+        whole = attempts.whole()
 
-    def run(ids: Tensor, mask: Tensor, past: Any = None, keep: bool = False) -> Any:
-        return forward(copied, ids, mask, past, keep)
-
-    def changed() -> Tensor:
-        other = ids.clone()
-        other[:, -1] = (other[:, -1] + 1) % vocabulary
-        return run(other, ones)[0][:, :-1]
-
-    def chunked() -> Tensor:
-        first = run(ids[:, :8], ones[:, :8], keep=True)
-        second = run(ids[:, 8:], ones, past=first.past_key_values)
-        return torch.cat((first[0], second[0]), dim=1)
-
-    def decoded() -> Tensor:
-        output = run(ids[:, :12], ones[:, :12], keep=True)
-        parts = [output[0]]
-        for end in range(13, 17):
-            past = output.past_key_values
-            output = run(ids[:, end - 1 : end], ones[:, :end], past=past, keep=True)
-            parts.append(output[0])
-        return torch.cat(parts, dim=1)
-
-    def generated() -> Tensor:
-        """Logits by `generate`, which knows how each model goes on; its tokens are forced."""
-        reader, writer = shadow(model), shadow(model)
-        writer._prefill = reader._prefill
-        forward = writer.forward
-
-        @functools.wraps(forward)
-        def one_token(*args: Any, **kwargs: Any) -> Any:
-            if kwargs["input_ids"].shape[1] != 1:
-                raise RuntimeError("it reads the text again for every new token")
-            return forward(*args, **kwargs)
-
-        writer.forward = one_token
-        writer.generation_config = GenerationConfig(pad_token_id=0)
-
-        output = writer.generate(
-            ids[:, :12].to(device_of(embeddings_of(copied))),
-            attention_mask=ones[:, :12],
-            max_new_tokens=4,
-            do_sample=False,
-            use_cache=True,
-            logits_processor=[forcing(ids)],
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        return torch.stack(output.logits, dim=1)
-
-    def padded() -> Tensor:
-        pads = torch.zeros_like(ids[:, :8])
-        return run(torch.cat((ids, pads), 1), torch.cat((ones, pads), 1))[0][:, :16]
-
-    with trial(copied):
-        whole = run(ids, ones)[0]
-
-        def same(attempt: Callable[[], Tensor], due: Tensor = whole) -> bool:
+        def same(attempt: Callable[[], Tensor], expected: Tensor = whole) -> bool:
             try:
                 got = attempt()
-                return relative_error(got, due[:, : got.shape[1]]) <= tolerance(whole.dtype)
+                error = relative_error(got, expected[:, : got.shape[1]])
+                return error <= tolerance(whole.dtype)
             except Exception:  # it cannot be done at all
                 return False
 
         def generates() -> bool:
             if not model.can_generate() or model.config.is_encoder_decoder:
                 return False
-            device = device_of(embeddings_of(copied))
-            return same(generated, copied(ids.to(device)).logits[:, 11:])
+            return same(attempts.generated, attempts.logits())
 
         by_length = _depends_on_length(model.config)
         return Traits(
-            causal=same(changed),
-            decodes=same(decoded) or generates(),
-            continuable=(continuable := same(chunked)),
+            causal=same(attempts.changed),
+            decodes=same(attempts.decoded) or generates(),
+            continuable=(continuable := same(attempts.chunked)),
             chunkable=not by_length and continuable,
-            paddable=not by_length and same(padded),
+            paddable=not by_length and same(attempts.padded),
         )
 
 
+class _Attempts:
+    """Ways to run a shadow of a model on one text of 16 random tokens.
+
+    Where a model may be used in one of these ways, its hidden states (1, token, hidden) are those
+    of :meth:`whole`; :meth:`generated` gives :meth:`logits`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.copied = shadow(model)
+        self.vocabulary = vocabulary_of(self.copied)
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(self.vocabulary, (1, 16), generator=generator, device="cpu")
+        self.ones = torch.ones_like(self.ids)
+
+    def whole(self) -> Tensor:
+        """The text in one pass, as it is."""
+        return forward(self.copied, self.ids, self.ones)[0]
+
+    def changed(self) -> Tensor:
+        """All tokens but the last, which is another one."""
+        other = self.ids.clone()
+        other[:, -1] = (other[:, -1] + 1) % self.vocabulary
+        return forward(self.copied, other, self.ones)[0][:, :-1]
+
+    def chunked(self) -> Tensor:
+        """In two pieces, over a cache."""
+        first = forward(self.copied, self.ids[:, :8], self.ones[:, :8], keep=True)
+        second = forward(self.copied, self.ids[:, 8:], self.ones, past=first.past_key_values)
+        return torch.cat((first[0], second[0]), dim=1)
+
+    def decoded(self) -> Tensor:
+        """The last four tokens one at a time, over a cache."""
+        output = forward(self.copied, self.ids[:, :12], self.ones[:, :12], keep=True)
+        states = [output[0]]
+        for end in range(13, 17):
+            token, mask = self.ids[:, end - 1 : end], self.ones[:, :end]
+            output = forward(self.copied, token, mask, past=output.past_key_values, keep=True)
+            states.append(output[0])
+        return torch.cat(states, dim=1)
+
+    def padded(self) -> Tensor:
+        """With eight padding tokens behind."""
+        pads = torch.zeros_like(self.ids[:, :8])
+        ids, mask = torch.cat((self.ids, pads), 1), torch.cat((self.ones, pads), 1)
+        return forward(self.copied, ids, mask)[0][:, :16]
+
+    def logits(self) -> Tensor:
+        """Logits of the tokens that :meth:`generated` writes, in one pass."""
+        ids = self.ids.to(device_of(embeddings_of(self.copied)))
+        return self.copied(ids).logits[:, 11:]
+
+    def generated(self) -> Tensor:
+        """Logits by `generate`, which knows how each model goes on; its tokens are forced.
+
+        One copy of the model reads the text, another writes.
+        """
+        reader: Any = shadow(self.model)
+        writer: Any = shadow(self.model)
+        writer._prefill = reader._prefill
+        plain = writer.forward
+
+        @functools.wraps(plain)
+        def one_token(*args: Any, **kwargs: Any) -> Any:
+            if kwargs["input_ids"].shape[1] != 1:
+                raise RuntimeError("it reads the text again for every new token")
+            return plain(*args, **kwargs)
+
+        writer.forward = one_token
+        writer.generation_config = GenerationConfig(pad_token_id=0)
+        output = writer.generate(
+            self.ids[:, :12].to(device_of(embeddings_of(self.copied))),
+            attention_mask=self.ones[:, :12],
+            max_new_tokens=4,
+            do_sample=False,
+            use_cache=True,
+            logits_processor=[forcing(self.ids)],
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return torch.stack(output.logits, dim=1)
+
+
+def _depends_on_length(config: PreTrainedConfig) -> bool:
+    """Whether a text's length matters in one of the ways of :data:`DEPENDS_ON_LENGTH`."""
+    text = config.get_text_config()
+    return any(
+        matters(getattr(text, name, None)) for name, (matters, _) in DEPENDS_ON_LENGTH.items()
+    )
+
+
 def forcing(sequences: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A logits processor that lets `generate` write one given sequence, int64 (1, token)."""
+    """A logits processor that makes `generate` write one given sequence, int64 (1, token)."""
 
     def force(so_far: Tensor, scores: Tensor) -> Tensor:
-        due = sequences[:, so_far.shape[1]].to(scores.device)
-        return torch.full_like(scores, -torch.inf).index_fill_(1, due, 0)
+        token = sequences[:, so_far.shape[1]].to(scores.device)
+        return torch.full_like(scores, -torch.inf).index_fill_(1, token, 0)
 
     return force
 
 
 def refuse_forgetful(model: PreTrainedModel, *, pieces: bool = False) -> None:
-    """Raise a ValueError if the model cannot go on from a cache of what it has read.
+    """Raise a ValueError if the model cannot go on from a cache, one token at a time.
 
-    One token at a time, or also by `pieces` of several.
+    With `pieces`, also if it cannot go on with several tokens at once.
     """
     if not traits(model).decodes:
         raise ValueError(
@@ -184,16 +233,3 @@ def refuse_forgetful(model: PreTrainedModel, *, pieces: bool = False) -> None:
             f"{type(model).__name__} takes only one token at a time on top of a cache, and what "
             "comes after the prompt is scored in one piece: score it with another model."
         )
-
-
-def _depends_on_length(config: PreTrainedConfig) -> bool:
-    """Whether a text's length, padding included, matters in a way that no short trial shows.
-
-    Rotary embeddings may depend on it, and sparse attention starts to leave out keys beyond some
-    length, where ties may then be decided in another way.
-    """
-    text = config.get_text_config()
-    rotation = str(getattr(text, "rope_parameters", ""))
-    sparse = any(getattr(text, name, None) for name in ("index_topk", "keep_window_size"))
-    sparse = sparse or getattr(text, "attention_type", "") == "block_sparse"
-    return "longrope" in rotation or "dynamic" in rotation or sparse

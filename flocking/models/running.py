@@ -1,4 +1,4 @@
-"""Forward passes: what fits, without the head, in chunks, continued, and leaving no trace."""
+"""Running a model: one pass without the head, greedy continuations, and what fits its context."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from flocking.models.weights import device_of, embeddings_of
 
 @contextmanager
 def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Eval mode, no gradients, and random numbers of our own; all restored at the end."""
+    """Eval mode, no gradients and random numbers from `seed`; all restored at the end."""
     training = [module for module in model.modules() if module.training]
-    # (BigBird's attention becomes a full one for good, once a text is short.)
-    kinds = {m: m.attention_type for m in model.modules() if hasattr(m, "set_attention_type")}
+    # BigBird's attention becomes a full one for good, once a text is short.
+    kinds: dict[Any, str] = {
+        module: str(module.attention_type)
+        for module in model.modules()
+        if hasattr(module, "set_attention_type")
+    }
     try:
         for module in training:
             module.training = False
@@ -31,9 +35,9 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        for module, kind in kinds.items():
-            if module.attention_type != kind:
-                module.set_attention_type(kind)
+        for changed, kind in kinds.items():
+            if changed.attention_type != kind:
+                changed.set_attention_type(kind)
 
 
 @contextmanager
@@ -60,20 +64,25 @@ def attention(model: PreTrainedModel, implementation: str | None) -> Iterator[No
 def forward(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any = None, keep: bool = False
 ) -> Any:
-    """One pass without the head, over the cache `past` if given; keeping one if asked.
+    """One pass without the head.
 
     An encoder-decoder is given the text on both sides.
 
     Parameters
     ----------
+    model : transformers.PreTrainedModel
     ids : Tensor of int64, shape (sequence, token)
         On any device.
     mask : Tensor of int64, shape (sequence, token)
         1 for real tokens, those of `past` included.
+    past : transformers.Cache, optional
+        The cache of the tokens before.
+    keep : bool
+        Whether to return a cache without `past` too.
     """
     base = model.base_model
     device = device_of(embeddings_of(model))
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     accepted = inspect.signature(base.forward).parameters
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -87,7 +96,7 @@ def forward(
 
 
 def context(model: PreTrainedModel) -> int | None:
-    """Most tokens that the model takes at once, as far as it says so."""
+    """Most tokens that the model takes at once; None if its configuration does not say."""
     config = model.config.get_text_config()
     names = (
         "max_position_embeddings",
@@ -97,12 +106,11 @@ def context(model: PreTrainedModel) -> int | None:
         "max_seq_len",
     )
     limits = [getattr(config, name, None) for name in names]
-    for path, module in model.named_modules():  # RoBERTa's kind starts behind the padding index
-        if (
-            path.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            limits.append(module.num_embeddings - module.padding_idx - 1)
+    for path, module in model.named_modules():
+        before = getattr(module, "padding_idx", None)  # RoBERTa's positions start after this index
+        if path.endswith("position_embeddings") and before is not None:
+            count: Any = module.num_embeddings
+            limits.append(count - before - 1)
     return min((limit for limit in limits if limit and limit > 0), default=None)
 
 
@@ -122,20 +130,20 @@ def refuse_long(model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: i
 def continued(
     model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int, progress: bool
 ) -> list[Tensor]:
-    """Each prompt with its greedy continuation, less the last token (which is never fed).
+    """Each prompt with its greedy continuation, without the last token, which is never fed.
 
-    One at a time: padded on the left as `generate` would have it, some models give
-    other tokens than alone. On a shadow, so that neither the penalties and lengths of the
-    model's own generation config apply, nor what `generate` leaves on a model stays.
+    The prompts run one at a time, since some models give other tokens in a batch that is padded
+    on the left, as `generate` requires. They run on a shadow, so that the penalties and lengths
+    in the model's generation config do not apply, and `generate` leaves nothing on the model.
     """
-    copied = shadow(model)
-    own = model.generation_config
-    eos = own.eos_token_id
-    pad = own.pad_token_id
-    if pad is None:  # nothing is padded, but generate wants one
+    copied: Any = shadow(model)
+    given: Any = model.generation_config
+    eos = given.eos_token_id
+    pad = given.pad_token_id
+    if pad is None:  # nothing is padded, but generate asks for one
         pad = (eos[0] if isinstance(eos, list) else eos) or 0
     copied.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad
+        bos_token_id=given.bos_token_id, eos_token_id=eos, pad_token_id=pad
     )
     device = device_of(embeddings_of(model))
     sequences = []

@@ -1,4 +1,4 @@
-"""Trials: running a shadow of a model, comparing what comes out, and changing nothing."""
+"""Running a shadow of a model without side effects, and comparing outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def private_randomness(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 class _NoHeads(TorchFunctionMode):
-    """Raise where attention is left without keys, as by a cut through something that is no FF.
+    """Raise where attention is left without keys, as by a cut through what is not an FF block.
 
     torch 2.11 divides by their number, which ends the process.
     """
@@ -49,16 +49,16 @@ class _NoHeads(TorchFunctionMode):
 class _ReadOnly(TorchDispatchMode):
     """Refuse every operation that would write into these parameters.
 
-    Some models rescale their weights in place when they are run (RWKV): on a shadow,
-    which shares them, that would damage the model itself.
+    Some models (RWKV) rescale their weights in place when they are run. On a shadow, which
+    shares them, that would damage the model itself.
     """
 
     def __init__(self, tensors: Iterator[Tensor]) -> None:
         super().__init__()
-        # Kept, since an address is only one's own for as long as one lives.
+        # The storages are kept, since the address of one that is freed may be given to another.
         storages = [part.untyped_storage() for tensor in tensors for part in parts(tensor)]
         self.storages = {storage._cdata: storage for storage in storages}
-        self.written: dict[Any, list[tuple[int, str]]] = {}  # by operation: its written arguments
+        self.written: dict[Any, list[tuple[int, str]]] = {}  # by operation: the arguments it writes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -79,7 +79,7 @@ class _ReadOnly(TorchDispatchMode):
 
 @contextmanager
 def trial(copied: nn.Module) -> Iterator[None]:
-    """For running a shadow: no gradients, random numbers of its own, weights read-only."""
+    """A context for running a shadow: no gradients, a fixed seed, weights read-only."""
     with (
         torch.no_grad(),
         private_randomness(copied, 0),
@@ -92,9 +92,9 @@ def trial(copied: nn.Module) -> Iterator[None]:
 def tolerance(dtype: torch.dtype) -> float:
     """Largest relative error that rounding alone explains, when a sum is reordered.
 
-    Anything but rounding is orders of magnitude above it.
+    Other differences are larger by orders of magnitude.
     """
-    if not dtype.is_floating_point:  # packed weights, whose activations may be of any
+    if not dtype.is_floating_point:  # packed weights; their activations may have any dtype
         return 5e-2
     return {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(dtype, 1e-4)
 
@@ -102,10 +102,11 @@ def tolerance(dtype: torch.dtype) -> float:
 def relative_error(got: Any, expected: Any, without: Any = None) -> float:
     """Largest difference over all tensors of two outputs, relative to the largest value.
 
-    Given the output `without` the change whose effect is compared, relative to that
-    effect: behind a large residual, a wrong effect would otherwise pass for rounding.
+    If both outputs contain an effect, and `without` is the output without it, the difference is
+    relative to that effect: behind a large residual, a wrong effect would pass for rounding.
 
-    Returns NaN on the meta device, and infinity where values are not finite in both.
+    Returns NaN on the meta device, and infinity where a value is not finite, unless both outputs
+    have the same infinity there.
 
     Raises
     ------
@@ -119,7 +120,7 @@ def relative_error(got: Any, expected: Any, without: Any = None) -> float:
         if not isinstance(b, Tensor) or not b.is_floating_point():
             continue
         if a.shape != b.shape:
-            raise ValueError(f"it gives shape {tuple(a.shape)} where {tuple(b.shape)} is due")
+            raise ValueError(f"expected an output of shape {tuple(b.shape)}, got {tuple(a.shape)}")
         if b.is_meta:
             return math.nan
         size = b.abs().nan_to_num(posinf=0).max().float().item() if b.numel() else 0.0

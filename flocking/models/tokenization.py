@@ -1,4 +1,4 @@
-"""Text, in any of the forms that ``record`` takes, to token ids without padding."""
+"""Token ids without padding, of text in any of the forms that ``record`` takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models.memo import PerModel
-from flocking.models.weights import embeddings_of
+from flocking.models.weights import vocabulary_of
 
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 
@@ -27,7 +27,7 @@ class Prompts(NamedTuple):
         The texts; decoded where ids were given (empty without a tokenizer).
     tokenizer : transformers.PreTrainedTokenizerBase or None
     special : str
-        Which special tokens the tokenizer added, for the record.
+        The special tokens that the tokenizer added to each text.
     """
 
     ids: list[Tensor]
@@ -39,15 +39,26 @@ class Prompts(NamedTuple):
 def tokenize(
     model: PreTrainedModel, text: Text, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Prompts:
-    """Token ids of `text`, whichever form it has; padding is dropped.
+    """Token ids of `text` in any of its forms, without padding.
 
     Raises
     ------
     TypeError
-        If `text` is none of the known forms.
+        If `text` has none of the known forms.
     ValueError
         If a text is empty, its ids do not fit the model, or no tokenizer can be found.
     """
+    items, masks = _items(text)
+    if all(isinstance(item, str) for item in items):
+        return _of_strings(model, items, masks, tokenizer)
+    ids = _unpadded(_sequences(items), masks, vocabulary_of(model))
+    tokenizer = tokenizer or _tokenizer_for_labels(model)
+    texts = [str(tokenizer.decode(each)) if tokenizer else "" for each in ids]
+    return Prompts(ids, texts, tokenizer, "as given")
+
+
+def _items(text: Any) -> tuple[Any, Any]:
+    """Strings or token ids in a list (or tensor, or array), and the attention mask, if any."""
     masks = None
     if isinstance(text, Mapping):
         if "input_ids" not in text:
@@ -61,30 +72,35 @@ def tokenize(
             f"text is of type {type(text).__name__}: give a string, a list of strings, token ids, "
             "or what a tokenizer returns."
         )
-    if not hasattr(text, "ndim"):
-        text = list(text)
-    if len(text) == 0:
+    items: Any = text if hasattr(text, "ndim") else list(text)
+    if len(items) == 0:
         raise ValueError("text is empty: give at least one text or sequence of token ids.")
+    return items, masks
 
-    strings = all(isinstance(item, str) for item in text)
-    if strings:
-        if empty := [number for number, item in enumerate(text) if not item]:
-            raise ValueError(f"text {empty[0]} is empty: give one of a token or more.")
-        tokenizer = tokenizer or _tokenizer_of(model)
-        ids = [tokenizer(item)["input_ids"] for item in text]
-        special = _special(tokenizer)
-    else:
-        ids, special = _sequences(text), "as given"
-    prompts = _unpadded(ids, masks, embeddings_of(model).weight.shape[0])
-    if strings:
-        return Prompts(prompts, [str(item) for item in text], tokenizer, special)
-    if tokenizer is None and getattr(model, "name_or_path", ""):
-        try:
-            tokenizer = _tokenizer_of(model)
-        except ValueError:  # only needed for the labels
-            tokenizer = None
-    texts = [tokenizer.decode(prompt) if tokenizer else "" for prompt in prompts]
-    return Prompts(prompts, texts, tokenizer, special)
+
+def _of_strings(
+    model: PreTrainedModel,
+    texts: list[str],
+    masks: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Prompts:
+    for number, text in enumerate(texts):
+        if not text:
+            raise ValueError(f"text {number} is empty: give a text of at least one token.")
+    tokenizer = tokenizer or _tokenizer_of(model)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    prompts = _unpadded(ids, masks, vocabulary_of(model))
+    return Prompts(prompts, [str(text) for text in texts], tokenizer, _special(tokenizer))
+
+
+def _tokenizer_for_labels(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the model's folder or hub repository, if there is one."""
+    if not getattr(model, "name_or_path", None):
+        return None
+    try:
+        return _tokenizer_of(model)
+    except ValueError:
+        return None
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -95,7 +111,9 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> str:
 def _unpadded(ids: list[Any], masks: Any, vocabulary: int) -> list[Tensor]:
     masks = [None] * len(ids) if masks is None else _sequences(masks)
     if len(masks) != len(ids):
-        raise ValueError(f"attention_mask has {len(masks)} rows for {len(ids)} of input_ids.")
+        raise ValueError(
+            f"attention_mask has {len(masks)} rows, input_ids has {len(ids)}: give as many."
+        )
     prompts = []
     for number, (sequence, mask) in enumerate(zip(ids, masks, strict=True)):
         prompt = _integers(sequence, number)
@@ -114,7 +132,7 @@ def _unpadded(ids: list[Any], masks: Any, vocabulary: int) -> list[Tensor]:
                 )
             prompt = prompt[real]
         if len(prompt) == 0:
-            raise ValueError(f"text {number} has no tokens beside padding: give one or more.")
+            raise ValueError(f"text {number} has no tokens but padding: give one or more.")
         if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
             raise ValueError(
                 f"text {number} has token ids from {int(prompt.min())} to {int(prompt.max())}, but "
@@ -125,7 +143,7 @@ def _unpadded(ids: list[Any], masks: Any, vocabulary: int) -> list[Tensor]:
 
 
 def _sequences(ids: Any) -> list[Any]:
-    """Token ids as a list of sequences, where one sequence may come bare."""
+    """Token ids as a list of sequences; one sequence may be given without a list around it."""
     bare = ids.ndim == 1 if hasattr(ids, "ndim") else isinstance(ids[0], int | np.integer)
     return [ids] if bare else list(ids)
 
@@ -149,12 +167,12 @@ def _integers(values: Any, number: int) -> Tensor:
 
 @PerModel
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, read once."""
+    """The tokenizer in the model's folder or hub repository, read once."""
     try:
         revision = getattr(model.config, "_commit_hash", None) or "main"
         return AutoTokenizer.from_pretrained(model.name_or_path, revision=revision)
     except Exception as problem:  # transformers raises many kinds
         raise ValueError(
-            f"No tokenizer was found beside the model ({model.name_or_path or 'no name'}): "
+            f"No tokenizer was found with the model ({model.name_or_path or 'no name'}): "
             "pass tokenizer=, or give token ids."
         ) from problem

@@ -1,13 +1,30 @@
-"""Where a weight is kept, of what it consists, and where it is computed with."""
+"""Where a weight is kept, which tensors it consists of, and where it is computed with."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def tensor_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """A module's tensor of that name: a parameter, or what an adapter gives for one."""
+    return getattr(module, name)
+
+
+def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
+    """A parameter that a module holds under that name itself, and that is not None."""
+    parameter = module._parameters[name]
+    if parameter is None:
+        raise KeyError(name)
+    return parameter
 
 
 def parts(weight: Tensor) -> list[Tensor]:
@@ -20,7 +37,7 @@ def parts(weight: Tensor) -> list[Tensor]:
 
 
 def byte_count(weight: Tensor) -> int:
-    """Of memory."""
+    """Bytes of memory that a weight takes."""
     return sum(part.numel() * part.element_size() for part in parts(weight))
 
 
@@ -29,12 +46,12 @@ def byte_count(weight: Tensor) -> int:
 
 
 def loaded(module: nn.Module) -> AbstractContextManager:
-    """For reading the parameters of a module that may be offloaded."""
+    """A context in which the parameters of a module that may be offloaded can be read."""
     return align_module_device(module)
 
 
 def is_loaded(module: nn.Module) -> bool:
-    """Whether a module's own parameters have values, at least while it runs."""
+    """Whether a module's parameters have values, at least while it runs."""
     return has_offloaded_params(module) or not any(
         p is not None and p.is_meta for p in module._parameters.values()
     )
@@ -43,18 +60,24 @@ def is_loaded(module: nn.Module) -> bool:
 def device_of(module: nn.Module, parameter: str = "weight") -> torch.device:
     """Where a module computes."""
     if has_offloaded_params(module):
-        return torch.device(module._hf_hook.execution_device)
-    return getattr(module, parameter).device
+        hook: Any = module._hf_hook
+        return torch.device(hook.execution_device)
+    return tensor_of(module, parameter).device
 
 
-def embeddings_of(model: nn.Module) -> nn.Module:
-    """What looks up a model's tokens; the first, if it has several."""
+def embeddings_of(model: PreTrainedModel) -> nn.Module:
+    """The module that looks up a model's tokens; the first, if it has several."""
     found = model.get_input_embeddings().modules()
     return next(module for module in found if getattr(module, "weight", None) is not None)
 
 
-def without_accelerate(module: nn.Module) -> nn.Module:
-    """The same module, a copy, whose parameters are its own: nothing is brought or sent away."""
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of token ids that a model can look up."""
+    return tensor_of(embeddings_of(model)).shape[0]
+
+
+def without_accelerate(module: _Module) -> _Module:
+    """`module`, a copy of one that may be offloaded, as a plain one: nothing is moved any more."""
     for name in ("_hf_hook", "_old_forward", "forward"):
         vars(module).pop(name, None)
     return module

@@ -25,7 +25,7 @@ from flocking.feedforward import (
     is_plain,
     shadow_with_blocks,
 )
-from flocking.models import is_loaded, refuse_forgetful, shadow, traits, unwrap
+from flocking.models import is_loaded, refuse_forgetful, require_model, shadow, traits
 from flocking.pruning.compact import Compact
 from flocking.pruning.methods import METHODS, WITH_REFERENCE, Method, by_reference, global_local
 from flocking.pruning.offloading import offloaded
@@ -124,7 +124,7 @@ def griffin(
     >>> pruned.report()
     Report(parameters=..., active_parameters=..., ...)
     """
-    model = unwrap(model)
+    model = require_model(model)
     blocks = _prunable(model)
     _check_options(model, blocks, scope, seed, offload)
     firsts = [block for block in blocks if block.call == 0]

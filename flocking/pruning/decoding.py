@@ -28,9 +28,10 @@ from flocking.models import (
     embeddings_of,
     refuse_forgetful,
     relative_error,
+    require_model,
     tolerance,
     undisturbed,
-    unwrap,
+    vocabulary_of,
 )
 from flocking.pruning.graphs import CompiledStep
 from flocking.pruning.twin import full_model, read_prompt
@@ -79,7 +80,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int, *, batch_size: int = 1) -> None:
-        model = unwrap(model)
+        model = require_model(model)
         _check_arguments(model, max_length, batch_size)
         self._model, self._full = model, full_model(model)
         refuse_forgetful(self._full)
@@ -355,7 +356,7 @@ class Decoder:
         window = min(filter(None, windows), default=self.max_length)
         total = 16 if window >= self.max_length else max(16, window + 4)
         total = min(total, self.max_length)
-        vocabulary = embeddings_of(self._full).weight.shape[0]
+        vocabulary = vocabulary_of(self._full)
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch_size, total)
         ids = torch.randint(vocabulary, shape, generator=generator, device="cpu").to(self._device)
@@ -365,9 +366,7 @@ class Decoder:
         return ids, mask
 
 
-def _check_arguments(model: Any, max_length: Any, batch_size: Any) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}: give a transformers model, or a twin.")
+def _check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -> None:
     for name, value in (("max_length", max_length), ("batch_size", batch_size)):
         if not isinstance(value, int):
             raise TypeError(f"{name}={value!r}: give a whole number.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from flocking.models import (
     embeddings_of,
     refuse_forgetful,
     refuse_long,
+    require_model,
     tokenize,
     undisturbed,
     unwrap,
@@ -245,7 +246,7 @@ def cut_of(protocol: Protocol, prompt: int, length: int) -> int:
 
 def refuse_unscorable(model: PreTrainedModel, fed: list[Tensor]) -> None:
     """Raise a ValueError for a text that does not fit, or a model that cannot go on."""
-    model = unwrap(model)
+    model = require_model(model)
     refuse_long(model, fed)
     refuse_forgetful(full_model(model), pieces=True)
 
@@ -271,15 +272,15 @@ def side_by_side(
         Each model, a twin with its selection, and the log-likelihoods of every token but the
         first, in nats.
     """
-    remaining = map(unwrap, models)
+    remaining = map(require_model, models)
     first = next(remaining, None)
     if first is None:
         return
     logits, past = beginning(first, ids, cut)
     head = _of_next_tokens(logits, ids, 0)
     for model in itertools.chain([first], remaining):
-        if model is not first and isinstance(model, Twin) and isinstance(first, Twin):
-            model._griffin.adopt(first._griffin)
+        if model is not first and isinstance(model, Twin):
+            model._griffin.adopt(cast(Twin, first)._griffin)
         later = rest(model, ids, cut, copy.deepcopy(past))
         yield model, torch.cat([head, _of_next_tokens(later, ids, cut)], dim=1)
 
@@ -332,7 +333,7 @@ def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
     In two passes, the first over `cut` tokens: a twin's is the full model's, and neurons are
     selected from it. A model alone is run in the same way, so that the two can be compared.
     """
-    model = unwrap(model)
+    model = require_model(model)
     head, past = beginning(model, ids, cut)
     later = rest(model, ids, cut, past)
     return torch.cat([_of_next_tokens(head, ids, 0), _of_next_tokens(later, ids, cut)], dim=1)

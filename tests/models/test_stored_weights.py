@@ -1,4 +1,4 @@
-"""Weights that are no plain matrices in memory: half precision, quantised, adapted, offloaded."""
+"""Weights in other forms than float32 in memory: half precision, quantised, adapted, offloaded."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def generated(model: nn.Module) -> torch.Tensor:
 def test_half_precision_records_what_float32_does(
     architecture: str, tiny: tf.PreTrainedModel, dtype: torch.dtype
 ) -> None:
-    due = recorded(tiny)
+    expected = recorded(tiny)
     got = recorded(tiny.to(dtype))
     assert got.attrs["dtype"] == str(dtype).removeprefix("torch.")
-    assert got.energy.dtype == due.energy.dtype
-    energy = due.energy.sum("window")
+    assert got.energy.dtype == expected.energy.dtype
+    energy = expected.energy.sum("window")
     error = abs(got.energy.sum("window") - energy).sum("neuron") / energy.sum("neuron")
     # A mixture may route a token elsewhere where two experts are equally good up to rounding.
     assert error.median() < (0.02 if dtype == torch.float16 else 0.1)
@@ -81,7 +81,7 @@ def quantised(name: str, how: str) -> tf.PreTrainedModel:
 
 
 def _inside(module: nn.Module, path: str) -> bool:
-    """What transformers quantises: not the head, whose weight may be the embeddings' too."""
+    """What transformers quantises: all but the head, which may share the embeddings' weight."""
     return isinstance(module, nn.Linear) and path != "lm_head"
 
 
@@ -99,8 +99,8 @@ def dequantised(model: tf.PreTrainedModel, name: str) -> tf.PreTrainedModel:
 @pytest.mark.parametrize("name", ["llama", "opt", "phi3", "mixtral"])
 def test_quantised_models_are_recorded_like_the_same_values_in_full(name: str, how: str) -> None:
     model = quantised(name, how)
-    got, due = recorded(model), recorded(dequantised(model, name))
-    assert torch.allclose(*(torch.from_numpy(r.energy.values) for r in (got, due)), atol=1e-4)
+    got, expected = recorded(model), recorded(dequantised(model, name))
+    assert torch.allclose(*(torch.from_numpy(r.energy.values) for r in (got, expected)), atol=1e-4)
     xr.testing.assert_allclose(got.energy, recorded(model, batch_size=1).energy, atol=1e-5)
 
 
@@ -114,10 +114,10 @@ def test_a_twin_keeps_rows_and_scales_of_int8(name: str, how: str) -> None:
     tokens = generated(twin)
     generated(same)
     later = {"past_key_values": None, "use_cache": True}
-    got, due = (other(ids, **later).logits for other in (twin, same))
-    assert relative_error(got, due) < 1e-4
-    for layer, experts in twin.selection.items():
-        assert torch.equal(experts, same.selection[layer])
+    got, expected = (other(ids, **later).logits for other in (twin, same))
+    assert relative_error(got, expected) < 1e-4
+    for layer, kept in twin.selection.items():
+        assert torch.equal(kept, same.selection[layer])
     assert torch.equal(tokens, generated(twin))  # in the memory of the time before
     block = flocking.feedforwards(model)[0]
     down = twin.get_submodule(block.path).get_submodule("fc2" if name == "opt" else "down_proj")
@@ -157,8 +157,8 @@ def test_griffin_by_sequence_refuses_quantised_models() -> None:
 
 def test_weight_magnitude_of_quantised_models() -> None:
     model = quantised("llama", "int8")
-    due = flocking.weight_magnitude(dequantised(model, "llama"))
-    xr.testing.assert_allclose(flocking.weight_magnitude(model), due)
+    expected = flocking.weight_magnitude(dequantised(model, "llama"))
+    xr.testing.assert_allclose(flocking.weight_magnitude(model), expected)
 
 
 # --------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def to_disk(model: tf.PreTrainedModel, folder: Path) -> nn.Module:
 
 
 def to_both(model: tf.PreTrainedModel, folder: Path) -> nn.Module:
-    """One layer on disk and all else where it was, by a device map."""
+    """One layer on disk and everything else where it was, by a device map."""
 
     def places(module: nn.Module, prefix: str = "") -> Iterator[str]:
         for name, child in module.named_children():
@@ -255,11 +255,11 @@ def test_offloaded_models_are_recorded_and_pruned_like_others(
     offload: Callable[[tf.PreTrainedModel, Path], nn.Module],
     tmp_path: Path,
 ) -> None:
-    due = recorded(build(architecture))
+    expected = recorded(build(architecture))
     model = offload(tiny, tmp_path)
     places = {path: p.device for path, p in model.named_parameters()}
     assert any(device.type == "meta" for device in places.values())
-    xr.testing.assert_equal(recorded(model), due)
+    xr.testing.assert_equal(recorded(model), expected)
     if architecture != "bert":
         twin, plain = flocking.griffin(model), flocking.griffin(build(architecture))
         assert torch.equal(generated(twin), generated(plain))
@@ -295,7 +295,7 @@ def test_offloaded_values_are_not_held_twice(tmp_path: Path) -> None:
 
 
 def test_a_twin_of_an_offloaded_model_is_a_twin(tmp_path: Path) -> None:
-    """Accelerate keeps a model's own methods: a copy's must not act on the original."""
+    """Accelerate binds methods to a model: those of a copy must not act on the original."""
     model = to_both(build("llama"), tmp_path)
     twin = flocking.griffin(model, scope="sequence")
     with pytest.raises(ValueError, match="shares its parameters"):
@@ -325,11 +325,11 @@ def test_a_twin_may_leave_the_full_weights_in_host_memory(
     before = {name: (id(p), p.device, p.clone()) for name, p in generating.named_parameters()}
     plain = flocking.griffin(generating, scope=scope)
     twin = flocking.griffin(generating, scope=scope, offload="cpu")
-    due = plain.generate(ids, attention_mask=mask, **GREEDY)
+    expected = plain.generate(ids, attention_mask=mask, **GREEDY)
     for _ in range(2):
-        assert torch.equal(twin.generate(ids, attention_mask=mask, **GREEDY), due)
-    for layer, experts in plain.selection.items():
-        assert torch.equal(twin.selection[layer], experts)
+        assert torch.equal(twin.generate(ids, attention_mask=mask, **GREEDY), expected)
+    for layer, kept in plain.selection.items():
+        assert torch.equal(twin.selection[layer], kept)
     for field in ("parameters", "active_parameters", "ff_bytes", "compact_bytes"):
         assert getattr(twin.report(), field) == getattr(plain.report(), field)
     for name, p in generating.named_parameters():
@@ -360,9 +360,9 @@ def test_two_blocks_weights_are_on_the_device_at_a_time(monkeypatch: pytest.Monk
         assert len(stream.there) <= 2
 
     monkeypatch.setattr(stream, "_bring", counting)
-    due = generated(flocking.griffin(model, method="magnitude"))
-    assert torch.equal(generated(twin), due)
-    # To read the prompt, to score by the weights, to copy the experts.
+    expected = generated(flocking.griffin(model, method="magnitude"))
+    assert torch.equal(generated(twin), expected)
+    # To read the prompt, to score by the weights, to copy the kept neurons.
     assert brought == 3 * list(range(5))
     assert not any(parts for parts in stream.there.values())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -78,13 +76,13 @@ def test_gives_what_the_masked_model_gives(generating: tf.PreTrainedModel) -> No
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("arrangement", ["padded", "chunked"])
 def test_other_arrangements_select_the_same(
-    generating_in: Callable[[torch.dtype], tf.PreTrainedModel],
+    generating: tf.PreTrainedModel,
     arrangement: str,
     dtype: str,
     tolerance: float,
 ) -> None:
     """Up to neurons that rounding may move over the threshold."""
-    model = generating_in(getattr(torch, dtype))
+    model = generating.to(getattr(torch, dtype))
     rows = random_ids(30, 18, 7) if arrangement == "padded" else random_ids(30)
     lengths = [len(row) for row in rows]
     ids = torch.tensor([[0] * (30 - len(row)) + row for row in rows])
