@@ -37,7 +37,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flocking
 from flocking.feedforward import UnsupportedModelError
-from flocking.pruning import decoding
+from flocking.pruning import graphs
 
 MAPPINGS = {
     "causal": (tf.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -289,7 +289,7 @@ def tried(mapping: str, kind: str) -> Row:
 
 def decoded(model: tf.PreTrainedModel) -> tuple[str, str]:
     """Whether a twin gives the same tokens in fixed shapes, or else why not."""
-    decoding._COMPILER = "eager"
+    graphs._COMPILER = "eager"
     torch._dynamo.reset()
     twin = flocking.griffin(model, 0.5)
     twin.generation_config = tf.GenerationConfig(pad_token_id=0)

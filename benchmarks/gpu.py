@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import flocking
+from flocking.pruning import full_model
 from flocking.recording import Windows
 
 PAPERS = ("Llama 2 13B", "Gemma 7B")  # Dong, Chen and Chi give their latencies
@@ -144,12 +145,12 @@ def eager_prefill(model: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, Te
 
 def eager(model: PreTrainedModel, ids: Tensor, steps: int) -> Callable[[], float]:
     """The plain loop of a model, or of a twin with the selection of its prompt."""
-    state = getattr(model, "_griffin", None)
+    full = full_model(model)
 
     def measure() -> float:
-        if state is not None:
+        if full is not model:
             model.generate(ids, max_new_tokens=1)
-        past, token = eager_prefill(model if state is None else state.whole, ids)
+        past, token = eager_prefill(full, ids)
         return eager_steps(model, past, token, steps)
 
     return measure

@@ -158,7 +158,9 @@ class GriffinLM(HFLM):
             # The length is cut here: a warning about it would be wrong.
             ids = [self.tokenizer(text, verbose=False)["input_ids"] for text in self.calibration]
             ids = [row[: self.max_length] for row in ids]
-            self._reference = global_statistic(self.full, ids, tokenizer=self.tokenizer)
+            self._reference = global_statistic(
+                self.full, ids, tokenizer=self.tokenizer, batch_size=1
+            )
         return self._reference
 
     def get_model_info(self) -> dict[str, Any]:

@@ -153,6 +153,7 @@ def article_losses(lm: GriffinLM, articles: Articles, limit: int | None) -> list
         prompt_length=length,
         continuation_length=farthest,
         tokenizer=tokenizer,
+        batch_size=1,
         progress=False,
     ).log_likelihood
     return [

@@ -217,7 +217,9 @@ def test_inspect_lists_the_blocks(model: str) -> None:
     assert "there is no such folder" in missing.output
 
 
-def test_check_prints_a_row_for_each_and_exits_with_1_if_one_fails(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_prints_a_row_each_and_exits_with_1_on_failure(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = run("check", model)
     assert result.exit_code == 0
     rows = {line.partition("  ")[0]: line for line in result.stdout.splitlines()[1:]}
