@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.utils import GenerateOutput
 
 from flocking.analysis import select, statistic
 from flocking.feedforward import FeedForward, feedforwards, observe
@@ -204,13 +204,20 @@ def _pruned(density: float) -> Callable[[PreTrainedModel, list[list[int]]], floa
     return attempt
 
 
+class _Generated(NamedTuple):
+    """Token ids, prompt included, and the logits of each new token."""
+
+    sequences: torch.Tensor
+    logits: tuple[torch.Tensor, ...]
+
+
 def _generate(
     model: PreTrainedModel, text: list[int], forced: torch.Tensor | None = None
-) -> GenerateOutput:
+) -> _Generated:
     """Generate a few tokens greedily, or those that `forced` has."""
     ids = torch.tensor([text], device=_device(model))
     with private_randomness(model, 0):  # for models that draw random numbers
-        return model.generate(
+        output = cast(Any, model).generate(  # PreTrainedModel does not declare it
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=3,
@@ -221,6 +228,7 @@ def _generate(
             return_dict_in_generate=True,
             output_logits=True,
         )
+    return _Generated(output.sequences, output.logits)
 
 
 # By name: the check, and whether it needs a model that generates.

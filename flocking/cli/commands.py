@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -238,10 +238,11 @@ def generate(
     if method not in METHODS:
         raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
     loaded, tokenizer = load(model, device, dtype)
-    twin = flocking.griffin(loaded, density, method=method, scope=scope)
+    known = cast(Literal["shared", "sequence"], scope)  # griffin refuses others
+    twin = flocking.griffin(loaded, density, method=method, scope=known)
     inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.device)
     refuse_long(loaded, [inputs["input_ids"][0]], max_new_tokens)
-    subjects = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
+    subjects: dict[str, Any] = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
     console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("", "new tokens", "tokens a second", "active parameters"):

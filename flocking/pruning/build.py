@@ -44,7 +44,7 @@ def griffin(
     weight: float = 0.5,
     seed: int = 0,
     offload: Literal["cpu"] | None = None,
-) -> PreTrainedModel:
+) -> Twin:
     """A twin of `model` whose ``generate`` decodes on the neurons that each prompt selects.
 
     The twin shares all parameters with `model` except the FF projections, which are compact
