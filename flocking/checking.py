@@ -1,15 +1,15 @@
-"""What holds of the models in the test suite, tried on a user's own."""
+"""What the test suite asks of models, asked of a user's model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.utils import GenerateOutput
 
 from flocking.analysis import select, statistic
 from flocking.feedforward import FeedForward, feedforwards, observe
@@ -23,6 +23,7 @@ from flocking.models import (
     require_model,
     tolerance,
     undisturbed,
+    vocabulary_of,
 )
 from flocking.pruning import griffin
 from flocking.recording import record
@@ -32,20 +33,25 @@ _LENGTHS = (24, 17, 9)  # tokens of the texts that are tried
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> pd.DataFrame:
-    """Try on `model` what must hold for its recordings and its twins to be right.
+    """Check that recordings and pruned twins of `model` are right.
+
+    The checks are those that the test suite makes on every architecture: the FF blocks compute
+    what is recorded of them, watching changes no output, a text in a batch gives what it gives
+    alone, a twin keeps the neurons that the analysis selects, and it computes what the full model
+    does with all other neurons masked.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Left as it is.
+        It is not changed.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-        To try it on real text; on random tokens without.
+        To check on real text; without it, on random tokens.
 
     Returns
     -------
     pandas.DataFrame
-        A row for each check, by its name: ``passed`` (NA where it does not apply), ``error``,
-        the largest relative error, ``allowed``, what rounding alone explains in the model's
+        A row for each check, by its name: ``passed`` (NA where the check does not apply),
+        ``error``, the largest relative error, ``allowed``, what rounding explains in the model's
         dtype, and ``reason``, why it failed or does not apply.
 
     Raises
@@ -55,8 +61,18 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = No
 
     Examples
     --------
-    >>> table = flocking.check(model)
-    >>> assert table.passed.all()
+    >>> table = flocking.check(model, tokenizer)
+    >>> table[["passed", "error"]]
+                 passed  error
+    check
+    proof          True  ...
+    watching       True  ...
+    batch          True  ...
+    selection      True  ...
+    density 1      True  ...
+    density 0.5    True  ...
+    >>> bool(table.passed.all())
+    True
     """
     model = require_model(model)
     rows: dict[str, dict[str, object]] = {}
@@ -70,12 +86,12 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = No
                 continue
             texts = texts or _texts(model, tokenizer)
             with undisturbed(model, seed=0):
-                row["error"] = attempt(model, texts)
+                error = row["error"] = attempt(model, texts)
             allowed = row["allowed"] = tolerance(feedforwards(model)[0].weight.dtype)
-            row["passed"] = bool(row["error"] <= allowed)
+            row["passed"] = bool(error <= allowed)
             if not row["passed"]:
                 row["reason"] = "the error is more than rounding explains"
-        except Exception as problem:  # whatever a model has against it is what is asked for
+        except Exception as problem:  # a model may fail in any way: that is the result
             row["reason"] = str(problem).strip() or type(problem).__name__
             if name == "proof":  # nothing else can be tried without blocks
                 break
@@ -84,11 +100,11 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
-    """Token ids of a few short texts of unequal length."""
+    """Token ids of a few short texts of different lengths."""
     if tokenizer is not None:
-        chosen = passages()[: len(_LENGTHS)]
-        return [tokenizer(t)["input_ids"][:n] for t, n in zip(chosen, _LENGTHS, strict=True)]
-    vocabulary = embeddings_of(model).weight.shape[0]
+        some = passages()[: len(_LENGTHS)]
+        return [tokenizer(t)["input_ids"][:n] for t, n in zip(some, _LENGTHS, strict=True)]
+    vocabulary = vocabulary_of(model)
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in _LENGTHS]
 
@@ -98,7 +114,7 @@ def _device(model: PreTrainedModel) -> torch.device:
 
 
 def _cannot_generate(model: PreTrainedModel) -> str:
-    """Why there can be no twin of this model; nothing if there can."""
+    """Why this model cannot have a twin; empty if it can."""
     try:
         griffin(model)
     except ValueError as problem:
@@ -112,7 +128,7 @@ def _proof(model: PreTrainedModel, texts: list[list[int]]) -> float:
 
 
 def _watched(model: PreTrainedModel, texts: list[list[int]]) -> float:
-    """Outputs under watch, and after it, are those without."""
+    """Outputs are the same before, while and after the model is watched."""
     ids = torch.tensor(texts[:1], device=_device(model))
 
     def run() -> torch.Tensor:
@@ -125,7 +141,7 @@ def _watched(model: PreTrainedModel, texts: list[list[int]]) -> float:
 
 
 def _batch(model: PreTrainedModel, texts: list[list[int]]) -> float:
-    """Texts recorded in one batch are what they are alone."""
+    """A text recorded in a batch gives what it gives alone."""
     together = statistic(record(model, texts, batch_size=len(texts), window=8, progress=False))
     error = 0.0
     for number, text in enumerate(texts):
@@ -135,20 +151,20 @@ def _batch(model: PreTrainedModel, texts: list[list[int]]) -> float:
     return error
 
 
-def _experts(model: PreTrainedModel, texts: list[list[int]]) -> float:
-    """A twin's experts are those of the analysis: share of neurons of which this is not so."""
+def _selection(model: PreTrainedModel, texts: list[list[int]]) -> float:
+    """A twin keeps the neurons that the analysis selects: the share for which they differ."""
     ids = torch.tensor(texts[:1], device=_device(model))
     generated = _generate(model, texts[0]).logits[0]
     if relative_error(generated, model(ids).logits[:, -1]) > tolerance(generated.dtype):
         raise ValueError(
-            "transformers' generate does not give this model what a plain forward pass does (other "
-            "positions, say), so that a twin's experts in generation are not those of a recording"
+            "transformers' generate runs this model differently from a plain forward pass (with "
+            "other positions, say), so a twin does not keep the neurons that a recording selects"
         )
     twin = griffin(model)
     _generate(twin, texts[0])
     analysed = statistic(record(model, texts[0], window=None, progress=False)).isel(sequence=0)
     blocks = feedforwards(model)
-    together = analysed.copy()  # the runs of a block share their experts
+    together = analysed.copy()  # the runs of a block share one selection
     for place, block in enumerate(blocks):
         runs = [row for row, other in enumerate(blocks) if other.down is block.down]
         together[place] = np.sqrt(np.square(analysed.to_numpy()[runs]).sum(axis=0))
@@ -158,7 +174,7 @@ def _experts(model: PreTrainedModel, texts: list[list[int]]) -> float:
         mine = np.zeros(block.d_ff, bool)
         mine[twin.selection[block.layer].numpy()] = True
         moved = (mine != selected[place][: block.d_ff]).reshape(block.experts, -1)
-        # Where a mixture's expert was not reached, the twin goes by its weights.
+        # In a mixture's expert that no token reached, the twin selects by the weights.
         reached = analysed.to_numpy()[place][: block.d_ff].reshape(block.experts, -1).any(axis=1)
         different += int(moved[reached].sum())
     return different / selected.size
@@ -178,24 +194,30 @@ def _pruned(density: float) -> Callable[[PreTrainedModel, list[list[int]]], floa
             mask[twin.selection[block.layer].to(mask.device)] = 1
 
         def pruned(block: FeedForward, z: torch.Tensor) -> torch.Tensor | None:
-            """All but the prompt, whose tokens come in one pass."""
+            """Mask single tokens, but not the prompt, which comes in one pass."""
             return z * keep[block] if z.shape[:-1].numel() == 1 else None
 
         with observe(model, pruned):
-            due = _generate(model, texts[0], forced=got.sequences)
-        return relative_error(got.logits, due.logits)
+            expected = _generate(model, texts[0], forced=got.sequences)
+        return relative_error(got.logits, expected.logits)
 
     return attempt
 
 
+class _Generated(NamedTuple):
+    """Token ids, prompt included, and the logits of each new token."""
+
+    sequences: torch.Tensor
+    logits: tuple[torch.Tensor, ...]
+
+
 def _generate(
     model: PreTrainedModel, text: list[int], forced: torch.Tensor | None = None
-) -> GenerateOutput:
-    """A few new tokens, greedily, or those of other sequences."""
+) -> _Generated:
+    """Generate a few tokens greedily, or those that `forced` has."""
     ids = torch.tensor([text], device=_device(model))
-
-    with private_randomness(model, 0):  # the same numbers each time, for models that draw some
-        return model.generate(
+    with private_randomness(model, 0):  # for models that draw random numbers
+        output = cast(Any, model).generate(  # PreTrainedModel does not declare it
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=3,
@@ -206,6 +228,7 @@ def _generate(
             return_dict_in_generate=True,
             output_logits=True,
         )
+    return _Generated(output.sequences, output.logits)
 
 
 # By name: the check, and whether it needs a model that generates.
@@ -213,7 +236,7 @@ _CHECKS: dict[str, tuple[Callable[[PreTrainedModel, list[list[int]]], float], bo
     "proof": (_proof, False),
     "watching": (_watched, False),
     "batch": (_batch, False),
-    "experts": (_experts, True),
+    "selection": (_selection, True),
     "density 1": (_pruned(1.0), True),
     "density 0.5": (_pruned(0.5), True),
 }

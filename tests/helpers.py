@@ -6,11 +6,14 @@ import copy
 import functools
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers as tf
 import xarray as xr
+from torch import Tensor
 
 import flocking
+from flocking.analysis import magnitude
 from flocking.feedforward import inherit_blocks
 from flocking.models import traits
 
@@ -186,3 +189,76 @@ def assert_same(got: xr.Dataset, expected: xr.Dataset, rtol: float = 1e-4) -> No
         a, b = xr.align(got[name], expected[name], join="inner", copy=False)
         scale = float(np.nanmax(np.abs(b.values)))
         np.testing.assert_allclose(a.values, b.values, rtol=rtol, atol=rtol * 1e-2 * scale)
+
+
+def made_up(values: dict[str, np.ndarray], task: str = "piqa", **columns: object) -> pd.DataFrame:
+    """Items of an evaluation, of variants such as ``topk@0.5``."""
+    parts = []
+    for variant, own in values.items():
+        method, _, density = variant.partition("@")
+        parts.append(
+            pd.DataFrame(
+                {
+                    "task": task,
+                    "protocol": "context",
+                    "method": method,
+                    "density": float(density or 1),
+                    "metric": "acc",
+                    "item": range(len(own)),
+                    "value": own,
+                    "chance": 0.5,
+                    "prompt_tokens": np.arange(len(own)) + 10,
+                    "left_out": 0,
+                    "scored": 4,
+                    "pruned": 0 if method == "full" else 3,
+                    **columns,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+# --------------------------------------------------------------------------------------
+# Twins
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def tokens(*lengths: int, seed: int = 0) -> Tensor:
+    return torch.tensor(random_ids(*lengths, seed=seed))
+
+
+def generate(model: tf.PreTrainedModel, ids: Tensor, n: int = 12, **options: object) -> Tensor:
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, attention_mask=mask, max_new_tokens=n, **GREEDY | options)
+
+
+def expected_selection(model: tf.PreTrainedModel, ids: Tensor, density: float = 0.5) -> np.ndarray:
+    """What the analysis selects: bool (sequence, layer, neuron)."""
+    recording = flocking.record(
+        model, ids.tolist(), window=None, batch_size=len(ids), progress=False
+    )
+    return select_reached(model, flocking.statistic(recording), density)
+
+
+def select_reached(
+    model: tf.PreTrainedModel, statistic: xr.DataArray, density: float
+) -> np.ndarray:
+    """As the analysis does; but by their weights in experts that no token was routed to."""
+    values = statistic.copy()
+    for place, block in enumerate(flocking.feedforwards(model)):
+        if block.kind == "experts":
+            own = values.to_numpy()[:, place].reshape(len(values), block.experts, -1)
+            norms = magnitude(block).numpy().reshape(block.experts, -1)
+            own[:] = np.where((own == 0).all(-1, keepdims=True), norms, own)
+    return flocking.select(values, density).to_numpy()
+
+
+def as_masks(twin: tf.PreTrainedModel, model: tf.PreTrainedModel) -> np.ndarray:
+    """A twin's selection: bool (layer, neuron), or (sequence, layer, neuron)."""
+    masks = []
+    for block in flocking.feedforwards(model):
+        kept = twin.selection[block.layer]
+        shape = (*kept.shape[:-1], block.d_ff)
+        masks.append(torch.zeros(shape, dtype=torch.bool).scatter_(-1, kept, True))
+    return torch.stack(masks, dim=-2).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +90,46 @@ def test_the_package_itself_is_followed() -> None:
         paths = artifacts.sources(module)
         assert len(paths) > 15
         assert not {"__init__", "artifacts"} & {path.stem for path in paths}
+
+
+def test_a_key_says_which_parts_differ() -> None:
+    key = artifacts.Key.of("flocking.texts", ["one", 2], packages=["xarray"])
+    names = {"python", "torch", "transformers", "numpy", "flocking", "xarray"}
+    assert set(key.versions) == names
+    assert artifacts.Key.read(json.loads(json.dumps(key.plain()))) == key
+    assert key.differing(key) == []
+    other = artifacts.Key.of("flocking.texts", ["one", 3], packages=["xarray"])
+    assert key.differing(other) == ["inputs"]
+    assert key.digest() != other.digest()
+    older = artifacts.Key("0", other.inputs, {**key.versions, "torch": "1", "scipy": "1"})
+    assert key.differing(older) == ["code", "inputs", "versions"]
+    now = key.versions["torch"]
+    assert key.told(older) == f"code, inputs and versions (scipy 1 -> none, torch 1 -> {now})"
+    for stored in ("0123", None, 3, {"code": "0", "inputs": "0"}):
+        assert artifacts.Key.read(stored) is None
+    assert key.differing(None) == list(artifacts.PARTS)
+
+
+def test_a_model_is_told_by_every_file_of_its_folder(tmp_path: Path) -> None:
+    def digest(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return artifacts.folder_digest(tmp_path)
+
+    config = {"layers": 2, "transformers_version": "5.1", "text": {"transformers_version": "5.1"}}
+    seen = [digest("config.json", json.dumps(config))]
+    for name in (
+        *("model.safetensors", "tokenizer.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+        *("chat_template.jinja", "modeling_mine.py", "additional_chat_templates/tools.jinja"),
+    ):
+        seen += [digest(name, "one"), digest(name, "two")]
+    assert len(set(seen)) == len(seen)
+    newer = json.dumps(config).replace("5.1", "5.2")
+    assert digest("config.json", newer) == seen[-1]
+    assert digest(".cache/download.lock", "mine") == seen[-1]
+    assert digest("config.json", newer.replace("2,", "3,")) != seen[-1]
+    digest("config.json", "not JSON")
 
 
 def test_files_take_their_places_together(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> object:
 
 @pytest.mark.parametrize(
     ("shape", "parameters", "bounds"),
-    [  # bounds as the issue about them has them, where it has some
+    [  # bounds from the issue about them, where it has some
         ("Llama 2 7B", 6_738_415_616, {0: 1.5}),
         ("Llama 2 13B", 13_015_864_320, {0: 1.49, 2048: 1.45, 4096: 1.41}),
         ("Gemma 7B", 8_537_680_896, {0: 1.59, 2048: 1.54, 4096: 1.50}),
@@ -49,8 +49,8 @@ def test_bounds_are_those_of_the_shapes(
     for tokens in (0, 2048, 4096):
         keys = measuring.kv_bytes(model, tokens)
         found[tokens] = (full + keys) / (pruned + keys)
-    for tokens, due in bounds.items():
-        assert found[tokens] == pytest.approx(due, abs=0.015)
+    for tokens, expected in bounds.items():
+        assert found[tokens] == pytest.approx(expected, abs=0.015)
     row = " | ".join([shape, *(f"{bound:.2f}" for bound in found.values())])
     assert f"| {row} |" in (FOLDER / "README.md").read_text()
     if shape == "Llama 2 7B":  # 32 layers x 4,096 keys and as many values x 2 bytes

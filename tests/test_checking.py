@@ -11,7 +11,7 @@ from helpers import VOCABULARY, random_ids
 import flocking
 from flocking import checking
 
-NAMES = ["proof", "watching", "batch", "experts", "density 1", "density 0.5"]
+NAMES = ["proof", "watching", "batch", "selection", "density 1", "density 0.5"]
 
 
 def test_passes_on_every_architecture(architecture: str, tiny: tf.PreTrainedModel) -> None:
@@ -30,8 +30,8 @@ def test_on_the_embedded_model_and_real_text(embedded: tuple) -> None:
     assert flocking.check(*embedded).passed.all()
 
 
-def test_fails_where_a_twin_is_not_its_model(llama: tf.PreTrainedModel) -> None:
-    """A hook of the user's own changes the full model, and does not act on the twin."""
+def test_fails_where_a_twin_differs_from_its_model(llama: tf.PreTrainedModel) -> None:
+    """A hook that the user registered changes the full model, and does not act on the twin."""
     llama.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
     table = flocking.check(llama)
     assert table.passed.tolist() == [True] * 4 + [False] * 2
@@ -39,7 +39,7 @@ def test_fails_where_a_twin_is_not_its_model(llama: tf.PreTrainedModel) -> None:
     assert (table.error[4:] > 1e-2).all()
 
 
-def test_fails_where_a_batch_is_not_its_members(
+def test_fails_where_a_batch_differs_from_its_members(
     llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = checking.record
@@ -54,7 +54,7 @@ def test_fails_where_a_batch_is_not_its_members(
     assert np.isclose(table.error["batch"], np.sqrt(1.1) - 1, rtol=1e-3)
 
 
-def test_says_what_cannot_be_tried() -> None:
+def test_says_what_cannot_be_checked() -> None:
     with pytest.raises(TypeError, match="model is a Linear: give a transformers model"):
         flocking.check(torch.nn.Linear(2, 2))
     small = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
@@ -66,7 +66,7 @@ def test_says_what_cannot_be_tried() -> None:
     table = flocking.check(tf.OpenAIGPTLMHeadModel(gpt))
     assert table.passed[:3].all()
     assert table.passed[3:].isna().all()
-    assert table.reason["experts"].startswith("OpenAIGPTLMHeadModel cannot go on from a cache")
+    assert table.reason["selection"].startswith("OpenAIGPTLMHeadModel cannot go on from a cache")
 
 
 def test_models_that_take_one_token_at_a_time_are_pruned_and_not_scored() -> None:

@@ -53,7 +53,7 @@ def test_example_runs(
     name: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flocking.pruning.decoding._COMPILER", "eager")
+    monkeypatch.setattr("flocking.pruning.graphs._COMPILER", "eager")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     test = PARSER.get_doctest(documented(name), dict(names), name, name, 0)
     assert test.examples, f"flocking.{name} has no example"

@@ -13,7 +13,7 @@ from helpers import build, random_ids
 from torch import Tensor
 
 import flocking
-from flocking.pruning import decoding
+from flocking.pruning import graphs
 from flocking.recording import Moments, Windows
 
 pytestmark = pytest.mark.gpu
@@ -42,8 +42,8 @@ def test_tokens_and_selections_are_the_cpus(generating: tf.PreTrainedModel, scop
     twin = flocking.griffin(there(generating), 0.5, scope=scope)
     due = generated(here, prompts(3, 20, 6, "cpu"))
     assert torch.equal(generated(twin, prompts(3, 20, 6)).cpu(), due)
-    for layer, experts in here.selection.items():
-        assert torch.equal(twin.selection[layer], experts)
+    for layer, kept in here.selection.items():
+        assert torch.equal(twin.selection[layer], kept)
     assert twin.report().selection_seconds > 0
     assert twin.report().copy_seconds > 0
 
@@ -104,19 +104,19 @@ def test_the_kernels_are_in_use() -> None:
 def test_one_graph_for_all_prompts(
     name: str, compiler: str, scope: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "_COMPILER", compiler)
+    monkeypatch.setattr(graphs, "_COMPILER", compiler)
     model = there(build(name))
     if scope is not None:
         model = flocking.griffin(model, 0.5, scope=scope)
     decoder = flocking.Decoder(model, 64, batch_size=2)
-    graphs = []
+    captured = []
     for length in (10, 30, 21):
         prompt = prompts(2, length, 4)
         model.generation_config.eos_token_id = None
         assert torch.equal(decoder.generate(**prompt, max_new_tokens=12), generated(model, prompt))
-        graphs.append(decoder._graph)
-    assert graphs[0] is not None
-    assert graphs[0] is graphs[1] is graphs[2]
+        captured.append(decoder._compiled._graph)
+    assert captured[0] is not None
+    assert captured[0] is captured[1] is captured[2]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -130,11 +130,12 @@ def test_a_graph_never_reads_memory_that_was_given_up() -> None:
     prompt = prompts(2, 15)
     due = generated(twin, prompt)
     assert torch.equal(decoder.generate(**prompt, max_new_tokens=12), due)
-    before, reads = decoder._graph, decoder._addresses()
+    step = decoder._compiled
+    before, reads = step._graph, step.addresses()
     generated(twin, prompts(3, 9))
     junk = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(8)]
     assert torch.equal(decoder.generate(**prompt, max_new_tokens=12), due)
-    assert (decoder._graph is before) == (decoder._addresses() == reads)
+    assert (step._graph is before) == (step.addresses() == reads)
     del junk
 
     full = flocking.Decoder(model, 64, batch_size=2)
@@ -196,7 +197,7 @@ def test_selection_waits_for_the_device_once() -> None:
 
 
 def test_full_weights_stay_in_host_memory() -> None:
-    """Of the FF weights, the device holds the experts', and two blocks' while it reads a prompt."""
+    """Of the FF weights, the device holds the kept ones, and two blocks' to read a prompt."""
     model = build("llama", num_hidden_layers=12, intermediate_size=4096, hidden_size=256)
     due = generated(flocking.griffin(model, 0.5), prompts(1, 20, device="cpu"))
     size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -19,11 +19,34 @@ import flocking
 ROOT = Path(__file__).parent.parent
 ROOMS = sorted(path.parent.name for path in (ROOT / "flocking").glob("*/__init__.py"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = {
+    path.relative_to(ROOT / "flocking").as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "flocking").rglob("*.py"))
+}
+LINES = 60  # of a function, from its decorators on, without its docstring
+PHRASES = r"in force|foret(ell|old)|\balike\b|of its own|as far as a trial|choos\w+ (the )?experts"
+
+# Both lists may only shrink: functions that are longer, and files that still say such a phrase.
+LONG = {
+    "analysis/overlap.py:drift",
+    "recording/dataset.py:label",
+}
+STILL_SAY = {
+    "analysis/__init__.py",
+    "analysis/metrics.py",
+    "recording/kernels.py",
+}
+
+
+def normal(name: str) -> str:
+    """A package's name, however it is written."""
+    return re.sub("[-_.]+", "-", name).lower()
 
 
 def bounds(requirements: list[str]) -> dict[str, str]:
     """Name to lower bound."""
-    return dict(requirement.split(">=") for requirement in requirements)
+    pairs = (requirement.split(">=") for requirement in requirements)
+    return {normal(name): bound for name, bound in pairs}
 
 
 def test_environment_yml_agrees_with_pyproject() -> None:
@@ -41,7 +64,7 @@ def test_environment_yml_agrees_with_pyproject() -> None:
 def test_constraints_are_within_the_bounds() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    names = {re.sub("[-_.]+", "-", name).lower(): pin for name, pin in pinned.items()}
+    names = {normal(name): pin for name, pin in pinned.items()}
     extras = PYPROJECT["project"]["optional-dependencies"]
     ours = bounds(
         PYPROJECT["project"]["dependencies"] + extras["notebook"] + extras["dev"] + extras["eval"]
@@ -54,11 +77,10 @@ def test_constraints_are_within_the_bounds() -> None:
 
 def test_hooks_are_registered_in_one_place() -> None:
     """By `observe`; accelerate's are put where weights are offloaded, and nowhere else."""
-    package = ROOT / "flocking"
     found = {
-        path.relative_to(package).as_posix()
-        for path in package.rglob("*.py")
-        if re.search(r"_hook\(|hook_to_module\(", path.read_text().replace("def hook", ""))
+        file
+        for file, source in SOURCES.items()
+        if re.search(r"_hook\(|hook_to_module\(", source.replace("def hook", ""))
     }
     assert found == {"feedforward/hooks.py", "pruning/offloading.py"}
 
@@ -74,13 +96,36 @@ def test_rooms_say_what_they_are_for_and_what_they_give(room: str) -> None:
 
 
 def test_no_module_bears_the_name_of_what_it_defines() -> None:
-    """Else a function would hide the module, or the other way round, as imports have it."""
-    for path in (ROOT / "flocking").rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        defined = {node.name for node in tree.body if hasattr(node, "name")}
-        assert path.stem not in defined, path
-        assert path.stem not in flocking.__all__, path
+    """Otherwise a function would hide the module, or the module the function."""
+    for file, source in SOURCES.items():
+        defined = {node.name for node in ast.parse(source).body if hasattr(node, "name")}
+        assert Path(file).stem not in defined, file
+        assert Path(file).stem not in flocking.__all__, file
     assert not {path.name for path in (ROOT / "flocking").iterdir()} & {*flocking.__all__}
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, decorators and signature included, without its docstring."""
+    lines = function.end_lineno - function.lineno + 1 + len(function.decorator_list)
+    if ast.get_docstring(function) is not None:
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return lines
+
+
+def test_no_function_is_long() -> None:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = {
+        f"{file}:{node.name}"
+        for file, source in SOURCES.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, kinds) and length(node) > LINES
+    }
+    assert found == LONG
+
+
+def test_words_have_one_meaning_and_sentences_are_plain() -> None:
+    found = {file for file, source in SOURCES.items() if re.search(PHRASES, source)}
+    assert found == STILL_SAY
 
 
 def test_public_names_are_imported_when_they_are_asked_for() -> None:
@@ -166,7 +211,7 @@ def test_the_python_of_the_page_about_models_runs() -> None:
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "flocking.pruning.decoding._COMPILER", "eager"
+        "flocking.pruning.graphs._COMPILER", "eager"
     )  # traced, not compiled: seconds
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}

@@ -1,6 +1,6 @@
 """The ``flocking`` command.
 
-Imports any other room, but each only inside of the command that needs it, so that help is quick.
+Imports every room, but only inside of the command that needs it, so that help is quick.
 """
 
 from flocking.cli.commands import app, main

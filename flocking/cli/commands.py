@@ -1,14 +1,13 @@
-"""The ``flocking`` command: what each of its parts does.
+"""The commands of ``flocking``.
 
-What needs torch is imported where it is used, so that help and version do not wait for it.
+What needs torch is imported inside of the commands, so that help and version are quick.
 """
 
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -16,10 +15,19 @@ from rich.table import Table
 
 import flocking
 from flocking.cli.options import (
+    Calibration,
+    DataDir,
+    Densities,
     Device,
     Dtype,
+    KeepOlder,
+    LimitByTask,
+    Methods,
     Model,
     ModelArgument,
+    ProtocolByTask,
+    Tasks,
+    at_least_one,
     by_task,
     listed,
     load,
@@ -60,7 +68,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Hold what belongs to no command."""
+    """Options of the command itself."""
 
 
 @app.command(
@@ -75,12 +83,12 @@ def record(
         Path, typer.Option("--output", "-o", metavar="OUT.zarr", help="Zarr store to write.")
     ],
     model: Model = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 64,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 64,
     layers: Annotated[
         str | None, typer.Option(help="Layers, such as 0,5,10-12; all by default.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Continue each text greedily by up to so many tokens.")
+        int, typer.Option(help="Continue each text greedily by at most this many tokens.")
     ] = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -170,64 +178,71 @@ def figures(
     only: Annotated[
         list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights and random experts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random weights and random selections.")] = 0,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only say which figures are out of date, and what changed in the numbers since "
+            "the last commit; exit code 1 if one is. Runs no model.",
+        ),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Run the experiments and draw their figures, beside chance and random weights.
+    """Run the experiments and draw their figures, with chance and random weights to compare.
 
-    Each figure is a PNG and an SVG, with its numbers and where they come from as JSON beside it.
+    Each figure is a PNG and an SVG, and a JSON file with its numbers and where they come from.
     Where the numbers are there already, for the same model, texts, versions and code, they are
     only drawn again.
     """
-    from flocking.experiments import regenerate
+    from flocking import experiments
     from flocking.models import identity
 
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
-    regenerate(
-        out,
-        lambda: load(model, device, dtype),
-        key,
-        passages,
-        only=only,
-        seed=seed,
-        say=typer.echo,
+    say = typer.echo
+    if check:
+        if not experiments.check(out, key, passages, only=only, seed=seed, say=say):
+            raise typer.Exit(1)
+        return
+    experiments.regenerate(
+        out, lambda: load(model, device, dtype), key, passages, only=only, seed=seed, say=say
     )
 
 
 @app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
 @one_sentence
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     density: Annotated[float, typer.Option(help="Fraction of FF neurons kept.")] = 0.5,
     method: Annotated[
         str, typer.Option(help="topk, sampled, half-sampled, random or magnitude.")
     ] = "topk",
     scope: Annotated[str, typer.Option(help="shared or sequence.")] = "shared",
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
-    compare: Annotated[bool, typer.Option(help="Show the full model's text beside it.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
+    compare: Annotated[bool, typer.Option(help="Show the full model's text as well.")] = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Go on from a prompt greedily with GRIFFIN: the prompt in full, then its experts alone."""
+    """Continue a prompt greedily with GRIFFIN: the prompt in full, the rest with kept neurons."""
     from flocking.cli.streaming import Clock
     from flocking.models import refuse_long
     from flocking.pruning import METHODS
 
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {max_new_tokens}: give 1 or more.")
+    at_least_one(max_new_tokens, "--max-new-tokens")
     text = read("-") if prompt == "-" else prompt
     if not text:
-        raise ValueError("the prompt is empty: there is nothing to choose experts from.")
+        raise ValueError("the prompt is empty: give some text to select neurons from.")
     if method not in METHODS:
         raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
     loaded, tokenizer = load(model, device, dtype)
-    twin = flocking.griffin(loaded, density, method=method, scope=scope)
+    known = cast(Literal["shared", "sequence"], scope)  # griffin refuses others
+    twin = flocking.griffin(loaded, density, method=method, scope=known)
     inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.device)
     refuse_long(loaded, [inputs["input_ids"][0]], max_new_tokens)
-    subjects = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
+    subjects: dict[str, Any] = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
     console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("", "new tokens", "tokens a second", "active parameters"):
@@ -242,7 +257,9 @@ def generate(
         table.add_row(name, str(len(clock.times)), clock.speed, f"{active:,}")
     if compare:
         console.print(table)
-        console.print("Speed is of decoding, without the prompt; one run says little about it.")
+        console.print(
+            "Speed is that of decoding, without the prompt; one run says little about it."
+        )
 
 
 @app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")
@@ -257,8 +274,8 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
     for column in ("layer", "module", "kind", "hidden", "d_ff", "experts", "proof's error"):
         table.add_column(column, justify="left" if column in ("module", "kind") else "right")
     for block in blocks:
-        mixture = block.kind == "experts"
-        hidden = block.weight.numel() // block.d_ff if mixture else width(block.down)[1]
+        sizes = None if block.kind == "experts" else width(block.down)
+        hidden = sizes[1] if sizes else block.weight.numel() // block.d_ff
         experts = block.experts if block.kind == "experts" else ""
         cells = (block.layer, block.path, block.kind, hidden, block.d_ff, experts)
         table.add_row(*map(str, cells), f"{block.error:.1g}")
@@ -280,46 +297,19 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
 )
 @one_sentence
 def evaluate(
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Such as hellaswag,piqa,wikitext: the paper's tasks, or any of the harness's."
-        ),
-    ],
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="topk, sampled, half-sampled, random, magnitude, static and global-local, each "
-            "at all densities, or at its own, as in topk@0.25. The full model comes first."
-        ),
-    ] = "topk",
-    densities: Annotated[str, typer.Option(help="Fractions of FF neurons kept.")] = "0.5",
-    protocol: Annotated[
-        str,
-        typer.Option(
-            help="Of likelihoods, context or last-token; TASK=... for one. Answers of one token "
-            "are the full model's with context."
-        ),
-    ] = "context",
-    limit: Annotated[
-        str | None, typer.Option(help="At most so many items of each task; TASK=... for one.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the items as JSON lines, such as piqa.jsonl; or the hub."),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file, or folder of .txt files, for static and global-local; the packaged "
-            "passages by default."
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the methods that draw.")] = 0,
+    tasks: Tasks,
+    methods: Methods = "topk",
+    densities: Densities = "0.5",
+    protocol: ProtocolByTask = "context",
+    limit: LimitByTask = None,
+    data_dir: DataDir = None,
+    calibration: Calibration = None,
+    batch_size: Annotated[int, typer.Option(help="Does not change results.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the methods that draw random numbers.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder for items, tables and figures; what is done is kept there.")
+        Path, typer.Option(help="Folder for items, tables, figures and finished cells.")
     ] = Path("out/evaluation"),
+    keep_older: KeepOlder = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -330,50 +320,39 @@ def evaluate(
     interruption, or with more tasks or methods, the same command runs only what is not there.
     """
     need_harness()
+    from flocking.cli.evaluating import refuse_foreign, source_of
     from flocking.evaluation import report, runner
+    from flocking.evaluation.cells import Cells
+    from flocking.evaluation.plan import Plan
     from flocking.models import identity
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: give 1 or more.")
-    options = {
-        "methods": listed(methods),
-        "densities": [number(text, "--densities", float) for text in listed(densities)],
-        "protocol": by_task(protocol, "--protocol", str),
-        "limit": None if limit is None else by_task(limit, "--limit", int),
-    }
-    runner.variants_of(options["methods"], options["densities"])  # before a model is loaded
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder.")
-    there = [out / name for name in report.FILES if (out / name).exists()]
-    if 0 < len(there) < len(report.FILES) and not (out / "cells").is_dir():
-        raise ValueError(f"{there[0]} exists and is no report of flocking: choose another --out.")
+    at_least_one(batch_size, "--batch-size")
+    plan = Plan(
+        listed(tasks),
+        methods=listed(methods),
+        densities=[number(text, "--densities", float) for text in listed(densities)],
+        protocol=by_task(protocol, "--protocol", str),
+        limit=None if limit is None else by_task(limit, "--limit", int),
+        data_dir=data_dir,
+        calibration=calibration,
+        seed=seed,
+    )
+    refuse_foreign(out)
     loaded, tokenizer = load(model, device, dtype)
     try:
         items = runner.evaluate(
             loaded,
             tokenizer,
-            listed(tasks),
-            **options,
-            data_dir=data_dir,
-            calibration=calibration,
+            plan,
             batch_size=batch_size,
-            seed=seed,
-            kept=out / "cells",
-            identity=identity(model),
+            cells=Cells(out / "cells", identity(model), keep_older),
             say=typer.echo,
         )
     except KeyboardInterrupt:
         kept = out / "cells"
         typer.echo(f"interrupted: {kept} has what is finished; the same command goes on.", err=True)
         raise typer.Exit(130) from None
-    source = {
-        "model": loaded.name_or_path.rstrip("/").rpartition("/")[2],
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": loaded.device.type,
-        "calibration": str(calibration or "the packaged passages"),
-        "seed": str(seed),
-    } | {name: version(name) for name in ("flocking", "transformers", "torch", "lm-eval")}
-    report.write(items, out, source)
+    report.write(items, out, source_of(loaded, calibration, seed))
     typer.echo(f"wrote {', '.join(report.FILES + report.FIGURES)} in {out}; read {out}/tables.md")
 
 
@@ -382,12 +361,12 @@ def evaluate(
     context_settings={
         "allow_extra_args": True,
         "ignore_unknown_options": True,
-        "help_option_names": [],  # the harness's own help is meant
+        "help_option_names": [],  # --help is the harness's
     },
 )
 @one_sentence
 def lm_eval(context: typer.Context) -> None:
-    """The lm-evaluation-harness, which then knows --model griffin; all that follows is its own.
+    """Run the lm-evaluation-harness with --model griffin; all other options are the harness's.
 
     For example: flocking lm-eval run --model griffin --model_args
     pretrained=my-model,density=0.5,protocol=context --tasks hellaswag,piqa
@@ -405,10 +384,11 @@ def lm_eval(context: typer.Context) -> None:
 @app.command(epilog="Example: flocking check my-model && echo fit for use")
 @one_sentence
 def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
-    """Try on a model what must hold for its recordings and twins to be right; exit code 1 if not.
+    """Check that a model's recordings and twins are right; the exit code is 1 if they are not.
 
-    Proof of the FF blocks, the same output while watched, batches against their members, experts
-    against the analysis, and twins against the full model, masked or at density 1.
+    The FF blocks are proved; outputs must not change while watched, nor texts in a batch; a twin
+    must keep the neurons that the analysis selects, and compute what the full model does, at
+    density 1 or with all other neurons masked.
     """
     import numpy as np
 
@@ -419,7 +399,7 @@ def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = Non
     words = {True: "passed", False: "FAILED"}
     for name, row in results.iterrows():
         numbers = ("" if np.isnan(x) else f"{x:.1g}" for x in (row.error, row.allowed))
-        table.add_row(name, words.get(row.passed, "does not apply"), *numbers, row.reason)
+        table.add_row(str(name), words.get(row.passed, "does not apply"), *numbers, row.reason)
     wide_console().print(table)
     if (results.passed == False).any():  # noqa: E712 (NA is neither)
         raise typer.Exit(1)

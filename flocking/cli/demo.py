@@ -42,7 +42,7 @@ def table(recording: xr.Dataset) -> Table:
 
 
 def name_of(recording: xr.Dataset) -> str:
-    """Its model's, without where that came from."""
+    """The name of the recorded model, without its folder or organisation."""
     return recording.attrs["model"].rstrip("/").rpartition("/")[2]
 
 

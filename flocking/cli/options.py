@@ -1,4 +1,4 @@
-"""From a command line to what it stands for, and from results to files in their places."""
+"""Options that commands share, and what their texts stand for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,9 +16,14 @@ from rich.console import Console
 import flocking
 from flocking.texts import decoded
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_Number = TypeVar("_Number", int, float, str)
+
 
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Bad input ends in its sentence and exit code 2, not in a traceback."""
+    """Let bad input end in one sentence and exit code 2, not in a traceback."""
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
@@ -39,9 +44,56 @@ ModelArgument = Annotated[
 Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
 
+# Of `flocking evaluate`.
+Tasks = Annotated[
+    str,
+    typer.Option(help="Such as hellaswag,piqa,wikitext: the paper's tasks, or any of the harness."),
+]
+Methods = Annotated[
+    str,
+    typer.Option(
+        help="topk, sampled, half-sampled, random, magnitude, static and global-local, each at "
+        "all densities, or at one, as in topk@0.25. The full model comes first."
+    ),
+]
+Densities = Annotated[str, typer.Option(help="Fractions of FF neurons kept.")]
+ProtocolByTask = Annotated[
+    str,
+    typer.Option(
+        help="For likelihoods, context or last-token; TASK=... for one. With context, answers of "
+        "one token are the full model's."
+    ),
+]
+LimitByTask = Annotated[
+    str | None, typer.Option(help="At most this many items of each task; TASK=... for one.")
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with the items as JSON lines, such as piqa.jsonl; the hub by default."
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file, or folder of .txt files, for static and global-local; the packaged "
+        "passages by default."
+    ),
+]
+KeepOlder = Annotated[
+    bool,
+    typer.Option(
+        "--keep-older",
+        help="Accept cells that other code computed from the same inputs with the same versions; "
+        "tables mark them.",
+    ),
+]
 
-def load(model: str | None, device: str | None, dtype: str | None) -> tuple:
-    """Model and tokenizer, where and as they are asked for."""
+
+def load(
+    model: str | None, device: str | None, dtype: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, on the device and in the dtype asked for."""
     import torch
 
     kind = getattr(torch, dtype or "float32", None)
@@ -55,15 +107,16 @@ def load(model: str | None, device: str | None, dtype: str | None) -> tuple:
             "build of torch for it."
         ) from problem
     if model and not Path(model).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ValueError(f"model {model}: there is no such folder, and no hub id looks like that.")
+        raise ValueError(f"model {model}: there is no such folder, and this is not a hub id.")
     loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
-    return loaded.to(device or "cpu"), tokenizer
+    # (Decorated by transformers such that mypy does not see a method.)
+    return loaded.to(device or "cpu"), tokenizer  # type: ignore[arg-type]
 
 
 def wide_console() -> Console:
-    """Where tables are printed."""
+    """A console to print tables on, wide enough for them in a file or pipe."""
     console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width to keep to
+    if not console.is_terminal:
         console.width = 120
     return console
 
@@ -114,21 +167,27 @@ def listed(text: str) -> list[str]:
     """Parts of text such as ``piqa,boolq``."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise ValueError(f"{text!r} names nothing: give names, with commas between.")
+        raise ValueError(f"{text!r} names nothing: give names, separated by commas.")
     return parts
 
 
-def number(text: str, option: str, kind: type) -> float | int | str:
-    """What an option's text stands for."""
+def at_least_one(value: int, option: str) -> None:
+    """Refuse a number of things that is 0 or less."""
+    if value < 1:
+        raise ValueError(f"{option} {value}: give 1 or more.")
+
+
+def number(text: str, option: str, kind: type[_Number]) -> _Number:
+    """The number that an option's text stands for; with `kind` str, the text."""
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{option}: {text!r} is no number.") from None
+        raise ValueError(f"{option}: {text!r} is not a number.") from None
 
 
-def by_task(text: str, option: str, kind: type) -> dict[str, float | int | str]:
+def by_task(text: str, option: str, kind: type[_Number]) -> dict[str, _Number]:
     """Settings from text such as ``400,xsum=30``: for the task xsum, and for all others ("")."""
-    found: dict[str, float | int | str] = {}
+    found: dict[str, _Number] = {}
     for part in listed(text):
         task, equals, value = part.rpartition("=")
         if task in found or (equals and not task):
@@ -138,17 +197,17 @@ def by_task(text: str, option: str, kind: type) -> dict[str, float | int | str]:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Nothing is replaced untold, and nothing but what looks like an earlier output."""
+    """Replace only what looks like an earlier output, and only if asked to."""
     if not path.exists():
         return
     if not ((path / ".zgroup").exists() or (path.is_file() and path.suffix == ".png")):
-        raise ValueError(f"{path} exists and is no recording: choose another name.")
+        raise ValueError(f"{path} exists and is not a recording: choose another name.")
     if not overwrite:
         raise ValueError(f"{path} exists: choose another name, or pass --overwrite.")
 
 
 def passage(name: str) -> flocking.Passage:
-    """A text file as a text that knows its name."""
+    """A text file as a passage with a name."""
     found = flocking.Passage(read(name))
     found.name, found.description = Path(name).stem, name
     return found

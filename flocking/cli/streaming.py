@@ -1,4 +1,4 @@
-"""Text on the terminal as it comes, and how fast it did."""
+"""Printing text while it is generated, and timing it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 class Clock(TextStreamer):
-    """Prints the text as it comes, and notes when each new token did."""
+    """Prints the text as it comes, and notes the time of each new token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: object) -> None:
         super().__init__(tokenizer, skip_prompt=True, **options)
@@ -23,7 +23,7 @@ class Clock(TextStreamer):
 
     @property
     def speed(self) -> str:
-        """Tokens a second from the first new one, which the prompt's pass gives, to the last."""
+        """Tokens a second after the first new one, which the pass over the prompt gives."""
         if len(self.times) < 2:
             return "-"
         return f"{(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f}"

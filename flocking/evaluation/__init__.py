@@ -1,8 +1,8 @@
 """Tasks by methods by densities: a model and its twins asked, compared, and reported on.
 
 Imports ``pruning``, ``drawing`` and ``artifacts``, and the rooms to the left; not ``experiments``,
-which stands beside it. Its files are imported by their own names, since most of them need the
+which is on the same floor. Its files are imported by their own names, since most of them need the
 lm-evaluation-harness, which is not always there.
 """
 
-__all__ = ["harness", "report", "runner"]
+__all__ = ["cells", "harness", "plan", "report", "runner"]

@@ -1,4 +1,4 @@
-"""Definitions of tasks: how their documents look in a file, and what is asked of them."""
+"""Definitions of tasks: how their documents look in a file, and what a model is asked."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rouge_score.rouge_scorer import RougeScorer
 
 @dataclass(frozen=True)
 class Definition:
-    """How documents of a task look in a local file, and what is asked of them.
+    """How documents of a task look in a local file, and what a model is asked about them.
 
     Attributes
     ----------
     fields : dict of str to type
-        Of each line's JSON object.
+        Fields of each line's JSON object.
     document : callable
-        From such an object to the document that the definition is about.
+        Turns such an object into the document that the definition expects.
     of_harness : str
-        The file in the harness that defines the task, or nothing if `own` does.
+        The file in the harness that defines the task; empty if `own` does.
     own : dict
         The definition, in the harness's terms.
     hub : dict
-        Where the documents are on a hub, and how they are asked there; of `own` only.
+        Where the documents are on a hub, and what `own` needs to read them from there.
     local : dict
         What else changes for documents from a file.
     """
@@ -40,9 +40,9 @@ class Definition:
 
 def _one_of(choices: list, label: int) -> int:
     if not choices or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise ValueError("choices should be texts, none of them empty")
+        raise ValueError("expected choices that are texts and not empty")
     if not 0 <= label < len(choices):
-        raise ValueError(f"label {label} is none of {len(choices)} choices")
+        raise ValueError(f"expected a label from 0 to {len(choices) - 1}, got {label}")
     return label
 
 
@@ -75,7 +75,7 @@ def _copa(row: dict) -> dict:
     label = _one_of(row["choices"], row["label"])
     one, other = _two(row["choices"])
     if row["question"] not in ("cause", "effect"):
-        raise ValueError(f"question is {row['question']!r}, neither cause nor effect")
+        raise ValueError(f"expected cause or effect as the question, got {row['question']!r}")
     return {
         "premise": row["premise"],
         "question": row["question"],
@@ -87,7 +87,7 @@ def _copa(row: dict) -> dict:
 
 def _two(choices: list) -> list:
     if len(choices) != 2:
-        raise ValueError(f"there are {len(choices)} choices where two are due")
+        raise ValueError(f"expected 2 choices, got {len(choices)}")
     return choices
 
 
@@ -101,13 +101,14 @@ def _qasper(row: dict) -> dict:
 
 def _texts(name: str, values: list) -> list[str]:
     if not values or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{name} should be texts, one or more")
+        raise ValueError(f"expected one or more texts in {name}")
     return values
 
 
 def _coqa(row: dict) -> dict:
-    if len(_texts("questions", row["questions"])) != len(_texts("answers", row["answers"])):
-        raise ValueError("as many answers as questions are due")
+    questions, answers = (len(_texts(name, row[name])) for name in ("questions", "answers"))
+    if questions != answers:
+        raise ValueError(f"expected an answer to each of {questions} questions, got {answers}")
     return {
         "story": row["story"],
         "questions": row["questions"],
@@ -117,7 +118,7 @@ def _coqa(row: dict) -> dict:
 
 
 def _coqa_of_hub(doc: dict) -> dict:
-    """The last question of a conversation, with all that people answered to it."""
+    """The last question of a conversation, with all answers that people gave to it."""
     own = doc["answers"]["input_text"]
     others = [each["input_text"][-1] for each in (doc["additional_answers"] or {}).values()]
     return _coqa(
@@ -150,25 +151,29 @@ def _summary(doc: dict, results: list[str]) -> dict[str, float]:
 
 
 def _answer(doc: dict, results: list[str]) -> dict[str, float]:
-    """The best over the references, as in SQuAD (Rajpurkar et al. 2016, section 6.1)."""
+    """The best score over the references, as in SQuAD (Rajpurkar et al. 2016, section 6.1)."""
     return _best(results[0], doc["answers"])
 
 
 def _turn(doc: dict, results: list[str]) -> dict[str, float]:
-    """As CoQA has it (Reddy, Chen and Manning 2019, section 6.1).
+    """Scores as in CoQA (Reddy, Chen and Manning 2019, section 6.1).
 
-    The mean over what is left of the references without one, since people are scored so.
+    The mean over all ways to leave one reference out, since people are scored against the others'.
     """
-    answer, due = results[0].strip().split("\n")[0], doc["answers"]
-    left = [due[:n] + due[n + 1 :] for n in range(len(due))] if len(due) > 1 else [due]
+    answer, all_of_them = results[0].strip().split("\n")[0], doc["answers"]
+    left = [
+        [other for m, other in enumerate(all_of_them) if m != n] for n in range(len(all_of_them))
+    ]
+    left = left if len(all_of_them) > 1 else [all_of_them]
     each = [_best(answer, some) for some in left]
     return {name: sum(best[name] for best in each) / len(each) for name in ("f1", "em")}
 
 
 def _best(answer: str, references: list[str]) -> dict[str, float]:
-    em = max(float(exact_match_score(answer, due, "en")) for due in references)
-    # (Two answers without a word are the same, which this F1 does not see.)
-    return {"f1": max(em, *(float(f1_score(answer, due, "en")) for due in references)), "em": em}
+    em = max(float(exact_match_score(answer, reference, "en")) for reference in references)
+    f1 = max(float(f1_score(answer, reference, "en")) for reference in references)
+    # Two answers without a word are the same, but their F1 is 0.
+    return {"f1": max(em, f1), "em": em}
 
 
 def _measured(*names: str) -> list[dict]:
@@ -193,7 +198,7 @@ DEFINITIONS: dict[str, Definition] = {
         _CHOICES,
         _hellaswag,
         "hellaswag/hellaswag.yaml",
-        # (A function, since the harness takes a text of digits for the number of a choice.)
+        # A function, since the harness takes a text of digits for the number of a choice.
         local={"process_docs": None, "doc_to_text": lambda doc: doc["query"]},
     ),
     "piqa": Definition(_CHOICES, _piqa, "piqa/piqa.yaml"),
@@ -211,7 +216,7 @@ DEFINITIONS: dict[str, Definition] = {
     "boolq": Definition(
         {"passage": str, "question": str, "label": int}, _boolq, "super_glue/boolq/default.yaml"
     ),
-    # As in the harness, whose own needs what newer versions of transformers do not have.
+    # As in the harness; its own definition fails with newer versions of transformers.
     "coqa": Definition(
         {"story": str, "questions": list, "answers": list},
         _coqa,
@@ -262,7 +267,7 @@ DEFINITIONS: dict[str, Definition] = {
             "process_docs": lambda docs: docs.rename_column("highlights", "summary"),
         },
     ),
-    # As SCROLLS puts it, whose own task in the harness scores all answers together.
+    # In the words of SCROLLS; its task in the harness scores all answers together.
     "qasper": Definition(
         {"article": str, "question": str, "answers": list},
         _qasper,

@@ -23,7 +23,7 @@ _DIFFERENCES = ["difference", "difference_low", "difference_high"]
 def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
     """Each task's score by the fraction of neurons kept.
 
-    Of :func:`flocking.evaluation.summary.headlines`, with a caption in its ``attrs``.
+    `data` is from :func:`flocking.evaluation.summary.headlines`, with a caption in its ``attrs``.
     """
     upper, axes = _panels(data, figure)
     for ax, part in _each(data, axes):
@@ -36,8 +36,8 @@ def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
         pruned = part[part["method"] != "full"]
         for number, (method, own) in enumerate(pruned.groupby("method", sort=False)):
             own = own.sort_values("density")
-            beside = own["density"] + 0.02 * (number - pruned["method"].nunique() / 2 + 0.5)
-            _errors(ax, beside, _shown(part, own[_MEANS]), _BY_METHOD[method])
+            shifted = own["density"] + 0.02 * (number - pruned["method"].nunique() / 2 + 0.5)
+            _errors(ax, shifted, _shown(part, own[_MEANS]), _BY_METHOD[method])
         ax.set_xlim(0, 1)
         _scale(ax, part)
     below(axes, "density (fraction kept)")
@@ -48,7 +48,7 @@ def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
 def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
     """Differences from the full model on each task, by method, at one density.
 
-    Of :func:`flocking.evaluation.summary.headlines`, with a caption in its ``attrs``.
+    `data` is from :func:`flocking.evaluation.summary.headlines`, with a caption in its ``attrs``.
     """
     losses = data["metric"].map(is_loss)
     parts = [part for part in (data[~losses], data[losses]) if len(part)]
@@ -85,10 +85,10 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
 
 @in_style
 def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
-    """Differences from the full model by how many tokens the experts were chosen from.
+    """Differences from the full model by how many tokens the kept neurons were selected from.
 
-    Of :func:`flocking.evaluation.summary.by_prompt`, one metric a task, with a caption in its
-    ``attrs``.
+    `data` is from :func:`flocking.evaluation.summary.by_prompt`, one metric a task, with a caption
+    in its ``attrs``.
     """
     upper, axes = _panels(data, figure)
     for ax, part in _each(data, axes):
@@ -113,7 +113,7 @@ def _panels(data: pd.DataFrame, figure: Figure) -> tuple:
 
 
 def _each(data: pd.DataFrame, axes: np.ndarray) -> list[tuple[Axes, pd.DataFrame]]:
-    """An axes for each task, named."""
+    """The data of each task, with the axes that it is drawn on."""
     found = []
     for ax, ((task, metric), part) in zip(
         axes.flat, data.groupby(["task", "metric"], sort=False), strict=False
@@ -128,7 +128,7 @@ def _metric(name: str) -> str:
 
 
 def _shown(part: pd.DataFrame, values: object) -> np.ndarray:
-    """Losses as perplexities, as everyone reads them."""
+    """Values as they are drawn: losses as perplexities."""
     values = np.asarray(values, dtype=float)
     return np.exp(values) if is_loss(part["metric"].iloc[0]) else values
 

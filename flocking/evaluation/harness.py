@@ -1,7 +1,8 @@
 """GRIFFIN as a model of the lm-evaluation-harness: ``lm_eval run --model griffin``.
 
 Generation tasks go through the twin's own ``generate``. Likelihood tasks never enter generation:
-each request's experts are chosen from its context, and its continuation is computed with them.
+for each request, neurons are selected from its context, and its continuation is computed with
+these alone.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class Answered(NamedTuple):
     item : int
         Number of the document in its task.
     prompt : int
-        Run in full: what experts are chosen from.
+        Run in full, and what the kept neurons are selected from.
     left_out : int
-        Of the prompt's beginning, which did not fit the model's context.
+        Cut from the prompt's beginning, since they did not fit the model's context.
     scored, pruned : int
-        Whose likelihood was asked for, and how many of them were computed with the experts alone.
-        Both are 0 in generation, where all new tokens but the first are computed so.
+        Tokens whose likelihood was asked for, and how many of them were computed with the kept
+        neurons alone. Both are 0 in generation, where all new tokens but the first are computed
+        so.
     """
 
     task: str
@@ -64,10 +66,10 @@ class Answered(NamedTuple):
 
 @register_model("griffin")
 class GriffinLM(HFLM):
-    """The harness's own model of a transformers model, generating and scored with GRIFFIN.
+    """The harness's ``hf`` model, generating and scored with GRIFFIN.
 
-    Likelihoods are computed one context at a time, and its continuations share the run of it.
-    ``batch_size`` is how many of these go on together, and of prompts in generation.
+    Likelihoods are computed one context at a time; its continuations share the run of it.
+    ``batch_size`` is how many continuations, or in generation prompts, are run together.
 
     Parameters
     ----------
@@ -84,7 +86,7 @@ class GriffinLM(HFLM):
         2404.01365, section 5.1) have it. ``pruned_share`` in the results says, by task, what share
         of the scored tokens that is.
     scope : {"sequence", "shared"}
-        Of generation. With "sequence", each prompt of a batch has experts of its own, and results
+        Of generation. With "sequence", each prompt of a batch has its own selection, and results
         do not depend on ``batch_size``; with "shared", as in the paper's batches, they do.
     seed : int
         Of the methods that draw.
@@ -131,7 +133,7 @@ class GriffinLM(HFLM):
         self.prune(method, density)
 
     def prune(self, method: str, density: float) -> None:
-        """Answer with these experts from now on.
+        """Change the method and density that answers are computed with.
 
         Parameters
         ----------
@@ -156,11 +158,13 @@ class GriffinLM(HFLM):
             # The length is cut here: a warning about it would be wrong.
             ids = [self.tokenizer(text, verbose=False)["input_ids"] for text in self.calibration]
             ids = [row[: self.max_length] for row in ids]
-            self._reference = global_statistic(self.full, ids, tokenizer=self.tokenizer)
+            self._reference = global_statistic(
+                self.full, ids, tokenizer=self.tokenizer, batch_size=1
+            )
         return self._reference
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes down beside the results."""
+        """What the harness writes down with the results."""
         settings = {
             name: getattr(self, name) for name in ("method", "density", "protocol", "scope", "seed")
         }
@@ -180,7 +184,7 @@ class GriffinLM(HFLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """As in the harness; what it took is noted."""
+        """Answer as the harness does, and note what each request took."""
         self._instances = requests
         try:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
@@ -188,7 +192,7 @@ class GriffinLM(HFLM):
             self._instances = []
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As in the harness; what it took is noted."""
+        """Generate as the harness does, and note what each request took."""
         for request in requests:
             context, options = request.args
             length = len(self.tok_encode(context))
@@ -198,7 +202,7 @@ class GriffinLM(HFLM):
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _named(self, number: int) -> str:
-        """Whose request it is, if that is known."""
+        """The task and item of a request, for messages, if they are known."""
         if number >= len(self._instances):
             return ""
         asked = self._instances[number]
@@ -208,10 +212,10 @@ class GriffinLM(HFLM):
         self.answered.append(Answered(request.task_name or "", request.doc_id, *tokens))
 
     def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse."""
+        """Refuse the likelihood of a whole text."""
         raise ValueError(
-            "a rolling likelihood has no prompt to choose experts from: use flocking.perplexity, "
-            "which takes a text's beginning for one."
+            "a rolling likelihood has no prompt to select neurons from: use flocking.perplexity, "
+            "which takes a text's beginning as the prompt."
         )
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from flocking.pruning import perplexity
 def ask(
     lm: GriffinLM, name: str, task: Task, limit: int | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Items of a task of the harness's, by its own evaluation.
+    """Scores of a task's items, by the harness's own evaluation.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def ask(
     limit : int, optional
         How many items, the first ones.
     say : callable
-        Takes what is to be said of metrics that are left out, and of prompts that are too long.
+        Takes a line for metrics that are left out, and one for prompts that are too long.
 
     Returns
     -------
@@ -88,14 +88,14 @@ def ask(
             "methods cannot be compared item by item: run it with flocking lm-eval."
         )
     if odd:
-        say(f"{name}: left out are {', '.join(sorted(odd))}, which are no means over items.")
+        say(f"{name}: left out {', '.join(sorted(odd))}, which are not means over items.")
     if cut := int((taken.left_out > 0).sum()):
         say(f"{name}: {cut} of {len(taken)} items are too long, and lost their beginning.")
     return rows
 
 
 def _chances(task: Task, sample: dict[str, Any], later: dict[str, Any]) -> dict[str, float]:
-    """What a sample's metrics would be without knowing the item; `later` is the next one."""
+    """What a sample's metrics would be by chance; `later` is the next sample."""
     if task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results):
         gold = task.doc_to_target(sample["doc"])
         right = len(gold) if isinstance(gold, list) else 1
@@ -108,7 +108,7 @@ def _chances(task: Task, sample: dict[str, Any], later: dict[str, Any]) -> dict[
     return {}
 
 
-def foretell(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[str, Any]]:
+def article_losses(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[str, Any]]:
     """Losses of the same tokens of each article, whatever the prompt before them.
 
     Parameters
@@ -122,7 +122,7 @@ def foretell(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[
     Returns
     -------
     list of dict
-        One for each article and length of what is foretold, with the mean loss in nats a token.
+        One for each article and number of predicted tokens, with the mean loss in nats a token.
 
     Raises
     ------
@@ -153,6 +153,7 @@ def foretell(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[
         prompt_length=length,
         continuation_length=farthest,
         tokenizer=tokenizer,
+        batch_size=1,
         progress=False,
     ).log_likelihood
     return [

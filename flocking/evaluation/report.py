@@ -10,7 +10,7 @@ import pandas as pd
 from flocking.artifacts import replacing
 from flocking.drawing import save
 from flocking.evaluation.figures import quality_by_density, quality_by_method, quality_by_prompt
-from flocking.evaluation.summary import by_prompt, headlines, label, summarise, table
+from flocking.evaluation.summary import by_prompt, footnote, headlines, label, summarise, table
 
 FILES = ("items.parquet", "summary.csv", "tables.md")
 FIGURES = ("quality_by_density", "quality_by_method", "quality_by_prompt")
@@ -31,7 +31,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
     out : Path
         Folder; files of an earlier report in it are replaced.
     source : mapping of str to str
-        Where the numbers come from: ``model``, and whatever else is to be said.
+        Where the numbers come from: ``model``, and anything else worth stating.
     """
     rows = summarise(items)
     density = _common_density(rows)
@@ -63,7 +63,7 @@ def _common_density(rows: pd.DataFrame) -> float:
 def _by_density(model: str, density: float) -> str:
     return (
         f"Scores of {model} by the fraction of FF neurons kept, in percent (perplexities as they "
-        f"are). {_BAND}, and so is the grey band, of the full model. {_CHANCE}"
+        f"are). {_BAND}; the grey band is the full model's. {_CHANCE}"
     )
 
 
@@ -77,10 +77,10 @@ def _by_method(model: str, density: float) -> str:
 def _by_prompt(model: str, density: float) -> str:
     return (
         f"Scores of {model} at density {density:g} minus the full model's, in percentage points "
-        "(perplexities: times the full model's), by the length of the prompt, of which experts "
-        f"are chosen: groups of items of like length, at their medians. {_BAND} of these "
-        "differences. Where prompts differ from item to item, so do the items; of WikiText, the "
-        "same tokens are foretold after every prompt."
+        "(perplexities: times the full model's), by the length of the prompt, from which the kept "
+        f"neurons are selected: groups of items of similar length, at their medians. {_BAND} of "
+        "these differences. Where prompts differ from item to item, so do the items; on WikiText, "
+        "the same tokens are predicted after every prompt."
     )
 
 
@@ -94,21 +94,22 @@ def _tables(
         f"({told})",
         "The full model's scores in percent, and differences from them in percentage points, with "
         "95% bootstrap intervals over items; differences are paired, on the same items. "
-        "Perplexities: the full model's, and how many times that the others have.",
+        "Perplexities: the full model's, and the ratios of the others' to it.",
         table(rows),
+        *filter(None, [footnote(items)]),
     ]
     own = label("topk", density)
     others = rows[(rows["density"] == density) & ~rows["method"].isin(["full", "topk"])]
     if own in set(rows["variant"]) and len(others):
         parts.append(f"## GRIFFIN against the other methods at density {density:g}")
         parts.append(
-            "GRIFFIN's score minus the other method's, on the same items; of perplexities, how "
-            "many times the other's GRIFFIN has."
+            "GRIFFIN's score minus the other method's, on the same items; for perplexities, the "
+            "ratio of GRIFFIN's to the other's."
         )
         parts.append(_against(items, own, list(others["variant"].unique())))
-    parts.append("## What was computed with the experts alone")
+    parts.append("## What was computed with the kept neurons alone")
     parts.append(
-        "Share of the scored tokens by protocol. In generation it is all new tokens but the first."
+        "Share of the scored tokens by protocol. In generation, all new tokens but the first."
     )
     pruned = rows[rows["method"] != "full"].drop_duplicates(["task", "protocol"], keep="last")
     lines = [
@@ -129,4 +130,4 @@ def _against(items: pd.DataFrame, own: str, others: list[str]) -> str:
         pair = items[named["variant"].isin([own, other]).to_numpy()]
         rows = summarise(pair, against=other)
         columns.append(rows[rows["variant"] == own].assign(variant=other))
-    return table(pd.concat(columns), beside=None)
+    return table(pd.concat(columns), base=None)

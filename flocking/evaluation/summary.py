@@ -1,4 +1,4 @@
-"""What an evaluation says: each variant beside the full model, item by item, with intervals."""
+"""What an evaluation says: each variant against the full model, item by item, with intervals."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import xarray as xr
 from flocking.analysis import bootstrap
 
 _BY = ["task", "protocol", "metric"]
-_LEAST = 5  # items in a group of like prompt lengths
+_MEANS = ["estimate", "low", "high"]
+_DIFFERENCES = ["difference", "difference_low", "difference_high"]
+_LEAST = 5  # items in a group of similar prompt lengths
+_MARK = "†"  # of numbers from older code
 
 
 def label(method: str, density: float) -> str:
-    """A variant as it is asked for: ``full``, ``topk@0.5``."""
+    """A variant as it is written in a plan: ``full``, ``topk@0.5``."""
     return method if method == "full" else f"{method}@{density:g}"
 
 
@@ -37,30 +40,30 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     pandas.DataFrame
         A row for each task, metric and variant: ``items``, ``estimate``, ``low``, ``high``;
         ``difference``, ``difference_low``, ``difference_high``; ``chance``; ``pruned_share`` of
-        the scored tokens, missing in generation; ``items_cut``, whose prompt was too long. Losses
-        are in nats a token: ``exp`` of them is a perplexity, of a difference a ratio of these.
+        the scored tokens, missing in generation; ``items_cut``, the number of items with a prompt
+        that was too long; ``older``, the older code that the row or its difference comes from,
+        empty for today's. Losses are in nats a token: ``exp`` of them is a perplexity, of a
+        difference a ratio of perplexities.
 
     Raises
     ------
     ValueError
-        If there is no such variant, or a task has other items of it.
+        If there is no such variant, or it was not asked the same items.
     """
     rows = []
-    named = items.assign(variant=list(map(label, items["method"], items["density"])))
+    named = items.assign(
+        variant=list(map(label, items["method"], items["density"])),
+        older=items.get("older", ""),
+    )
     if against not in set(named["variant"]):
         known = ", ".join(named["variant"].unique())
-        raise ValueError(f"there is no {against!r}: choose from {known}.")
+        raise ValueError(f"there is no variant {against!r}: choose from {known}.")
     for group, part in named.groupby(_BY, sort=False):
-        values = part.pivot_table(index="variant", columns="item", values="value")
-        values = values.loc[part["variant"].unique()]
-        if part["value"].isna().any():
-            raise ValueError(f"{group[0]}: {group[2]} is not a number for some items.")
-        if values.isna().any(axis=None):
-            raise ValueError(f"{group[0]}: not all variants were asked the same items.")
+        values = _by_item(part, group)
         means = _means(values, seed)
         differences = _means(values - values.loc[against], seed)
+        codes = part.groupby("variant")["older"].agg(set)
         for variant, own in part.groupby("variant", sort=False):
-            scored, pruned = own["scored"].sum(), own["pruned"].sum()
             rows.append(
                 {
                     **dict(zip(_BY, group, strict=True)),
@@ -68,20 +71,34 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
                     "density": own["density"].iloc[0],
                     "variant": variant,
                     "items": len(own),
-                    **dict(zip(("estimate", "low", "high"), means.loc[variant], strict=True)),
-                    **dict(
-                        zip(
-                            ("difference", "difference_low", "difference_high"),
-                            differences.loc[variant],
-                            strict=True,
-                        )
-                    ),
-                    "chance": own["chance"].mean(),
-                    "pruned_share": pruned / scored if scored else np.nan,
-                    "items_cut": int((own["left_out"] > 0).sum()),
+                    **dict(zip(_MEANS, means.loc[variant], strict=True)),
+                    **dict(zip(_DIFFERENCES, differences.loc[variant], strict=True)),
+                    **_totals(own),
+                    "older": "; ".join(sorted((codes[variant] | codes[against]) - {""})),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _by_item(part: pd.DataFrame, group: tuple) -> pd.DataFrame:
+    """Values of one task and metric, a row for each variant and a column for each item."""
+    values = part.pivot_table(index="variant", columns="item", values="value")
+    values = values.loc[part["variant"].unique()]
+    if part["value"].isna().any():
+        raise ValueError(f"{group[0]}: {group[2]} is not a number for some items.")
+    if values.isna().any(axis=None):
+        raise ValueError(f"{group[0]}: not all variants were asked the same items.")
+    return values
+
+
+def _totals(own: pd.DataFrame) -> dict[str, float]:
+    """What the items of one variant come to."""
+    scored, pruned = own["scored"].sum(), own["pruned"].sum()
+    return {
+        "chance": own["chance"].mean(),
+        "pruned_share": pruned / scored if scored else np.nan,
+        "items_cut": int((own["left_out"] > 0).sum()),
+    }
 
 
 def _means(values: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -98,14 +115,14 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
     items : pandas.DataFrame
         As :func:`flocking.evaluation.runner.evaluate` returns it.
     groups : int
-        As many groups of items, of about the same size, if prompts differ.
+        How many groups of items, of about the same size, if prompts differ.
     seed : int
         Of the bootstrap.
 
     Returns
     -------
     pandas.DataFrame
-        As of :func:`summary`, with ``prompt_tokens``, the median of a group's. Tasks that differ
+        As of :func:`summarise`, with ``prompt_tokens``, the median of a group's. Tasks that differ
         in nothing but the prompt, such as ``wikitext_16`` and ``wikitext_64``, are one.
     """
     parts = []
@@ -129,7 +146,7 @@ def is_loss(metric: str) -> bool:
 
 
 def family(task: str, metric: str) -> str:
-    """A task's name without the length of its prompt, where that is all that tells two apart."""
+    """A task's name without the length of its prompt, if it is one of several lengths."""
     shorter = task.rpartition("_")[0] if is_loss(metric) else ""
     return shorter or task
 
@@ -155,24 +172,24 @@ def _tokens(*names: str) -> tuple[int, ...]:
     return tuple(int(end) if end.isdigit() else 0 for end in ends)
 
 
-def table(rows: pd.DataFrame, *, beside: str | None = "full") -> str:
-    """A summary in Markdown, the differences by variant.
+def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
+    """A summary as a table in Markdown, with the differences by variant.
 
     Parameters
     ----------
     rows : pandas.DataFrame
-        Of :func:`summary`.
-    beside : str, optional
+        Of :func:`summarise`.
+    base : str, optional
         The variant whose own score and chance are shown first, instead of a difference.
 
     Returns
     -------
     str
         In percent and percentage points; losses as perplexities and their ratios to the full
-        model's.
+        model's. Numbers from older code are marked; see :func:`footnote`.
     """
-    variants = [name for name in rows["variant"].unique() if name != beside]
-    first = [] if beside is None else ["chance", beside]
+    variants = [name for name in rows["variant"].unique() if name != base]
+    first = [] if base is None else ["chance", base]
     names = ["task", "items", *first, *variants]
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for (task, protocol, metric), part in rows.groupby(_BY, sort=False):
@@ -181,19 +198,40 @@ def table(rows: pd.DataFrame, *, beside: str | None = "full") -> str:
         name = metric.replace("loss", "perplexity")
         asked = f"{task}, {protocol}" if protocol != "context" else task
         cells = [f"{asked}, {name}", f"{part['items'].iloc[0]}"]
-        if beside is not None:
-            own = part.loc[beside]
+        if base is not None:
+            own = part.loc[base]
             cells.append("" if np.isnan(own.chance) else f"{100 * own.chance:.1f}")
-            cells.append(_said(own[["estimate", "low", "high"]], scale, sign=False))
+            cells.append(_said(own[_MEANS], scale, sign=False) + _mark(own))
         for variant in variants:
-            wanted = ["difference", "difference_low", "difference_high"]
-            cells.append(_said(part.loc[variant][wanted], scale, sign=True))
+            own = part.loc[variant]
+            cells.append(_said(own[_DIFFERENCES], scale, sign=True) + _mark(own))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _mark(row: pd.Series) -> str:
+    return _MARK if row["older"] else ""
+
+
+def footnote(items: pd.DataFrame) -> str:
+    """What the mark in a table means, and which cells are of which code; empty if none is."""
+    older = items[items["older"] != ""] if "older" in items else items.iloc[:0]
+    if older.empty:
+        return ""
+    variants = map(label, older["method"], older["density"])
+    cells = [f"{variant} on {task}" for variant, task in zip(variants, older["task"], strict=True)]
+    codes = [
+        f"code {code}: {', '.join(part['cell'].unique())}"
+        for code, part in older.assign(cell=cells).groupby("older", sort=False)
+    ]
+    return (
+        f"{_MARK} Computed by older code, or compared with what older code computed "
+        f"(kept with --keep-older; inputs and versions are the same). {'; '.join(codes)}."
+    )
+
+
 def _said(values: pd.Series, scale: float | None, sign: bool) -> str:
-    """Estimate and interval, times `scale`; of losses, which have none, as perplexities."""
+    """Estimate and interval, times `scale`; without one, as perplexities of losses."""
     numbers = values.to_numpy(dtype=float)
     if scale is None:
         digits = [f"{x:,.2f}" if x < 100 else f"{x:,.0f}" for x in np.exp(numbers)]

@@ -1,8 +1,8 @@
 """What models are asked: the lm-evaluation-harness's tasks, from a hub or from local files.
 
-A task of the harness is asked as the harness defines it, wherever its documents come from. What
-it has no definition of, or none that scores item by item, is defined here: summaries of XSum and
-CNN/DailyMail, questions about papers (QASPER), and how well articles of WikiText are foretold.
+A task of the harness is asked as the harness defines it, wherever its documents come from. Tasks
+that it does not define, or not so that items are scored one by one, are defined here: summaries of
+XSum and CNN/DailyMail, questions about papers (QASPER), and the losses of articles of WikiText.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _WIKITEXT = {f"wikitext_{length}": length for length in PROMPT_LENGTHS}
 
 @dataclass(frozen=True)
 class Articles:
-    """Texts whose last tokens are foretold from the tokens before them.
+    """Texts whose last tokens are predicted from the tokens before them.
 
     Attributes
     ----------
     texts : list of str
     prompt_length : int
-        Tokens that stand before those that are foretold, which are the same for every length.
+        Tokens before those that are predicted, which are the same for every prompt length.
     """
 
     texts: list[str]
@@ -47,7 +47,7 @@ class Articles:
 
 
 def find(names: Iterable[str], data_dir: Path | None = None) -> dict[str, Task | Articles]:
-    """Tasks by their names, ready to be asked.
+    """Find tasks by their names, with their documents.
 
     Parameters
     ----------
@@ -66,7 +66,8 @@ def find(names: Iterable[str], data_dir: Path | None = None) -> dict[str, Task |
     Raises
     ------
     ValueError
-        For an unknown name, if there is no hub and no file, or if a line of a file is not as due.
+        For an unknown name, if there is no hub and no file, or if a line of a file is not as
+        expected.
     """
     found: dict[str, Task | Articles] = {}
     for name in names:
@@ -108,8 +109,8 @@ def _unknown(name: str, known: list[str]) -> str:
 def _unreachable(name: str, problem: Exception) -> str:
     (why, *_) = str(problem).splitlines() or [type(problem).__name__]
     return (
-        f"the documents of {name} cannot be had ({why}): connect to the hub, or give --data-dir, "
-        "a folder with them as JSON lines."
+        f"cannot read the documents of {name} from the hub ({why}): connect to it, or give "
+        "--data-dir, a folder with them as JSON lines."
     )
 
 
@@ -126,7 +127,8 @@ def _local(name: str, data_dir: Path) -> Task:
     shots = config.get("num_fewshot") or 0
     if len(documents) <= shots:
         raise ValueError(
-            f"{name} shows {shots} other items before each: {len(documents)} are too few."
+            f"{name} shows {shots} other items before each: expected at least {shots + 1} items, "
+            f"got {len(documents)}."
         )
     everything = datasets.Dataset.from_list(documents)
     config = {
@@ -144,7 +146,7 @@ def _local(name: str, data_dir: Path) -> Task:
 
 
 def read(path: Path, definition: Definition) -> list[dict]:
-    """Documents of a file of JSON lines; a ValueError names file, line and field of what is odd."""
+    """Documents of a file of JSON lines; errors name the file, line and field."""
     documents = []
     # (Not by splitlines, to which characters within a text may be ends of lines.)
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -154,34 +156,34 @@ def read(path: Path, definition: Definition) -> list[dict]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as problem:
-            raise ValueError(f"{where}: this is no JSON ({problem}).") from problem
+            raise ValueError(f"{where}: not JSON ({problem}).") from problem
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON object is due, such as {{...}}.")
+            raise ValueError(f"{where}: expected a JSON object, such as {{...}}.")
         for name, kind in definition.fields.items():
             if name not in row:
-                due = ", ".join(definition.fields)
-                raise ValueError(f"{where}: the field {name!r} is missing (due are {due}).")
+                expected = ", ".join(definition.fields)
+                raise ValueError(f"{where}: the field {name!r} is missing (expected {expected}).")
             if not isinstance(row[name], kind):
                 got = type(row[name]).__name__
-                raise ValueError(f"{where}: the field {name!r} is {got}, {kind.__name__} is due.")
+                raise ValueError(f"{where}: field {name!r}: expected {kind.__name__}, got {got}.")
         try:
             documents.append(definition.document({key: row[key] for key in definition.fields}))
         except ValueError as problem:
             raise ValueError(f"{where}: {problem}.") from problem
     if not documents:
-        raise ValueError(f"{path} is empty: give an item a line.")
+        raise ValueError(f"{path} is empty: write one item on each line.")
     return documents
 
 
 def _file(data_dir: Path, name: str, suffix: str) -> Path:
     if not data_dir.is_dir():
-        raise ValueError(f"--data-dir {data_dir}: there is no such folder.")
+        raise ValueError(f"--data-dir {data_dir}: this folder does not exist.")
     named = re.compile(rf"{name}([^a-zA-Z].*)?\.{suffix}")
     there = [path for path in sorted(data_dir.iterdir()) if named.fullmatch(path.name)]
     if len(there) != 1:
         names = ", ".join(path.name for path in there) or "none"
         raise ValueError(
-            f"{data_dir} should have one file {name}.{suffix} or {name}_*.{suffix}: found {names}."
+            f"{data_dir}: expected one file {name}.{suffix} or {name}_*.{suffix}, got {names}."
         )
     return there[0]
 
@@ -190,22 +192,22 @@ def _articles(data_dir: Path | None) -> list[str]:
     """WikiText's articles: a line with one equals sign on either side opens each."""
     if data_dir is not None:
         path = _file(data_dir, "wikitext", "txt")
-        text = read_text(path)
+        where, text = str(path), read_text(path)
     else:
         try:
             rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
         except (OSError, RuntimeError) as problem:
             raise ValueError(_unreachable("wikitext", problem)) from problem
-        text = "".join(rows["text"])
+        where, text = "WikiText on the hub", "".join(rows["text"])
     starts = [match.start() for match in re.finditer(r"^ ?= [^=\n]+ = *$", text, re.MULTILINE)]
     if not starts:
-        raise ValueError(f"{path} has no article: a line such as ' = Title = ' opens each.")
+        raise ValueError(f"{where} has no article: a line such as ' = Title = ' opens each.")
     return [text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the harness's remarks on what is meant here."""
+    """Silence the harness's warnings about what is intended here."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

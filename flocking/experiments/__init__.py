@@ -1,9 +1,9 @@
 """The runs behind the figures, and the figures drawn from them.
 
 Imports ``pruning``, ``drawing`` and ``artifacts``, and the rooms to the left; not ``evaluation``,
-which stands beside it.
+which is on the same floor.
 """
 
-from flocking.experiments.reproduce import EXPERIMENTS, regenerate
+from flocking.experiments.reproduce import EXPERIMENTS, check, regenerate
 
-__all__ = ["EXPERIMENTS", "regenerate"]
+__all__ = ["EXPERIMENTS", "check", "regenerate"]

@@ -1,4 +1,4 @@
-"""The runs behind the figures: each runs a model and its control, and returns what is plotted.
+"""Experiments on activations: each runs a model and its control, and returns what is plotted.
 
 An experiment takes a model, its tokenizer and texts, and returns a small Dataset: the numbers
 that its figure shows, with intervals from a bootstrap over texts (dimension ``interval``), the
@@ -149,9 +149,9 @@ def sequence_overlap(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Overlap of experts within a sequence and between two, and specificity, by layer.
+    """Overlap of selections within a sequence and between two, and specificity, by layer.
 
-    Parameters are those of :func:`heatmaps`. Raw activations of all layers are kept meanwhile
+    Parameters are those of :func:`heatmaps`. Raw activations of all layers are in memory meanwhile
     (566 MB for the embedded model and the packaged passages).
 
     Returns
@@ -175,8 +175,8 @@ def sequence_overlap(
     data, mean = bootstrap(values), bootstrap(values.mean("layer"))
     chance = analysis.chance_jaccard(_DENSITY)
     caption = (
-        f"Experts of {source['model']} at density {_DENSITY}: Jaccard overlap of the two halves "
-        "of one text, and of one text's first half with another's second, over "
+        f"Kept neurons of {source['model']} at density {_DENSITY}: Jaccard overlap of the two "
+        "halves of one text, and of one text's first half with another's second, over "
         f"{counted(ids)} with 95% bootstrap bands. Over all layers: trained "
         f"{said(mean.within, 'trained')} within, {said(mean.between, 'trained')} between; random "
         f"weights {said(mean.within, 'control')} and {said(mean.between, 'control')}; chance "
@@ -197,25 +197,25 @@ def generation(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Do the prompt's experts serve the generation? By layer and density, greedily generated.
+    """Overlap and captured energy of the prompt's kept neurons in the generation.
 
-    The control reads the same tokens, those that the trained model generated. Other parameters
-    are those of :func:`heatmaps`.
+    By layer and density, over greedily generated text. The control reads the same tokens, those
+    that the trained model generated. Other parameters are those of :func:`heatmaps`.
 
     Parameters
     ----------
     tokens : int
         Tokens of each prompt.
     new_tokens : int
-        Tokens generated after it; the last of them is not run any more.
+        Tokens generated after it; the last of them is not run.
 
     Returns
     -------
     xarray.Dataset
-        ``jaccard`` (interval, density, weights, layer) of the prompt's and the generation's
-        experts; ``captured`` (interval, density, selection, layer), the share of the generation's
-        energy that a selection keeps, by "GRIFFIN", "hindsight" (the oracle),
-        "other texts" (static: mean energy of the other prompts), "magnitude" (static: weights)
+        ``jaccard`` (interval, density, weights, layer) of the prompt's and the generation's kept
+        neurons; ``captured`` (interval, density, selection, layer), the share of the generation's
+        energy that a selection keeps, by "GRIFFIN", "hindsight" (the oracle), "other texts"
+        (static: mean energy of the other prompts), "magnitude" (static: weights)
         and "GRIFFIN, control"; each also averaged over layers, as ``*_mean``.
     """
     limit = context(model)
@@ -231,24 +231,7 @@ def generation(
 
     def measure(recording: xr.Dataset, weights: str) -> xr.Dataset:
         recording = recording.assign_coords(sequence=names)
-        prompt = analysis.statistic(recording, phase="prompt")
-        later = analysis.statistic(recording, phase="generation")
-        chosen = {"GRIFFIN": prompt}
-        if weights == "trained":
-            chosen["hindsight"] = later
-            chosen["other texts"] = analysis.statistic_of_others(prompt)
-            chosen["magnitude"] = analysis.weight_magnitude(model)
-        captured = xr.concat(
-            [
-                analysis.captured_energy(analysis.select(values, densities=DENSITIES), later)
-                for values in chosen.values()
-            ],
-            dimension(
-                "selection", [n if weights == "trained" else f"{n}, control" for n in chosen]
-            ),
-            coords="minimal",
-            compat="override",
-        )
+        captured = _captured_later(recording, model if weights == "trained" else None)
         jaccard = analysis.prompt_generation_overlap(recording, densities=DENSITIES)
         return xr.Dataset({"jaccard": jaccard, "captured": captured}).drop_vars(
             ["text", "module", "tokens", "d_ff"], errors="ignore"
@@ -265,23 +248,50 @@ def generation(
     data = bootstrap(values.merge(means))
     chance = [analysis.chance_jaccard(density) for density in DENSITIES]
     data = data.assign(chance=("density", chance))
+    source = source_of(recording)
+    generated = [row[len(prompt) :] for row, prompt in zip(replayed, ids, strict=True)]
+    caption = _caption_of_generation(data, source["model"], ids, generated)
+    return finished(data, source, names, ids, seed, caption, new_tokens=new_tokens)
+
+
+def _captured_later(recording: xr.Dataset, model: PreTrainedModel | None) -> xr.DataArray:
+    """Energy of the generation that selections capture; GRIFFIN's alone without a model."""
+    prompt = analysis.statistic(recording, phase="prompt")
+    later = analysis.statistic(recording, phase="generation")
+    selections = {"GRIFFIN" if model else "GRIFFIN, control": prompt}
+    if model:
+        selections["hindsight"] = later
+        selections["other texts"] = analysis.statistic_of_others(prompt)
+        selections["magnitude"] = analysis.weight_magnitude(model)
+    return xr.concat(
+        [
+            analysis.captured_energy(analysis.select(values, densities=DENSITIES), later)
+            for values in selections.values()
+        ],
+        dimension("selection", list(selections)),
+        coords="minimal",
+        compat="override",
+    )
+
+
+def _caption_of_generation(
+    data: xr.Dataset, name: str, ids: list[list[int]], generated: list[list[int]]
+) -> str:
     here = data.sel(density=_DENSITY)
     share = here.captured_mean
-    new = [len(row) - len(prompt) for row, prompt in zip(replayed, ids, strict=True)]
-    source = source_of(recording)
-    repeated = [_repeated(row[-n:]) for row, n in zip(replayed, new, strict=True) if n]
-    caption = (
-        f"Experts chosen from prompts of {len(ids[0])} tokens, held against {np.mean(new):.0f} "
-        f"tokens (mean) that {source['model']} generated greedily, over {len(ids)} texts with 95% "
+    new = np.mean([len(row) for row in generated])
+    repeated = np.mean([_repeated(row) for row in generated if row])
+    return (
+        f"Neurons selected from prompts of {len(ids[0])} tokens, compared with {new:.0f} "
+        f"tokens (mean) that {name} generated greedily, over {len(ids)} texts with 95% "
         f"bootstrap bands. Density {_DENSITY}, over all layers: overlap of the prompt's and the "
-        f"generation's experts {said(here.jaccard_mean, 'trained')} (random weights on the same "
+        f"generation's selections {said(here.jaccard_mean, 'trained')} (random weights on the same "
         f"tokens {said(here.jaccard_mean, 'control')}, chance {float(here.chance):.2f}); captured "
         f"energy: GRIFFIN {said(share, 'GRIFFIN')}, hindsight {said(share, 'hindsight')}, other "
         f"texts {said(share, 'other texts')}, magnitude {said(share, 'magnitude')}, chance "
-        f"{_DENSITY}. Of the generated 8-grams, {np.mean(repeated):.0%} had been generated before "
+        f"{_DENSITY}. Of the generated 8-grams, {repeated:.0%} had been generated before "
         "in the same text."
     )
-    return finished(data, source, names, ids, seed, caption, new_tokens=new_tokens)
 
 
 def drift(
@@ -334,14 +344,14 @@ def drift(
         return " to ".join(said(values.isel(prompt_length=at), weights) for at in (0, -1))
 
     caption = (
-        f"Experts of {source['model']} at density {_DENSITY}, chosen from the beginning of a text, "
+        f"Neurons of {source['model']} kept at density {_DENSITY}, selected from a text's start, "
         f"on what follows; mean over layers and {counted(ids)}, with 95% bootstrap bands. Left: "
         f"the {horizon} tokens after prompts of {lengths[0]} to {lengths[-1]} tokens; captured "
         f"energy from {ends('captured')} (random weights {ends('captured', 'control')}); after the "
         f"longest, hindsight has {said(data.hindsight.isel(prompt_length=-1), 'trained')} and a "
         f"static choice from the other texts "
         f"{said(data.other_texts.isel(prompt_length=-1), 'trained')}. Overlap is with what each "
-        f"16-token window would choose for itself: {ends('jaccard')}; chance {chance:.2f}. Right: "
+        f"16-token window would select itself: {ends('jaccard')}; chance {chance:.2f}. Right: "
         "by distance from the prompt's end; random weights after the longest prompt."
     )
     return finished(
@@ -426,7 +436,7 @@ EXPERIMENTS: dict[str, Callable[..., xr.Dataset]] = {
 
 
 def _of_others(recording: xr.Dataset, drifts: xr.Dataset) -> xr.DataArray:
-    """Captured energy, laid out like `drifts`, of the static choice from the other texts."""
+    """Captured energy of the static choice from other texts, with the dimensions of `drifts`."""
     others = analysis.statistic_of_others(analysis.statistic(recording))
     kept = analysis.captured_energy(
         analysis.select(others, _DENSITY), analysis.statistic(recording, by="window")

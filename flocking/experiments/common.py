@@ -1,4 +1,4 @@
-"""What the experiments have in common: equal lengths, a control, intervals in words, provenance."""
+"""What the experiments share: equal lengths, a control, intervals in words, provenance."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def same_length(
     """Token ids of the texts, cut to one length of a first token and whole windows; their names."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     if len(texts) < 2:
-        raise ValueError(f"there are {len(texts)} texts: give two or more, to compare them.")
+        raise ValueError(f"expected two texts or more, to compare them, got {len(texts)}.")
     names = [getattr(text, "name", str(number)) for number, text in enumerate(texts)]
     if len(set(names)) < len(names):
-        raise ValueError("two texts have the same name: give each its own.")
+        raise ValueError("two texts have the same name: give each text a different one.")
     # The length is cut below: a warning about the model's context would be wrong here.
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     limit = context(model)
@@ -79,7 +79,7 @@ def dimension(name: str, labels: list[str]) -> xr.DataArray:
 
 
 def source_of(recording: xr.Dataset) -> dict[str, str]:
-    """What a recording says about its model and the versions that ran it."""
+    """A recording's attributes about its model and the versions that ran it."""
     wanted = ("revision", "architecture", "dtype", "special_tokens")
     versions = ("flocking_version", "transformers_version", "torch_version")
     name = recording.attrs["model"].rstrip("/").rpartition("/")[2]
@@ -95,7 +95,7 @@ def finished(
     caption: str,
     **more: object,
 ) -> xr.Dataset:
-    """The numbers with where they come from."""
+    """Add to the numbers where they come from."""
     for value in data.values():
         value.attrs = {
             key: value.attrs[key] for key in ("long_name", "units") if key in value.attrs

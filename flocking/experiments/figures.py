@@ -1,7 +1,7 @@
-"""Figures: data in, ``Axes`` or ``Figure`` out; nothing is computed here.
+"""Figures of the experiments: data in, ``Figure`` out; nothing is computed here.
 
-:func:`heatmap`, :func:`band` and :func:`guide` draw on one ``ax``. The functions in ``FIGURES`` lay
-out what the experiment of the same name returns, a column (3.5 inches) wide, with its caption.
+Each function in ``FIGURES`` lays out what the experiment of the same name returns, a column
+(3.5 inches) wide, with its caption.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def scores(data: xr.Dataset, figure: Figure) -> None:
         ax.set_ylabel(label)
     guide(0, axes[0, 0])
     guide(0, axes[1, 0])
-    axes[2, 0].plot(data.layer, data.d_ff, color="0.35", ls=":", lw=1, label="all alike ($d_{ff}$)")
+    axes[2, 0].plot(
+        data.layer, data.d_ff, color="0.35", ls=":", lw=1, label="all equally active ($d_{ff}$)"
+    )
     axes[2, 0].set_yscale("log")
     by_layer(axes[-1])
     legend(upper, axes[[0, 2]])
@@ -86,7 +88,7 @@ def scores(data: xr.Dataset, figure: Figure) -> None:
 
 @in_style
 def sequence_overlap(data: xr.Dataset, figure: Figure) -> None:
-    """Overlap of experts within and between sequences, and specificity, by layer."""
+    """Overlap of kept neurons within and between sequences, and specificity, by layer."""
     upper, axes = page(figure, data, 2, 1, height=3.9, sharex=True)
     upper, lower = axes[:, 0]
     for weights, style in BY_WEIGHTS.items():
@@ -100,8 +102,8 @@ def sequence_overlap(data: xr.Dataset, figure: Figure) -> None:
         different = {**style, "label": f"{name}, different tokens", "marker": "s", "ms": 2}
         band(data.different_tokens.sel(weights=weights), lower, **different)
     guide(data.attrs["chance"], upper)
-    guide(0, lower, "as alike as two texts")
-    upper.set(ylabel="Jaccard overlap of experts", ylim=(0, 1))
+    guide(0, lower, "as similar as two texts")
+    upper.set(ylabel="Jaccard overlap of kept neurons", ylim=(0, 1))
     lower.set_ylabel("specificity")
     by_layer(axes[-1])
     for ax in (upper, lower):
@@ -114,7 +116,7 @@ def generation(data: xr.Dataset, figure: Figure) -> None:
     upper, axes = page(figure, data, 2, 2, height=3.4, sharey="row")
     here = data.sel(density=0.5)
     prompts = {
-        "GRIFFIN": TRAINED | {"label": "prompt's experts (GRIFFIN)"},
+        "GRIFFIN": TRAINED | {"label": "prompt's selection (GRIFFIN)"},
         "GRIFFIN, control": CONTROL | {"label": "the same, random weights"},
     }
     for weights, style in zip(BY_WEIGHTS, prompts.values(), strict=True):
@@ -243,7 +245,7 @@ def loss_by_prompt(data: xr.Dataset, figure: Figure) -> None:
 
 @in_style
 def loss_by_density(data: xr.Dataset, figure: Figure) -> None:
-    """Perplexity by density, and the part that is of use enlarged."""
+    """Perplexity by density, with the useful part enlarged."""
     upper, axes = page(figure, data, 1, 2, height=2.4)
     everything, close = axes[0]
     _relative(everything, data.relative)
@@ -288,10 +290,10 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
 
 @in_style
 def loss_by_batch(data: xr.Dataset, figure: Figure) -> None:
-    """Perplexity of shared experts by batch size."""
+    """Perplexity of shared selections by batch size."""
     upper, axes = page(figure, data, 1, 1, height=2.6)
     _relative(axes[0, 0], data.relative)
-    axes[0, 0].set(xlabel="batch size (texts that share their experts)", yscale="linear")
+    axes[0, 0].set(xlabel="batch size (texts that share one selection)", yscale="linear")
     axes[0, 0].set_ylim(0, None)
     powers_of_two(axes[0, 0], data.batch_size.values)
     legend(upper, axes, ncols=3)

@@ -1,30 +1,37 @@
-"""The runs behind GRIFFIN's figures: likelihoods of real text with the experts in force.
+"""Experiments on GRIFFIN: likelihoods of real text with the kept neurons alone.
 
-Experiments as those of :mod:`flocking.experiments`. Scored is the loss (negative log-likelihood,
-nats per token) of a text's own tokens after a prompt, under the full model and under twins that
-share one run of that prompt. The chance level is random experts; a control with random weights
-has nothing to lose. Static experts, from the other texts alone, are the control of GRIFFIN's.
+They are called as those of :mod:`flocking.experiments.activations`. Scored is the loss (negative
+log-likelihood, nats per token) of a text's tokens after a prompt, under the full model and under
+twins that share one run of that prompt. The chance level is a random selection; a control with
+random weights has nothing to lose. The control of GRIFFIN's selection is the static one, from the
+other texts alone.
 
-Whether GRIFFIN's advantage over them is that of most texts or of a few, averages do not say:
+Averages do not say whether GRIFFIN's advantage over it is that of most texts or of a few:
 captions list it text by text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import xarray as xr
-from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking import analysis
-from flocking.analysis import bootstrap, tails
+from flocking.analysis import bootstrap
 from flocking.experiments.common import dimension, finished, said, same_length, source_of
+from flocking.experiments.intervals import (
+    OVER_STATIC,
+    between_excerpts,
+    by_name,
+    perplexities,
+    rank_correlation,
+    ratio,
+)
+from flocking.experiments.twins import DENSITY, each_text, losses_and_energy, losses_of, twins_of
 from flocking.pruning import griffin, side_by_side
 from flocking.recording import record
 
@@ -39,13 +46,12 @@ METHODS = [
     "random",
     "magnitude",
 ]
-_OVER_STATIC = "GRIFFIN's perplexity over static's"
-_DENSITY = 0.5
 _WINDOW = 16
 _EXCERPTS = 3
 _GROUPINGS = 4  # ways in which the texts are put together into batches
 _BIN = 64  # tokens over which losses by distance are averaged
-# The methods whose order is in question: without what knows the scored text, and what knows none.
+# The methods whose order is in question: without the one that knows the scored text, and those
+# that know no text.
 _CLOSE = [name for name in METHODS if name not in ("hindsight", "random", "magnitude")]
 
 
@@ -71,7 +77,7 @@ def loss_by_prompt(
         Of each text, and how many of them are scored, in whole windows of 16: the last, after a
         prompt of the 17, 65, 257, ... tokens that stand before them. At most half are scored.
     seed : int
-        Of random experts.
+        Of random selections.
     progress : bool
         Show progress on standard error.
 
@@ -80,9 +86,9 @@ def loss_by_prompt(
     xarray.Dataset
         At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
         (interval, selection, prompt_length); ``over_static`` (interval, prompt_length), GRIFFIN's
-        to that of static experts; ``relative_far`` (interval, selection, prompt_length, distance)
-        over 64 tokens around ``distance`` from the prompt's end, without the first one, which is
-        computed in full; ``ageing`` (interval, prompt_length), GRIFFIN's ratio in the
+        to that of the static selection; ``relative_far`` (interval, selection, prompt_length,
+        distance) over 64 tokens around ``distance`` from the prompt's end, without the first one,
+        which is computed in full; ``ageing`` (interval, prompt_length), GRIFFIN's ratio in the
         last 64 tokens to that in the first 64.
 
     Raises
@@ -103,38 +109,50 @@ def loss_by_prompt(
 
     def measure(number: int) -> xr.DataArray:
         references = others.isel(sequence=number), later.isel(sequence=number)
-        twins = _twins(wanted, *references, seed=seed + number)
+        twins = twins_of(wanted, *references, seed=seed + number)
         prompts = [ids[number][total - horizon - length :] for length in lengths]
-        parts = [_losses(model, twins, [row], n) for row, n in zip(prompts, lengths, strict=True)]
+        parts = [losses_of(model, twins, [row], n) for row, n in zip(prompts, lengths, strict=True)]
         return xr.concat(parts, dimension("prompt_length", lengths)).isel(sequence=0)
 
-    losses = _each(measure, names, progress)
+    losses = each_text(measure, names, progress)
     step = min(_BIN, horizon)
+    data = perplexities(losses.mean("distance")).assign(_by_distance(losses, step))
+    source = source_of(recording)
+    caption = _caption_by_prompt(data, source["model"], len(ids), horizon, step, _vocabulary(model))
+    return finished(data, source, names, ids, seed, caption, density=DENSITY, horizon=horizon)
+
+
+def _by_distance(losses: xr.DataArray, step: int) -> dict[str, xr.DataArray]:
+    """Ratios by distance from the prompt's end, and how GRIFFIN's ages."""
     pruned = losses.where(losses.distance > 0)
     far = pruned.coarsen(distance=step, boundary="trim").mean()
-    data = _perplexity(losses.mean("distance")).assign(relative_far=_perplexity(far).relative)
     excess = far.sel(selection="GRIFFIN") - far.sel(selection="full")
     ageing = excess.isel(distance=-1, drop=True) - excess.isel(distance=0, drop=True)
-    data["ageing"] = np.exp(bootstrap(ageing))
-    data.ageing.attrs = _ratio(f"GRIFFIN's ratio in the last {step} tokens to the first {step}")
+    ageing = np.exp(bootstrap(ageing))
+    ageing.attrs = ratio(f"GRIFFIN's ratio in the last {step} tokens to the first {step}")
+    return {"relative_far": perplexities(far).relative, "ageing": ageing}
+
+
+def _caption_by_prompt(
+    data: xr.Dataset, name: str, count: int, horizon: int, step: int, vocabulary: int
+) -> str:
+    lengths = data.prompt_length.values
     over, ages = (
         [f"{said(values, length)} after {length}" for length in lengths]
         for values in (data.over_static, data.ageing)
     )
-    source = source_of(recording)
-    caption = (
-        f"Perplexity of {source['model']} at density {_DENSITY}, relative to the full model's, on "
-        f"the same {horizon} tokens of {len(ids)} texts, after prompts of the tokens before them; "
+    return (
+        f"Perplexity of {name} at density {DENSITY}, relative to the full model's, on "
+        f"the same {horizon} tokens of {count} texts, after prompts of the tokens before them; "
         f"95% bootstrap bands over texts. Absolute, after {lengths[0]} tokens: "
-        f"{_listed(data.perplexity.isel(prompt_length=0))}. "
-        f"After {lengths[-1]}: {_listed(data.perplexity.isel(prompt_length=-1))}. Hindsight: the "
-        "scored tokens' own experts; static: the other texts'; global-local: mean of the prompt's "
-        f"and the other texts' ranks. GRIFFIN's over static's: {', '.join(over)}. Guessing would "
-        f"give {_vocabulary(model):,}. Right: by distance, in {step} tokens each, their middle "
-        "marked, without the first, which is computed in full. GRIFFIN's ratio in the last "
+        f"{by_name(data.perplexity.isel(prompt_length=0))}. "
+        f"After {lengths[-1]}: {by_name(data.perplexity.isel(prompt_length=-1))}. Hindsight: "
+        "selected from the scored tokens; static: from the other texts; global-local: by the mean "
+        f"of the prompt's and the other texts' ranks. GRIFFIN's over static's: {', '.join(over)}. "
+        f"Guessing would give {vocabulary:,}. Right: by distance, in {step} tokens each, their "
+        "middle marked, without the first, which is computed in full. GRIFFIN's ratio in the last "
         f"{step} to that in the first {step}: {', '.join(ages)}."
     )
-    return finished(data, source, names, ids, seed, caption, density=_DENSITY, horizon=horizon)
 
 
 def loss_by_density(
@@ -154,7 +172,8 @@ def loss_by_density(
     -------
     xarray.Dataset
         ``perplexity`` and ``relative``, the ratio to the full model's, both (interval, selection,
-        density), and ``over_static`` (interval, density), GRIFFIN's to that of static experts.
+        density), and ``over_static`` (interval, density), GRIFFIN's to that of the static
+        selection.
 
     Raises
     ------
@@ -173,9 +192,9 @@ def loss_by_density(
         twins = {
             f"{name} {density}": twin
             for density in DENSITIES
-            for name, twin in _twins(wanted, reference, None, seed + number, density).items()
+            for name, twin in twins_of(wanted, reference, None, seed + number, density).items()
         }
-        losses = _losses(model, twins, [ids[number]], prompt)[:, 0].mean("distance")
+        losses = losses_of(model, twins, [ids[number]], prompt)[:, 0].mean("distance")
         parts = [
             losses.sel(selection=["full", *(f"{name} {density}" for name in wanted)])
             for density in DENSITIES
@@ -183,15 +202,15 @@ def loss_by_density(
         parts = [part.assign_coords(selection=["full", *wanted]) for part in parts]
         return xr.concat(parts, dimension("density", DENSITIES))
 
-    data = _perplexity(_each(measure, names, progress))
+    data = perplexities(each_text(measure, names, progress))
     source = source_of(recording)
-    listed = (f"{d}: {_listed(data.perplexity.sel(density=d))}" for d in (0.5, 0.7, 0.9))
+    absolute = (f"{d}: {by_name(data.perplexity.sel(density=d))}" for d in (0.5, 0.7, 0.9))
     over = (f"{said(data.over_static, d)} at {d}" for d in (0.3, 0.5, 0.7, 0.9))
     caption = (
         f"Perplexity of {source['model']}, relative to the full model's, on "
         f"{len(ids[0]) - prompt} tokens after prompts of {prompt}, by density, over {len(ids)} "
         "texts with 95% bootstrap bands. Absolute, at density "
-        f"{'. At '.join(listed)}. Static: the other texts' experts; GRIFFIN's over static's: "
+        f"{'. At '.join(absolute)}. Static: from the other texts; GRIFFIN's over static's: "
         f"{', '.join(over)}. Guessing would give {_vocabulary(model):,}. Right: the same, enlarged."
     )
     return finished(data, source, names, ids, seed, caption, prompt=prompt)
@@ -206,7 +225,7 @@ def loss_by_method(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Perplexity by method, and whether the energy that experts capture predicts the loss.
+    """Perplexity by method, and whether the energy that kept neurons capture predicts the loss.
 
     Parameters are those of :func:`loss_by_density`; `tokens` is the length of an excerpt, of
     which each text gives up to three.
@@ -217,11 +236,11 @@ def loss_by_method(
         At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
         (interval, selection); ``excess`` and ``captured`` (text,
         excerpt, selection), the loss above the full model's, in nats per token, and the share of
-        the scored tokens' energy in the full model that the experts keep, mean over layers;
+        the scored tokens' energy in the full model that the kept neurons have, mean over layers;
         Spearman's rank correlation of the two (interval): ``between_methods`` on one excerpt,
         ``between_close_methods``, those without hindsight, random and magnitude, which differ
         most by construction, and ``between_excerpts`` under GRIFFIN; ``over_static_by_text``
-        (text), GRIFFIN's perplexity to that of static experts.
+        (text), GRIFFIN's perplexity to that of the static selection.
 
     Raises
     ------
@@ -240,23 +259,31 @@ def loss_by_method(
     text_of = np.arange(len(excerpts)) // count
 
     def measure_excerpt(number: int) -> xr.Dataset:
-        # Static experts from the other texts, not from other excerpts of the same one.
+        # The static selection is from the other texts, not from other excerpts of the same one.
         others = np.sqrt(energy.isel(sequence=text_of != text_of[number]).mean("sequence"))
         own = later.isel(sequence=number)
-        twins = _twins(METHODS, others, own, seed + number)
-        losses, captured = _losses_and_energy(model, twins, [excerpts[number]], prompt, own)
+        twins = twins_of(METHODS, others, own, seed + number)
+        losses, captured = losses_and_energy(model, twins, [excerpts[number]], prompt, own)
         return xr.Dataset({"loss": losses[:, 0].mean("distance"), "captured": captured})
 
     def measure(number: int) -> xr.Dataset:
         parts = [measure_excerpt(count * number + n) for n in range(count)]
         return xr.concat(parts, dimension("excerpt", list(range(count))))
 
-    values = _each(measure, names, progress)
+    data = _against_energy(each_text(measure, names, progress))
+    source = source_of(recording)
+    tokens_of = {"prompt": prompt, "scored": len(excerpts[0]) - prompt}
+    caption = _caption_by_method(data, source["model"], tokens_of, _vocabulary(model))
+    return finished(data, source, names, excerpts, seed, caption, density=DENSITY, prompt=prompt)
+
+
+def _against_energy(values: xr.Dataset) -> xr.Dataset:
+    """Perplexities, and how losses and captured energy, by text and excerpt, are correlated."""
     excess, captured = values.loss - values.loss.sel(selection="full"), values.captured
     by_selection = {"input_core_dims": [["selection"], ["selection"]], "vectorize": True}
     within, close = (
         xr.apply_ufunc(
-            _rank_correlation,
+            rank_correlation,
             captured.sel(selection=names),
             excess.sel(selection=names),
             **by_selection,
@@ -265,36 +292,40 @@ def loss_by_method(
     )
     under = [part.sel(selection="GRIFFIN") for part in (captured, excess)]
     by_text = excess.sel(selection="GRIFFIN") - excess.sel(selection="static")
-    data = _perplexity(values.loss.mean("excerpt")).assign(
+    data = perplexities(values.loss.mean("excerpt")).assign(
         excess=excess.rename(sequence="text"),
         captured=captured.rename(sequence="text"),
         between_methods=bootstrap(within.mean("excerpt")),
         between_close_methods=bootstrap(close.mean("excerpt")),
-        between_excerpts=_between_excerpts(*under),
+        between_excerpts=between_excerpts(*under),
         over_static_by_text=np.exp(by_text.mean("excerpt")).rename(sequence="text"),
     )
     data.excess.attrs = {"long_name": "loss above the full model's", "units": "nat"}
     data.captured.attrs = {"long_name": "captured energy of the scored tokens", "units": "1"}
-    data.over_static_by_text.attrs = _ratio(_OVER_STATIC)
+    data.over_static_by_text.attrs = ratio(OVER_STATIC)
     for name in ("methods", "close_methods", "excerpts"):
         long_name = f"rank correlation of captured energy and loss, between {name}"
         data[f"between_{name}"].attrs = {"long_name": long_name.replace("_", " "), "units": "1"}
+    return data
+
+
+def _caption_by_method(data: xr.Dataset, name: str, tokens: dict[str, int], vocabulary: int) -> str:
     by_text = data.over_static_by_text.sortby(data.over_static_by_text)
     listed = (f"{name} {value:.2f}" for name, value in by_text.to_series().items())
-    source = source_of(recording)
-    caption = (
-        f"{source['model']} at density {_DENSITY}: perplexity, relative to the full model's, on "
-        f"{len(excerpts[0]) - prompt} tokens after prompts of {prompt}, {count} excerpts of each "
-        f"of {len(ids)} texts, with 95% bootstrap intervals over texts. Absolute: "
-        f"{_listed(data.perplexity)}; guessing would give {_vocabulary(model):,}. Hindsight: the "
-        f"scored tokens' own experts. GRIFFIN's over static's: {said(data.over_static)}; by text "
+    texts, excerpts = data.sizes["text"], data.sizes["excerpt"]
+    return (
+        f"{name} at density {DENSITY}: perplexity, relative to the full model's, on "
+        f"{tokens['scored']} tokens after prompts of {tokens['prompt']}, {excerpts} excerpts of "
+        f"each of {texts} texts, with 95% bootstrap intervals over texts. Absolute: "
+        f"{by_name(data.perplexity)}; guessing would give {vocabulary:,}. Hindsight: selected from "
+        f"the scored tokens. GRIFFIN's over static's: {said(data.over_static)}; by text "
         f"{', '.join(listed)}. Below: the loss above the full model's "
-        "against the energy of the scored tokens that the experts capture (chance 0.5). Spearman's "
-        f"rank correlation: {said(data.between_methods)} between the methods on one excerpt, "
-        f"{said(data.between_close_methods)} without hindsight, random and magnitude; "
-        f"{said(data.between_excerpts)} between the {len(excerpts)} excerpts under GRIFFIN alone."
+        "against the energy of the scored tokens that the kept neurons capture (chance 0.5). "
+        f"Spearman's rank correlation: {said(data.between_methods)} between the methods on one "
+        f"excerpt, {said(data.between_close_methods)} without hindsight, random and magnitude; "
+        f"{said(data.between_excerpts)} between the {texts * excerpts} excerpts under GRIFFIN "
+        "alone."
     )
-    return finished(data, source, names, excerpts, seed, caption, density=_DENSITY, prompt=prompt)
 
 
 def loss_by_batch(
@@ -306,7 +337,7 @@ def loss_by_batch(
     seed: int = 0,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Perplexity of GRIFFIN where the texts of a batch share their experts, by its size.
+    """Perplexity of GRIFFIN where the texts of a batch share one selection, by batch size.
 
     Parameters are those of :func:`loss_by_density`; `seed` is also that of the batches.
 
@@ -314,9 +345,9 @@ def loss_by_batch(
     -------
     xarray.Dataset
         At density 0.5: ``perplexity`` and ``relative``, the ratio to the full model's, both
-        (interval, selection, batch_size), of the full model, GRIFFIN, and static experts, for all
-        sizes that divide the number of texts. At 1 each text has its own experts, as with
-        ``scope="sequence"``; only GRIFFIN's depend on the size. ``over_alone`` (interval,
+        (interval, selection, batch_size), of the full model, GRIFFIN, and the static selection,
+        for all sizes that divide the number of texts. At 1 each text has its own selection, as with
+        ``scope="sequence"``; only GRIFFIN's depends on the size. ``over_alone`` (interval,
         batch_size) is GRIFFIN's ratio to its own at size 1. Between 1 and all, each text is in
         four batches drawn at random; intervals are over texts, with these batches as they are.
 
@@ -330,7 +361,7 @@ def loss_by_batch(
     recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)
     others = analysis.statistic_of_others(analysis.statistic(recording))
     random = np.random.default_rng(seed)
-    twin = griffin(model, _DENSITY)
+    twin = griffin(model, DENSITY)
 
     def shared(size: int) -> xr.DataArray:
         values = np.zeros(count)
@@ -348,150 +379,43 @@ def loss_by_batch(
     losses = xr.concat([shared(size) for size in bar], dimension("batch_size", sizes))
 
     def alone(number: int) -> xr.DataArray:
-        static = _twins(["static"], others.isel(sequence=number), None, seed)
-        return _losses(model, static, [ids[number]], prompt)[:, 0].mean("distance")
+        static = twins_of(["static"], others.isel(sequence=number), None, seed)
+        return losses_of(model, static, [ids[number]], prompt)[:, 0].mean("distance")
 
-    baselines = _each(alone, names, progress).expand_dims(batch_size=sizes)
-    data = _perplexity(xr.concat([baselines, losses], "selection"))
+    baselines = each_text(alone, names, progress).expand_dims(batch_size=sizes)
+    data = perplexities(xr.concat([baselines, losses], "selection"))
     shares = losses.sel(selection="GRIFFIN", drop=True)
     data["over_alone"] = np.exp(bootstrap(shares - shares.sel(batch_size=1, drop=True)))
-    data.over_alone.attrs = _ratio("GRIFFIN's perplexity over its own at batch size 1")
+    data.over_alone.attrs = ratio("GRIFFIN's perplexity over its own at batch size 1")
+    source = source_of(recording)
+    tokens_of = {"prompt": prompt, "scored": len(ids[0]) - prompt}
+    caption = _caption_by_batch(data, source["model"], count, tokens_of)
+    return finished(data, source, names, ids, seed, caption, density=DENSITY, prompt=prompt)
+
+
+def _caption_by_batch(data: xr.Dataset, name: str, count: int, tokens: dict[str, int]) -> str:
     griffins, full, static = (
         data.perplexity.sel(selection=name) for name in ("GRIFFIN", "full", "static")
     )
-    source = source_of(recording)
-    listed = (f"{size}: {said(griffins, size, 0)}" for size in sizes)
+    sizes = data.batch_size.values
+    absolute = (f"{size}: {said(griffins, size, 0)}" for size in sizes)
     alone = (f"{said(data.over_alone, size)} in batches of {size}" for size in sizes[1:])
-    caption = (
-        f"Perplexity of {source['model']} under GRIFFIN at density {_DENSITY}, relative to the "
-        f"full model's, on {len(ids[0]) - prompt} tokens after prompts of {prompt}, where the "
-        f"texts of a batch share their experts; {count} texts, with 95% bootstrap bands. "
-        f"Absolute, by batch size: {'; '.join(listed)}; full "
-        f"{said(full[:, 0], digits=0)}, static (the other texts' experts) "
+    return (
+        f"Perplexity of {name} under GRIFFIN at density {DENSITY}, relative to the "
+        f"full model's, on {tokens['scored']} tokens after prompts of {tokens['prompt']}, where "
+        f"the texts of a batch share one selection; {count} texts, with 95% bootstrap bands. "
+        f"Absolute, by batch size: {'; '.join(absolute)}; full "
+        f"{said(full[:, 0], digits=0)}, static (from the other texts) "
         f"{said(static[:, 0], digits=0)}. Sharing over having one's own, in {_GROUPINGS} ways to "
         f"make up the smaller batches: {', '.join(alone)}. At batch size 1 each text has its own "
-        'experts, as with scope="sequence" at any size.'
+        'selection, as with scope="sequence" at any size.'
     )
-    return finished(data, source, names, ids, seed, caption, density=_DENSITY, prompt=prompt)
 
 
 EXPERIMENTS: dict[str, Callable[..., xr.Dataset]] = {
     function.__name__: function
     for function in (loss_by_prompt, loss_by_density, loss_by_method, loss_by_batch)
 }
-
-
-def _twins(
-    names: Iterable[str],
-    others: xr.DataArray | None,
-    later: xr.DataArray | None,
-    seed: int,
-    density: float = _DENSITY,
-) -> dict[str, dict[str, Any]]:
-    """What griffin is to be given for each of the figures' names."""
-    meant = {
-        "GRIFFIN": ("topk", None),
-        "hindsight": ("static", later),
-        "static": ("static", others),
-        "global-local": ("global-local", others),
-    }
-    options = {}
-    for name in names:
-        method, reference = meant.get(name, (name, None))
-        options[name] = {
-            "density": density,
-            "method": method,
-            "reference": reference,
-            "seed": seed,
-        }
-    return options
-
-
-def _losses(
-    model: PreTrainedModel,
-    twins: dict[str, dict[str, Any]],
-    ids: list[list[int]],
-    prompt: int,
-    look: Callable[[PreTrainedModel], None] = lambda twin: None,
-) -> xr.DataArray:
-    """Loss of each token after the prompt, (selection, sequence, distance); the full model first.
-
-    Each twin is made, used, shown to `look` and forgotten in turn, so that memory holds one.
-    """
-    made = (griffin(model, **options) for options in twins.values())
-    losses = []
-    for subject, values in side_by_side(chain(made, [model]), torch.tensor(ids), prompt):
-        losses.append(-values[:, prompt - 1 :].double().cpu())
-        look(subject)
-    values = torch.stack([losses[-1], *losses[:-1]])
-    labels = {"selection": ["full", *twins], "distance": np.arange(values.shape[-1])}
-    return xr.DataArray(values.numpy(), labels, ("selection", "sequence", "distance"))
-
-
-def _losses_and_energy(
-    model: PreTrainedModel,
-    twins: dict[str, dict[str, Any]],
-    ids: list[list[int]],
-    prompt: int,
-    later: xr.DataArray,
-) -> tuple[xr.DataArray, xr.DataArray]:
-    """Losses, and the share of later tokens' energy that the experts keep, mean over layers."""
-    masks = []
-
-    def look(subject: PreTrainedModel) -> None:
-        mask = xr.full_like(later, subject is model, dtype=bool)
-        for layer, experts in getattr(subject, "selection", {}).items():
-            mask.loc[{"layer": layer, "neuron": experts.numpy()}] = True
-        masks.append(mask)
-
-    losses = _losses(model, twins, ids, prompt, look)
-    masks = xr.concat([masks[-1], *masks[:-1]], dimension("selection", ["full", *twins]))
-    captured = analysis.captured_energy(masks, later).mean("layer").reset_coords(drop=True)
-    return losses, captured
-
-
-def _each(
-    measure: Callable[[int], xr.DataArray | xr.Dataset], names: list[str], progress: bool
-) -> xr.DataArray | xr.Dataset:
-    """The measurement on each text, with progress."""
-    numbers = tqdm(range(len(names)), desc="scoring", unit="text", disable=not progress)
-    return xr.concat([measure(number) for number in numbers], dimension("sequence", names))
-
-
-def _perplexity(losses: xr.DataArray) -> xr.Dataset:
-    """Of all texts together: intervals of mean losses, exponentiated.
-
-    Those of ratios, to the full model's and of GRIFFIN's to static's, are of the differences
-    within each text.
-    """
-    excess = losses - losses.sel(selection="full")
-    against = losses.sel(selection="GRIFFIN", drop=True) - losses.sel(selection="static", drop=True)
-    each = xr.Dataset({"perplexity": losses, "relative": excess, "over_static": against})
-    data = np.exp(bootstrap(each))
-    data.over_static.attrs = _ratio(_OVER_STATIC)
-    data.relative.attrs = _ratio("perplexity, relative to the full model's")
-    data.perplexity.attrs = {"long_name": "perplexity", "units": "1"}
-    return data.transpose("interval", "selection", ...)
-
-
-def _ratio(long_name: str) -> dict[str, str]:
-    return {"long_name": long_name, "units": "1"}
-
-
-def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's; NaN where one of the two does not vary."""
-    x, y = np.ravel(x), np.ravel(y)
-    return spearmanr(x, y).statistic if np.ptp(x) > 0 and np.ptp(y) > 0 else np.nan
-
-
-def _between_excerpts(x: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
-    """Rank correlation over all (text, excerpt); texts are drawn for the interval."""
-    x, y = (values.transpose("sequence", "excerpt").values for values in (x, y))
-    draws = np.random.default_rng(0).integers(len(x), size=(2000, len(x)))
-    drawn = [_rank_correlation(x[draw], y[draw]) for draw in draws]
-    low, high = np.nanquantile(drawn, tails(len(x)))
-    values = [_rank_correlation(x, y), low, high]
-    return xr.DataArray(values, {"interval": ["estimate", "low", "high"]}, ("interval",))
 
 
 def _half(ids: list[list[int]]) -> int:
@@ -501,8 +425,3 @@ def _half(ids: list[list[int]]) -> int:
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
-
-
-def _listed(perplexity: xr.DataArray) -> str:
-    """By method, in one line."""
-    return ", ".join(f"{name} {said(perplexity, name, 0)}" for name in perplexity.selection.values)

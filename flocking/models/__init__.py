@@ -9,7 +9,7 @@ from flocking.models.copies import overriding, put, replaced, separate, shadow, 
 from flocking.models.loading import control, embedded, identity, load
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
-from flocking.models.running import context, continued, forward, refuse_long, undisturbed
+from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tokenization import Prompts, Text, tokenize
 from flocking.models.weights import (
@@ -30,6 +30,7 @@ __all__ = [
     "PerModel",
     "Prompts",
     "Text",
+    "attention",
     "batches",
     "byte_count",
     "chunks",

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flocking.artifacts import replacing
+from flocking.artifacts import folder_digest, replacing
 from flocking.models.notices import warn
 from flocking.models.sandbox import private_randomness
 from flocking.models.wrapping import require_model
@@ -81,20 +81,14 @@ def load(
 def identity(name: str | os.PathLike[str] | None = None) -> str:
     """A string that tells a model from every other, without loading it.
 
-    The SHA-256 of a folder's files, or a hub id's commit. For the embedded model, the SHA-256 of
-    its converted copy.
+    The SHA-256 of all files of a folder (see :func:`flocking.artifacts.folder_digest`), or a hub
+    id's commit; for the embedded model, that of its converted copy.
     """
     name = os.fspath(embedded() if name is None else name)
     if not os.path.isdir(name):
         commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
         return f"{name}@{commit}"
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".gguf"):
-            with path.open("rb") as stream:
-                digest.update(f"{path.name}\n".encode())
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return folder_digest(Path(name))
 
 
 def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

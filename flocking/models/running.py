@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from flocking.models.copies import shadow
 from flocking.models.sandbox import private_randomness
@@ -38,6 +38,27 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
         for changed, kind in kinds.items():
             if changed.attention_type != kind:
                 changed.set_attention_type(kind)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """Run with another of transformers' attention implementations; with the model's own for None.
+
+    The configs of the model and of its modules are as before at the end.
+    """
+    if implementation is None:
+        yield
+        return
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = implementation
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
 
 
 def forward(

@@ -1,6 +1,6 @@
 """GRIFFIN: a model's pruned twin, its methods, and what is done with it.
 
-The twin is made here, scored, calibrated and decoded with. Imports ``analysis`` and the rooms to
+Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` and the rooms to
 its left; no experiment and no evaluation.
 """
 
@@ -17,6 +17,7 @@ from flocking.pruning.scoring import (
     score,
     side_by_side,
 )
+from flocking.pruning.twin import full_model
 
 __all__ = [
     "METHODS",
@@ -26,6 +27,7 @@ __all__ = [
     "branches",
     "calibration_texts",
     "cut_of",
+    "full_model",
     "global_statistic",
     "griffin",
     "perplexity",

@@ -1,14 +1,14 @@
-"""GRIFFIN: a model's pruned twin, which prefills in full and decodes on the prompt's experts.
+"""GRIFFIN: a model's pruned twin, which reads prompts in full and decodes on the kept neurons.
 
 The method of Dong, Chen and Chi (2024, arXiv 2404.01365, section 4): the prompt runs through the
-whole model, whose FF neurons are scored by the hook that recording uses; the highest are copied
+full model, whose FF neurons are scored by the hook that recording uses; the highest are copied
 into compact projections; tokens are generated with those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -29,13 +29,14 @@ from flocking.models import is_loaded, refuse_forgetful, require_model, shadow, 
 from flocking.pruning.compact import Compact
 from flocking.pruning.methods import METHODS, WITH_REFERENCE, Method, by_reference, global_local
 from flocking.pruning.offloading import offloaded
-from flocking.pruning.state import Scope, State
+from flocking.pruning.selector import Scope, Selector
+from flocking.pruning.state import State
 from flocking.pruning.twin import Twin, twin_class
 
 
 def griffin(
     model: PreTrainedModel,
-    density: float | Iterable[float] = 0.5,
+    density: float | Sequence[float] = 0.5,
     *,
     method: str | Method = "topk",
     scope: Scope = "shared",
@@ -43,58 +44,63 @@ def griffin(
     weight: float = 0.5,
     seed: int = 0,
     offload: Literal["cpu"] | None = None,
-) -> PreTrainedModel:
-    """A twin of `model` whose ``generate`` decodes on the experts of each prompt.
+) -> Twin:
+    """A twin of `model` whose ``generate`` decodes on the neurons that each prompt selects.
 
-    The twin shares all parameters with `model` but the FF projections, which are compact copies
-    of the experts' rows and columns. Each call of ``generate`` runs its prompt through the full
-    model, chooses the experts (Dong, Chen and Chi 2024, arXiv 2404.01365, section 4), copies
-    them and decodes on those; the first new token is the full model's. `model` is not changed.
+    The twin shares all parameters with `model` except the FF projections, which are compact
+    copies of the kept neurons' rows and columns. Each call of ``generate`` runs its prompt
+    through the full model, selects the neurons to keep (Dong, Chen and Chi 2024, arXiv
+    2404.01365, section 4, who call them "expert neurons"), copies their weights and decodes with
+    those; the first new token is the full model's. `model` is not changed.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A decoder-only model that can generate. Convert it (dtype, device) before, not after.
-    density : float or iterable of float
-        Fraction of each layer's neurons kept, in (0, 1]; or one for each FF block, in order. (A
-        block that runs several times in a forward pass is one, with one selection for all runs.)
+    density : float or sequence of float
+        Fraction of neurons to keep, in (0, 1]: one number, or one for each FF block, in order.
+        (A block that runs several times in a forward pass counts once: all runs have the same
+        selection.)
     method : str or callable
-        Which neurons: "topk" (GRIFFIN), "sampled", "half-sampled", "random", "magnitude",
-        "static" or "global-local" (both need `reference`). Or a function of one statistic
+        How to select: "topk" (GRIFFIN), "sampled", "half-sampled", "random", "magnitude",
+        "static" or "global-local" (the last two need `reference`). Or a function of one statistic
         (float64, shape (d_ff,)), the number to keep, the :class:`FeedForward` and a
-        ``torch.Generator``, that returns scores of the same shape, the larger the better. (A
-        mixture of experts has shape (expert, neuron), and as many neurons of each are kept.)
+        ``torch.Generator`` that returns scores of the same shape; the neurons with the largest
+        are kept. (For a mixture of experts the shape is (expert, neuron), and the same number
+        of neurons is kept in each expert.)
     scope : {"shared", "sequence"}
         In a batch, one selection for all sequences, from ``sum_b s_b / sqrt(n_b)`` with the
-        ``n_b`` real tokens of each (ibid., section 4.3), or each sequence its own, for which
-        the compact weights are held once per sequence (and beam).
+        ``n_b`` real tokens of each (ibid., section 4.3), or one for each sequence. The latter
+        holds the compact weights once per sequence (and beam).
     reference : xarray.DataArray, (layer, neuron), optional
-        The static statistic of "static" and "global-local": :func:`flocking.global_statistic`.
-        (Given the statistic of the very text that is to follow, "static" is the oracle.)
+        The static statistic for "static" and "global-local": :func:`flocking.global_statistic`.
+        (With the statistic of the text that follows the prompt, "static" is the oracle.)
     weight : float
-        Of the global ranks in "global-local" (GLASS, arXiv 2508.14302).
+        Weight of the global ranks in "global-local" (GLASS, arXiv 2508.14302).
     seed : int
-        Of the methods that draw: the same prompt gives the same experts every time, with
-        ``scope="sequence"`` in any batch.
+        For the methods that draw at random: the same prompt gives the same selection every time,
+        with ``scope="sequence"`` in any batch.
     offload : "cpu", optional
-        For a model in host memory that need not fit the accelerator: the twin decodes there, with
-        copies of all weights but the FF projections', which stay in host memory and are brought
-        over, block by block, to read each prompt. Without an accelerator nothing moves.
+        For a model in host memory that need not fit the accelerator. The twin decodes on the
+        accelerator, with copies of all weights except the full FF projections', which stay in
+        host memory and are copied over, block by block, to read each prompt. Without an
+        accelerator nothing moves.
 
     Returns
     -------
     transformers.PreTrainedModel
-        Of `model`'s class, with ``selection`` (the experts' indices by layer) and
-        ``report()`` besides. Memory rises by the compact projections: nothing of `model` is
-        freed (with `offload`, the accelerator's by those and by what is no FF projection). Hooks
-        on `model` do not act on the twin, nor the other way round. Values of parameters are
-        shared at all times (of copies, those of the time they were made); after any other change
-        of `model` (its dtype, its config, parameters that were replaced), make the twin again.
+        Of `model`'s class, with two more members: ``selection`` (indices of the kept neurons by
+        layer) and ``report()``. Memory rises by the compact projections, and nothing of `model`
+        is freed. (With `offload`, the accelerator's memory rises by those and by everything that
+        is not an FF projection.) Hooks on `model` do not act on the twin, nor the other way
+        round. Changes of parameter values show in the twin (but not in what it copied before);
+        after any other change of `model` (its dtype, its config, replaced parameters), make the
+        twin again.
 
-        In a second turn on a cache that this twin filled, the new turn's tokens join the
-        statistic of the earlier turns' (their generated tokens, computed pruned, do not count).
-        On any other cache, a copy of it, or one that was cut to less than its prompt, the
-        experts are chosen from the new tokens alone.
+        In a second turn on a cache that this twin filled, the statistic is that of the earlier
+        turns and of the new turn's tokens; tokens that were generated, pruned, do not count. On
+        any other cache, on a copy, or on one that was cut to less than its prompt, the selection
+        is made from the new tokens alone.
 
     Raises
     ------
@@ -104,30 +110,23 @@ def griffin(
         memory, a model that does not generate or cannot go on from a cache, or a twin; with
         `offload`, for a model that is not in host memory.
     TypeError
-        If `density` or `seed` is no number, or `reference` no DataArray.
+        If `density` or `seed` is not a number, or `reference` is not a DataArray.
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
 
     Examples
     --------
     >>> pruned = flocking.griffin(model, density=0.5)
-    >>> pruned.generate(**tokenizer("Birds of a feather", return_tensors="pt"))
+    >>> prompt = tokenizer("Birds of a feather", return_tensors="pt")
+    >>> sequences = pruned.generate(**prompt, max_new_tokens=8)
+    >>> {layer: len(kept) for layer, kept in pruned.selection.items()}
+    {0: 32, 1: 32}
+    >>> pruned.report()
+    Report(parameters=..., active_parameters=..., ...)
     """
     model = require_model(model)
     blocks = _prunable(model)
-    if scope not in ("shared", "sequence"):
-        raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
-    if scope == "sequence" and (odd := [b for b in blocks if not _is_separable(b)]):
-        raise ValueError(
-            f"{type(model).__name__} has FF blocks ({odd[0].path}, ...) that are quantised, or "
-            "experts that do not follow transformers' interface: there, sequences cannot have "
-            "experts of their own; give scope='shared'."
-        )
-    if not isinstance(seed, int | np.integer):
-        raise TypeError(f"seed={seed!r}: give a whole number.")
-    if offload not in (None, "cpu"):
-        raise ValueError(f"offload={offload!r}: give 'cpu', or leave it out.")
-    # Where a block runs several times in a forward pass, all its runs have the same experts.
+    _check_options(model, blocks, scope, seed, offload)
     firsts = [block for block in blocks if block.call == 0]
     counts = [
         kept_count(each, block.d_ff // block.experts)
@@ -139,28 +138,50 @@ def griffin(
         model = offloaded(model)
         blocks = feedforwards(model)
         firsts = [block for block in blocks if block.call == 0]
-    chosen = _method(method, reference, weight, blocks)
-
+    selector = Selector(
+        list(zip(firsts, counts, strict=True)),
+        _method(method, reference, weight, blocks),
+        scope,
+        int(seed),
+    )
     twin = shadow(model)
     paths = {id(module): path for path, module in model.named_modules()}
     compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
     for compact in compacts:
         compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
-    _become_twin(twin)
     inherit(model, twin)
-    whole = shadow_with_blocks(model)
-    traits.remember(whole, known)
-    twin._griffin = State(whole, compacts, chosen, scope, int(seed))
-    return twin
+    full = shadow_with_blocks(model)
+    traits.remember(full, known)
+    return _become_twin(twin, State(full, compacts, selector))
 
 
-def _become_twin(copied: PreTrainedModel) -> None:
-    """Its class is a twin's, wherever accelerate keeps the forward of the class before."""
+def _check_options(
+    model: PreTrainedModel, blocks: list[FeedForward], scope: object, seed: object, offload: object
+) -> None:
+    if scope not in ("shared", "sequence"):
+        raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
+    if scope == "sequence" and (odd := [b for b in blocks if not _is_separable(b)]):
+        raise ValueError(
+            f"{type(model).__name__} has FF blocks ({odd[0].path}, ...) that are quantised, or "
+            "experts that do not follow transformers' interface, and cannot have a selection for "
+            "each sequence: give scope='shared'."
+        )
+    if not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed={seed!r}: give a whole number.")
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload={offload!r}: give 'cpu', or leave it out.")
+
+
+def _become_twin(copied: PreTrainedModel, state: State) -> Twin:
+    """Give it a twin's class, also where accelerate keeps the forward of the class before."""
     plain = type(copied)
-    copied.__class__ = twin_class(plain)
+    copied.__class__ = twin_class(plain)  # type: ignore[arg-type] # a class can be hashed
     for name in ("_old_forward", "forward"):
         if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
             vars(copied)[name] = copied.__class__.forward.__get__(copied)
+    twin = cast(Twin, copied)
+    twin._griffin = state
+    return twin
 
 
 def _prunable(model: PreTrainedModel) -> list[FeedForward]:
@@ -172,7 +193,7 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
     blocks = feedforwards(model)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(
-            f"{name} is no decoder-only model that generates: load it with AutoModelForCausalLM."
+            f"{name} is not a decoder-only model that generates: load it with AutoModelForCausalLM."
         )
     if fixed := [b for b in blocks if not b.prunable or b.offset is not None]:
         raise ValueError(
@@ -191,12 +212,12 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
 
 
 def _why_fixed(block: FeedForward) -> str:
-    """Why a block's neurons cannot be taken out of it."""
+    """Why neurons cannot be removed from a block."""
     if block.offset is not None:
-        return "are given more than the text's tokens"
+        return "they are given more than the text's tokens"
     odd = [p for p in (block.gate, block.up, block.down) if p is not None and not is_plain(p)]
     if not odd:
-        return "neurons depend on each other, as where a norm precedes the down-projection"
+        return "neurons depend on each other, for example by a norm before the down-projection"
     if isinstance(odd[0], nn.Linear):
         packed = odd[0] if type(odd[0].weight) is nn.Parameter else odd[0].weight
         return (
@@ -209,24 +230,27 @@ def _why_fixed(block: FeedForward) -> str:
 
 
 def _is_separable(block: FeedForward) -> bool:
-    """Whether sequences can be told apart in the forward pass of its projections."""
+    """Whether its projections can compute each sequence with other weights."""
     if block.kind == "experts":
         return by_interface(block.down)
     parts = (block.up, block.gate or block.up, block.down)
     return all(map(is_plain, parts)) and not block.token_first
 
 
-def _densities(density: float | Iterable[float], layers: int) -> list[float]:
+def _densities(density: Any, layers: int) -> list[float]:
+    """One density for each of so many layers."""
     try:
         each = [float(value) for value in np.atleast_1d(density).tolist()]
     except (TypeError, ValueError):
         each = []
     if isinstance(density, str) or not each:
-        raise TypeError(f"density={density!r}: give a number, or one for each of {layers}.")
+        raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
     if np.ndim(density) == 0:
         return each * layers
     if len(each) != layers:
-        raise ValueError(f"density has {len(each)} values: give one, or one for each of {layers}.")
+        raise ValueError(
+            f"expected one density, or one for each of {layers} layers, got {len(each)}."
+        )
     return each
 
 
@@ -250,13 +274,21 @@ def _method(
             f"reference is a {type(reference).__name__}: give the DataArray that "
             "flocking.global_statistic returns."
         )
+    return _with_reference(method, reference, weight, blocks)
+
+
+def _with_reference(
+    method: str, reference: xr.DataArray, weight: float, blocks: list[FeedForward]
+) -> Method:
+    """A method that needs a static statistic, of the model that it was made from."""
     if not {"layer", "neuron"} == set(reference.dims):
-        raise ValueError(f"reference has dimensions {reference.dims}: give (layer, neuron).")
+        raise ValueError(f"expected reference (layer, neuron), got dimensions {reference.dims}.")
     layers, widest = [block.layer for block in blocks], max(block.d_ff for block in blocks)
     if reference.layer.values.tolist() != layers or reference.sizes["neuron"] != widest:
         raise ValueError(
-            f"reference is of {reference.sizes['layer']} layers of {reference.sizes['neuron']} "
-            f"neurons, and this model has {len(layers)} of {widest}: make it from this model."
+            f"expected reference of {len(layers)} layers of {widest} neurons, got one of "
+            f"{reference.sizes['layer']} layers of {reference.sizes['neuron']} neurons: make it "
+            "from this model."
         )
     values = reference.transpose("layer", "neuron").values.astype(np.float64)
     if not np.isfinite(values).all():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +10,23 @@ import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.analysis import named, statistic
+from flocking.models import Text
 from flocking.recording import record
 from flocking.texts import passages, read_text
 
 
 def global_statistic(
     model: PreTrainedModel,
-    texts: str | Iterable[str] | Iterable[Iterable[int]],
+    texts: Text,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    batch_size: int = 1,
+    batch_size: int = 8,
     progress: bool = True,
 ) -> xr.DataArray:
-    """The statistic that texts have in common: root of the mean over them of energy per token.
+    """A statistic over many texts: the root of the mean over texts of energy per token.
 
-    What a static selection ("static" in :func:`flocking.griffin`) is made from, and the global
-    part of global-local selection (which GLASS, arXiv 2508.14302, takes from the model itself).
+    The methods "static" and "global-local" of :func:`flocking.griffin` need it. (For the latter,
+    GLASS, arXiv 2508.14302, takes this part from the model itself.)
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ def global_statistic(
     texts : str, list of str or list of list of int
         A calibration set; other texts than those that are then evaluated.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-        Needed for text, not for token ids.
+        For text; by default the one in the model's folder.
     batch_size : int
         Texts in one forward pass.
     progress : bool
@@ -42,12 +43,22 @@ def global_statistic(
     Returns
     -------
     xarray.DataArray, float64, (layer, neuron)
-        Unitless; every text counts the same, however long.
+        Unitless; every text counts the same, whatever its length.
 
     Raises
     ------
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
+
+    Examples
+    --------
+    >>> texts = [text[:500] for text in flocking.passages()]
+    >>> reference = flocking.global_statistic(
+    ...     model, texts, tokenizer=tokenizer, progress=False
+    ... )
+    >>> reference.dims, reference.shape
+    (('layer', 'neuron'), (2, 64))
+    >>> pruned = flocking.griffin(model, method="static", reference=reference)
     """
     recording = record(
         model, texts, tokenizer=tokenizer, window=None, batch_size=batch_size, progress=progress
@@ -64,8 +75,8 @@ def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[
     Parameters
     ----------
     source : path or list of str, optional
-        A text file in UTF-8, a folder whose ``.txt`` files are a text each, or the texts
-        themselves; the packaged passages by default.
+        A text file in UTF-8, a folder of ``.txt`` files with one text each, or the texts
+        themselves; by default the packaged passages.
 
     Returns
     -------
@@ -74,7 +85,7 @@ def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[
     Raises
     ------
     ValueError
-        If there is no such file, no text in it, or it is no text.
+        If there is no such file, there is no text in it, or it is not text.
     """
     if source is None:
         return list(passages())

@@ -1,22 +1,19 @@
 """Greedy decoding in fixed shapes: a step that is compiled once and reused for every prompt.
 
-``generate`` works around the model for each token, launches each of its operations, and gives
-every call a cache of its own, for which what was compiled may have to be compiled again. Here a
-step reads and writes buffers that never move: it is compiled once, on CUDA devices replayed as a
+``generate`` does work around the model for each token, launches each of its operations, and gives
+every call a new cache, for which what was compiled may have to be compiled again. Here a step
+reads and writes buffers that never move: it is compiled once, on CUDA devices replayed as a
 graph, and nothing is asked of the device in between.
 """
 
 from __future__ import annotations
 
 import inspect
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -24,47 +21,46 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from flocking.feedforward import anything_is_watched
 from flocking.models import (
+    attention,
     context,
     device_of,
     embeddings_of,
-    parts,
     refuse_forgetful,
     relative_error,
     require_model,
     tolerance,
     undisturbed,
+    vocabulary_of,
 )
-from flocking.pruning.twin import Twin
+from flocking.pruning.graphs import CompiledStep
+from flocking.pruning.twin import full_model, read_prompt
 
-_COMPILER = "inductor"
 _OTHER_STATES = "it keeps something else than each token's keys and values"
-# Functions that multiply activations by a weight, and which argument the activations are.
-_PRODUCTS = {nn.functional.linear: 0, torch.bmm: 0, torch.addmm: 1}
 _LOOK_EVERY = 16  # tokens between two looks at whether all sequences have ended
 
 
 class Decoder:
     """Greedy decoding of a model or a twin, compiled, in shapes that do not depend on the prompt.
 
-    Gives the tokens that ``model.generate(..., do_sample=False)`` gives, up to rounding: of the
-    model's generation config only the tokens that end a text, and the one that pads, count (no
-    penalties, no sampling). The first call compiles, seconds to minutes; later ones, with prompts
-    of any length, do not. On CUDA devices a step is then one graph, replayed.
+    Gives the tokens that ``model.generate(..., do_sample=False)`` gives, up to rounding. Of the
+    model's generation config only the tokens that end a text and the padding token count (no
+    penalties, no sampling). The first call compiles, which takes seconds to minutes; later ones,
+    with prompts of any length, do not. On CUDA devices a step is then one graph, replayed.
 
-    Under a twin each prompt is read by the full model and gives the experts, as in ``generate``;
-    the step is compiled for the twin's compact projections, whose memory stays where it is.
+    With a twin, each prompt is read by the full model, and neurons are selected from it, as in
+    ``generate``; the step is compiled for the twin's compact projections, which do not move in
+    memory.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A decoder-only model, or a twin that :func:`flocking.griffin` made of it, all of whose
-        parameters are on one device. It is not changed.
+        A decoder-only model, or a twin that :func:`flocking.griffin` made of it, with all
+        parameters on one device. It is not changed.
     max_length : int
-        Most tokens that a prompt and what follows it may have together. The cache has room for
-        so many from the start (sliding windows included, which are masked, not cut), and each
-        step reads all of it: no larger than needed.
+        Most tokens of a prompt and its continuation together. The cache has room for this number
+        from the start (also where the model has sliding windows, which are masked, not cut), and
+        each step reads all of it: make it no larger than needed.
     batch_size : int
         Sequences that are decoded together.
 
@@ -76,71 +72,32 @@ class Decoder:
 
     Examples
     --------
-    >>> decoder = flocking.Decoder(flocking.griffin(model), max_length=1024)
-    >>> decoder.generate(**tokenizer("Birds of a feather", return_tensors="pt"), max_new_tokens=64)
+    >>> decoder = flocking.Decoder(flocking.griffin(model), max_length=64)
+    >>> prompt = tokenizer("Birds of a feather", return_tensors="pt")
+    >>> sequences = decoder.generate(**prompt, max_new_tokens=8)
+    >>> sequences.shape[1] - prompt["input_ids"].shape[1]
+    8
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int, *, batch_size: int = 1) -> None:
         model = require_model(model)
-        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-            if not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: give a whole number.")
-        if max_length < 2 or batch_size < 1:
-            raise ValueError(
-                f"max_length={max_length}, batch_size={batch_size}: give at least two tokens and "
-                "one sequence."
-            )
-        if (limit := context(model)) and max_length > limit:
-            raise ValueError(
-                f"max_length={max_length} is more than the model's context of {limit}: give less."
-            )
-        devices = sorted({str(p.device) for p in model.parameters()})
-        if len(devices) > 1 or devices == ["meta"]:
-            raise ValueError(
-                f"{type(model).__name__} lies on {', '.join(devices)}: a step in fixed shapes "
-                "needs all of it on one device; use generate."
-            )
-        self._model = model
-        self._whole = model._griffin.whole if isinstance(model, Twin) else model
-        refuse_forgetful(self._whole)
+        _check_arguments(model, max_length, batch_size)
+        self._model, self._full = model, full_model(model)
+        refuse_forgetful(self._full)
         self.max_length, self.batch_size = max_length, batch_size
         self._device = device_of(embeddings_of(model))
-        self._is_cuda = self._device.type == "cuda"
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._side: torch.cuda.Stream | None = None  # where steps are run and captured
-        self._has_run = False
         self._left = 0  # steps that the last prompt leaves room for
-        self._warm = 0  # steps that ran without a graph, some of which must precede one
         with torch.inference_mode(False):  # they outlive any mode that this is called in
             shape = (batch_size, 1)
             self._ids, self._position = self._zeros(*shape), self._zeros(*shape)  # of the next step
             self._done = self._zeros(*shape, dtype=torch.bool)
             self._mask, self._text = (self._zeros(batch_size, max_length) for _ in range(2))
-            self._length = self._zeros(1)  # of what is written of the text
-            self._set_special_tokens()
-        # Where heads share keys and values, sdpa under a mask writes them out for every head;
-        # compiled, transformers' eager attention reads them where they are.
-        self._attention = "eager" if self._is_cuda and _repeats_keys(model) else None
-        if self._attention is not None and self._why_not(self._attention) is not None:
-            self._attention = None
-        if self._attention is None and (problem := self._why_not(None)) is not None:
-            why = str(problem).strip().partition("\n")[0]
-            raise ValueError(
-                f"{type(model).__name__} cannot be decoded in fixed shapes ({why}): use generate."
-            ) from problem
-        # Recompilations are counted, and limited, by code object: each decoder has one of its own.
-        step = types.FunctionType(
-            Decoder._step.__code__.replace(), Decoder._step.__globals__, "_step"
-        )
-        self._compiled = torch.compile(
-            types.MethodType(step, self),
-            fullgraph=True,
-            dynamic=False,
-            backend=_inductor if _COMPILER == "inductor" else _COMPILER,
-        )
-        self._graph_reads: tuple[int, ...] = ()
+            self._length = self._zeros(1)  # tokens of the text that are written
+            self._ends, self._pad = self._zeros(0), self._zeros(1)
+        implementation = self._proved(_faster_attention(model, self._device))
+        self._compiled = CompiledStep(self._step, model, self._device, implementation)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -152,7 +109,7 @@ class Decoder:
         Parameters
         ----------
         input_ids : Tensor of int64, shape (sequence, token)
-            As many sequences as `batch_size`.
+            With `batch_size` sequences.
         attention_mask : Tensor, shape (sequence, token), optional
             1 for real tokens, 0 for padding, which must be on the left; all real if None.
         max_new_tokens : int
@@ -183,9 +140,9 @@ class Decoder:
     def read(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 1
     ) -> None:
-        """Run the prompts, on the full model, and take a first token; a twin's experts are chosen.
+        """Run the prompts on the full model and take a first token; a twin then selects neurons.
 
-        What :meth:`generate` begins with, and with the same parameters; each :meth:`step` then
+        This is how :meth:`generate` begins, with the same parameters; each :meth:`step` then
         adds a token, up to `max_length` in all.
         """
         ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
@@ -195,21 +152,12 @@ class Decoder:
         self._text[:, :prompt] = ids
         self._length.fill_(prompt)
         self._done.zero_()
-        whole = self._whole
-
-        def run() -> object:
-            return self._prefill(whole, ids, mask)
-
-        if isinstance(self._model, Twin):
-            state = self._model._griffin
-            state.copies = 1
-            outputs = state.prefill(run, len(ids), mask, None, prompt)
-        else:
-            outputs = run()
+        outputs = read_prompt(
+            self._model, lambda: self._prefill(ids, mask), len(ids), mask, tokens=prompt
+        )
         self._take(outputs.logits[:, -1])
         self._left = self.max_length - prompt - 1
-        if (reads := self._addresses()) != self._graph_reads:  # a parameter is somewhere else
-            self._graph, self._graph_reads, self._warm = None, reads, 0
+        self._compiled.follow_parameters()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -224,75 +172,21 @@ class Decoder:
         """
         if self._left < 1:
             raise RuntimeError(
-                f"there is no room for another token: read a prompt first, of fewer than "
-                f"{self.max_length} tokens together with what follows it."
+                "there is no room for another token: read a prompt first, which with its "
+                f"continuation has at most {self.max_length} tokens."
             )
         self._left -= 1
-        if not self._is_cuda or anything_is_watched():  # which a graph would not show
-            self._run()
-        elif self._graph is not None:
-            self._graph.replay()
-        elif self._warm < 3:  # compiled, tuned and with its workspaces taken, beside the graph
-            self._side = self._side or torch.cuda.Stream(self._device)
-            self._side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._side):
-                self._run()
-            torch.cuda.current_stream(self._device).wait_stream(self._side)
-            self._warm += 1
-        else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._side):
-                self._run()
-            self._graph = graph
-            graph.replay()  # capturing computes nothing
-
-    def _run(self) -> None:
-        try:
-            # (On a GPU, mixtures of experts are computed for single tokens as in generate.)
-            with _attending(self._model, self._attention), self._model._optimize_model_for_decode():
-                self._compiled()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:  # of any kind that tracing and compilers raise
-            if self._has_run:
-                raise
-            why = " ".join(str(problem).split("\n")[:2]).strip()  # a backend's name, then its words
-            raise RuntimeError(
-                f"{type(self._model).__name__} does not compile in one piece ({why}): use generate."
-            ) from problem
-        self._has_run = True
-
-    def _why_not(self, attention: str | None) -> Exception | None:
-        """What keeps steps with this attention from giving what the model gives; None if nothing.
-
-        Anything that a model raises that knows other caches.
-        """
-        try:
-            self._prove(attention)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:
-            return problem
-        return None
-
-    def _addresses(self) -> tuple[int, ...]:
-        """Where the parameters are that a graph reads."""
-        weights = (p.detach() for p in self._model.parameters())
-        return tuple(part.data_ptr() for weight in weights for part in parts(weight))
+        self._compiled()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
     def _set_special_tokens(self) -> None:
         """From the generation config as it is now, into the memory that steps read."""
-        config = self._model.generation_config
-        ends = config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        pad = config.pad_token_id
-        pad = (ends[0] if ends else 0) if pad is None else pad
-        if not hasattr(self, "_ends") or len(self._ends) != len(ends):
-            self._ends, self._pad = self._zeros(len(ends)), self._zeros(1)
-            self._graph, self._warm = None, 0  # what was captured reads the memory before
+        ends, pad = _special_tokens(self._model)
+        if len(self._ends) != len(ends):
+            self._ends = self._zeros(len(ends))
+            self._compiled.forget_graph()  # it reads the memory before
         self._ends.copy_(torch.tensor(ends, dtype=torch.int64))
         self._pad.fill_(pad)
 
@@ -308,13 +202,14 @@ class Decoder:
             )
         if ids.ndim != 2 or len(ids) != self.batch_size or ids.shape[1] == 0:
             raise ValueError(
-                f"input_ids has shape {tuple(ids.shape)}: this decoder is for shape "
-                f"({self.batch_size}, tokens), the first its batch_size."
+                f"expected input_ids of shape ({self.batch_size}, tokens), the first its "
+                f"batch_size, got {tuple(ids.shape)}."
             )
         if max_new_tokens < 1 or ids.shape[1] + max_new_tokens > self.max_length:
             raise ValueError(
-                f"{ids.shape[1]} tokens and {max_new_tokens} new ones: this decoder is for at "
-                f"least one new token, and for {self.max_length} in all."
+                f"this decoder has room for {self.max_length} tokens in all, got a prompt of "
+                f"{ids.shape[1]} and {max_new_tokens} new ones: give at least one new token, or "
+                "make a decoder with a larger max_length."
             )
         mask = torch.ones_like(ids) if mask is None else mask.long()
         if mask.shape != ids.shape or not bool((mask.diff(dim=1) >= 0).all() & mask[:, -1].all()):
@@ -324,22 +219,20 @@ class Decoder:
             )
         return ids.to(self._device), mask.to(self._device)
 
-    def _read(
-        self, whole: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache
-    ) -> object:
-        """Run the prompts as ``generate`` would."""
-        more: dict[str, object] = {}
+    def _read(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Any:
+        """Run the prompts on the full model as ``generate`` would."""
+        more: dict[str, Any] = {}
         if self._takes_positions:
             more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        if "logits_to_keep" in inspect.signature(whole.forward).parameters:
+        if "logits_to_keep" in inspect.signature(self._full.forward).parameters:
             more["logits_to_keep"] = 1
-        return whole(
+        return self._full(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more
         )
 
-    def _prefill(self, whole: PreTrainedModel, ids: Tensor, mask: Tensor) -> object:
-        """Run the prompts, and take over what they leave in the cache."""
-        outputs = self._read(whole, ids, mask, DynamicCache())
+    def _prefill(self, ids: Tensor, mask: Tensor) -> Any:
+        """Run the prompts, and copy their keys and values into the fixed cache."""
+        outputs = self._read(ids, mask, DynamicCache())
         past = getattr(outputs, "past_key_values", None)
         layers = getattr(past, "layers", None) or [None]
         if any(
@@ -352,7 +245,7 @@ class Decoder:
         else:
             self._cache.reset()
         for fixed, layer in zip(self._cache.layers, layers, strict=True):
-            fixed.update(layer.keys, layer.values)
+            cast(StaticLayer, fixed).update(layer.keys, layer.values)
         self._mask.fill_(1)
         self._mask[:, : ids.shape[1]] = mask
         self._position.copy_(mask.sum(dim=1, keepdim=True))
@@ -374,7 +267,7 @@ class Decoder:
         self._position.add_(1)
 
     def _take(self, logits: Tensor) -> None:
-        """The likeliest token of each sequence is its next, all in place."""
+        """Write the likeliest token of each sequence as its next, all in place."""
         token = torch.where(self._done, self._pad, logits.argmax(dim=-1, keepdim=True))
         self._done.logical_or_((token[..., None] == self._ends).any(dim=-1))
         self._text.index_copy_(1, self._length, token)
@@ -390,38 +283,60 @@ class Decoder:
             end = prompt + 1 + int(ended.argmax(dim=1).max())
         return self._text[:, :end].clone()
 
+    # ----------------------------------------------------------------------------------
+    # The trial
+
+    def _proved(self, preferred: str | None) -> str | None:
+        """The attention implementation to decode with: the preferred one, or the model's own.
+
+        Raises a ValueError if steps give what the model gives with neither.
+        """
+        if preferred is not None and self._why_not(preferred) is None:
+            return preferred
+        if (problem := self._why_not(None)) is not None:
+            why = str(problem).strip().partition("\n")[0]
+            raise ValueError(
+                f"{type(self._model).__name__} cannot be decoded in fixed shapes ({why}): use "
+                "generate."
+            ) from problem
+        return None
+
+    def _why_not(self, implementation: str | None) -> Exception | None:
+        """The error that shows that steps with this attention cannot be used; None if they can.
+
+        Models that expect other caches raise errors of any kind.
+        """
+        try:
+            self._prove(implementation)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            return problem
+        return None
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _prove(self, attention: str | None) -> None:
-        """That steps over the fixed cache give what they give over a cache of the model's own.
+    def _prove(self, implementation: str | None) -> None:
+        """Raise an error unless steps over the fixed cache give what the model's own cache gives.
 
-        On random tokens, and where the model's own cache forgets (whose window the fixed one
-        leaves to the attention's mask), on as many as it takes to see that.
+        On random tokens. If the model's own cache forgets, there are enough of them to see it
+        (the fixed cache forgets nothing, but the attention's mask hides the same tokens).
         """
-        whole = self._whole
-        own = DynamicCache(config=whole.config.get_text_config(decoder=True))
+        full = self._full
+        own = DynamicCache(config=full.config.get_text_config(decoder=True))
         if not {type(layer) for layer in own.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
             raise ValueError(_OTHER_STATES)
-        windows = [getattr(layer, "sliding_window", None) for layer in own.layers]
-        window = min(filter(None, windows), default=self.max_length)
-        total = 16 if window >= self.max_length else max(16, window + 4)
-        total = min(total, self.max_length)
+        ids, mask = self._trial_tokens(own)
+        total = ids.shape[1]
         prompt = max(1, total - 2)
-        vocabulary = embeddings_of(whole).weight.shape[0]
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.batch_size, total)
-        ids = torch.randint(vocabulary, shape, generator=generator, device="cpu").to(self._device)
-        mask = torch.ones_like(ids)
-        if self.batch_size > 1:
-            mask[0, : prompt // 4] = 0
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        with undisturbed(whole, seed=0):
-            self._read(whole, ids[:, :prompt], mask[:, :prompt], own)
-            self._prefill(whole, ids[:, :prompt], mask[:, :prompt])
+        with undisturbed(full, seed=0):
+            self._read(ids[:, :prompt], mask[:, :prompt], own)
+            self._prefill(ids[:, :prompt], mask[:, :prompt])
             for place in range(prompt, total):
                 here = slice(place, place + 1)
                 more = {"position_ids": positions[:, here]} if self._takes_positions else {}
-                due = whole(
+                expected = full(
                     input_ids=ids[:, here],
                     attention_mask=mask[:, : place + 1],
                     past_key_values=own,
@@ -429,81 +344,67 @@ class Decoder:
                     **more,
                 ).logits[:, -1]
                 self._ids.copy_(ids[:, here])
-                with _attending(whole, attention):
-                    error = relative_error(self._logits(whole), due)
+                with attention(full, implementation):
+                    error = relative_error(self._logits(full), expected)
                 self._position.add_(1)
-                if not error <= tolerance(due.dtype):
+                if not error <= tolerance(expected.dtype):
                     raise ValueError(f"it gives something else there, relative error {error:.1g}")
 
+    def _trial_tokens(self, own: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Random tokens and their mask, longer than the shortest window of the model's cache."""
+        windows = [getattr(layer, "sliding_window", None) for layer in own.layers]
+        window = min(filter(None, windows), default=self.max_length)
+        total = 16 if window >= self.max_length else max(16, window + 4)
+        total = min(total, self.max_length)
+        vocabulary = vocabulary_of(self._full)
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch_size, total)
+        ids = torch.randint(vocabulary, shape, generator=generator, device="cpu").to(self._device)
+        mask = torch.ones_like(ids)
+        if self.batch_size > 1:
+            mask[0, : max(1, total - 2) // 4] = 0
+        return ids, mask
 
-@contextmanager
-def _attending(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """Another of transformers' attention implementations inside of the block, if one is named.
 
-    The configs of a model and of what it consists of are its own again afterwards.
+def _check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -> None:
+    for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name}={value!r}: give a whole number.")
+    if max_length < 2 or batch_size < 1:
+        raise ValueError(
+            f"max_length={max_length}, batch_size={batch_size}: give at least two tokens and "
+            "one sequence."
+        )
+    if (limit := context(model)) and max_length > limit:
+        raise ValueError(
+            f"max_length={max_length} is more than the model's context of {limit}: give less."
+        )
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise ValueError(
+            f"{type(model).__name__} lies on {', '.join(devices)}: a step in fixed shapes "
+            "needs all of it on one device; use generate."
+        )
+
+
+def _special_tokens(model: Any) -> tuple[list[int], int]:
+    """The tokens that end a text, and the one that fills up what has ended."""
+    config = model.generation_config
+    ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    pad = config.pad_token_id
+    return ends, (ends[0] if ends else 0) if pad is None else pad
+
+
+def _faster_attention(model: PreTrainedModel, device: torch.device) -> str | None:
+    """The attention implementation to prefer to the model's own; None to keep that.
+
+    If heads share keys and values, sdpa with a mask writes them out for every head; compiled,
+    transformers' eager attention reads them where they are.
     """
-    if implementation is None:
-        yield
-        return
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = implementation
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-
-
-def _repeats_keys(model: PreTrainedModel) -> bool:
-    """Whether its attention is sdpa, for which keys and values that heads share are repeated."""
     config = model.config.get_text_config(decoder=True)
     heads, shared = (
         getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
     )
-    return config._attn_implementation == "sdpa" and shared is not None and shared < heads
-
-
-def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Compile a step: products with one token as kernels of inductor's own on CUDA devices.
-
-    They read a matrix faster than cuBLAS does, and take in what stands before them, such as norms.
-    What an activation function gives is written out first all the same: a kernel that took that in
-    would compute it again for every output of the down-projection, which takes longer than reading
-    the weights.
-    """
-    from torch._inductor.compile_fx import compile_fx  # takes its time, and most do not need it
-
-    for node in list(graph.graph.nodes):
-        z = node.args[_PRODUCTS[node.target]] if node.target in _PRODUCTS else None
-        if z is None or z.target in _PRODUCTS or not _is_of_products_alone(z):
-            continue
-        value = z.meta["example_value"]
-        with graph.graph.inserting_before(node):
-            # A view in whose place inductor wants memory, and otherwise nothing.
-            written = graph.graph.call_function(
-                torch.as_strided, (z, tuple(value.shape), tuple(value.stride()))
-            )
-        node.replace_input_with(z, written)
-    graph.recompile()
-    tuned = {"coordinate_descent_tuning": True}
-    is_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
-    return compile_fx(graph, inputs, config_patches=tuned if is_cuda else None)
-
-
-def _is_of_products_alone(node: torch.fx.Node) -> bool:
-    """Whether a value follows from the results of matrix products, and from no other tensor.
-
-    As what enters a down-projection does: norms have weights too, attention its cache.
-    """
-    seen, rest = set(), [node]
-    while rest:
-        node = rest.pop()
-        if node.op in ("placeholder", "get_attr"):
-            return False
-        if node not in seen and node.target not in _PRODUCTS:
-            seen.add(node)
-            rest.extend(node.all_input_nodes)
-    return True
+    repeats = config._attn_implementation == "sdpa" and shared is not None and shared < heads
+    return "eager" if device.type == "cuda" and repeats else None

@@ -1,8 +1,4 @@
-"""From a statistic to the experts: how many neurons are kept, and which.
-
-The analysis and the inference of this package select with these same functions. A method gives
-every neuron a score, and the ``k`` neurons with the largest scores are the experts.
-"""
+"""Methods: from a statistic to a score for each neuron, of which the ``k`` largest are kept."""
 
 from __future__ import annotations
 
@@ -18,10 +14,10 @@ from flocking.feedforward import FeedForward
 # --------------------------------------------------------------------------------------
 # Methods
 
-# From a statistic (float64, shape (..., neuron)), the number k to keep, the block and a source of
-# random numbers, a score for each neuron, of which the k largest are kept. GRIFFIN gives one
-# statistic at a time, shape (d_ff,), or (expert, neuron) of a mixture of experts, in each of which
-# k neurons are kept. A user's own function fits the same place.
+# A method gets a statistic (float64, shape (..., neuron)), the number k to keep, the block and a
+# random generator, and returns a score for each neuron, of which the k largest are kept. GRIFFIN
+# passes one statistic at a time, of shape (d_ff,), or (expert, neuron) for a mixture of experts,
+# in each of which k neurons are kept. Users' functions have the same signature.
 Method = Callable[[Tensor, int, FeedForward, torch.Generator], Tensor]
 
 
@@ -51,8 +47,8 @@ def half_sampled(
 
 
 def uniformly(statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator) -> Tensor:
-    """All neurons alike: the control of every other method."""
-    # Drawn on the CPU, so that a seed gives the same experts on every device.
+    """Every neuron with the same probability: the control of every other method."""
+    # Drawn on the CPU, so that a seed gives the same selection on every device.
     uniform = torch.rand(statistic.shape, generator=generator, dtype=torch.float64)
     return uniform.clamp_min(torch.finfo(torch.float64).tiny).to(
         statistic.device, non_blocking=True
@@ -62,7 +58,7 @@ def uniformly(statistic: Tensor, k: int, block: FeedForward, generator: torch.Ge
 def by_magnitude(
     statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator
 ) -> Tensor:
-    """Static: the weights' own norms, see :func:`magnitude`; the text does not matter."""
+    """Static: the norms of the weights, see :func:`magnitude`; the text does not matter."""
     return magnitude(block).reshape(statistic.shape)
 
 
@@ -82,11 +78,11 @@ def by_reference(reference: Callable[[FeedForward], Tensor]) -> Method:
 
 
 def global_local(reference: Callable[[FeedForward], Tensor], weight: float) -> Method:
-    """Ranks within the prompt and ranks over other texts, averaged.
+    """Weighted mean of ranks within the prompt and ranks over other texts.
 
     Global-local aggregation of ranks (GLASS, arXiv 2508.14302):
-    ``(1 - weight) * rank(s) + weight * rank(reference)``, ranks ascending. GLASS's global ranks
-    are the model's own; here they are those of a calibration set of texts.
+    ``(1 - weight) * rank(s) + weight * rank(reference)``, ranks ascending. GLASS takes global ranks
+    from the model itself; here they come from a calibration set of texts.
 
     Parameters
     ----------
@@ -111,13 +107,13 @@ def global_local(reference: Callable[[FeedForward], Tensor], weight: float) -> M
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ascending ranks along the last axis; of equal values the first ranks highest."""
+    """Ascending ranks along the last axis; among equal values, the first has the highest."""
     order = values.sort(dim=-1, descending=True, stable=True).indices
     ranks = torch.arange(values.shape[-1], 0, -1, dtype=values.dtype, device=values.device)
     return torch.empty_like(values).scatter_(-1, order, ranks.expand_as(values))
 
 
-WITH_REFERENCE = ("static", "global-local")  # they need a statistic of other texts
+WITH_REFERENCE = ("static", "global-local")  # methods that need a statistic of other texts
 
 METHODS: dict[str, Method] = {
     "topk": by_statistic,

@@ -1,4 +1,4 @@
-"""A model whose FF weights stay in host memory, and are brought to the device as they run."""
+"""A model whose FF weights stay in host memory and are copied to the device as they run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flocking.feedforward import FeedForward, keeping_blocks, shadow_with_blocks
 
 
 def offloaded(model: PreTrainedModel) -> PreTrainedModel:
-    """A shadow of `model` on the accelerator, but for its FF weights, which stay where they are.
+    """A shadow of `model` on the accelerator, except for its FF weights, which stay in place.
 
-    Each block's weights are brought as its first projection runs, those of the next block while it
-    computes, and both are given up behind it: the device holds two blocks' at a time. Where there
-    is no accelerator, nothing moves.
+    Each block's weights are copied over when its first projection runs, and those of the next
+    block while it computes; they are freed after use, so the device holds two blocks' at a time.
+    Without an accelerator, nothing moves.
 
     Raises
     ------
@@ -49,23 +49,24 @@ def offloaded(model: PreTrainedModel) -> PreTrainedModel:
                 if value is not None and id(value) not in sent:
                     moved = value.detach().to(device)
                     sent[id(value)] = nn.Parameter(moved, requires_grad=value.requires_grad)
-                module._parameters[name] = value if value is None else sent[id(value)]
-            for name, value in module._buffers.items():
-                module._buffers[name] = value if value is None else value.to(device)
+                module._parameters[name] = None if value is None else sent[id(value)]
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
     return placed
 
 
 class _Stream:
-    """The weights of FF blocks, in order, of which two blocks' are on the device.
+    """The weights of FF blocks, in order; at most two blocks' are on the device.
 
     Attributes
     ----------
     places : dict of Module to int
-        The blocks' projections, and the number of the block that each belongs to.
+        The blocks' projections, and the number of the block that each is part of.
     """
 
     def __init__(self, blocks: Iterable[FeedForward], device: torch.device) -> None:
-        self.device, self.places = device, {}
+        self.device = device
+        self.places: dict[nn.Module, int] = {}
         self.values: list[dict[nn.Module, dict[str, Tensor]]] = []
         for block in blocks:
             if block.down in self.places:  # the same block's next run
@@ -78,7 +79,7 @@ class _Stream:
         self.come: dict[int, torch.cuda.Event] = {}
 
     def take(self, module: nn.Module) -> dict[str, Tensor]:
-        """A projection's weights on the device, no longer kept here; the next block's set out."""
+        """A projection's weights on the device, no longer kept here; starts the next block's."""
         place = self.places[module]
         if module not in self.there.get(place, {}):
             self._bring(place)
@@ -104,9 +105,9 @@ class _Stream:
 
 
 class _Streaming(AlignDevicesHook):
-    """Accelerate's way to run an offloaded module, with weights that are on their way already.
+    """Accelerate's hook for an offloaded module, with weights that are copied ahead of time.
 
-    Copies of the module share this, and are given what the module itself would be.
+    Copies of the module share this hook, and get the same weights as the module itself.
     """
 
     def __init__(self, stream: _Stream, module: nn.Module) -> None:

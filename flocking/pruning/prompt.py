@@ -1,4 +1,4 @@
-"""What was read of a prompt, and in which window each of its tokens lies."""
+"""Reading prompts: the full model runs, and the hook adds up the moments of its FF blocks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
 
-from flocking.recording import Moments
+from flocking.feedforward import FeedForward, Routed, observe
+from flocking.recording import Moments, Windows
 
 
 @dataclass
 class Read:
-    """What was read in full: what experts are chosen from.
+    """What was read in full, from which neurons are selected.
 
     Attributes
     ----------
@@ -23,7 +26,7 @@ class Read:
     tokens : Tensor of int64, shape (sequence,)
         Real tokens in the moments.
     end : int
-        Tokens in the cache, padding included, when the last prompt had been read.
+        Tokens in the cache, padding included, after the last prompt was read.
     """
 
     moments: dict[int, Moments]
@@ -31,8 +34,113 @@ class Read:
     end: int = 0
 
     def goes_on(self, past: Any, sequences: int) -> bool:
-        """Whether the cache `past` still holds what was read, for as many sequences."""
+        """Whether the cache `past` still holds what was read, for the same number of sequences."""
         return len(self.tokens) == sequences and past.get_seq_length() >= self.end
+
+
+class Reader:
+    """Reads prompts with the full model, and remembers what was read into which cache.
+
+    Parameters
+    ----------
+    full : transformers.PreTrainedModel
+    first_run : dict of int to int
+        For each layer, the layer of its block's first run; their moments are added up there.
+    """
+
+    def __init__(self, full: PreTrainedModel, first_run: dict[int, int]) -> None:
+        self.full, self._first_run = full, first_run
+        self._by_cache = WeakIdKeyDictionary()
+
+    def earlier(self, past: Any, sequences: int) -> Read | None:
+        """What was read into the cache `past`, if it is still there; it is then forgotten here."""
+        read = None if past is None else self._by_cache.pop(past, None)
+        return read if read is not None and read.goes_on(past, sequences) else None
+
+    def remember(self, read: Read, cache: Any) -> None:
+        """Keep what was read for a later turn on this cache (None if the model returned none)."""
+        if cache is not None:
+            read.end = int(cache.get_seq_length())
+            self._by_cache[cache] = read
+
+    def read(
+        self,
+        run: Callable[[], Any],
+        sequences: int,
+        mask: Tensor | None,
+        tokens: int | None,
+        earlier: Read | None,
+    ) -> tuple[Any, Read]:
+        """Run a prompt; return what `run` returned, and the moments.
+
+        Parameters
+        ----------
+        run : callable
+            One or more forward passes of the full model, over the prompt's tokens in order.
+        sequences : int
+            In the batch.
+        mask : Tensor, shape (sequence, token), or None
+            1 for real tokens; None if all are.
+        tokens : int or None
+            Of each sequence's prompt, if known.
+        earlier : Read or None
+            Earlier turns; this prompt is added to their moments, in place.
+        """
+        moments = {} if earlier is None else earlier.moments
+        # The first token of a text is the first window, as in recordings.
+        number = window_numbers(sequences, mask, first=earlier is None)
+        add = _Adder(moments, self._first_run, sequences, number)
+        with torch.no_grad(), observe(self.full, add, routed=True):
+            outputs = run()
+        fed = next(iter(add.seen.values()))
+        if tokens is not None and set(add.seen.values()) != {tokens}:
+            raise RuntimeError(
+                f"{type(self.full).__name__} was given {tokens} tokens a sequence and computed "
+                f"{fed}: it added, dropped or repeated tokens, so no neurons can be selected."
+            )
+        real = (number(0, fed) >= 0).sum(dim=1)
+        return outputs, Read(moments, real if earlier is None else earlier.tokens + real)
+
+
+class _Adder:
+    """Callback of the hook that adds each chunk of z to the moments of its block.
+
+    Attributes
+    ----------
+    seen : dict of int to int
+        Tokens of each sequence so far, by layer.
+    """
+
+    def __init__(
+        self,
+        moments: dict[int, Moments],
+        first_run: dict[int, int],
+        sequences: int,
+        number: Callable[[int, int], Tensor],
+    ) -> None:
+        self._moments, self._first_run = moments, first_run
+        self._sequences, self._number = sequences, number
+        self._windows: dict[tuple[int, int], Windows] = {}  # by first token and number of tokens
+        self.seen: dict[int, int] = {}
+
+    def __call__(self, block: FeedForward, z: Tensor | Routed) -> None:
+        # Some blocks flatten the tokens of all sequences.
+        if isinstance(z, Routed):
+            z = z.reshape(self._sequences, -1)
+        else:
+            z = z.reshape(self._sequences, -1, z.shape[-1])
+        fed = z.shape[1]
+        start = self.seen.get(block.layer, 0)
+        self.seen[block.layer] = start + fed
+        if (start, fed) not in self._windows:
+            self._windows[start, fed] = Windows.of(self._number(start, fed))
+        layer = self._first_run[block.layer]
+        if layer not in self._moments:
+            # Kept for a second turn, which need not be in inference mode if this one is.
+            with torch.inference_mode(False):
+                zeros = Moments.zeros(self._sequences, 2, block.d_ff, device=block.device)
+            self._moments[layer] = zeros
+        self._moments[layer].update(z, self._windows[start, fed])
 
 
 def window_numbers(

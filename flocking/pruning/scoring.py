@@ -1,10 +1,11 @@
-"""Likelihoods of given text, under a model or under its twin with the experts in force."""
+"""Likelihoods of given text, under a model or under its twin."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models import (
     Prompts,
+    Text,
     batches,
     device_of,
     embeddings_of,
@@ -26,7 +28,7 @@ from flocking.models import (
     undisturbed,
     unwrap,
 )
-from flocking.pruning.twin import Twin, full_model
+from flocking.pruning.twin import Twin, full_model, read_prompt
 
 Protocol = Literal["context", "last-token"]
 
@@ -41,44 +43,57 @@ def score(
 ) -> xr.DataArray:
     """Log-likelihood of each token of `continuation` after `prompt`.
 
-    Under a twin, the experts are chosen from the prompt, as in generation, and the continuation
-    is computed with them.
+    A twin selects neurons from the prompt, as in generation, and computes the continuation with
+    those.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A model, or a twin that :func:`flocking.griffin` made of it.
     prompt, continuation : str or list of int
-        Text or token ids. Text is tokenised apart, the prompt with the tokenizer's special
+        Text or token ids. Both are tokenised separately, the prompt with the tokenizer's special
         tokens and the continuation without.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-        Needed for text.
+        For text; by default the one in the model's folder.
     protocol : {"context", "last-token"}
         Which positions are pruned. "context": the prompt is run in full, and all tokens of the
-        continuation but the first, whose logits are the prompt's last ones, are computed pruned.
-        "last-token": of the tokens that are fed, the last one alone is computed pruned, with
-        experts chosen from all before it, so that only the likelihood of the continuation's last
-        token is touched, as in the classification tasks of Dong, Chen and Chi (2024, arXiv
+        continuation are computed pruned, except for the first, whose logits are the prompt's last
+        ones. "last-token": of the tokens that are fed, only the last one is computed pruned, with
+        neurons selected from all before it. This changes the likelihood of the continuation's
+        last token only, as in the classification tasks of Dong, Chen and Chi (2024, arXiv
         2404.01365, section 5.1).
 
     Returns
     -------
     xarray.DataArray, float64, (token,)
-        In nats. Coordinates ``token_id``, and ``pruned``: which were computed with experts.
+        In nats. Coordinates ``token_id``, and ``pruned``: which were computed pruned.
 
     Raises
     ------
     ValueError
         If prompt or continuation has no token, both together do not fit the model's context, or
-        the protocol is unknown or has no token to choose experts from, or the model cannot go
-        on from a cache.
+        the protocol is unknown or leaves no token to select neurons from, or the model cannot
+        go on from a cache.
+
+    Examples
+    --------
+    >>> pruned = flocking.griffin(model, density=0.5)
+    >>> likelihood = flocking.score(
+    ...     pruned, "Birds of a feather", " flock together", tokenizer=tokenizer
+    ... )
+    >>> likelihood.dims
+    ('token',)
+    >>> likelihood.pruned.values.tolist()
+    [False, True...]
+    >>> float(likelihood.sum())
+    -...
     """
     if protocol not in ("context", "last-token"):
         raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
     prompts = _one("prompt", model, prompt, tokenizer)
     if isinstance(continuation, str):
         if prompts.tokenizer is None:
-            raise ValueError("continuation is text: give the tokenizer, or token ids.")
+            raise ValueError("continuation is text: give tokenizer as well, or token ids.")
         continuation = prompts.tokenizer(continuation, add_special_tokens=False)["input_ids"]
     prompt_ids = prompts.ids[0].tolist()
     later_ids = _one("continuation", model, continuation).ids[0].tolist()
@@ -103,12 +118,12 @@ def score(
 
 def perplexity(
     model: PreTrainedModel,
-    texts: str | Iterable[str] | Iterable[Sequence[int]],
+    texts: Text,
     *,
     prompt_length: int,
     continuation_length: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    batch_size: int = 1,
+    batch_size: int = 8,
     progress: bool = True,
 ) -> xr.Dataset:
     """Perplexity of the tokens that follow the first `prompt_length` of each text.
@@ -118,15 +133,14 @@ def perplexity(
     model : transformers.PreTrainedModel
         A model, or a twin that :func:`flocking.griffin` made of it.
     texts : str, list of str or list of list of int
-        Each of at least ``prompt_length + continuation_length`` tokens; what lies beyond is
-        left out.
+        Each of at least ``prompt_length + continuation_length`` tokens; the rest is left out.
     prompt_length, continuation_length : int
         In tokens.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-        Needed for text.
+        For text; by default the one in the model's folder.
     batch_size : int
-        Texts in one forward pass. Under a twin with ``scope="shared"`` they share their experts,
-        so that results depend on it.
+        Texts in one forward pass. Under a twin with ``scope="shared"`` these texts share one
+        selection, so the result depends on it: give 1 for a selection by each text.
     progress : bool
         Show progress on standard error.
 
@@ -134,13 +148,29 @@ def perplexity(
     -------
     xarray.Dataset
         ``log_likelihood`` (sequence, distance), float64, in nats, by distance in tokens from the
-        prompt's end (the first is the full model's own, under a twin too), and ``perplexity``
+        prompt's end (the first is the full model's, also under a twin), and ``perplexity``
         (sequence), ``exp(-mean(log_likelihood))``.
 
     Raises
     ------
     ValueError
         If a text is too short, a length is below 1, or the lengths do not fit the model's context.
+
+    Examples
+    --------
+    >>> measured = flocking.perplexity(
+    ...     flocking.griffin(model),
+    ...     flocking.passages()[:2],
+    ...     prompt_length=32,
+    ...     continuation_length=16,
+    ...     tokenizer=tokenizer,
+    ...     batch_size=1,
+    ...     progress=False,
+    ... )
+    >>> dict(measured.sizes)
+    {'sequence': 2, 'distance': 16}
+    >>> measured.perplexity.values
+    array([..., ...])
     """
     if prompt_length < 1 or continuation_length < 1 or batch_size < 1:
         raise ValueError(
@@ -151,7 +181,7 @@ def perplexity(
     length = prompt_length + continuation_length
     for number, row in enumerate(ids):
         if len(row) < length:
-            raise ValueError(f"text {number} has {len(row)} tokens, and {length} are needed.")
+            raise ValueError(f"expected {length} tokens or more, got {len(row)} in text {number}.")
     rows = torch.stack([row[:length] for row in ids])
     refuse_unscorable(model, [row[:-1] for row in rows])
     values = []
@@ -159,7 +189,11 @@ def perplexity(
         for batch in rows.split(batch_size):
             values.append(_log_likelihoods(model, batch, prompt_length)[:, prompt_length - 1 :])
             bar.update(len(batch))
-    likelihood = torch.cat([part.double().cpu() for part in values]).numpy()
+    return _perplexity_of(torch.cat([part.double().cpu() for part in values]).numpy())
+
+
+def _perplexity_of(likelihood: np.ndarray) -> xr.Dataset:
+    """What :func:`perplexity` returns, from log-likelihoods (sequence, distance)."""
     return xr.Dataset(
         {
             "log_likelihood": (
@@ -170,8 +204,8 @@ def perplexity(
             "perplexity": ("sequence", np.exp(-likelihood.mean(axis=1)), {"units": "1"}),
         },
         {
-            "sequence": np.arange(len(rows)),
-            "distance": ("distance", np.arange(continuation_length), {"units": "tokens"}),
+            "sequence": np.arange(len(likelihood)),
+            "distance": ("distance", np.arange(likelihood.shape[1]), {"units": "tokens"}),
         },
     )
 
@@ -193,19 +227,19 @@ def _one(
 
 
 def cut_of(protocol: Protocol, prompt: int, length: int) -> int:
-    """How many of a sequence's tokens are run in full; raise a ValueError if that is none.
+    """How many of a sequence's tokens are run in full; raises a ValueError if that is none.
 
     Parameters
     ----------
     protocol : {"context", "last-token"}
     prompt, length : int
-        Tokens of the prompt, and of the whole, of which all but the last are fed.
+        Tokens of the prompt, and of the sequence, of which all but the last are fed.
     """
     cut = prompt if protocol == "context" else length - 2
     if cut < 1:
         raise ValueError(
-            f"protocol={protocol!r} needs a token before the last one that is fed, to choose "
-            "experts from: give a prompt of two tokens or more."
+            f"protocol={protocol!r} needs a token before the last one that is fed, to select "
+            "neurons from: give a prompt of two tokens or more."
         )
     return cut
 
@@ -214,8 +248,7 @@ def refuse_unscorable(model: PreTrainedModel, fed: list[Tensor]) -> None:
     """Raise a ValueError for a text that does not fit, or a model that cannot go on."""
     model = require_model(model)
     refuse_long(model, fed)
-    whole = full_model(model)
-    refuse_forgetful(whole, pieces=True)
+    refuse_forgetful(full_model(model), pieces=True)
 
 
 def side_by_side(
@@ -226,27 +259,28 @@ def side_by_side(
     Parameters
     ----------
     models : iterable of transformers.PreTrainedModel
-        Twins of one model, and that model itself, but not as the first. They are taken one at a
-        time: a generator's twins need not all be in memory at once.
+        Twins of one model, and that model itself, but not as the first. They are used one after
+        the other: a generator's twins need not be in memory at the same time.
     ids : Tensor of int64, shape (sequence, token)
         Without padding.
     cut : int
-        Tokens of the beginning, which is run in full and gives the experts.
+        Tokens of the beginning, which is run in full, and from which twins select.
 
     Yields
     ------
     transformers.PreTrainedModel, Tensor of float32, shape (sequence, token - 1)
-        Each model, its experts still in force, and the log-likelihoods of every token but the
+        Each model, a twin with its selection, and the log-likelihoods of every token but the
         first, in nats.
     """
-    first = None
-    for model in map(require_model, models):
-        if first is None:
-            first = model
-            logits, past = beginning(model, ids, cut)
-            head = _of_next_tokens(logits, ids, 0)
-        elif isinstance(model, Twin):
-            model._griffin.adopt(first._griffin)
+    remaining = map(require_model, models)
+    first = next(remaining, None)
+    if first is None:
+        return
+    logits, past = beginning(first, ids, cut)
+    head = _of_next_tokens(logits, ids, 0)
+    for model in itertools.chain([first], remaining):
+        if model is not first and isinstance(model, Twin):
+            model._griffin.adopt(cast(Twin, first)._griffin)
         later = rest(model, ids, cut, copy.deepcopy(past))
         yield model, torch.cat([head, _of_next_tokens(later, ids, cut)], dim=1)
 
@@ -254,20 +288,20 @@ def side_by_side(
 def branches(
     model: PreTrainedModel, sequences: list[Tensor], scored: list[int], cut: int, size: int = 1
 ) -> list[tuple[Tensor, Tensor]]:
-    """Likelihoods of several sequences that begin alike, with one run of that beginning.
+    """Likelihoods of several sequences with the same beginning, which is run once.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A model or a twin.
     sequences : list of Tensor of int64, shape (token,)
-        Alike in their first `cut` tokens.
+        With the same first `cut` tokens.
     scored : list of int
-        How many of each sequence's last tokens are asked for.
+        How many of each sequence's last tokens to score.
     cut : int
-        Tokens of the beginning, which is run in full and gives the experts.
+        Tokens of the beginning, which is run in full, and from which a twin selects.
     size : int
-        How many go on together in one forward pass, padded on the right, if the model allows.
+        How many continue together in one forward pass, padded on the right, if the model allows.
 
     Returns
     -------
@@ -276,8 +310,7 @@ def branches(
     """
     first, past = beginning(model, sequences[0][None, :cut], cut)
     found: list[Any] = [None] * len(sequences)
-    whole = full_model(model)
-    for group in batches(whole, list(map(len, sequences)), size):
+    for group in batches(full_model(model), list(map(len, sequences)), size):
         rows = pad_sequence([sequences[number] for number in group], batch_first=True)
         copied = copy.deepcopy(past)
         if len(group) > 1:  # as beams that all come from the first
@@ -285,20 +318,20 @@ def branches(
             copied.reorder_cache(beams)
         later = rest(model, rows, cut, copied)
         for row, number in enumerate(group):
-            due = sequences[number][-scored[number] :].to(first.device)
+            tokens = sequences[number][-scored[number] :].to(first.device)
             logits = torch.cat([first[0], later[row]]) if later.shape[1] else first[0]
             end = len(sequences[number]) - 1
-            logits = logits[end - len(due) : end].float()
-            likelihood = logits.log_softmax(dim=-1).gather(-1, due[:, None])[:, 0]
-            found[number] = likelihood, logits.argmax(dim=-1) == due
+            logits = logits[end - len(tokens) : end].float()
+            likelihood = logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
+            found[number] = likelihood, logits.argmax(dim=-1) == tokens
     return found
 
 
 def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
     """Of every token but the first, float32 (sequence, token - 1); `ids` has no padding.
 
-    In two passes, the first over `cut` tokens: under a twin that one is the full model's and
-    gives the experts. A model alone is run in the same way, so that the two compare.
+    In two passes, the first over `cut` tokens: a twin's is the full model's, and neurons are
+    selected from it. A model alone is run in the same way, so that the two can be compared.
     """
     model = require_model(model)
     head, past = beginning(model, ids, cut)
@@ -307,25 +340,16 @@ def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
 
 
 def beginning(model: PreTrainedModel, ids: Tensor, cut: int) -> tuple[Tensor, Any]:
-    """Logits of the first `cut` tokens, run in full, and their cache.
-
-    Under a twin, the experts are then chosen from them.
-    """
-    twin = isinstance(model, Twin)
-    whole = full_model(model)
+    """Logits of the first `cut` tokens, run in full, and their cache; a twin then selects."""
+    full = full_model(model)
     with undisturbed(model, seed=0):
-        if twin:
-            outputs = model._griffin.prefill(
-                lambda: _run(whole, ids, slice(0, cut)), len(ids), None, None, cut
-            )
-        else:
-            outputs = _run(whole, ids, slice(0, cut))
+        outputs = read_prompt(model, lambda: _run(full, ids, slice(0, cut)), len(ids), tokens=cut)
     return outputs.logits, outputs.past_key_values
 
 
 def rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
-    """Logits of the tokens from `cut` to the last but one; changes the cache `past`."""
-    fed = ids.shape[1] - 1  # the last token predicts none of ours
+    """Logits of the tokens from `cut` to the second last; changes the cache `past`."""
+    fed = ids.shape[1] - 1  # the last token predicts none of the text
     if cut == fed:
         return torch.zeros(len(ids), 0, 1, device=device_of(embeddings_of(model)))
     with undisturbed(model, seed=0):
@@ -344,5 +368,5 @@ def _run(model: PreTrainedModel, ids: Tensor, tokens: slice, past: Any = None) -
 
 def _of_next_tokens(logits: Tensor, ids: Tensor, start: int) -> Tensor:
     """Log-likelihoods of the tokens that follow those of `logits`, which begin at `start`."""
-    due = ids[:, start + 1 : start + 1 + logits.shape[1], None].to(logits.device)
-    return logits[:, : due.shape[1]].float().log_softmax(dim=-1).gather(-1, due)[..., 0]
+    tokens = ids[:, start + 1 : start + 1 + logits.shape[1], None].to(logits.device)
+    return logits[:, : tokens.shape[1]].float().log_softmax(dim=-1).gather(-1, tokens)[..., 0]

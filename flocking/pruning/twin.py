@@ -1,10 +1,11 @@
-"""The class of a twin: a model's own, less what would be wrong with a prompt's experts alone."""
+"""The class of a twin: a model's own class, without what would be wrong for a pruned model."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from transformers import PreTrainedModel
 
 from flocking.models import byte_count
 from flocking.pruning.state import State
+
+if TYPE_CHECKING:
+
+    class _Generating(PreTrainedModel):
+        """The model's own class, which :func:`twin_class` adds: what is called of it here."""
+
+        def _prefill(self, *args: Any, **kwargs: Any) -> Any: ...
+        def _sample(self, *args: Any, **kwargs: Any) -> Any: ...
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+else:
+    _Generating = object
 
 
 @dataclass(frozen=True)
@@ -21,20 +33,21 @@ class Report:
     Attributes
     ----------
     parameters, active_parameters : int
-        Of the original, and of those that decoding uses for one sequence.
+        Parameters of the original, and those that decoding uses for one sequence.
     ff_bytes, compact_bytes : int
         Of the original's FF projections and of the compact ones. Both are in memory: a twin
         needs more of it, not less, while its original stays loaded.
     prefilled_tokens : int
-        Real tokens that the experts were chosen from, all sequences together.
+        Real tokens that the selection was made from, all sequences together.
     unreached_experts : int
         Of mixtures of experts, how many no token of the prompt was routed to, layers and (with
-        ``scope="sequence"``) sequences added up: their neurons are chosen by their weights.
+        ``scope="sequence"``) sequences added up: their neurons are selected by their weights.
     drafted_tokens, accepted_tokens : int
-        As ``assistant_model``: how many the twin proposed since the last prompt, and how many of
-        those the full model took. The last proposal is in neither, as nobody tells its fate.
+        As ``assistant_model``: how many tokens the twin proposed since the last prompt, and how
+        many of those the full model took. The last proposal is in neither: what became of it is
+        not known before the next.
     selection_seconds, copy_seconds : float
-        For choosing the last prompt's experts, and for copying them.
+        For selecting neurons from the last prompt, and for copying their weights.
     """
 
     parameters: int
@@ -57,19 +70,19 @@ class Report:
         return f"<table>{rows}</table>"
 
 
-class Twin:
-    """What a twin's class adds to its model's: :func:`flocking.griffin` makes them."""
+class Twin(_Generating):
+    """What a twin's class adds to its model's; :func:`flocking.griffin` makes twins."""
 
     is_twin = True
     _griffin: State  # imported for real: transformers evaluates its subclasses' annotations
 
     @property
     def selection(self) -> dict[int, Tensor]:
-        """Sorted indices of the experts by layer, int64 (k,), or (sequence, k) by sequence."""
+        """Indices of the kept neurons by layer, ascending: int64 (k,), or (sequence, k)."""
         if self._griffin.read is None:
-            raise RuntimeError("no experts were chosen yet: call generate first.")
+            raise RuntimeError("this twin has no selection yet: call generate first.")
         compacts = self._griffin.compacts
-        return {layer: c.experts.cpu() for c in compacts for layer in c.layers}
+        return {layer: c.kept.cpu() for c in compacts for layer in c.layers}
 
     def report(self) -> Report:
         """Parameters, bytes and times: see :class:`Report`."""
@@ -77,8 +90,8 @@ class Twin:
         pruned = [part.original for c in state.compacts for part in c.parts]
         ff = {id(p): p for module in pruned for p in module.parameters()}
         # (Counted apart, and tied ones by name: where accelerate offloads, parameters change.)
-        tied = getattr(state.whole, "all_tied_weights_keys", {})
-        named = dict(state.whole.named_parameters())
+        tied = getattr(state.full, "all_tied_weights_keys", {})
+        named = dict(state.full.named_parameters())
         selecting, copying = (0.0, 0.0) if state.watch is None else state.watch.seconds()
         parameters = sum(p.numel() for name, p in named.items() if tied.get(name) not in named)
         rest = parameters - sum(p.numel() for p in ff.values())
@@ -91,8 +104,8 @@ class Twin:
                 0 if state.read is None else int(state.read.tokens.sum()) // state.copies
             ),
             unreached_experts=sum(map(int, state.unreached)),
-            drafted_tokens=state.drafted,
-            accepted_tokens=state.accepted,
+            drafted_tokens=state.drafts.proposed,
+            accepted_tokens=state.drafts.accepted,
             selection_seconds=selecting,
             copy_seconds=copying,
         )
@@ -111,59 +124,60 @@ class Twin:
             )
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError(
-                "guidance_scale would run the negative prompt pruned, on the prompt's experts: "
-                "leave it out, or use the original model."
+                "guidance_scale would run the negative prompt pruned, with the prompt's "
+                "selection: leave it out, or use the original model."
             )
         past = model_kwargs.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
         arguments = (input_ids, generation_config, model_kwargs, is_first_iteration)
         if generation_config.is_assistant and length:
-            # A draft model is asked again and again: the experts stay the prompt's.
+            # A draft model is called again and again: the selection stays the prompt's.
             return super()._prefill(*arguments)
         mask = model_kwargs.get("attention_mask")
         if mask is not None:
             mask = mask[:, length:]
-        state = self._griffin
-        state.copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         if mask is not None:
             given = mask.shape[1]
         elif "inputs_embeds" in model_kwargs:
             given = None
         else:  # the whole conversation, or what is new of it
             given = input_ids.shape[1] - (length if length < input_ids.shape[1] else 0)
+        state = self._griffin
+        full: Any = state.full  # (transformers types generation apart from models)
         return state.prefill(
-            lambda: state.whole._prefill(*arguments),
+            lambda: full._prefill(*arguments),
             len(input_ids),
             mask,
             past if length else None,
-            given,
+            tokens=given,
+            copies=max(generation_config.num_beams, generation_config.num_return_sequences),
         )
 
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not kwargs["generation_config"].is_assistant:
             return super()._sample(input_ids, *args, **kwargs)
-        state = self._griffin
-        state.note_fate(input_ids)
+        drafts = self._griffin.drafts
+        drafts.settle(input_ids)
         result = super()._sample(input_ids, *args, **kwargs)
         sequences = result if isinstance(result, Tensor) else result.sequences
-        state.draft = (input_ids.shape[1], sequences)
+        drafts.propose(input_ids.shape[1], sequences)
         return result
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            "a twin cannot be the main model of assisted or prompt-lookup decoding, whose checks "
-            "must be the full model's: call generate on the original, with assistant_model=twin."
+            "a twin cannot be the main model of assisted or prompt-lookup decoding, where the full "
+            "model must check: call generate on the original, with assistant_model=twin."
         )
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Of the full model that reads the prompts, too."""
+        """Set it for the full model that reads the prompts, too."""
         super().set_attn_implementation(*args, **kwargs)
-        self._griffin.whole.set_attn_implementation(*args, **kwargs)
+        self._griffin.full.set_attn_implementation(*args, **kwargs)
 
     # What cannot be right is refused with a reason.
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse decoding loops that would not prefill, and generate."""
+        """Generate; refuse decoding loops that would not read the prompt in full."""
         if kwargs.get("custom_generate") is not None:
             raise ValueError(
                 "custom_generate would not run the prompt in full: leave it out, or use the "
@@ -172,21 +186,21 @@ class Twin:
         return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse."""
+        """Raise a ValueError: prompts would not be read in full."""
         raise ValueError("a twin cannot batch continuously: use generate, or the original model.")
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse."""
+        """Raise a ValueError: the weights are those of one prompt."""
         raise ValueError(
-            "a twin holds one prompt's experts: save the original, and make the twin again."
+            "a twin holds the selection of one prompt: save the original, and make the twin again."
         )
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse."""
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override] # wrapped
+        """Raise a ValueError, as :meth:`save_pretrained` does."""
         self.save_pretrained()
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the twin where that changes nothing (pipelines ask for it), else refuse."""
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override] # wrapped
+        """Return the twin if this changes nothing (pipelines call it); else raise a ValueError."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         here = self.device
         same = device is None or (
@@ -207,12 +221,34 @@ class Twin:
 
 def full_model(model: PreTrainedModel) -> PreTrainedModel:
     """The full model that a twin reads prompts with; any other model itself."""
-    return model._griffin.whole if isinstance(model, Twin) else model
+    return model._griffin.full if isinstance(model, Twin) else model
+
+
+def read_prompt(
+    model: PreTrainedModel,
+    run: Callable[[], Any],
+    sequences: int,
+    mask: Tensor | None = None,
+    *,
+    tokens: int,
+) -> Any:
+    """What `run` returns, which runs a prompt on the :func:`full_model`; a twin then selects.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model or a twin.
+    run, sequences, mask, tokens
+        As of :meth:`flocking.pruning.state.State.prefill`.
+    """
+    if not isinstance(model, Twin):
+        return run()
+    return model._griffin.prefill(run, sequences, mask, tokens=tokens)
 
 
 @functools.cache
 def twin_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of the model's class, under its name: pipelines and configs go by that."""
+    """A subclass of the model's class with the same name, which pipelines and configs go by."""
     members = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,

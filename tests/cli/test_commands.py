@@ -33,7 +33,7 @@ def run(*arguments: object, stdin: str | None = None):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
-def test_record(tmp_path: Path, model: str, text: str) -> None:
+def test_record_writes_what_the_options_ask_for(tmp_path: Path, model: str, text: str) -> None:
     out = tmp_path / "deep" / "out.zarr"
     options = ["--window", 2, "--layers", 1, "--max-new-tokens", 3, "--dtype", "bfloat16"]
     result = run(
@@ -72,7 +72,7 @@ def test_nothing_but_a_recording_is_ever_replaced(tmp_path: Path, model: str, te
     for output in (tmp_path / "precious", text, tmp_path, ".."):
         result = run("record", text, "-o", output, "--model", model, "--overwrite")
         assert result.exit_code == 2
-        assert "exists and is no recording" in result.output
+        assert "exists and is not a recording" in result.output
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -126,8 +126,8 @@ def test_bad_input_ends_with_code_2_and_no_file(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_help_has_an_example_each() -> None:
-    for command in ("record", "demo"):
+def test_help_shows_an_example_of_each_command() -> None:
+    for command in ("record", "demo", "figures", "generate", "inspect", "evaluate", "check"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert f"Example: flocking {command}" in result.output
@@ -135,14 +135,14 @@ def test_help_has_an_example_each() -> None:
     assert run("record").exit_code == 2
 
 
-def test_demo(tmp_path: Path, model: str) -> None:
+def test_demo_refuses_a_model_whose_context_is_too_short(tmp_path: Path, model: str) -> None:
     result = run("demo", "--out", tmp_path / "out", "--model", model)
     assert result.exit_code == 2  # its context of 256 tokens is too short for the passages
     assert "more than the model's context of 256" in result.output
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
+def test_demo_prints_the_scores_by_layer_and_writes_its_files(tmp_path: Path) -> None:
     """What `make demo` runs; twice, since its files may be there already."""
     for _ in range(2):
         result = run("demo", "--out", tmp_path)
@@ -161,7 +161,7 @@ def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
     assert float(score[-2:].min()) > 0.5
 
 
-def test_generate(model: str) -> None:
+def test_generate_prints_the_text_and_compares_when_asked(model: str) -> None:
     options = ["--model", model, "--max-new-tokens", 6]
     result = run("generate", "Birds of a feather", *options)
     assert result.exit_code == 0, result.output
@@ -202,7 +202,7 @@ def test_generate_refuses(model: str, arguments: list, message: str) -> None:
     assert "Traceback" not in result.output
 
 
-def test_inspect(model: str) -> None:
+def test_inspect_lists_the_blocks(model: str) -> None:
     result = run("inspect", model)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
@@ -217,11 +217,13 @@ def test_inspect(model: str) -> None:
     assert "there is no such folder" in missing.output
 
 
-def test_check(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_prints_a_row_each_and_exits_with_1_on_failure(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = run("check", model)
     assert result.exit_code == 0
     rows = {line.partition("  ")[0]: line for line in result.stdout.splitlines()[1:]}
-    assert list(rows) == ["proof", "watching", "batch", "experts", "density 1", "density 0.5"]
+    assert list(rows) == ["proof", "watching", "batch", "selection", "density 1", "density 0.5"]
     assert all("passed" in row for row in rows.values())
     monkeypatch.setattr("flocking.checking.tolerance", lambda dtype: -1.0)
     failing = run("check", model)

@@ -49,9 +49,9 @@ def test_at_density_1_likelihoods_are_the_harnesss_own(
     embedded: tuple, plain: HFLM, protocol: str
 ) -> None:
     lm = griffin_lm(embedded, density=1.0, protocol=protocol)
-    due = plain.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
+    expected = plain.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
     got = lm.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
-    for (one, greedy), (other, other_greedy) in zip(got, due, strict=True):
+    for (one, greedy), (other, other_greedy) in zip(got, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
         assert greedy == other_greedy
 
@@ -70,8 +70,8 @@ def test_likelihoods_are_those_of_score(embedded: tuple, protocol: str) -> None:
             together[PAIRS.index(pair)]
         ]
         context, later = lm._encode_pair(*pair)
-        due = flocking.score(twin, context, later, protocol=protocol)
-        assert got == pytest.approx(float(due.sum()), abs=1e-3)
+        expected = flocking.score(twin, context, later, protocol=protocol)
+        assert got == pytest.approx(float(expected.sum()), abs=1e-3)
 
 
 def test_says_what_share_was_pruned(embedded: tuple) -> None:
@@ -92,16 +92,16 @@ def test_a_context_that_is_too_long_loses_its_beginning(embedded: tuple, plain: 
     short = HFLM(pretrained=model, tokenizer=tokenizer, max_length=32)
     pair = ("word " * 60, " and more of the same")
     (got,) = lm.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
-    (due,) = short.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
-    assert got[0] == pytest.approx(due[0], abs=1e-3)
+    (expected,) = short.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
+    assert got[0] == pytest.approx(expected[0], abs=1e-3)
 
 
 def test_an_empty_context_is_the_prefix_token(embedded: tuple, plain: HFLM) -> None:
     lm = griffin_lm(embedded, density=1.0)
     pair = ("", "The sun rose")
     (got,) = lm.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
-    (due,) = plain.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
-    assert got[0] == pytest.approx(due[0], abs=1e-3)
+    (expected,) = plain.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
+    assert got[0] == pytest.approx(expected[0], abs=1e-3)
 
 
 def test_generation_is_the_twins_in_any_batch(embedded: tuple) -> None:
@@ -110,14 +110,14 @@ def test_generation_is_the_twins_in_any_batch(embedded: tuple) -> None:
     options = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
     requests = asked("generate_until", *((prompt, dict(options)) for prompt in prompts))
     twin = flocking.griffin(model)
-    due = []
+    expected = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")
         new = twin.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids.input_ids.shape[1] :]
-        due.append(tokenizer.decode(new, skip_special_tokens=True).partition("\n")[0])
+        expected.append(tokenizer.decode(new, skip_special_tokens=True).partition("\n")[0])
     for batch_size in (1, 3):
         lm = griffin_lm(embedded, batch_size=batch_size)
-        assert lm.generate_until(requests, disable_tqdm=True) == due
+        assert lm.generate_until(requests, disable_tqdm=True) == expected
 
 
 @pytest.mark.parametrize(

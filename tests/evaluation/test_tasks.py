@@ -159,13 +159,25 @@ def test_documents_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     ("content", "match"),
     [
         ('{"context": "a", "choices": ["b", "c"]}', r"piqa.jsonl, line 2: the field 'label' is m"),
-        ('{"context": "a", "choices": "b", "label": 0}', r"line 2: the field 'choices' is str, l"),
-        ('{"context": "a", "choices": ["b", "c"], "label": 2}', r"line 2: label 2 is none of 2"),
-        ('{"context": "a", "choices": ["b"], "label": 0}', r"line 2: there are 1 choices where"),
-        ('{"context": "a", "choices": ["b", ""], "label": 0}', r"line 2: choices should be texts"),
-        ('{"context": "a", "choices": ["b", 3], "label": 0}', r"line 2: choices should be texts"),
-        ('{"context": ', r"line 2: this is no JSON"),
-        ("[1]", r"line 2: a JSON object is due"),
+        (
+            '{"context": "a", "choices": "b", "label": 0}',
+            r"line 2: field 'choices': expected list, got s",
+        ),
+        (
+            '{"context": "a", "choices": ["b", "c"], "label": 2}',
+            r"line 2: expected a label from 0 to 1, got 2",
+        ),
+        ('{"context": "a", "choices": ["b"], "label": 0}', r"line 2: expected 2 choices, got 1"),
+        (
+            '{"context": "a", "choices": ["b", ""], "label": 0}',
+            r"line 2: expected choices that are t",
+        ),
+        (
+            '{"context": "a", "choices": ["b", 3], "label": 0}',
+            r"line 2: expected choices that are t",
+        ),
+        ('{"context": ', r"line 2: not JSON"),
+        ("[1]", r"line 2: expected a JSON object"),
     ],
 )
 def test_says_where_a_file_is_odd(tmp_path: Path, content: str, match: str) -> None:
@@ -178,14 +190,30 @@ def test_says_where_a_file_is_odd(tmp_path: Path, content: str, match: str) -> N
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("boolq", '{"passage": "a", "question": "b", "label": 7}', "label 7 is none of 2"),
-        ("qasper", '{"article": "a", "question": "b", "answers": []}', "answers should be texts"),
-        ("coqa", '{"story": "a", "questions": [], "answers": []}', "questions should be texts"),
-        ("coqa", '{"story": "a", "questions": ["b"], "answers": ["c", "d"]}', "as many answers"),
+        (
+            "boolq",
+            '{"passage": "a", "question": "b", "label": 7}',
+            "expected a label from 0 to 1, got 7",
+        ),
+        (
+            "qasper",
+            '{"article": "a", "question": "b", "answers": []}',
+            "expected one or more texts in answers",
+        ),
+        (
+            "coqa",
+            '{"story": "a", "questions": [], "answers": []}',
+            "expected one or more texts in questions",
+        ),
+        (
+            "coqa",
+            '{"story": "a", "questions": ["b"], "answers": ["c", "d"]}',
+            "expected an answer to each of 1 questions, got 2",
+        ),
         (
             "copa",
             '{"premise": "a.", "question": "why", "choices": ["b", "c"], "label": 0}',
-            "question is 'why', neither cause nor effect",
+            "expected cause or effect as the question, got 'why'",
         ),
     ],
 )
@@ -195,7 +223,7 @@ def test_says_which_value_is_odd(tmp_path: Path, name: str, content: str, match:
         find([name], tmp_path)
 
 
-def test_ends_of_lines_within_a_text_are_no_ends_of_items(tmp_path: Path) -> None:
+def test_ends_of_lines_within_a_text_do_not_end_items(tmp_path: Path) -> None:
     item = {"article": "One\u2028two\u0085three.", "summary": "Four."}
     line = json.dumps(item, ensure_ascii=False)
     (tmp_path / "cnn_dailymail.jsonl").write_text(f"\ufeff{line}\r\n{line}\n", encoding="utf-8")
@@ -205,13 +233,13 @@ def test_ends_of_lines_within_a_text_are_no_ends_of_items(tmp_path: Path) -> Non
 
 
 def test_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no such folder"):
+    with pytest.raises(ValueError, match=r"this folder does not exist"):
         find(["piqa"], tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"one file piqa\.jsonl or piqa_\*\.jsonl: found none"):
+    with pytest.raises(ValueError, match=r"one file piqa\.jsonl or piqa_\*\.jsonl, got none"):
         find(["piqa"], tmp_path)
     for name in ("piqa.jsonl", "piqa_2.jsonl"):
         (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match=r"found piqa\.jsonl, piqa_2\.jsonl"):
+    with pytest.raises(ValueError, match=r"got piqa\.jsonl, piqa_2\.jsonl"):
         find(["piqa"], tmp_path)
     (tmp_path / "piqa_2.jsonl").unlink()
     with pytest.raises(ValueError, match=r"piqa\.jsonl is empty"):
@@ -222,7 +250,9 @@ def test_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"wikitext\.txt has no article: a line such as"):
         find(["wikitext"], tmp_path)
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
-    with pytest.raises(ValueError, match=r"gsm8k shows 5 other items before each: 1 are too few"):
+    with pytest.raises(
+        ValueError, match=r"gsm8k shows 5 other items before each: expected at least 6 items, got 1"
+    ):
         find(["gsm8k"], tmp_path)
 
 
@@ -232,7 +262,7 @@ def test_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     for name in ("xsum", "piqa", "wikitext"):
-        with pytest.raises(ValueError, match=rf"of {name} cannot be had \(Couldn't reach the Hub"):
+        with pytest.raises(ValueError, match=rf"of {name} from the hub \(Couldn't reach the Hub"):
             find([name])
     with pytest.raises(ValueError, match=r"there is no task 'hellaswagg': near ones are hellas"):
         find(["hellaswagg"])

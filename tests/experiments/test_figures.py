@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import helpers
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 import flocking
-from flocking.drawing import heatmap
+from flocking import artifacts
+from flocking.drawing import BY_SELECTION, heatmap
+from flocking.experiments import activations, reproduce
+from flocking.experiments.figures import FIGURES
+
+COMMITTED = Path(__file__).parents[2] / "figures"
 
 
 @pytest.fixture
@@ -44,3 +53,105 @@ def test_heatmap_leaves_padding_out(relative) -> None:
 def test_heatmap_wants_one_sequence_and_layer(relative) -> None:
     with pytest.raises(ValueError, match="select one sequence and one layer"):
         heatmap(relative)
+
+
+def test_every_experiment_has_a_figure() -> None:
+    assert reproduce.EXPERIMENTS.keys() == FIGURES.keys()
+
+
+def lines_of(ax: Axes) -> list[np.ndarray]:
+    return [np.asarray(line.get_ydata(), float) for line in ax.lines]
+
+
+def drawn(ax: Axes, expected: np.ndarray) -> bool:
+    return any(
+        y.shape == expected.shape and np.allclose(y, expected, rtol=1e-9) for y in lines_of(ax)
+    )
+
+
+@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+def test_committed_figures_show_their_numbers(name: str) -> None:
+    """Drawn again from their JSON files: artists hold the numbers that the file holds."""
+    content = json.loads((COMMITTED / f"{name}.json").read_text())
+    data = artifacts.from_json(json.dumps(content))
+    figure = FIGURES[name](data)
+    axes = figure.subfigs[0].axes
+    for ax in axes:
+        at = ax.get_subplotspec()
+        if at is not None and name != "heatmaps":  # not a colour bar; axes share their labels
+            assert ax.get_xlabel() or not at.is_last_row()
+            texts = [label.get_text() for label in ax.get_yticklabels()]
+            named = {"hindsight: scored tokens", *(data.text.values if "text" in data.dims else ())}
+            assert ax.get_ylabel() or not at.is_first_col() or texts[0] in named
+    (caption,) = figure.subfigs[1].texts
+    assert caption.get_text().replace("\n", " ") == data.attrs["caption"]
+
+    numbers = content["data_vars"]  # read a second time, without xarray
+    if name == "heatmaps":
+        images = [ax.images[0].get_array() for ax in axes[:4]]
+        expected = np.array(numbers["relative"]["data"], float)
+        for image, values in zip(images, expected.reshape(-1, *expected.shape[2:]), strict=True):
+            np.testing.assert_allclose(image, values, rtol=1e-6)
+    elif name == "text_kinds":
+        assert numbers["effective_neurons"]["dims"] == ["weights", "text", "layer"]
+        rows = {tuple(row) for row in numbers["effective_neurons"]["data"][0]}
+        (mesh,) = axes[0].collections
+        assert {tuple(row) for row in np.asarray(mesh.get_array())} == rows
+        shown = {round(x, 6) for line in axes[1].lines for x in np.ravel(line.get_xdata())}
+        for weights in numbers["over_layers"]["data"][0]:
+            assert {round(x, 6) for x in weights} <= shown
+    elif name == "loss_by_method":
+        names = numbers["perplexity"]["dims"], numbers["excess"]["dims"]
+        assert names == (["interval", "selection"], ["text", "excerpt", "selection"])
+        (upper, lower) = axes
+        shown = [line.get_xdata().item() for line in upper.lines if len(line.get_xdata()) == 1]
+        values = np.array(numbers["relative"]["data"][0])
+        order = values.argsort()  # best first; the full model, which comes first, is not drawn
+        assert order[0] == 0
+        assert shown == pytest.approx(values[order[1:]].tolist())
+        names = [content["coords"]["selection"]["data"][n] for n in order[1:]]
+        labels = [label.get_text() for label in upper.get_yticklabels()]
+        assert labels == [BY_SELECTION[name]["label"] for name in names]
+        x, y = (np.array(numbers[which]["data"], float) for which in ("captured", "excess"))
+        *points, _, _ = lower.lines  # the last are the full model's level, and chance
+        for column, line in zip(order[1:], points, strict=True):
+            np.testing.assert_allclose(line.get_xdata(), x[..., column].ravel())
+            np.testing.assert_allclose(line.get_ydata(), y[..., column].ravel())
+        assert len(points) == x.shape[-1] - 1
+    else:
+        panels = {
+            "scores": ["flocking_score", "rank_consistency", "effective_neurons"],
+            "sequence_overlap": ["within", "between", "specificity", "different_tokens"],
+            "generation": ["jaccard_mean", "captured_mean"],
+            "drift": ["jaccard", "captured"],
+            "loss_by_prompt": ["relative"],
+            "loss_by_density": ["relative"],
+            "loss_by_batch": ["relative"],
+        }[name]
+
+        def lines(variable: str, interval: int) -> np.ndarray:
+            """A row for each line; the full model, in units of itself, is not drawn."""
+            values = np.atleast_2d(np.array(numbers[variable]["data"][interval], float))
+            return values[1:] if name.startswith("loss") else values
+
+        for variable in panels:
+            dims = numbers[variable]["dims"]
+            assert dims[0] == "interval"
+            estimate = lines(variable, 0)
+            for series in estimate.reshape(-1, estimate.shape[-1]):
+                assert any(drawn(ax, series) for ax in axes), (name, variable)
+        bands = [c for ax in axes for c in ax.collections]
+        low, high = (lines(panels[0], n)[0] for n in (1, 2))
+        spans = [c.get_paths()[0].vertices[:, 1] for c in bands]
+        assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in spans)
+    plt.close(figure)
+
+
+def test_committed_captions_are_of_this_model() -> None:
+    for name in reproduce.EXPERIMENTS:
+        content = json.loads((COMMITTED / f"{name}.json").read_text())
+        assert content["attrs"]["model"] == "SmolLM2-135M-Instruct"
+        assert content["attrs"]["seed"] == 0
+        assert (COMMITTED / f"{name}.png").exists()
+        assert (COMMITTED / f"{name}.svg").exists()
+    assert activations.WEIGHTS == ["trained", "control"]

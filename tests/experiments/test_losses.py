@@ -1,8 +1,7 @@
-"""The experiments with experts in force, held against the public functions called one by one."""
+"""The experiments on losses, compared with the public functions called one by one."""
 
 from __future__ import annotations
 
-import helpers
 import numpy as np
 import pytest
 import xarray as xr
@@ -12,13 +11,6 @@ import flocking
 from flocking import artifacts
 from flocking.experiments import losses, reproduce
 from flocking.experiments.losses import EXPERIMENTS
-
-
-@pytest.fixture(scope="module")
-def subject() -> tuple:
-    _, tokenizer = flocking.load()
-    model = helpers.build("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
-    return model, tokenizer, flocking.passages()[:4]
 
 
 def ids_of(subject: tuple, tokens: int) -> list[list[int]]:
@@ -37,7 +29,7 @@ def loss(
 
 
 def static(model, rows: list[list[int]]) -> dict[str, object]:
-    """griffin's arguments for static experts from these texts."""
+    """griffin's arguments for the static selection from these texts."""
     return {
         "method": "static",
         "reference": flocking.global_statistic(model, rows, progress=False),
@@ -112,9 +104,9 @@ def test_loss_by_method(subject: tuple) -> None:
     got = estimate(data.perplexity, selection="magnitude")
     assert got == pytest.approx(np.exp(magnitude.mean()), rel=1e-4)
     recording = flocking.record(model, everything, window=16, progress=False)
-    experts = flocking.select(flocking.statistic(recording, stop=33))
+    kept = flocking.select(flocking.statistic(recording, stop=33))
     later = flocking.statistic(recording, start=33)
-    share = flocking.captured_energy(experts, later).mean("layer").values
+    share = flocking.captured_energy(kept, later).mean("layer").values
     griffin = data.sel(selection="GRIFFIN")
     np.testing.assert_allclose(griffin.captured.values.ravel(), share, rtol=1e-6)
     excess = (loss(model, everything, 33, density=0.5) - loss(model, everything, 33)).mean(axis=1)
@@ -128,7 +120,7 @@ def test_loss_by_method(subject: tuple) -> None:
         for at in range(3)
     ]
     assert estimate(data.between_methods) == pytest.approx(np.mean(each))
-    # Hindsight cannot be beaten in energy, nor can static experts have seen their own text.
+    # Hindsight cannot be beaten in energy, nor has the static selection seen its own text.
     assert (pruned.captured <= pruned.captured.sel(selection="hindsight") + 1e-9).all()
     others = [row for rows in excerpts[1:] for row in rows]
     own = loss(model, excerpts[0], 33, **static(model, others)) - loss(model, excerpts[0], 33)
@@ -169,7 +161,7 @@ def test_seed_decides(subject: tuple) -> None:
     np.testing.assert_allclose(*griffin)
 
 
-def test_every_experiment_is_in_the_gallery() -> None:
+def test_every_experiment_is_reproduced() -> None:
     assert EXPERIMENTS.keys() < reproduce.EXPERIMENTS.keys()
     sources = {path.stem for path in artifacts.sources(losses.__name__)}
     assert sources >= {"losses", "scoring", "build", "compact", "selection", "methods"}

@@ -17,6 +17,7 @@ from torch import nn
 
 import flocking
 from flocking.models import relative_error
+from flocking.pruning import full_model
 
 TEXTS = random_ids(9, 17, 12)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -302,7 +303,7 @@ def test_a_twin_of_an_offloaded_model_is_a_twin(tmp_path: Path) -> None:
     assert model.dtype == torch.float32
     ids = torch.tensor([TEXTS[0], TEXTS[1][:9]])
     twin.generate(ids, **GREEDY)
-    with pytest.raises(RuntimeError, match="holds the experts of 2 sequences, and 4 were given"):
+    with pytest.raises(RuntimeError, match="holds selections for 2 sequences, and was given 4"):
         twin(ids.repeat(2, 1))
 
 
@@ -343,7 +344,7 @@ def test_two_blocks_weights_are_on_the_device_at_a_time(monkeypatch: pytest.Monk
     twin = flocking.griffin(model, offload="cpu", method="magnitude")
     stream = next(
         module._hf_hook.stream
-        for module in twin._griffin.whole.modules()
+        for module in full_model(twin).modules()
         if hasattr(module, "_hf_hook")
     )
     brought: list[int] = []

@@ -1,4 +1,4 @@
-"""Likelihoods: against a direct computation, and with the experts where they are said to be."""
+"""Likelihoods: against a direct computation, pruned exactly where they are said to be."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def direct(model: tf.PreTrainedModel, ids: list[int]) -> np.ndarray:
 def pruned_by_hand(
     model: tf.PreTrainedModel, ids: list[int], cut: int, density: float = 0.5
 ) -> np.ndarray:
-    """The same with z masked through the hook from token `cut` on, by the experts before it."""
+    """The same with z masked through the hook from token `cut` on, as selected before it."""
     recording = flocking.record(model, [ids[:cut]], window=None, progress=False)
-    experts = flocking.select(flocking.statistic(recording), density).values[0]
+    kept = flocking.select(flocking.statistic(recording), density).values[0]
 
     def masked(block: flocking.FeedForward, z: torch.Tensor) -> torch.Tensor:
         keep = torch.ones_like(z)
-        keep[..., cut:, :] = torch.from_numpy(experts[block.layer]).to(z.dtype)
+        keep[..., cut:, :] = torch.from_numpy(kept[block.layer]).to(z.dtype)
         return z * keep
 
     with flocking.observe(model, masked):
@@ -97,7 +97,7 @@ def test_perplexity(scope: str) -> None:
     options = {"prompt_length": 16, "continuation_length": 10, "progress": False}
     full = flocking.perplexity(model, texts, batch_size=2, **options)
     twin = flocking.griffin(model, 0.5, scope=scope)
-    alone = flocking.perplexity(twin, texts, **options)
+    alone = flocking.perplexity(twin, texts, batch_size=1, **options)
     batch = flocking.perplexity(twin, texts, batch_size=2, **options)
     for row, text in enumerate(texts):
         due = direct(model, text[:26])[15:]
@@ -111,7 +111,7 @@ def test_perplexity(scope: str) -> None:
 
 
 def test_side_by_side_is_each_alone() -> None:
-    """Sharing the prompt's run changes no model's numbers, nor its experts."""
+    """Sharing the prompt's run changes no model's numbers, nor its selection."""
     model = build("llama")
     ids = torch.tensor(random_ids(26, 26))
     options = [{"density": 0.5}, {"density": 0.25, "scope": "sequence"}, {"method": "magnitude"}]
@@ -124,8 +124,8 @@ def test_side_by_side_is_each_alone() -> None:
         due = flocking.perplexity(alone, ids.tolist(), **fixed).log_likelihood
         np.testing.assert_array_equal(values[:, 15:].numpy(), due.values.astype(np.float32))
         if chosen is not None:
-            for layer, experts in alone.selection.items():
-                assert torch.equal(subject.selection[layer], experts)
+            for layer, kept in alone.selection.items():
+                assert torch.equal(subject.selection[layer], kept)
 
 
 def test_text_needs_a_tokenizer(embedded: tuple) -> None:
@@ -168,7 +168,7 @@ def test_refuses() -> None:
     with pytest.raises(ValueError, match="2 sequences: score one"):
         flocking.score(model, [prompt, prompt], later)
     options = {"prompt_length": 6, "continuation_length": 6}
-    with pytest.raises(ValueError, match="text 1 has 5 tokens, and 12"):
+    with pytest.raises(ValueError, match="expected 12 tokens or more, got 5 in text 1"):
         flocking.perplexity(model, random_ids(20, 5), **options)
     with pytest.raises(ValueError, match="prompt_length=0"):
         flocking.perplexity(model, [prompt], prompt_length=0, continuation_length=2)

@@ -1,0 +1,34 @@
+"""What ``flocking evaluate`` checks before it runs, and what it says about its numbers."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from flocking.evaluation import report
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse to write over anything but a report of an earlier evaluation."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder.")
+    there = [out / name for name in report.FILES if (out / name).exists()]
+    if 0 < len(there) < len(report.FILES) and not (out / "cells").is_dir():
+        raise ValueError(
+            f"{there[0]} exists and is not a report of flocking: choose another --out."
+        )
+
+
+def source_of(model: PreTrainedModel, calibration: Path | None, seed: int) -> dict[str, str]:
+    """Where the numbers come from, as the report says it."""
+    packages = ("flocking", "transformers", "torch", "lm-eval")
+    return {
+        "model": str(model.name_or_path).rstrip("/").rpartition("/")[2],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "calibration": str(calibration or "the packaged passages"),
+        "seed": str(seed),
+        **{name: version(name) for name in packages},
+    }

@@ -1,0 +1,160 @@
+"""Cells of an evaluation: one task asked of one variant, computed once and kept in a file."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+from flocking.artifacts import Key, replacing
+from flocking.evaluation.harness import GriffinLM
+from flocking.evaluation.items import article_losses, ask
+from flocking.evaluation.plan import Question, Variant
+from flocking.evaluation.tasks import Articles
+from flocking.pruning import WITH_REFERENCE
+
+COLUMNS = {
+    "task": str,
+    "protocol": str,
+    "method": str,
+    "density": float,
+    "metric": str,
+    "item": int,
+    "value": float,
+    "chance": float,
+    "prompt_tokens": int,
+    "left_out": int,
+    "scored": int,
+    "pruned": int,
+}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Where finished cells are kept, so that an interrupted evaluation continues.
+
+    Attributes
+    ----------
+    folder : path
+    identity : str
+        What tells the model from every other, such as a digest of its files.
+    keep_older : bool
+        Accept cells that differ in the code part of their key alone.
+    """
+
+    folder: str | os.PathLike[str]
+    identity: str
+    keep_older: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cell that an earlier run kept.
+
+    Attributes
+    ----------
+    key : Key, optional
+        None if it is not in three parts: an earlier version of flocking wrote it.
+    finished : str
+        When it was computed; empty if that is not known.
+    seconds : float
+        How long it took.
+    table : pandas.DataFrame
+        Rows of ``COLUMNS``.
+    """
+
+    key: Key | None
+    finished: str
+    seconds: float
+    table: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One task, asked of one variant."""
+
+    question: Question
+    variant: Variant
+    key: Key
+    folder: Path | None
+
+    @classmethod
+    def of(cls, lm: GriffinLM, question: Question, variant: Variant, cells: Cells | None) -> Cell:
+        """A cell with the key that it has when it is computed now."""
+        inputs = [
+            cells and cells.identity,
+            question.digest(),
+            variant,
+            lm.calibration if variant.method in WITH_REFERENCE else None,
+            str(lm.full.dtype),
+            lm.full.device.type,
+            lm.seed,
+        ]
+        packages = ["lm-eval", "tokenizers", "rouge-score"]
+        key = Key.of("flocking.evaluation.items", inputs, packages)
+        return cls(question, variant, key, None if cells is None else Path(cells.folder))
+
+    @property
+    def _stem(self) -> str:
+        return f"{self.question.name}-{self.variant}-"
+
+    def found(self) -> list[Found]:
+        """What earlier runs kept of this task and variant, whatever its key, the newest last."""
+        if self.folder is None:
+            return []
+        paths = self.folder.glob(f"{glob.escape(self._stem)}????????.json")
+        return sorted(map(_read, sorted(paths)), key=lambda one: one.finished)
+
+    def write(self, table: pd.DataFrame, seconds: float) -> None:
+        """Keep the cell, in its place only when it is complete."""
+        if self.folder is None:
+            return
+        content = {
+            "key": self.key.plain(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 2),
+            "rows": table.astype(object).where(table.notna(), None).to_dict("list"),
+        }
+        with replacing(self.folder / f"{self._stem}{self.key.digest()[:8]}.json") as partial:
+            partial.write_text(json.dumps(content), encoding="utf-8")
+
+    def run(self, lm: GriffinLM, say: Callable[[str], None]) -> pd.DataFrame:
+        """Compute rows of ``COLUMNS``."""
+        asked = self.question
+        if isinstance(asked.task, Articles):
+            rows = article_losses(lm, asked.task, asked.limit)
+        else:
+            lm.protocol = asked.protocol
+            rows = ask(lm, asked.name, asked.task, asked.limit, say)
+        table = pd.DataFrame(rows).assign(
+            task=asked.name,
+            protocol=asked.protocol,
+            method=self.variant.method,
+            density=self.variant.density,
+        )
+        return table[list(COLUMNS)].astype(COLUMNS)
+
+    def said(self, table: pd.DataFrame) -> str:
+        """What came out, in a few words."""
+        means = table.groupby("metric", sort=False)["value"].mean()
+        return f"{self.variant} on {self.question.name}: " + ", ".join(
+            f"{name} {value:.3f}" for name, value in means.items()
+        )
+
+
+def _read(path: Path) -> Found:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        table = pd.DataFrame(content["rows"]).astype(COLUMNS)
+        key = Key.read(content.get("key"))
+        return Found(key, content.get("finished", ""), float(content["seconds"]), table)
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f"{path} is not a cell of an evaluation: choose another folder."
+        ) from problem

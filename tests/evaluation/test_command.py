@@ -1,0 +1,73 @@
+"""The command `flocking evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from flocking.cli import app
+from flocking.evaluation import runner
+
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
+
+TASKS = Path(__file__).parents[1] / "tasks"
+
+
+def test_command(embedded: tuple, tmp_path: Path) -> None:
+    arguments = ["evaluate", "--tasks", "piqa,boolq", "--methods", "topk,magnitude@0.75"]
+    arguments += ["--protocol", "boolq=last-token", "--limit", "2,boolq=1"]
+    arguments += ["--data-dir", str(TASKS), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    items = pd.read_parquet(tmp_path / "items.parquet")
+    assert items.groupby("task")["item"].nunique().to_dict() == {"piqa": 2, "boolq": 1}
+    assert set(items["protocol"]) == {"context", "last-token"}
+    assert "| boolq, last-token, acc | 1 |" in (tmp_path / "tables.md").read_text()
+    again = CliRunner().invoke(app, arguments)
+    assert "6 of 6 cells are there already." in again.output
+    for path in (tmp_path / "cells").iterdir():
+        content = json.loads(path.read_text())
+        content["key"]["code"] = "0123456789abcdef"
+        path.write_text(json.dumps(content))
+    again = CliRunner().invoke(app, [*arguments, "--keep-older"])
+    assert "6 of 6 cells are there already, 6 of them of older code." in again.output
+    assert "† Computed by older code" in (tmp_path / "tables.md").read_text()
+
+
+def test_command_interrupted(
+    embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "evaluate", interrupted)
+    result = CliRunner().invoke(app, ["evaluate", "--tasks", "piqa", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert "cells has what is finished; the same command goes on" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_refuses(tmp_path: Path) -> None:
+    def said(*arguments: str) -> str:
+        common = ["evaluate", "--tasks", "piqa", "--out", str(tmp_path)]
+        result = CliRunner().invoke(app, [*common, *arguments])
+        assert result.exit_code == 2, result.output
+        return result.output
+
+    assert "there is no method 'best'" in said("--methods", "best")
+    assert "--limit: 'few' is not a number" in said("--limit", "few")
+    assert "--limit 1,2: give one for all" in said("--limit", "1,2")
+    assert "--densities: 'half' is not a number" in said("--densities", "half")
+    assert "--batch-size 0" in said("--batch-size", "0")
+    assert "densities [2.0]: give a density" in said("--densities", "2")
+    (tmp_path / "file").write_text("mine")
+    assert "file is a file: name a folder" in said("--out", str(tmp_path / "file"))
+    (tmp_path / "summary.csv").write_text("mine")
+    assert "summary.csv exists and is not a report of flocking" in said()
+    assert (tmp_path / "summary.csv").read_text() == "mine"

@@ -1,0 +1,109 @@
+"""Reports: their figures and files, and the committed results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from flocking.evaluation import figures, report
+from flocking.evaluation.summary import by_prompt, headlines, summarise, table
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
+    rows = headlines(summarise(several))
+    assert rows[["task", "metric"]].drop_duplicates().to_numpy().tolist() == [
+        ["piqa", "acc"],
+        ["boolq", "acc"],
+        ["copa", "acc"],
+        ["wikitext_256", "loss_256"],
+    ]
+    rows.attrs["caption"] = "made up"
+    figure = figures.quality_by_density(rows)
+    axes = figure.subfigs[0].axes
+    assert [(ax.get_title(), ax.get_ylabel()) for ax in axes if ax.axison] == [
+        ("piqa", "acc"),
+        ("boolq", "acc"),
+        ("copa", "acc"),
+        ("wikitext_256", "perplexity of 256"),
+    ]
+    piqa = rows[(rows["task"] == "piqa") & (rows["method"] == "topk")]
+    (line,) = [one[0] for one in axes[0].containers if one.get_label() == "GRIFFIN"]
+    np.testing.assert_allclose(line.get_ydata(), piqa["estimate"])
+    (wiki,) = [one[0] for one in axes[3].containers if one.get_label() == "GRIFFIN"]
+    own = rows[(rows["task"] == "wikitext_256") & (rows["method"] == "topk")]
+    np.testing.assert_allclose(wiki.get_ydata(), np.exp(own["estimate"]))
+    assert any(line.get_label() == "chance" for line in axes[0].lines)
+
+    here = rows[(rows["density"] == 0.5) | (rows["method"] == "full")]
+    here.attrs["caption"] = "made up"
+    axes = figures.quality_by_method(here).subfigs[0].axes
+    points = {one.get_label(): one[0] for one in axes[0].containers[:3]}
+    expected = here[(here["task"] == "piqa") & (here["method"] == "static")]["difference"].item()
+    assert points["static: calibration texts"].get_xdata() == pytest.approx([expected])
+    assert [label.get_text() for label in axes[1].get_yticklabels()] == [
+        "wikitext_256\nperplexity of 256, n = 12"
+    ]
+
+    prompts = headlines(by_prompt(several))
+    prompts.attrs["caption"] = "made up"
+    axes = figures.quality_by_prompt(prompts).subfigs[0].axes
+    assert (axes[3].get_title(), axes[3].get_ylabel()) == ("wikitext", "perplexity of 256")
+
+
+def test_a_report_is_complete_and_says_where_it_comes_from(
+    several: pd.DataFrame, tmp_path: Path
+) -> None:
+    report.write(several, tmp_path, {"model": "tiny", "torch": "2"})
+    names = {path.name for path in tmp_path.iterdir()}
+    pictures = {f"{name}.{kind}" for name in report.FIGURES for kind in ("png", "svg")}
+    assert names == {*report.FILES, *pictures}
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "items.parquet"), several)
+    told = (tmp_path / "tables.md").read_text()
+    assert "(model tiny; torch 2)" in told
+    assert "## GRIFFIN against the other methods at density 0.5" in told
+    assert table(summarise(several)).strip() in told
+
+
+def test_a_report_says_what_is_from_older_code(several: pd.DataFrame, tmp_path: Path) -> None:
+    items = several.assign(older=several["task"].map({"copa": "01234567, run 2026-11-25"}))
+    report.write(items.fillna({"older": ""}), tmp_path, {"model": "tiny"})
+    told = (tmp_path / "tables.md").read_text()
+    (note,) = [line for line in told.splitlines() if line.startswith("†")]
+    assert "code 01234567, run 2026-11-25: full on copa, topk@0.25 on copa" in note
+    marked = [line for line in told.splitlines() if "]†" in line]
+    assert [line.partition(",")[0] for line in marked] == ["| copa", "| copa"]
+
+
+@pytest.mark.parametrize("left", ["full only", "one item", "losses only", "one task"])
+def test_a_report_of_little(several: pd.DataFrame, tmp_path: Path, left: str) -> None:
+    few = {
+        "full only": several[several["method"] == "full"],
+        "one item": several[several["item"] == 0],
+        "one task": several[several["task"] == "piqa"],
+        "losses only": several[several["metric"].str.startswith("loss")],
+    }[left]
+    report.write(few, tmp_path, {"model": "tiny"})
+    assert (tmp_path / "quality_by_prompt.png").exists()
+
+
+def test_the_committed_results_are_what_their_items_say() -> None:
+    """The committed tables, and the numbers that docs/results.md takes from them."""
+    rows = summarise(pd.read_parquet(RESULTS / "items.parquet"))
+    assert table(rows).strip() in (RESULTS / "tables.md").read_text()
+    found = rows.set_index(["task", "metric", "variant"])["difference"]
+    prose = (RESULTS.parent / "results.md").read_text()
+    for task, metric, variant, said in (
+        ("arc_easy", "acc", "topk@0.5", "loses {} points on ARC-e"),
+        ("hellaswag", "acc", "topk@0.5", "{} on HellaSwag [0.2"),
+        ("cnn_dailymail", "rouge1", "topk@0.5", "{} of 19.4 points"),
+        ("xsum", "rouge1", "topk@0.75", "and {}\n  [-2.5"),
+    ):
+        assert said.format(f"{-100 * found[task, metric, variant]:.1f}") in prose
+    ratios = [np.exp(found[f"wikitext_{n}", "loss_256", "topk@0.5"]) for n in (16, 64, 256, 1024)]
+    said = "{:.1f} after 16 tokens, {:.1f}\n  after 64, {:.1f} after 256, {:.1f} after 1,024"
+    assert said.format(*ratios) in prose
