@@ -7,10 +7,10 @@ these alone.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -110,7 +110,7 @@ class GriffinLM(HFLM):
         protocol: Protocol = "context",
         scope: Literal["shared", "sequence"] = "sequence",
         seed: int = 0,
-        calibration: str | Path | Sequence[str] | None = None,
+        calibration: str | os.PathLike[str] | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if method not in CHOICES:
@@ -129,7 +129,8 @@ class GriffinLM(HFLM):
         self.protocol, self.scope, self.seed = protocol, scope, seed
         self.answered: list[Answered] = []
         self._instances: list[Instance] = []
-        self.calibration, self._reference = texts, None
+        self.calibration = texts
+        self._reference: xr.DataArray | None = None
         self.prune(method, density)
 
     def prune(self, method: str, density: float) -> None:

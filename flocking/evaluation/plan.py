@@ -15,6 +15,7 @@ from lm_eval.api.task import Task
 from flocking.evaluation.harness import CHOICES
 from flocking.evaluation.summary import label
 from flocking.evaluation.tasks import Articles, find
+from flocking.pruning import Protocol
 
 _PROTOCOLS = ("context", "last-token")
 _T = TypeVar("_T")
@@ -49,7 +50,7 @@ class Question:
 
     name: str
     task: Task | Articles
-    protocol: str
+    protocol: Protocol
     limit: int | None
 
     def digest(self) -> str:
@@ -100,7 +101,7 @@ class Plan:
     tasks: Sequence[str]
     methods: Sequence[str] = ("topk",)
     densities: Sequence[float] = (0.5,)
-    protocol: str | Mapping[str, str] = "context"
+    protocol: Protocol | Mapping[str, Protocol] = "context"
     limit: int | Mapping[str, int] | None = None
     data_dir: str | os.PathLike[str] | None = None
     calibration: str | os.PathLike[str] | Sequence[str] | None = None
