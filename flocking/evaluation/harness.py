@@ -7,10 +7,10 @@ these alone.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -110,7 +110,7 @@ class GriffinLM(HFLM):
         protocol: Protocol = "context",
         scope: Literal["shared", "sequence"] = "sequence",
         seed: int = 0,
-        calibration: str | os.PathLike[str] | Sequence[str] | None = None,
+        calibration: str | Path | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if method not in CHOICES:

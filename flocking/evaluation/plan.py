@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +102,8 @@ class Plan:
     densities: Sequence[float] = (0.5,)
     protocol: Protocol | Mapping[str, Protocol] = "context"
     limit: int | Mapping[str, int] | None = None
-    data_dir: str | os.PathLike[str] | None = None
-    calibration: str | os.PathLike[str] | Sequence[str] | None = None
+    data_dir: str | Path | None = None
+    calibration: str | Path | Sequence[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -141,7 +140,9 @@ class Plan:
     def _question(self, name: str, task: Task | Articles, group: str) -> Question:
         # Generation has a prompt and continues it, whatever the protocol of likelihoods.
         has_protocol = not isinstance(task, Articles) and task.OUTPUT_TYPE != "generate_until"
-        protocol = _of_task(self.protocol, name, group) if has_protocol else None
+        protocol: Protocol | None = None
+        if has_protocol:
+            protocol = _of_task(self.protocol, name, group)
         limit = None if self.limit is None else _of_task(self.limit, name, group)
         return Question(name, task, protocol or "context", limit)
 

@@ -25,7 +25,9 @@ def perplexities(losses: xr.DataArray) -> xr.Dataset:
     excess = losses - losses.sel(selection="full")
     against = losses.sel(selection="GRIFFIN", drop=True) - losses.sel(selection="static", drop=True)
     each = xr.Dataset({"perplexity": losses, "relative": excess, "over_static": against})
-    data = exponential(bootstrap(each))
+    intervals = bootstrap(each)
+    assert isinstance(intervals, xr.Dataset)
+    data = exponential(intervals)
     data.over_static.attrs = ratio(OVER_STATIC)
     data.relative.attrs = ratio("perplexity, relative to the full model's")
     data.perplexity.attrs = {"long_name": "perplexity", "units": "1"}
