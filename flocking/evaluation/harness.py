@@ -129,7 +129,8 @@ class GriffinLM(HFLM):
         self.protocol, self.scope, self.seed = protocol, scope, seed
         self.answered: list[Answered] = []
         self._instances: list[Instance] = []
-        self.calibration, self._reference = texts, None
+        self.calibration = texts
+        self._reference: xr.DataArray | None = None
         self.prune(method, density)
 
     def prune(self, method: str, density: float) -> None:

@@ -54,8 +54,8 @@ def ask(
             log_samples=True,
             task_manager=TaskManager(include_defaults=False),  # there is none to look for
         )["samples"][task.config.task]
-    taken = pd.DataFrame(lm.answered).groupby("item")
-    taken = taken.agg({"prompt": "max", "left_out": "max", "scored": "sum", "pruned": "sum"})
+    totals = {"prompt": "max", "left_out": "max", "scored": "sum", "pruned": "sum"}
+    taken = pd.DataFrame(lm.answered).groupby("item").agg(totals)
     averaged = {metric for metric, how in task.aggregation().items() if how is mean}
     by_filter = defaultdict(list)
     for sample in samples:
@@ -89,7 +89,7 @@ def ask(
         )
     if odd:
         say(f"{name}: left out {', '.join(sorted(odd))}, which are not means over items.")
-    if cut := int((taken.left_out > 0).sum()):
+    if cut := int((taken["left_out"] > 0).sum()):
         say(f"{name}: {cut} of {len(taken)} items are too long, and lost their beginning.")
     return rows
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from lm_eval.api.task import Task
 from flocking.evaluation.harness import CHOICES
 from flocking.evaluation.summary import label
 from flocking.evaluation.tasks import Articles, find
+from flocking.pruning import Protocol
 
 _PROTOCOLS = ("context", "last-token")
 _T = TypeVar("_T")
@@ -49,7 +49,7 @@ class Question:
 
     name: str
     task: Task | Articles
-    protocol: str
+    protocol: Protocol
     limit: int | None
 
     def digest(self) -> str:
@@ -100,10 +100,10 @@ class Plan:
     tasks: Sequence[str]
     methods: Sequence[str] = ("topk",)
     densities: Sequence[float] = (0.5,)
-    protocol: str | Mapping[str, str] = "context"
+    protocol: Protocol | Mapping[str, Protocol] = "context"
     limit: int | Mapping[str, int] | None = None
-    data_dir: str | os.PathLike[str] | None = None
-    calibration: str | os.PathLike[str] | Sequence[str] | None = None
+    data_dir: str | Path | None = None
+    calibration: str | Path | Sequence[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -140,7 +140,9 @@ class Plan:
     def _question(self, name: str, task: Task | Articles, group: str) -> Question:
         # Generation has a prompt and continues it, whatever the protocol of likelihoods.
         has_protocol = not isinstance(task, Articles) and task.OUTPUT_TYPE != "generate_until"
-        protocol = _of_task(self.protocol, name, group) if has_protocol else None
+        protocol: Protocol | None = None
+        if has_protocol:
+            protocol = _of_task(self.protocol, name, group)
         limit = None if self.limit is None else _of_task(self.limit, name, group)
         return Question(name, task, protocol or "context", limit)
 

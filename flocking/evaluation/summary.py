@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -58,7 +60,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     if against not in set(named["variant"]):
         known = ", ".join(named["variant"].unique())
         raise ValueError(f"there is no variant {against!r}: choose from {known}.")
-    for group, part in named.groupby(_BY, sort=False):
+    for group, part in parts_of(named, _BY):
         values = _by_item(part, group)
         means = _means(values, seed)
         differences = _means(values - values.loc[against], seed)
@@ -80,7 +82,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     return pd.DataFrame(rows)
 
 
-def _by_item(part: pd.DataFrame, group: tuple) -> pd.DataFrame:
+def _by_item(part: pd.DataFrame, group: tuple[str, ...]) -> pd.DataFrame:
     """Values of one task and metric, a row for each variant and a column for each item."""
     values = part.pivot_table(index="variant", columns="item", values="value")
     values = values.loc[part["variant"].unique()]
@@ -99,6 +101,14 @@ def _totals(own: pd.DataFrame) -> dict[str, float]:
         "pruned_share": pruned / scored if scored else np.nan,
         "items_cut": int((own["left_out"] > 0).sum()),
     }
+
+
+def parts_of(
+    data: pd.DataFrame, names: list[str]
+) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """Parts of a table by the texts in some of its columns, in order of appearance."""
+    for key, part in data.groupby(names, sort=False):
+        yield tuple(map(str, key)), part
 
 
 def _means(values: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -126,10 +136,10 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
         in nothing but the prompt, such as ``wikitext_16`` and ``wikitext_64``, are one.
     """
     parts = []
-    for (task, metric), part in items.groupby(["task", "metric"], sort=False):
+    for (task, metric), part in parts_of(items, ["task", "metric"]):
         lengths = part.drop_duplicates("item").set_index("item")["prompt_tokens"]
         count = max(1, min(groups, len(lengths) // _LEAST))
-        # (Items of the same length are in the same group.)
+        # Items of the same length are in the same group.
         number = pd.qcut(lengths, count, labels=False, duplicates="drop").fillna(0)
         for _, members in lengths.groupby(number):
             rows = summarise(part[part["item"].isin(members.index)], seed=seed)
@@ -141,7 +151,7 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
 
 
 def is_loss(metric: str) -> bool:
-    """Whether a metric is in nats, and read as a perplexity, its differences as ratios."""
+    """Whether a metric is a loss in nats, shown as a perplexity, and its differences as ratios."""
     return metric.startswith("loss")
 
 
@@ -152,11 +162,11 @@ def family(task: str, metric: str) -> str:
 
 
 def headlines(rows: pd.DataFrame) -> pd.DataFrame:
-    """One metric of each family of tasks: the first, of losses that of most tokens.
+    """One metric of each family of tasks: its first one, or its loss with most tokens.
 
-    The longest prompt comes first, then the longest continuation.
+    Losses are compared by the length of the prompt first, then of the continuation.
     """
-    chosen = {}
+    chosen: dict[str, tuple[str, str]] = {}
     for task, metric in rows[["task", "metric"]].drop_duplicates().itertuples(index=False):
         name, loss = family(task, metric), is_loss(metric)
         if name not in chosen or (loss and _tokens(task, metric) > _tokens(*chosen[name])):
@@ -192,18 +202,18 @@ def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
     first = [] if base is None else ["chance", base]
     names = ["task", "items", *first, *variants]
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    for (task, protocol, metric), part in rows.groupby(_BY, sort=False):
-        part = part.set_index("variant")
+    for (task, protocol, metric), part in parts_of(rows, _BY):
+        by_variant = dict(part.set_index("variant").iterrows())
         scale = None if is_loss(metric) else 100 if part["high"].max() <= 1 else 1
         name = metric.replace("loss", "perplexity")
         asked = f"{task}, {protocol}" if protocol != "context" else task
         cells = [f"{asked}, {name}", f"{part['items'].iloc[0]}"]
         if base is not None:
-            own = part.loc[base]
+            own = by_variant[base]
             cells.append("" if np.isnan(own.chance) else f"{100 * own.chance:.1f}")
             cells.append(_said(own[_MEANS], scale, sign=False) + _mark(own))
         for variant in variants:
-            own = part.loc[variant]
+            own = by_variant[variant]
             cells.append(_said(own[_DIFFERENCES], scale, sign=True) + _mark(own))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

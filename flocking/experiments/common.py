@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -60,7 +61,7 @@ def against_control(
     seed: int,
     progress: bool,
     measure: Callable[[xr.Dataset], xr.Dataset],
-    **options: object,
+    **options: Any,
 ) -> tuple[xr.Dataset, dict[str, str]]:
     """The same measurement on the model and on its control, one after the other."""
     parts = []
@@ -73,7 +74,7 @@ def against_control(
     return xr.concat(parts, dimension("weights", WEIGHTS)), source
 
 
-def dimension(name: str, labels: list[str]) -> xr.DataArray:
+def dimension(name: str, labels: Sequence[str | float]) -> xr.DataArray:
     """A new dimension with its labels, for ``xarray.concat``."""
     return xr.DataArray(labels, dims=name, name=name)
 

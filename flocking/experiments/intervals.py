@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar, cast
+
 import numpy as np
 import xarray as xr
 from scipy.stats import spearmanr
 
 from flocking.analysis import bootstrap, tails
 from flocking.experiments.common import said
+
+_T = TypeVar("_T", xr.DataArray, xr.Dataset)
 
 OVER_STATIC = "GRIFFIN's perplexity over static's"
 
@@ -21,11 +25,18 @@ def perplexities(losses: xr.DataArray) -> xr.Dataset:
     excess = losses - losses.sel(selection="full")
     against = losses.sel(selection="GRIFFIN", drop=True) - losses.sel(selection="static", drop=True)
     each = xr.Dataset({"perplexity": losses, "relative": excess, "over_static": against})
-    data = np.exp(bootstrap(each))
+    intervals = bootstrap(each)
+    assert isinstance(intervals, xr.Dataset)
+    data = exponential(intervals)
     data.over_static.attrs = ratio(OVER_STATIC)
     data.relative.attrs = ratio("perplexity, relative to the full model's")
     data.perplexity.attrs = {"long_name": "perplexity", "units": "1"}
     return data.transpose("interval", "selection", ...)
+
+
+def exponential(values: _T) -> _T:
+    """``exp`` of all numbers: from losses to perplexities, from differences to ratios."""
+    return cast(_T, np.exp(values))
 
 
 def ratio(long_name: str) -> dict[str, str]:
@@ -41,11 +52,11 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def between_excerpts(x: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
     """Rank correlation over all excerpts, with an interval over texts."""
-    x, y = (values.transpose("sequence", "excerpt").values for values in (x, y))
-    draws = np.random.default_rng(0).integers(len(x), size=(2000, len(x)))
-    drawn = [rank_correlation(x[draw], y[draw]) for draw in draws]
-    low, high = np.nanquantile(drawn, tails(len(x)))
-    values = [rank_correlation(x, y), low, high]
+    one, other = (values.transpose("sequence", "excerpt").values for values in (x, y))
+    draws = np.random.default_rng(0).integers(len(one), size=(2000, len(one)))
+    drawn = [rank_correlation(one[draw], other[draw]) for draw in draws]
+    low, high = np.nanquantile(drawn, tails(len(one)))
+    values = [rank_correlation(one, other), low, high]
     return xr.DataArray(values, {"interval": ["estimate", "low", "high"]}, ("interval",))
 
 

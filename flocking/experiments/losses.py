@@ -27,6 +27,7 @@ from flocking.experiments.intervals import (
     OVER_STATIC,
     between_excerpts,
     by_name,
+    exponential,
     perplexities,
     rank_correlation,
     ratio,
@@ -127,8 +128,8 @@ def _by_distance(losses: xr.DataArray, step: int) -> dict[str, xr.DataArray]:
     pruned = losses.where(losses.distance > 0)
     far = pruned.coarsen(distance=step, boundary="trim").mean()
     excess = far.sel(selection="GRIFFIN") - far.sel(selection="full")
-    ageing = excess.isel(distance=-1, drop=True) - excess.isel(distance=0, drop=True)
-    ageing = np.exp(bootstrap(ageing))
+    change = excess.isel(distance=-1, drop=True) - excess.isel(distance=0, drop=True)
+    ageing = exponential(bootstrap(change))
     ageing.attrs = ratio(f"GRIFFIN's ratio in the last {step} tokens to the first {step}")
     return {"relative_far": perplexities(far).relative, "ageing": ageing}
 

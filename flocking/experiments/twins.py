@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from flocking import analysis
 from flocking.experiments.common import dimension
 from flocking.pruning import griffin, side_by_side
+
+_T = TypeVar("_T", xr.DataArray, xr.Dataset)
 
 DENSITY = 0.5
 
@@ -79,19 +81,17 @@ def losses_and_energy(
 
     def look(subject: PreTrainedModel) -> None:
         mask = xr.full_like(later, subject is model, dtype=bool)
-        for layer, kept in getattr(subject, "selection", {}).items():
-            mask.loc[{"layer": layer, "neuron": kept.numpy()}] = True
+        for layer, neurons in getattr(subject, "selection", {}).items():
+            mask.loc[{"layer": layer, "neuron": neurons.numpy()}] = True
         masks.append(mask)
 
     losses = losses_of(model, twins, ids, prompt, look)
-    masks = xr.concat([masks[-1], *masks[:-1]], dimension("selection", ["full", *twins]))
-    captured = analysis.captured_energy(masks, later).mean("layer").reset_coords(drop=True)
+    kept = xr.concat([masks[-1], *masks[:-1]], dimension("selection", ["full", *twins]))
+    captured = analysis.captured_energy(kept, later).mean("layer").reset_coords(drop=True)
     return losses, captured
 
 
-def each_text(
-    measure: Callable[[int], xr.DataArray | xr.Dataset], names: list[str], progress: bool
-) -> xr.DataArray | xr.Dataset:
+def each_text(measure: Callable[[int], _T], names: list[str], progress: bool) -> _T:
     """The measurement on each text, with progress."""
     numbers = tqdm(range(len(names)), desc="scoring", unit="text", disable=not progress)
     return xr.concat([measure(number) for number in numbers], dimension("sequence", names))
