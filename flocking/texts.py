@@ -1,4 +1,4 @@
-"""The packaged passages: texts of plainly different kinds, written for this project."""
+"""The packaged passages, texts of clearly different kinds, and reading of text files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Passage(str):
-    """A text that knows its name and what it is; in everything else a plain ``str``.
+    """A text with a name and a description; otherwise a plain ``str``.
 
     Attributes
     ----------
@@ -15,6 +15,14 @@ class Passage(str):
         Short name, such as ``"fiction"``.
     description : str
         What the text is, in one line.
+
+    Examples
+    --------
+    >>> passage = flocking.passages()[0]
+    >>> isinstance(passage, str)
+    True
+    >>> passage.name, passage.description
+    ('code', 'Python program: ...')
     """
 
     name: str
@@ -24,9 +32,9 @@ class Passage(str):
 def passages() -> list[Passage]:
     """Twelve texts of different kinds, in alphabetical order of their names.
 
-    Each is between 1,750 and 2,100 tokens long for the embedded model: dialogue,
-    essay, exposition, fiction, German prose, instructions, legal prose, letters,
-    a log, mathematics, source code and reportage.
+    They were written for this project. Each is between 1,750 and 2,100 tokens long for the
+    embedded model: dialogue, essay, exposition, fiction, German prose, instructions, legal prose,
+    letters, a log, mathematics, source code and reportage.
 
     Returns
     -------
@@ -34,7 +42,10 @@ def passages() -> list[Passage]:
 
     Examples
     --------
-    >>> {passage.name: passage.description for passage in flocking.passages()}
+    >>> [passage.name for passage in flocking.passages()]
+    ['code', 'dialogue', 'essay', ...]
+    >>> flocking.record(model, flocking.passages()[:2], progress=False).sizes["sequence"]
+    2
     """
     found = []
     folder = files("flocking") / "data" / "passages"
@@ -47,7 +58,7 @@ def passages() -> list[Passage]:
 
 
 def decoded(raw: bytes, where: str) -> str:
-    """Text in UTF-8, with or without a byte order mark; a ValueError names `where` if it is not."""
+    """Decode UTF-8, with or without a byte order mark; a ValueError names `where` if it fails."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -57,5 +68,5 @@ def decoded(raw: bytes, where: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file in UTF-8, however its lines end; a ValueError names it if it is no text."""
+    """Read a file in UTF-8, with any line endings; a ValueError names it if it is not text."""
     return decoded(path.read_bytes(), str(path)).replace("\r\n", "\n")

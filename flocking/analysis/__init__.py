@@ -1,6 +1,6 @@
 """Measures of a recording, and selections made from it.
 
-How alike tokens are, which neurons a statistic keeps, how well these serve another part of the
+How similar tokens are, which neurons a statistic keeps, how well these serve another part of the
 text, and intervals for all of it. Imports ``recording``, ``feedforward`` and ``models``.
 """
 
@@ -23,7 +23,8 @@ from flocking.analysis.overlap import (
     prompt_generation_overlap,
 )
 from flocking.analysis.selection import (
-    expert_count,
+    density_by_layer,
+    kept_count,
     magnitude,
     select,
     statistic,
@@ -41,11 +42,12 @@ __all__ = [
     "chance_consistency",
     "chance_jaccard",
     "consistency",
+    "density_by_layer",
     "drift",
     "effective_neurons",
-    "expert_count",
     "flocking_score",
     "jaccard",
+    "kept_count",
     "magnitude",
     "named",
     "prompt_generation_overlap",

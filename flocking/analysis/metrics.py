@@ -1,9 +1,10 @@
 """How strongly neurons flock: closed forms on a recording's moments.
 
-Every function takes the Dataset of :func:`flocking.record` and returns a DataArray over
-(sequence, layer), or pairs of sequences, in float64. The first token is left out throughout: its
-norm is often hundreds of times the others', and it says little about the sequence. To look at a
-part of a recording, select its windows: ``recording.sel(window=recording.phase == "generation")``.
+Every function takes the Dataset of :func:`flocking.record` and returns a DataArray in float64 with
+dimensions (sequence, layer), or (sequence, other, layer) for pairs of sequences. The first token is
+always left out: its norm is often hundreds of times the others', and it says little about the
+sequence. To measure a part of a recording, select its windows:
+``recording.sel(window=recording.phase == "generation")``.
 """
 
 from __future__ import annotations
@@ -15,37 +16,19 @@ import xarray as xr
 from scipy import sparse
 
 from flocking.models import warn
-
-_HOW = {
-    "rank": "record(..., ranks=True)",
-    "relative": "record(..., relative=True)",
-}
-
-
-def need(recording: xr.Dataset, *names: str) -> None:
-    """Refuse what is no recording, or one without these variables or any window."""
-    if not isinstance(recording, xr.Dataset) or "phase" not in recording.coords:
-        raise TypeError(
-            f"a {type(recording).__name__} is no recording: give the Dataset that flocking.record "
-            "returns."
-        )
-    for name in names:
-        if name not in recording:
-            raise ValueError(
-                f"the recording has no variable {name!r}: make it with {_HOW.get(name, 'record')}."
-            )
+from flocking.recording import FIRST, PROMPT, require
 
 
 def named(values: xr.DataArray, name: str, long_name: str) -> xr.DataArray:
-    """The result under its name, with the attributes that plots and tables show."""
+    """The values with a name, and the attributes that plots and tables show."""
     return values.rename(name).assign_attrs(long_name=long_name, units="1")
 
 
 def common_windows(recording: xr.Dataset) -> np.ndarray:
-    """Numbers of the prompt's windows in which all sequences hold the same number of tokens."""
+    """Numbers of the prompt's windows in which all sequences have the same number of tokens."""
     tokens = recording.tokens.values
     same = (tokens == tokens.max(axis=0, initial=0)).all(axis=0) & (tokens > 0).all(axis=0)
-    found = np.flatnonzero(same & (recording.phase.values == "prompt"))
+    found = np.flatnonzero(same & (recording.phase.values == PROMPT))
     if not len(found):
         short = int(recording.tokens.sum("window").min())
         raise ValueError(
@@ -57,11 +40,11 @@ def common_windows(recording: xr.Dataset) -> np.ndarray:
 
 def _windows(recording: xr.Dataset) -> xr.Dataset:
     """The recording without the first token's window."""
-    return recording.isel(window=np.flatnonzero(recording.phase.values != "first"))
+    return recording.isel(window=np.flatnonzero(recording.phase.values != FIRST))
 
 
 def _counting(recording: xr.Dataset) -> xr.DataArray:
-    """Which tokens count, (sequence, layer, token): in a window, and not all zero."""
+    """Which tokens count, (sequence, layer, token): those in a window that are not all zero."""
     inside = recording.token_window.isin(_windows(recording).window)
     return inside & (recording.norm > 0)
 
@@ -84,8 +67,8 @@ def _pairs(recording: xr.Dataset) -> xr.DataArray:
     few = (pairs <= 0).any("layer").values
     if few.any():
         warn(
-            f"{few.sum()} of {few.size} sequences have fewer than two tokens beside the first "
-            "(all zeros count as none): the result is NaN there.",
+            f"{few.sum()} of {few.size} sequences have fewer than two tokens after the first "
+            "(tokens with all activations zero do not count): the result is NaN there.",
         )
     return pairs.where(pairs > 0)
 
@@ -106,51 +89,57 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     ``C = (||sum_t r_t||^2 - T) / (T (T - 1))``, the mean of ``<r_t, r_u>`` over all pairs
     of different tokens in closed form. Flocking is Dong, Chen and Chi's observation
     (2024, arXiv 2404.01365, section 3) that tokens of a sequence share their relative
-    activations; the measure is this project's. Read it beside
-    :func:`chance_consistency`: all ``r_t`` are non-negative, so even unrelated tokens have
-    a positive cosine.
+    activations; the measure is this project's. Compare it with :func:`chance_consistency`: all
+    ``r_t`` are non-negative, so even unrelated tokens have a positive cosine.
 
     Parameters
     ----------
     recording : xarray.Dataset
         From :func:`flocking.record`.
     different_tokens : bool
-        Leave out pairs of tokens with the same id, which may be alike only because the same
-        word stands there. Needs ``record(..., relative=True)``.
+        Leave out pairs of tokens with the same id, which may be similar only because they are
+        the same word. Needs ``record(..., relative=True)``.
 
     Returns
     -------
     xarray.DataArray, float64, (sequence, layer)
-        Unitless, at most 1; NaN with fewer than two tokens beside the first.
+        Unitless, at most 1; NaN with fewer than two tokens after the first.
 
     Raises
     ------
     TypeError
-        If `recording` is no recording.
+        If `recording` is not a recording.
     ValueError
-        If `different_tokens` is asked for and the recording has no ``relative``.
+        With `different_tokens`, if the recording has no ``relative`` for all layers.
 
     Warns
     -----
     UserWarning
-        If a sequence has fewer than two tokens beside the first.
+        If a sequence has fewer than two tokens after the first.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> values = flocking.consistency(recording)
+    >>> values.dims, values.shape
+    (('sequence', 'layer'), (2, 2))
     """
-    need(recording, "mass")
+    require(recording, "mass")
     values = _mean_cosine(recording, _windows(recording).mass)
     if different_tokens:
         pairs = _pairs(recording)
         same, count = _identical(recording, np.eye(recording.sizes["sequence"], dtype=bool))
-        own = _own(same) - _token_count(recording)  # a token is no pair with itself
+        own = _own(same) - _token_count(recording)  # a token is not a pair with itself
         left = pairs - (_own(count) - _token_count(recording))
         values = (values * pairs - own) / left.where(left > 0)
     return named(values, "consistency", "consistency")
 
 
 def chance_consistency(recording: xr.Dataset) -> xr.DataArray:
-    """What :func:`consistency` would be if neurons had no identity: its chance level.
+    """Chance level of :func:`consistency`: its value if neurons had no identity.
 
-    The expectation of C when every token keeps its values and the neurons are permuted
-    independently for each token, ``C0 = ((sum_t a_t)^2 - sum_t a_t^2) / (d_ff T (T - 1))``
+    The expectation of C when the neurons are permuted independently for each token,
+    ``C0 = ((sum_t a_t)^2 - sum_t a_t^2) / (d_ff T (T - 1))``
     with ``a_t = ||r_t||_1``.
 
     Parameters
@@ -161,9 +150,16 @@ def chance_consistency(recording: xr.Dataset) -> xr.DataArray:
     Returns
     -------
     xarray.DataArray, float64, (sequence, layer)
-        Unitless, in [0, 1]; NaN with fewer than two tokens beside the first.
+        Unitless, in [0, 1]; NaN with fewer than two tokens after the first.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> chance = flocking.chance_consistency(recording)
+    >>> bool((chance < flocking.consistency(recording)).all())
+    True
     """
-    need(recording, "l1")
+    require(recording, "l1")
     pairs = _pairs(recording)
     l1 = recording.l1.astype(np.float64)
     excess = _token_sum(recording, l1) ** 2 - _token_sum(recording, l1**2)
@@ -175,9 +171,9 @@ def flocking_score(recording: xr.Dataset) -> xr.DataArray:
     """Consistency on a scale from chance (0) to identical patterns (1).
 
     ``(C - C0) / (1 - C0)`` with :func:`consistency` C and :func:`chance_consistency` C0.
-    A high score need not mean much by itself: networks with random weights score high as
-    well, and so do layers where a few neurons dominate (see :func:`effective_neurons`
-    and :func:`rank_consistency`).
+    A high score alone does not say much: networks with random weights also score high, and so do
+    layers where a few neurons dominate (see :func:`effective_neurons` and
+    :func:`rank_consistency`).
 
     Parameters
     ----------
@@ -187,7 +183,18 @@ def flocking_score(recording: xr.Dataset) -> xr.DataArray:
     Returns
     -------
     xarray.DataArray, float64, (sequence, layer)
-        Unitless, at most 1; NaN with fewer than two tokens beside the first.
+        Unitless, at most 1; NaN with fewer than two tokens after the first.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> flocking.flocking_score(recording).mean("sequence").dims
+    ('layer',)
+
+    The same for tokens 65 to 192 only, windows 2 and 3 of 64 tokens:
+
+    >>> flocking.flocking_score(recording.isel(window=[2, 3])).shape
+    (2, 2)
     """
     chance = chance_consistency(recording)
     values = (consistency(recording) - chance) / (1 - chance)
@@ -198,7 +205,7 @@ def rank_consistency(recording: xr.Dataset) -> xr.DataArray:
     """Mean Spearman correlation between two tokens' activations; its chance level is 0.
 
     The closed form of :func:`consistency` on each token's standardised ranks. GRIFFIN
-    selects neurons by rank, and ranks do not let a few outlier neurons decide.
+    selects neurons by rank, and ranks do not depend on how large a few outlier neurons are.
 
     Parameters
     ----------
@@ -208,23 +215,29 @@ def rank_consistency(recording: xr.Dataset) -> xr.DataArray:
     Returns
     -------
     xarray.DataArray, float64, (sequence, layer)
-        Unitless, in [-1, 1]; NaN with fewer than two tokens beside the first.
+        Unitless, in [-1, 1]; NaN with fewer than two tokens after the first.
 
     Raises
     ------
     ValueError
         If the recording has no ranks.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], ranks=True, progress=False)
+    >>> flocking.rank_consistency(recording).dims
+    ('sequence', 'layer')
     """
-    need(recording, "rank")
+    require(recording, "rank")
     values = _mean_cosine(recording, _windows(recording)["rank"])
     return named(values, "rank_consistency", "rank consistency")
 
 
 def effective_neurons(recording: xr.Dataset) -> xr.DataArray:
-    """Number of neurons that share the energy: its participation ratio.
+    """Number of neurons that share the energy: the participation ratio.
 
-    ``(sum_j E_j)^2 / sum_j E_j^2`` with E the energy over all windows beside the first
-    token's. From 1 (one neuron has it all) to ``d_ff`` (all have the same).
+    ``(sum_j E_j)^2 / sum_j E_j^2`` with E the energy over all windows but the first token's.
+    From 1 (one neuron has it all) to ``d_ff`` (all have the same).
 
     Parameters
     ----------
@@ -234,9 +247,16 @@ def effective_neurons(recording: xr.Dataset) -> xr.DataArray:
     Returns
     -------
     xarray.DataArray, float64, (sequence, layer)
-        In neurons; NaN without a token beside the first.
+        In neurons; NaN without a token after the first.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> count = flocking.effective_neurons(recording)
+    >>> count.attrs["units"], bool(((count > 1) & (count <= count.d_ff)).all())
+    ('neurons', True)
     """
-    need(recording, "energy")
+    require(recording, "energy")
     energy = _windows(recording).energy.sum("window", dtype=np.float64)
     squares = (energy**2).sum("neuron")
     values = energy.sum("neuron") ** 2 / squares.where(squares > 0)
@@ -264,15 +284,22 @@ def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False
     Returns
     -------
     xarray.DataArray, float64, (sequence, other, layer)
-        Unitless, symmetric in the two sequences; NaN where they are one and the same.
+        Unitless, symmetric in the two sequences; NaN where both are the same sequence.
 
     Raises
     ------
     TypeError
-        If `recording` is no recording.
+        If `recording` is not a recording.
     ValueError
-        If there is one sequence only, or one is shorter than the first window; if
-        `different_tokens` is asked for and the recording has no ``relative``.
+        If there is only one sequence, or one is shorter than the first window; with
+        `different_tokens`, if the recording has no ``relative`` for all layers.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:3], progress=False)
+    >>> values = flocking.between_consistency(recording)
+    >>> values.dims, values.shape
+    (('sequence', 'other', 'layer'), (3, 3, 2))
     """
     part = _at_equal_counts(recording)
     mass = part.mass.sum("window", dtype=np.float64)
@@ -294,27 +321,36 @@ def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     """How much of the consistency belongs to the sequence rather than to the model.
 
     ``(C - B) / (1 - B)`` for each pair of sequences, with :func:`between_consistency` B and the
-    mean C of their two :func:`consistency`, from the same windows. 0: tokens of one text are no
-    more alike than tokens of two, so that a static choice of neurons would serve as well; 1: a
-    text's tokens are identical, and differ from the other's.
+    mean C of their two :func:`consistency`, from the same windows. 0: tokens of one text are not
+    more similar than tokens of two, so that a static selection would serve as well. 1: a text's
+    tokens are identical, but differ from the other's.
 
     Parameters
     ----------
     recording : xarray.Dataset
         From :func:`flocking.record`, of two sequences or more.
     different_tokens : bool
-        Leave out pairs of tokens with the same id, in C and B alike. Needs
+        Leave out pairs of tokens with the same id, both in C and in B. Needs
         ``record(..., relative=True)``.
 
     Returns
     -------
     xarray.DataArray, float64, (sequence, other, layer)
-        Unitless, at most 1; NaN where the two sequences are one and the same.
+        Unitless, at most 1; NaN where both are the same sequence.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`between_consistency`.
+        As in :func:`between_consistency`.
+
+    Examples
+    --------
+    >>> texts = [passage[:300] for passage in flocking.passages()[:2]]
+    >>> recording = flocking.record(model, texts, window=8, relative=True, progress=False)
+    >>> flocking.specificity(recording).shape
+    (2, 2, 2)
+    >>> flocking.specificity(recording, different_tokens=True).shape
+    (2, 2, 2)
     """
     within = consistency(_at_equal_counts(recording), different_tokens=different_tokens)
     between = between_consistency(recording, different_tokens=different_tokens)
@@ -324,14 +360,14 @@ def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
 
 
 def _at_equal_counts(recording: xr.Dataset) -> xr.Dataset:
-    need(recording, "mass", "tokens")
+    require(recording, "mass", "tokens")
     if recording.sizes["sequence"] < 2:
-        raise ValueError("there is one sequence and no pair: record two or more.")
+        raise ValueError("expected two sequences or more, got 1: record several texts.")
     return recording.isel(window=common_windows(recording))
 
 
 def _other(values: xr.DataArray) -> xr.DataArray:
-    """The same of the other sequence of a pair."""
+    """The values, for the other sequence of a pair."""
     return values.drop_vars("text", errors="ignore").rename(sequence="other")
 
 
@@ -342,7 +378,7 @@ def _of_pairs(recording: xr.Dataset, values: np.ndarray) -> xr.DataArray:
 
 
 def _own(pairs: xr.DataArray) -> xr.DataArray:
-    """The diagonal: each sequence with itself."""
+    """Values on the diagonal: each sequence with itself."""
     own = np.einsum("ssl->sl", pairs.values)
     return xr.DataArray(own, {d: pairs[d] for d in ("sequence", "layer")}, ("sequence", "layer"))
 
@@ -352,12 +388,7 @@ def _identical(recording: xr.Dataset, wanted: np.ndarray) -> tuple[xr.DataArray,
 
     A sum over token ids v of ``<S_v, S'_v>``, where S_v sums r over a sequence's tokens v.
     """
-    need(recording, "relative")
-    if "layer" not in recording.relative.dims:
-        raise ValueError(
-            "the recording has relative activations of some layers only: make it with "
-            "record(..., relative=True), or with layers= and relative=True alike."
-        )
+    require(recording, "relative")
     n = recording.sizes["sequence"]
     sums = np.zeros((n, n, recording.sizes["layer"]))
     counts = np.zeros_like(sums)

@@ -1,19 +1,34 @@
-"""What GRIFFIN would select from a recording, and how well that serves another part of it.
+"""How well what GRIFFIN selects from one part of a recording serves another part.
 
-Selections are boolean DataArrays over neurons, statistics float64 ones: both keep their labels,
-so that parts of a text, texts and models are compared by xarray's own broadcasting.
+Selections are boolean DataArrays over neurons, statistics float64 ones. Both keep their labels, so
+that xarray's broadcasting compares parts of a text, texts and models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import xarray as xr
 
-from flocking.analysis.metrics import common_windows, named, need
-from flocking.analysis.selection import edge_at, expert_count, select, statistic, windows_of
+from flocking.analysis.metrics import common_windows, named
+from flocking.analysis.selection import (
+    density_by_layer,
+    edge_at,
+    kept_count,
+    select,
+    statistic,
+    windows_of,
+)
+from flocking.recording import PROMPT, require
+
+_DRIFT_DIMS = ("sequence", "layer", "prompt_length", "distance")
+_DRIFT = {
+    "jaccard": "Jaccard overlap",
+    "captured_energy": "captured energy",
+    "oracle": "captured energy of the best in hindsight",
+}
 
 
 def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArray:
@@ -22,26 +37,37 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
     Parameters
     ----------
     a, b : xarray.DataArray, bool, (..., neuron)
-        Selections. Dimensions of the same name must have the same labels; the others are
-        broadcast against each other.
+        Selections. A dimension that both have must have the same labels; other dimensions are
+        broadcast.
     dim : str
-        What is selected, if it is not neurons (``"routed_expert"``, say).
+        Dimension that is selected from, if not neurons (``"routed_expert"``, say).
 
     Returns
     -------
     xarray.DataArray, float64
-        Unitless, in [0, 1]; NaN where either of the two is empty.
+        Unitless, in [0, 1]; NaN where one of the two is empty.
 
     Raises
     ------
     ValueError
-        If the labels differ along a dimension that both have.
+        If `a` or `b` is not a selection along `dim`, or the labels differ along a dimension that
+        both have.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> early = flocking.select(flocking.statistic(recording, stop=257), density=0.5)
+    >>> late = flocking.select(flocking.statistic(recording, start=257), density=0.5)
+    >>> flocking.jaccard(early, late).dims
+    ('sequence', 'layer')
+    >>> flocking.jaccard(early, early).values.tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
     """
     for name, values in (("a", a), ("b", b)):
         if values.dtype != bool or dim not in values.dims:
             raise ValueError(
-                f"{name} is no selection along {dim!r}: give what flocking.select returns, or a "
-                "bool array and its dim."
+                f"{name} is not a selection along {dim!r}: give what flocking.select returns, or "
+                "another bool array and its dim."
             )
     a, b = xr.align(a, b, join="exact")
     with xr.set_options(keep_attrs=False):
@@ -51,13 +77,45 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
     return named(values, "jaccard", "Jaccard overlap")
 
 
-def chance_jaccard(density: float) -> float:
+@overload
+def chance_jaccard(density: float) -> float: ...
+
+
+@overload
+def chance_jaccard(density: Iterable[float]) -> list[float]: ...
+
+
+def chance_jaccard(density: float | Iterable[float]) -> float | list[float]:
     """Overlap of two selections made at random: ``density / (2 - density)``.
 
     The ratio of expectations, ``d^2 / (2 d - d^2)``; the expectation of the ratio differs
     from it by less than ``1 / d_ff``.
+
+    Parameters
+    ----------
+    density : float or iterable of float
+        Fraction of neurons kept, or one for each layer.
+
+    Returns
+    -------
+    float, or list of float
+        As many as densities.
+
+    Raises
+    ------
+    ValueError
+        If a density is not in (0, 1].
+
+    Examples
+    --------
+    >>> flocking.chance_jaccard(0.5)
+    0.333...
+    >>> flocking.chance_jaccard([0.5, 1.0])
+    [0.333..., 1.0]
     """
-    expert_count(density, 1 << 62)  # refuses what is not in (0, 1]
+    if isinstance(density, Iterable):
+        return [chance_jaccard(each) for each in density]
+    kept_count(density, 1 << 62)  # raises unless it is in (0, 1]
     return density / (2 - density)
 
 
@@ -66,25 +124,42 @@ def captured_energy(
 ) -> xr.DataArray:
     """Share of a range's energy that a selection keeps: ``sum_(j in S) E_j / sum_j E_j``.
 
-    Its chance level is the density; with ``of="oracle"``, the density over the oracle's share.
+    Its chance level is the density; with ``of="oracle"``, the density divided by the oracle's
+    share.
 
     Parameters
     ----------
     selection : xarray.DataArray, bool, (..., neuron)
         From :func:`select`.
     later : xarray.DataArray, (..., neuron)
-        :func:`statistic` of the range to be served, whose square is the energy.
+        :func:`statistic` of the range to be served. Its square is the energy.
     of : {"all", "oracle"}
-        Divide by the energy of all neurons, or by what as many neurons chosen in hindsight, from
-        `later` itself, would keep.
+        Divide by the energy of all neurons, or by the energy that as many neurons would keep if
+        they were selected in hindsight, from `later` itself.
 
     Returns
     -------
     xarray.DataArray, float64
         Unitless, in [0, 1]; NaN where the selection is empty or there is no energy.
+
+    Raises
+    ------
+    ValueError
+        If `selection` is not a selection, or the labels differ along a dimension that both have.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> kept = flocking.select(flocking.statistic(recording, stop=257), density=0.5)
+    >>> later = flocking.statistic(recording, start=257)
+    >>> share = flocking.captured_energy(kept, later)
+    >>> share.dims, bool((share <= flocking.captured_energy(kept, later, of="oracle")).all())
+    (('sequence', 'layer'), True)
     """
-    if selection.dtype != bool:
-        raise ValueError("selection is no selection: give what flocking.select returns.")
+    if selection.dtype != bool or "neuron" not in selection.dims:
+        raise ValueError(
+            "selection is not a selection along 'neuron': give what flocking.select returns."
+        )
     if of not in ("all", "oracle"):
         raise ValueError(f"of={of!r}: give 'all' or 'oracle'.")
     selection, later = xr.align(selection, later, join="exact")
@@ -94,7 +169,7 @@ def captured_energy(
         kept = xr.dot(selection.astype(np.float64), energy.fillna(0), dim="neuron")
         total = energy.sum("neuron")
         if of == "oracle":
-            # Descending sums over neurons: the k-th is the most that k neurons can keep.
+            # Sums over neurons in descending order: the k-th is the most that k neurons can keep.
             best = energy.copy(
                 data=-np.sort(-energy.fillna(0).values, energy.get_axis_num("neuron"))
             )
@@ -104,62 +179,89 @@ def captured_energy(
 
 
 # --------------------------------------------------------------------------------------
-# Questions
+# Measures from a recording
 
 
 def prompt_generation_overlap(
-    recording: xr.Dataset, density: float | Iterable[float] = 0.5
+    recording: xr.Dataset,
+    density: float | Iterable[float] = 0.5,
+    *,
+    densities: Iterable[float] | None = None,
 ) -> xr.DataArray:
-    """Jaccard overlap of the experts that the prompt and the generation would choose.
+    """Jaccard overlap of the selections from the prompt and from the generation.
 
     Parameters
     ----------
     recording : xarray.Dataset
         From ``flocking.record(..., max_new_tokens=...)``.
     density : float or iterable of float
-        Fraction of neurons kept.
+        Fraction of neurons kept, or one for each layer.
+    densities : iterable of float, optional
+        Several to compare, instead of `density`, as in :func:`select`.
 
     Returns
     -------
     xarray.DataArray, float64, ([density,] sequence, layer)
         Chance level: :func:`chance_jaccard`.
+
+    Examples
+    --------
+    >>> texts = ["Birds of a feather", "The starlings turned as one."]
+    >>> recording = flocking.record(model, texts, max_new_tokens=16, progress=False)
+    >>> flocking.prompt_generation_overlap(recording, density=0.5).dims
+    ('sequence', 'layer')
+    >>> flocking.prompt_generation_overlap(recording, densities=[0.25, 0.5]).dims
+    ('density', 'sequence', 'layer')
     """
-    prompt, generation = (statistic(recording, phase=p) for p in ("prompt", "generation"))
-    return jaccard(select(prompt, density), select(generation, density))
+    density = density_by_layer(density, recording.sizes["layer"])
+    densities = None if densities is None else list(densities)
+    prompt = select(statistic(recording, phase="prompt"), density, densities=densities)
+    generation = select(statistic(recording, phase="generation"), density, densities=densities)
+    return jaccard(prompt, generation)
 
 
-def between_sequence_overlap(recording: xr.Dataset, density: float = 0.5) -> xr.Dataset:
-    """Overlap of the experts of different sequences, beside that of one sequence's halves.
+def between_sequence_overlap(
+    recording: xr.Dataset, density: float | Iterable[float] = 0.5
+) -> xr.Dataset:
+    """Overlap of the selections from different sequences, and from the halves of one sequence.
 
-    The experts of the first half of each sequence against those of the second half of each:
-    within a sequence and between two, from as many tokens (after a figure of Dong, Chen and
-    Chi 2024, arXiv 2404.01365, section 3). The first token, and windows that not all
-    sequences fill, are left out.
+    The selection from the first half of each sequence is compared with that from the second half of
+    each: within a sequence and between two, from equally many tokens (after a figure of Dong, Chen
+    and Chi 2024, arXiv 2404.01365, section 3). The first token, and windows that not all sequences
+    fill, are left out.
 
     Parameters
     ----------
     recording : xarray.Dataset
-        From :func:`flocking.record`, two sequences or more, of two windows or more.
-    density : float
-        Fraction of neurons kept.
+        From :func:`flocking.record`, of two sequences or more, each of two windows or more.
+    density : float or iterable of float
+        Fraction of neurons kept, or one for each layer.
 
     Returns
     -------
     xarray.Dataset
-        ``within`` (sequence, layer): Jaccard of a sequence's own two halves.
+        ``within`` (sequence, layer): Jaccard overlap of a sequence's two halves.
         ``between`` (sequence, other, layer): of its first half and the other's second half;
-        NaN where the other is itself. Chance level: :func:`chance_jaccard`.
+        NaN where both are the same sequence. Chance level: :func:`chance_jaccard`.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:3], progress=False)
+    >>> overlap = flocking.between_sequence_overlap(recording, density=0.5)
+    >>> overlap.within.dims, overlap.between.dims
+    (('sequence', 'layer'), ('sequence', 'other', 'layer'))
     """
-    need(recording, "energy", "tokens")
+    require(recording, "energy", "tokens")
     windows = common_windows(recording)
     half = len(windows) // 2
     if half == 0:
-        raise ValueError("one window cannot be halved: record with a smaller window.")
-    chosen = []
+        raise ValueError("expected two windows or more, got 1: record with a smaller window.")
+    density = density_by_layer(density, recording.sizes["layer"])
+    selections = []
     for part in (windows[:half], windows[half : 2 * half]):
         energy = recording.energy.isel(window=part).sum("window", dtype=np.float64)
-        chosen.append(select(np.sqrt(energy), density))
-    first, second = chosen
+        selections.append(select(np.sqrt(energy), density))
+    first, second = selections
     overlap = xr.concat(
         [
             jaccard(
@@ -183,87 +285,111 @@ def between_sequence_overlap(recording: xr.Dataset, density: float = 0.5) -> xr.
 
 def drift(
     recording: xr.Dataset,
-    density: float = 0.5,
+    density: float | Iterable[float] = 0.5,
     *,
     prompt_lengths: Iterable[int] | None = None,
 ) -> xr.Dataset:
-    """How well the experts of a prompt serve what follows, by its length and the distance.
+    """How well a prompt's selection serves the text that follows, by prompt length and distance.
 
-    Each text is cut in two at every prompt length: the experts of what lies before (the first
-    token included) are held against each later window. All from one recorded pass.
+    Each text is cut in two at every prompt length. The selection from the part before the cut (the
+    first token included) is compared with each later window. All from one recorded pass.
 
     Parameters
     ----------
     recording : xarray.Dataset
-        From ``flocking.record(..., window=16)``; its prompt phase is what is looked at.
-    density : float
-        Fraction of neurons kept.
+        From ``flocking.record(..., window=16)``, say. Only its prompt phase is used.
+    density : float or iterable of float
+        Fraction of neurons kept, or one for each layer.
     prompt_lengths : iterable of int, optional
         Tokens before the cut, edges of windows; all of them by default.
 
     Returns
     -------
     xarray.Dataset, float64, (sequence, layer, prompt_length, distance)
-        ``jaccard`` with the experts that the later window itself would choose (few tokens choose
-        noisily, so that this stays below 1 even without drift), ``captured_energy`` of the later
-        window, and ``oracle``, the most that could have been captured in hindsight. ``distance``
-        is from the cut to the later window's beginning, in tokens. NaN where a sequence ends
-        before.
+        ``jaccard`` with the selection from the later window itself (which is noisy, since it is
+        made from few tokens, so that this stays below 1 even without drift); ``captured_energy``
+        of the later window; and ``oracle``, the most that a selection made in hindsight could
+        capture. ``distance`` is from the cut to the start of the later window, in tokens. NaN
+        after the end of a sequence.
+
+    Examples
+    --------
+    >>> texts = [passage[:400] for passage in flocking.passages()[:2]]
+    >>> recording = flocking.record(model, texts, window=16, progress=False)
+    >>> values = flocking.drift(recording, density=0.5, prompt_lengths=[17, 33])
+    >>> list(values)
+    ['jaccard', 'captured_energy', 'oracle']
+    >>> values.jaccard.dims
+    ('sequence', 'layer', 'prompt_length', 'distance')
+    >>> values.distance.values[:3].tolist()
+    [0, 16, 32]
     """
-    need(recording, "energy", "tokens")
-    windows, edges = windows_of(recording, "prompt")
-    part = recording.isel(window=windows)
+    require(recording, "energy", "tokens")
+    windows, edges = windows_of(recording, PROMPT)
     if len(windows) < 3:
-        raise ValueError("drift needs a prompt of three windows: record with a smaller window.")
+        raise ValueError(
+            f"expected three windows of prompt or more, got {len(windows)}: record with a smaller "
+            "window."
+        )
+    part = recording.isel(window=windows)
     width = edges[2] - edges[1]
     cuts = edges[1:-1] if prompt_lengths is None else list(prompt_lengths)
     counts = [edge_at("prompt_lengths", length, edges) for length in cuts]
     if not all(0 < count < len(windows) for count in counts):
         raise ValueError(f"prompt_lengths={cuts}: each must leave a prompt and a window after it.")
+    by_layer = density_by_layer(density, part.sizes["layer"])
     sizes = part.sizes["sequence"], part.sizes["layer"], len(cuts), len(windows) - min(counts)
-    result = {name: np.full(sizes, np.nan) for name in ("jaccard", "captured_energy", "oracle")}
-    for number in range(part.sizes["sequence"]):  # one at a time, to bound the memory
-        real = part.isel(sequence=[number])
-        energy = real.energy[0].astype(np.float64)
-        full = real.tokens.values[0] == width
-        prompts = select(
-            np.sqrt(energy.cumsum("window").isel(window=np.array(counts) - 1)), density
-        )
-        best = select(np.sqrt(energy), density)
-        chosen, own = (
-            m.transpose("layer", "window", "neuron").values.astype(np.float32)
-            for m in (prompts, best)
-        )
-        energy = energy.transpose("layer", "window", "neuron").values
-        total = energy.sum(-1)
-        with np.errstate(invalid="ignore"):
-            both = chosen @ own.swapaxes(1, 2)
-            overlap = both / (2 * own.sum(-1).max(-1)[:, None, None] - both)
-            kept = chosen.astype(np.float64) @ energy.swapaxes(1, 2) / total[:, None]
-            oracle = (own * energy).sum(-1) / total
+    result = {name: np.full(sizes, np.nan) for name in _DRIFT}
+    for number in range(part.sizes["sequence"]):  # one at a time, to limit the memory
+        one = part.isel(sequence=number)
+        full = one.tokens.values == width
+        measures = _serving(one.energy.astype(np.float64), counts, by_layer)
         for row, count in enumerate(counts):
             here = np.flatnonzero(full[count:])
-            there = (number, slice(None), row, here)
-            # (The index array comes first where numpy mixes it with a slice.)
-            result["jaccard"][there] = overlap[:, row, count + here].T
-            result["captured_energy"][there] = kept[:, row, count + here].T
-            result["oracle"][there] = oracle[:, count + here].T
-    dims = ("sequence", "layer", "prompt_length", "distance")
-    texts = {
-        "jaccard": "Jaccard overlap",
-        "captured_energy": "captured energy",
-        "oracle": "captured energy of the best in hindsight",
-    }
+            for name, values in measures.items():
+                # (The index array comes first where numpy mixes it with a slice.)
+                result[name][number, :, row, here] = values[:, row, count + here].T
     return xr.Dataset(
         {
-            name: (dims, value, {"long_name": texts[name], "units": "1"})
-            for name, value in result.items()
+            name: (_DRIFT_DIMS, result[name], {"long_name": text, "units": "1"})
+            for name, text in _DRIFT.items()
         },
         {
             "sequence": part.sequence,
             "layer": part.layer,
             "prompt_length": ("prompt_length", cuts, {"units": "tokens"}),
             "distance": ("distance", width * np.arange(sizes[3]), {"units": "tokens"}),
-            "density": density,
+            "density": by_layer[0] if len({*by_layer}) == 1 else ("layer", by_layer),
         },
     )
+
+
+def _serving(
+    energy: xr.DataArray, counts: list[int], density: list[float]
+) -> dict[str, np.ndarray]:
+    """The measures of drift for one sequence, each (layer, cut, window).
+
+    Parameters
+    ----------
+    energy : xarray.DataArray, (layer, window, neuron)
+    counts : list of int
+        Windows before each cut.
+    """
+    prompts = energy.cumsum("window").isel(window=np.array(counts) - 1)
+    chosen, own = (
+        select(values**0.5, density).transpose("layer", "window", "neuron").values
+        for values in (prompts, energy)
+    )
+    chosen, own = chosen.astype(np.float32), own.astype(np.float32)
+    values = energy.transpose("layer", "window", "neuron").values
+    total = values.sum(-1)
+    with np.errstate(invalid="ignore"):
+        both = chosen @ own.swapaxes(1, 2)
+        overlap = both / (2 * own.sum(-1).max(-1)[:, None, None] - both)
+        kept = chosen.astype(np.float64) @ values.swapaxes(1, 2) / total[:, None]
+        oracle = (own * values).sum(-1) / total
+    return {
+        "jaccard": overlap,
+        "captured_energy": kept,
+        "oracle": np.broadcast_to(oracle[:, None], kept.shape),
+    }

@@ -1,4 +1,4 @@
-"""From a recording to a statistic, and from a statistic to the neurons that are kept."""
+"""From a recording to a statistic, and from a statistic to a selection of neurons."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flocking.analysis.metrics import named, need
+from flocking.analysis.metrics import named
 from flocking.feedforward import FeedForward, dense, feedforwards, fused_rows, row_norms
 from flocking.models import warn
+from flocking.recording import FIRST, GENERATION, PROMPT, coordinates_of, require
 
 Phase = Literal["prompt", "generation"]
 
@@ -43,29 +44,39 @@ def statistic(
         The part of the text; all of it by default.
     start, stop : int, optional
         Range of tokens, from `start` up to but without `stop`, counted from the beginning of
-        the phase; edges of windows. The whole phase by default.
+        the phase. Both must be edges of windows. The whole phase by default.
     by : {"length", "window"}, optional
-        Instead of one statistic for the range: "length", the series for ranges that begin
-        at `start` and end with each window in turn (prompts of growing length), or "window",
-        one for each window alone. Coordinates `start` and `stop` say which tokens.
+        Several statistics instead of one for the range: "length" for ranges that begin at
+        `start` and end with each window in turn (prompts of growing length), "window" for each
+        window alone. Coordinates ``start`` and ``stop`` say which tokens.
 
     Returns
     -------
     xarray.DataArray, float64, (sequence, layer, [window,] neuron)
-        Unitless. Coordinate ``tokens`` counts the real tokens that it sums over; where there
-        are none, it is NaN.
+        Unitless; NaN without tokens. Coordinate ``tokens`` counts the real tokens that it sums
+        over.
 
     Raises
     ------
     ValueError
-        If the recording lacks the phase, or `start` or `stop` is no edge of a window.
+        If the recording lacks the phase, or `start` or `stop` is not an edge of a window.
 
     Warns
     -----
     UserWarning
         If a sequence has no token in the range.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> flocking.statistic(recording, phase="prompt").dims
+    ('sequence', 'layer', 'neuron')
+    >>> flocking.statistic(recording, start=1, stop=129).tokens.values.tolist()
+    [128, 128]
+    >>> flocking.statistic(recording, by="length").stop.values[:4].tolist()
+    [1, 65, 129, 193]
     """
-    need(recording, "energy", "tokens")
+    require(recording, "energy", "tokens")
     windows, edges = windows_of(recording, phase)
     first = 0 if start is None else edge_at("start", start, edges)
     last = len(windows) if stop is None else edge_at("stop", stop, edges)
@@ -95,43 +106,40 @@ def statistic(
 
 def windows_of(recording: xr.Dataset, phase: str | None) -> tuple[np.ndarray, list[int]]:
     """Numbers of the phase's windows, and the tokens at which they begin and the last ends."""
+    if phase not in (None, PROMPT, GENERATION):
+        raise ValueError(f"phase={phase!r}: give {PROMPT!r}, {GENERATION!r} or nothing.")
     phases = recording.phase.values
-    members = {
-        None: phases != "",
-        "prompt": phases != "generation",
-        "generation": phases == "generation",
-    }
-    if phase not in members:
-        raise ValueError(f"phase={phase!r}: give 'prompt', 'generation' or nothing.")
-    windows = np.flatnonzero(members[phase])
+    if phase is None:
+        windows = np.arange(len(phases))
+    else:
+        windows = np.flatnonzero((phases == GENERATION) == (phase == GENERATION))
     if not len(windows):
-        how = "record(..., max_new_tokens=...)" if phase == "generation" else "record"
-        raise ValueError(f"the recording has no phase {phase!r}: make it with {how}.")
+        require(recording, phase=phase or PROMPT)
     starts = recording.start.values[windows].tolist()
     end = starts[-1] + int(recording.tokens.values[:, windows[-1]].max(initial=0))
-    if phase is None and len({*phases} - {"first"}) > 1:
-        starts = [np.nan] * len(starts)  # a generation is counted from its own beginning
+    if phase is None and len({*phases} - {FIRST}) > 1:
+        starts = [np.nan] * len(starts)  # a generation is counted from its first token
     return windows, [*starts, end]
 
 
 def edge_at(name: str, value: int, edges: list[int]) -> int:
-    """Which of the edges a token is, or an error that says where the nearest are."""
+    """Number of the edge at a token; an error says where the nearest edges are."""
     if np.isnan(edges[0]):
-        raise ValueError(f"{name}={value} in a recording with a generation: give a phase as well.")
+        raise ValueError(f"{name}={value} in a recording with a generation: give a phase, too.")
     if value not in edges:
         near = sorted(edges, key=lambda edge: abs(edge - value))[:2]
         raise ValueError(
-            f"{name}={value} is no edge of a window: the nearest are at "
+            f"{name}={value} is not an edge of a window: the nearest are at "
             f"{' and '.join(map(str, sorted(near)))}; or record with a smaller window."
         )
     return edges.index(value)
 
 
 def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
-    """For each sequence, the static statistic that all the other sequences would give.
+    """Static statistic for each sequence, from all the other sequences.
 
-    The root of the mean over the other sequences of their energy per token: a selection
-    made from it belongs to the model and not to the sequence.
+    The root of the mean over the other sequences of their energy per token. A selection made from
+    it says something about the model and nothing about the sequence.
 
     Parameters
     ----------
@@ -141,12 +149,20 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     Returns
     -------
     xarray.DataArray, float64, like `values`
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:3], progress=False)
+    >>> static = flocking.statistic_of_others(flocking.statistic(recording))
+    >>> flocking.select(static, density=0.5).dims
+    ('sequence', 'layer', 'neuron')
     """
     if values.sizes["sequence"] < 2:
-        raise ValueError("there is one sequence and no other: record two or more.")
+        raise ValueError("expected two sequences or more, got 1: record several texts.")
     energy = values**2 / values.tokens
     others = (energy.sum("sequence") - energy) / (energy.notnull().sum("sequence") - 1)
-    return named(np.sqrt(others.clip(min=0)), "statistic", "statistic of the other sequences")
+    others = np.sqrt(others.clip(min=0)).transpose(*values.dims)
+    return named(others, "statistic", "statistic of the other sequences")
 
 
 def weight_magnitude(model: PreTrainedModel) -> xr.DataArray:
@@ -168,92 +184,150 @@ def weight_magnitude(model: PreTrainedModel) -> xr.DataArray:
     ------
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
+
+    Examples
+    --------
+    >>> static = flocking.weight_magnitude(model)
+    >>> static.dims, static.shape
+    (('layer', 'neuron'), (2, 64))
     """
     blocks = feedforwards(model)
     values = np.zeros((len(blocks), max(block.d_ff for block in blocks)))
     for row, block in zip(values, blocks, strict=True):
         row[: block.d_ff] = magnitude(block).cpu()
-    coordinates = {
-        "layer": [block.layer for block in blocks],
-        "neuron": np.arange(values.shape[1]),
-        "d_ff": ("layer", [block.d_ff for block in blocks]),
-    }
-    if any(block.kind == "experts" for block in blocks):
-        coordinates["experts"] = ("layer", [block.experts for block in blocks])
-    return named(
-        xr.DataArray(values, coordinates, ("layer", "neuron")), "statistic", "weight magnitude"
-    )
+    result = xr.DataArray(values, {"neuron": np.arange(values.shape[1])}, ("layer", "neuron"))
+    by_layer = {name: ("layer", each) for name, each in coordinates_of(blocks).items()}
+    return named(result.assign_coords(by_layer), "statistic", "weight magnitude")
 
 
 # --------------------------------------------------------------------------------------
 # Selections
 
 
-def select(values: xr.DataArray, density: float | Iterable[float] = 0.5) -> xr.DataArray:
-    """The experts: per sequence and layer, the neurons with the largest statistic.
+def select(
+    values: xr.DataArray,
+    density: float | Iterable[float] = 0.5,
+    *,
+    densities: Iterable[float] | None = None,
+) -> xr.DataArray:
+    """Select the neurons to keep: those with the largest statistic, per sequence and layer.
 
-    ``k = floor(density * d_ff + 1e-9)`` neurons, ties to the lowest index, among each
-    layer's own ``d_ff``; of a mixture of experts, among those of each.
+    ``k = floor(density * d_ff + 1e-9)`` neurons of each layer's ``d_ff``, ties to the lowest index.
+    In a mixture of experts, as many of each expert.
 
     Parameters
     ----------
     values : xarray.DataArray, (..., neuron)
         A statistic, such as :func:`statistic` gives.
     density : float or iterable of float
-        Fraction of neurons kept, in (0, 1]. Several give a leading dimension ``density``.
+        Fraction of neurons kept, in (0, 1]; or one for each layer of `values`, in order.
+    densities : iterable of float, optional
+        Several densities to compare, instead of `density`, each for all layers. The result has
+        them along a leading dimension ``density``.
 
     Returns
     -------
-    xarray.DataArray, bool, (..., neuron)
-        Where the statistic is NaN, nothing is selected.
+    xarray.DataArray, bool, ([density,] ..., neuron)
+        True for kept neurons. Where the statistic is NaN, nothing is selected. Coordinate
+        ``density`` is the fraction kept, by layer where it differs.
 
     Raises
     ------
     ValueError
-        If a density is not in (0, 1], or keeps no neuron.
+        If a density is not in (0, 1], or keeps no neuron; if there are as many as neither one
+        nor the layers.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> kept = flocking.select(flocking.statistic(recording), density=0.5)
+    >>> kept.dims, kept.sum("neuron").values.tolist()
+    (('sequence', 'layer', 'neuron'), [[32, 32], [32, 32]])
+
+    One density for each layer, and several to compare:
+
+    >>> kept = flocking.select(flocking.statistic(recording), density=[0.25, 0.5])
+    >>> kept.sum("neuron").values.tolist()
+    [[16, 32], [16, 32]]
+    >>> flocking.select(flocking.statistic(recording), densities=[0.25, 0.5, 0.75]).dims
+    ('density', 'sequence', 'layer', 'neuron')
     """
     if "neuron" not in values.dims:
         raise ValueError(f"values has dimensions {values.dims}: give a statistic over neurons.")
-    if np.ndim(density) or not isinstance(density, float | int | np.number):
-        densities = xr.DataArray([float(d) for d in density], dims="density", name="density")
-        each = [select(values, d) for d in densities.values]
-        return xr.concat([e.drop_vars("density") for e in each], densities, coords="minimal")
+    if densities is not None:
+        swept = xr.DataArray([float(d) for d in densities], dims="density", name="density")
+        each = [select(values, d).drop_vars("density") for d in swept.values.tolist()]
+        return xr.concat(each, swept, coords="minimal")
     by_layer = values if "layer" in values.dims else values.expand_dims("layer")
     by_layer = by_layer.transpose("layer", ..., "neuron")
+    layers = len(by_layer)
+    shares = density_by_layer(density, layers)
     widths = np.broadcast_to(
-        values.d_ff if "d_ff" in values.coords else values.sizes["neuron"], len(by_layer)
+        values.d_ff if "d_ff" in values.coords else values.sizes["neuron"], layers
     )
-    mixtures = np.broadcast_to(values.experts if "experts" in values.coords else 1, len(by_layer))
-    chosen = np.zeros(by_layer.shape, bool)
-    for mask, layer, d_ff, experts in zip(
-        chosen, by_layer.values, widths.tolist(), mixtures.tolist(), strict=True
+    mixtures = np.broadcast_to(values.experts if "experts" in values.coords else 1, layers)
+    kept = np.zeros(by_layer.shape, bool)
+    for mask, layer, share, d_ff, experts in zip(
+        kept, by_layer.values, shares, widths.tolist(), mixtures.tolist(), strict=True
     ):
         d_ff = min(d_ff, values.sizes["neuron"])
-        known = torch.from_numpy(layer[..., :d_ff].astype(np.float64))
-        absent = known.isnan().any(dim=-1, keepdim=True)
-        k = expert_count(float(density), d_ff // experts)
-        by_expert = known.nan_to_num().unflatten(-1, (experts, -1))
-        mask[..., :d_ff] = top_k(by_expert, k).flatten(-2) & ~absent
-    labelled = by_layer.copy(data=chosen)
-    labelled = labelled.transpose(..., *values.dims)
+        mask[..., :d_ff] = _largest(layer[..., :d_ff], share, experts)
+    labelled = by_layer.copy(data=kept).transpose(..., *values.dims)
     if "layer" not in values.dims:
         labelled = labelled[0]
     return (
-        labelled.assign_coords(density=float(density))
+        labelled.assign_coords(density=shares[0] if len({*shares}) == 1 else ("layer", shares))
         .rename("selection")
         .assign_attrs(long_name="selected neurons")
     )
 
 
-def expert_count(density: float, d_ff: int) -> int:
-    """Neurons kept at a density: ``floor(density * d_ff + 1e-9)``.
+def _largest(values: np.ndarray, density: float, experts: int) -> np.ndarray:
+    """Mask of one layer's kept neurons, (..., neuron); none where the statistic is NaN."""
+    statistic = torch.from_numpy(values.astype(np.float64))
+    absent = statistic.isnan().any(dim=-1, keepdim=True)
+    by_expert = statistic.nan_to_num().unflatten(-1, (experts, -1))
+    count = kept_count(density, by_expert.shape[-1])
+    return (top_k(by_expert, count).flatten(-2) & ~absent).numpy()
+
+
+def density_by_layer(density: float | Iterable[float], layers: int) -> list[float]:
+    """The density of each layer, from one number for all or one for each.
+
+    Raises
+    ------
+    ValueError
+        If there are as many numbers as neither one nor the layers.
+    TypeError
+        If `density` is not a number, or several.
+    """
+    numbers: object = density
+    if isinstance(density, Iterable) and getattr(density, "ndim", 1) > 0:
+        numbers = list(density)
+    try:
+        each = np.array(numbers, dtype=np.float64)
+    except (TypeError, ValueError):
+        each = np.empty(0)
+    if isinstance(density, str) or each.size == 0 or each.ndim > 1:
+        raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
+    if each.ndim == 0:
+        return [float(each)] * layers
+    if len(each) != layers:
+        raise ValueError(
+            f"density: expected one number, or one for each of {layers} layers, got {len(each)}."
+        )
+    return each.tolist()
+
+
+def kept_count(density: float, d_ff: int) -> int:
+    """Number of neurons kept at a density: ``floor(density * d_ff + 1e-9)``.
 
     Parameters
     ----------
     density : float
         Fraction to keep, in (0, 1].
     d_ff : int
-        Neurons there are.
+        Number of neurons to select from.
 
     Returns
     -------
@@ -270,7 +344,9 @@ def expert_count(density: float, d_ff: int) -> int:
         )
     count = math.floor(density * d_ff + 1e-9)
     if count == 0:
-        raise ValueError(f"density={density} keeps none of {d_ff} neurons: give {1 / d_ff:.2g} up.")
+        raise ValueError(
+            f"density={density} keeps none of {d_ff} neurons: give {1 / d_ff:.2g} or more."
+        )
     return count
 
 
@@ -298,13 +374,13 @@ def top_k(statistic: Tensor, k: int) -> Tensor:
 def magnitude(block: FeedForward) -> Tensor:
     """Static statistic of a block's neurons: the product of their up and gate row norms.
 
-    The baseline of Dong, Chen and Chi (2024, arXiv 2404.01365, section 5.1), which needs no
-    text; for a plain block it is the up row norm alone.
+    The baseline of Dong, Chen and Chi (2024, arXiv 2404.01365, section 5.1), which needs no text.
+    For a plain block it is the up row norm alone.
 
     Returns
     -------
     Tensor of float32, shape (d_ff,)
-        On the block's own device, in the weights' units (squared for gated blocks).
+        On the block's device, in the weights' units (squared for gated blocks).
     """
     if block.kind == "experts":
         return row_norms(block.down).flatten()
@@ -313,7 +389,7 @@ def magnitude(block: FeedForward) -> Tensor:
         return torch.linalg.vector_norm(dense(projection), dim=1)
 
     norms = norms_of(block.up)
-    if block.kind == "plain":
+    if block.gate is None:
         return norms
     if block.kind == "gated":
         return norms * norms_of(block.gate)

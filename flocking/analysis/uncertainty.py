@@ -1,12 +1,25 @@
-"""How far an average over a few texts can be trusted: the bootstrap over sequences."""
+"""How far a mean over a few texts can be trusted: the bootstrap over sequences."""
 
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import numpy as np
 import xarray as xr
 from scipy import stats
+
+
+@overload
+def bootstrap(
+    values: xr.DataArray, *, level: float = ..., resamples: int = ..., seed: int = ...
+) -> xr.DataArray: ...
+
+
+@overload
+def bootstrap(
+    values: xr.Dataset, *, level: float = ..., resamples: int = ..., seed: int = ...
+) -> xr.Dataset: ...
 
 
 def bootstrap(
@@ -18,16 +31,16 @@ def bootstrap(
 ) -> xr.DataArray | xr.Dataset:
     """Mean over sequences, or over pairs of them, with an expanded percentile bootstrap interval.
 
-    Sequences are drawn with replacement (Efron and Tibshirani 1993, chapters 6 and 13). Of
-    statistics of pairs both members are drawn, and pairs that the drawing made identical are
-    dropped: a sequence resembles itself too well, and the interval would miss the estimate. The
-    percentiles are those of :func:`tails`, since plain ones are too narrow for few sequences.
+    Sequences are drawn with replacement (Efron and Tibshirani 1993, chapters 6 and 13). For values
+    of pairs, both members are drawn, and pairs of a sequence with itself are dropped: a sequence is
+    too similar to itself, and the interval would miss the estimate. The percentiles are those of
+    :func:`tails`, since plain ones are too narrow for few sequences.
 
     Parameters
     ----------
     values : xarray.DataArray or xarray.Dataset
-        With a dimension ``sequence``; statistics of pairs have ``other`` too. NaN counts as
-        missing. Of a Dataset, variables without ``sequence`` are left out.
+        With a dimension ``sequence``; values of pairs have ``other`` too. NaN counts as missing.
+        Variables of a Dataset without ``sequence`` are left out.
     level : float
         Coverage of the interval.
     resamples : int
@@ -36,13 +49,20 @@ def bootstrap(
     Returns
     -------
     xarray.DataArray or xarray.Dataset, float64
-        Dimensions ``sequence`` (and ``other``) give way to ``interval``: "estimate", "low", "high".
-        With one sequence, the interval is NaN.
+        As `values`, with ``interval`` ("estimate", "low", "high") instead of ``sequence`` (and
+        ``other``). With one sequence, the interval is NaN.
 
     Raises
     ------
     ValueError
-        If `values` has no dimension ``sequence``.
+        If `values` has no dimension ``sequence``, or `level` is not between 0 and 1.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:4], progress=False)
+    >>> score = flocking.bootstrap(flocking.flocking_score(recording))
+    >>> score.dims, score.interval.values.tolist()
+    (('interval', 'layer'), ['estimate', 'low', 'high'])
     """
     if isinstance(values, xr.Dataset):
         parts = {
@@ -63,25 +83,8 @@ def bootstrap(
     rest = [dim for dim in values.dims if dim not in drawn]
     stacked = values.transpose(*drawn, *rest)
     data = stacked.values.astype(np.float64).reshape([stacked.sizes[d] for d in drawn] + [-1])
+    means = _resampled_means(data, resamples, seed)
     n = len(data)
-    if len(drawn) == 2:
-        if data.shape[1] != n:
-            raise ValueError("sequence and other differ in length: give all pairs.")
-        data = data.copy()
-        data[np.arange(n), np.arange(n)] = np.nan
-    # How often each sequence was drawn; the first row draws each once: the estimate.
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    draws = np.concatenate([np.ones((1, n)), draws])
-
-    def total(x: np.ndarray) -> np.ndarray:
-        if len(drawn) == 1:
-            return draws @ x
-        return np.stack([((draws @ x[..., c]) * draws).sum(1) for c in range(x.shape[-1])], axis=1)
-
-    count = total(np.isfinite(data).astype(np.float64))
-    means = np.divide(
-        total(np.nan_to_num(data, nan=0)), count, out=np.full(count.shape, np.nan), where=count > 0
-    )
     bounds = np.full((2, means.shape[1]), np.nan)
     known = np.isfinite(means[0]) & (n > 1)
     if known.any():
@@ -97,12 +100,37 @@ def bootstrap(
     )
 
 
+def _resampled_means(data: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Means over (sequence[, other]) of each resample, (1 + resample, value); first the estimate's.
+
+    NaN is left out, and so are pairs of a sequence with itself.
+    """
+    n, pairs = len(data), data.ndim == 3
+    if pairs:
+        if data.shape[1] != n:
+            raise ValueError("sequence and other differ in length: give all pairs.")
+        data = data.copy()
+        data[np.arange(n), np.arange(n)] = np.nan
+    # How often each sequence is drawn. The first row draws each once: the estimate.
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    draws = np.concatenate([np.ones((1, n)), draws])
+
+    def total(x: np.ndarray) -> np.ndarray:
+        if not pairs:
+            return draws @ x
+        return np.stack([((draws @ x[..., c]) * draws).sum(1) for c in range(x.shape[-1])], axis=1)
+
+    count = total(np.isfinite(data).astype(np.float64))
+    sums = total(np.nan_to_num(data, nan=0))
+    return np.divide(sums, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
 def tails(n: int, level: float = 0.95) -> tuple[float, float]:
-    """Which quantiles of a bootstrap's means bound an interval of a coverage.
+    """Quantiles of a bootstrap's means that bound an interval with a given coverage.
 
     Those of the expanded percentile interval (Hesterberg 2015, The American Statistician 69,
     371-386): ``Phi(-t * sqrt(n / (n - 1)))`` and its complement, with ``t`` Student's quantile
-    for ``n - 1`` degrees of freedom. For means of normal values that is about the t interval.
+    for ``n - 1`` degrees of freedom. For means of normal values this is close to the t interval.
 
     Parameters
     ----------

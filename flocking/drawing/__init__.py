@@ -1,6 +1,7 @@
-"""What pictures are drawn with: a style, and pieces that several figures share.
+"""A style, and pieces that several figures share.
 
-Imports no other room, and neither torch nor transformers: numbers come in, artists go out.
+Numbers come in, matplotlib's artists go out. Imports no other room, and neither torch nor
+transformers.
 """
 
 from flocking.drawing.pieces import (

@@ -1,12 +1,15 @@
-"""What figures are drawn with: colours, a style, heat maps, bands, and a page with its caption."""
+"""Pieces that several figures share: heat maps, bands, guides, axes and legends."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import (
     FixedLocator,
@@ -23,7 +26,7 @@ def heatmap(
     vmax: float | None = None,
     colorbar: bool = True,
 ) -> Axes:
-    """Relative activations of one layer over one text, tokens against neurons.
+    """Draw relative activations of one layer over one text, tokens against neurons.
 
     The first figure of the GRIFFIN paper (Dong, Chen and Chi 2024, arXiv 2404.01365):
     flocking shows as vertical streaks, neurons that stay high from token to token.
@@ -76,8 +79,8 @@ def heatmap(
     return ax
 
 
-def band(values: xr.DataArray, ax: Axes | None = None, **line: object) -> Axes:
-    """One line with its confidence band.
+def band(values: xr.DataArray, ax: Axes | None = None, **line: Any) -> Axes:
+    """Draw one line with its confidence band.
 
     Parameters
     ----------
@@ -112,7 +115,7 @@ def band(values: xr.DataArray, ax: Axes | None = None, **line: object) -> Axes:
 
 
 def guide(y: float, ax: Axes, label: str = "chance") -> Axes:
-    """A horizontal line for a level that needs no estimate, such as chance."""
+    """Draw a horizontal line for a level that needs no estimate, such as chance."""
     ax.axhline(y, color="0.35", ls=":", lw=1, label=label)
     return ax
 
@@ -125,12 +128,12 @@ def by_layer(axes: np.ndarray | list[Axes]) -> None:
 
 
 def known(values: xr.DataArray) -> xr.DataArray:
-    """Without the points that do not exist, so that bands have no holes."""
+    """The values without distances at which all are missing, so that bands have no holes."""
     return values.dropna("distance", how="all")
 
 
 def legend(figure: SubFigure, axes: np.ndarray, ncols: int = 3) -> None:
-    """One legend above the figure, for all of the axes."""
+    """Put one legend above the figure, for all of the axes."""
     entries = {
         label: handle
         for ax in axes.flat
@@ -142,7 +145,7 @@ def legend(figure: SubFigure, axes: np.ndarray, ncols: int = 3) -> None:
 
 
 def powers_of_two(ax: Axes, values: np.ndarray) -> None:
-    """A logarithmic x axis that says these values in full."""
+    """Make the x axis logarithmic, with these values as ticks, in full."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(values)
     ax.xaxis.set_major_formatter(ScalarFormatter())
@@ -156,8 +159,8 @@ def below(axes: np.ndarray, label: str) -> None:
             ax.set_xlabel(label)
 
 
-def logarithmic(ax: Axes, axis: object, ticks: list[float] | None = None) -> None:
-    """A logarithmic axis with plain numbers."""
+def logarithmic(ax: Axes, axis: Axis, ticks: list[float] | None = None) -> None:
+    """Make an axis logarithmic, with plain numbers at its ticks."""
     (ax.set_xscale if axis is ax.xaxis else ax.set_yscale)("log")
     if ticks is not None:
         axis.set_major_locator(FixedLocator(ticks))

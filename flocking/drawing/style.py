@@ -1,4 +1,4 @@
-"""How figures look: colours, a style, a page with its caption, and its files."""
+"""How figures look: colours, a style, a page with a caption, and the files."""
 
 from __future__ import annotations
 
@@ -40,30 +40,32 @@ BY_SELECTION = {
 }
 
 _WIDTH = 3.5  # inches: a column of a two-column page
-STYLE = {
-    "font.size": 7,
-    "axes.titlesize": 7,
-    "axes.labelsize": 7,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
-    "legend.fontsize": 6.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.2,
-    "savefig.dpi": 300,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "flocking",
-}
+STYLE = mpl.RcParams(
+    {
+        "font.size": 7,
+        "axes.titlesize": 7,
+        "axes.labelsize": 7,
+        "xtick.labelsize": 6.5,
+        "ytick.labelsize": 6.5,
+        "legend.fontsize": 6.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "lines.linewidth": 1.2,
+        "savefig.dpi": 300,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "flocking",
+    }
+)
 
 
 def in_style(draw: Callable[[xr.Dataset, Figure], None]) -> Callable[[xr.Dataset], Figure]:
-    """A figure of the project: in its style, whatever the user's own."""
+    """Make a function draw in the project's style, whatever the user's own style is."""
 
     def styled(data: xr.Dataset) -> Figure:
-        # Made outside of the context, at whose end a notebook's interactive mode would be lost.
+        # Made before the context: its end would undo a notebook's interactive mode.
         figure = plt.figure()
         with mpl.rc_context(STYLE):
             draw(data, figure)
@@ -81,7 +83,8 @@ def page(
     below = 0.105 * len(lines) + 0.05
     figure.set_size_inches(_WIDTH, height + below)
     figure.set_layout_engine("constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[height, below])
+    panels = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, below])
+    upper, lower = panels[:, 0]
     lower.text(0.01, 0.97, "\n".join(lines), va="top", fontsize=5.6, linespacing=1.15)
     return upper, upper.subplots(rows, columns, squeeze=False, **_gridspec(options))
 
@@ -92,7 +95,7 @@ def _gridspec(options: dict[str, object]) -> dict[str, object]:
 
 
 def save(figure: Figure, folder: Path, name: str, model: str, caption: str) -> None:
-    """Write a figure as PNG and SVG, which say what they show, and close it."""
+    """Write a figure as PNG and SVG with its caption as metadata, and close it."""
     about = {"Title": f"{name}, {model}", "Description": caption}
     with mpl.rc_context(STYLE):
         figure.savefig(folder / f"{name}.png", metadata=about)

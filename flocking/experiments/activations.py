@@ -232,7 +232,7 @@ def generation(
     def measure(recording: xr.Dataset, weights: str) -> xr.Dataset:
         recording = recording.assign_coords(sequence=names)
         captured = _captured_later(recording, model if weights == "trained" else None)
-        jaccard = analysis.prompt_generation_overlap(recording, DENSITIES)
+        jaccard = analysis.prompt_generation_overlap(recording, densities=DENSITIES)
         return xr.Dataset({"jaccard": jaccard, "captured": captured}).drop_vars(
             ["text", "module", "tokens", "d_ff"], errors="ignore"
         )
@@ -265,7 +265,7 @@ def _captured_later(recording: xr.Dataset, model: PreTrainedModel | None) -> xr.
         selections["magnitude"] = analysis.weight_magnitude(model)
     return xr.concat(
         [
-            analysis.captured_energy(analysis.select(values, DENSITIES), later)
+            analysis.captured_energy(analysis.select(values, densities=DENSITIES), later)
             for values in selections.values()
         ],
         dimension("selection", list(selections)),

@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flocking.analysis import expert_count
+from flocking.analysis import kept_count
 from flocking.feedforward import (
     FeedForward,
     by_interface,
@@ -129,7 +129,7 @@ def griffin(
     _check_options(model, blocks, scope, seed, offload)
     firsts = [block for block in blocks if block.call == 0]
     counts = [
-        expert_count(each, block.d_ff // block.experts)
+        kept_count(each, block.d_ff // block.experts)
         for each, block in zip(_densities(density, len(firsts)), firsts, strict=True)
     ]
     refuse_forgetful(model)

@@ -1,10 +1,32 @@
-"""From a model and texts to a Dataset of windowed moments.
+"""From a model and texts to a recording: a Dataset of windowed moments.
 
-Imports ``feedforward`` and ``models``.
+``dataset`` knows the schema. Imports ``feedforward`` and ``models``.
 """
 
+from flocking.recording.dataset import (
+    COORDINATES,
+    FIRST,
+    GENERATION,
+    MOMENT_DIMS,
+    PROMPT,
+    VARIABLES,
+    coordinates_of,
+    require,
+)
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import record
 from flocking.recording.windows import Windows
 
-__all__ = ["Moments", "Windows", "record"]
+__all__ = [
+    "COORDINATES",
+    "FIRST",
+    "GENERATION",
+    "MOMENT_DIMS",
+    "PROMPT",
+    "VARIABLES",
+    "Moments",
+    "Windows",
+    "coordinates_of",
+    "record",
+    "require",
+]

@@ -1,94 +1,284 @@
-"""A recording as a labelled Dataset: the one place that knows its dimensions and coordinates."""
+"""The schema of a recording: its names, and the functions that build and check such a Dataset."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
+import transformers
 import xarray as xr
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward
 
 if TYPE_CHECKING:
-    from flocking.recording.recorder import _Recorder
+    from flocking.recording.collector import Collector
+
+_VERSION = version("flocking")
+
+# Phases, the values of coordinate ``phase``.
+FIRST, PROMPT, GENERATION = "first", "prompt", "generation"
+
+
+class Field(NamedTuple):
+    """One variable or coordinate of a recording.
+
+    Attributes
+    ----------
+    dims : tuple of str
+    dtype : str
+        "str" is text of any length; "object" is text that xarray keeps as Python strings.
+    long_name, units : str
+        Attributes of the variable; left out where empty. "1" means unitless.
+    option : str
+        Argument of :func:`flocking.record` that the recording needs to have this variable.
+    fill : float
+        Value where there is no token.
+    """
+
+    dims: tuple[str, ...]
+    dtype: str
+    long_name: str = ""
+    units: str = ""
+    option: str = ""
+    fill: float = 0
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Those that the variable has in the Dataset."""
+        named = {"long_name": self.long_name, "units": self.units}
+        return {name: text for name, text in named.items() if text}
+
+
+MOMENT_DIMS = ("sequence", "layer", "window", "neuron")
+_PER_TOKEN = ("sequence", "layer", "token")
+_TEXT = ("sequence", "token")
+
+VARIABLES = {
+    "energy": Field(MOMENT_DIMS, "float32", "sum of squared relative activations", "1"),
+    "mass": Field(MOMENT_DIMS, "float32", "sum of relative activations", "1"),
+    "rank": Field(MOMENT_DIMS, "float32", "sum of standardised ranks", "1", option="ranks=True"),
+    "norm": Field(_PER_TOKEN, "float32", "l2 norm of the activations", fill=math.nan),
+    "l1": Field(_PER_TOKEN, "float32", "l1 norm of the relative activations", "1", fill=math.nan),
+    "tokens": Field(("sequence", "window"), "int64", "tokens in the window"),
+    "routed": Field(
+        ("sequence", "layer", "window", "routed_expert"), "float32", "tokens routed to the expert"
+    ),
+    "relative": Field(
+        ("sequence", "layer", "token", "neuron"),
+        "float16",
+        "relative activation",
+        "1",
+        option="relative=True",
+        fill=math.nan,
+    ),
+}
+
+COORDINATES = {
+    "sequence": Field(("sequence",), "int64"),
+    "layer": Field(("layer",), "int64"),
+    "window": Field(("window",), "int64"),
+    "neuron": Field(("neuron",), "int64"),
+    "token": Field(("token",), "int64"),
+    "text": Field(("sequence",), "object"),
+    "module": Field(("layer",), "str"),
+    "d_ff": Field(("layer",), "int64"),
+    "phase": Field(("window",), "str"),
+    "start": Field(("window",), "int64", units="tokens"),
+    "token_id": Field(_TEXT, "int64", fill=-1),
+    "token_text": Field(_TEXT, "object"),
+    "token_window": Field(_TEXT, "int64", fill=-1),
+    "experts": Field(("layer",), "int64"),  # of models with mixtures of experts only
+    "expert": Field(("layer", "neuron"), "int32", fill=-1),
+    "relative_layer": Field(("relative_layer",), "int64"),  # if ``relative`` has some layers only
+}
+
+ATTRIBUTES = (
+    "model",
+    "revision",
+    "architecture",
+    "dtype",
+    "special_tokens",
+    "window",
+    "max_new_tokens",
+    "seed",
+    "flocking_version",
+    "transformers_version",
+    "torch_version",
+)
+
+
+# --------------------------------------------------------------------------------------
+# Checking
+
+
+def require(recording: object, *names: str, phase: str | None = None) -> xr.Dataset:
+    """Check that something is a recording, and has what a measure needs.
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From :func:`flocking.record`.
+    *names : str
+        Variables that are needed, for every layer.
+    phase : str, optional
+        A phase that is needed.
+
+    Returns
+    -------
+    xarray.Dataset
+        The recording.
+
+    Raises
+    ------
+    TypeError
+        If it is not a recording.
+    ValueError
+        If it lacks something. The message says how to record it.
+    """
+    if not isinstance(recording, xr.Dataset) or "phase" not in recording.coords:
+        raise TypeError(
+            f"expected a recording (the Dataset that flocking.record returns), got a "
+            f"{type(recording).__name__}."
+        )
+    for name in names:
+        option = VARIABLES[name].option
+        remedy = f"make it with record(..., {option})" if option else "make it with record"
+        if name not in recording:
+            raise ValueError(f"the recording has no variable {name!r}: {remedy}.")
+        if "relative_layer" in recording[name].dims:
+            raise ValueError(f"the recording has {name!r} of some layers only: {remedy}.")
+    if phase is not None and not (recording.phase == phase).any():
+        option = "(..., max_new_tokens=...)" if phase == GENERATION else ""
+        raise ValueError(f"the recording has no phase {phase!r}: make it with record{option}.")
+    return recording
+
+
+# --------------------------------------------------------------------------------------
+# Building
+
+
+def empty(names: Iterable[str], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Arrays for these variables, with no token in them yet."""
+    arrays = {}
+    for name in names:
+        field = VARIABLES[name]
+        arrays[name] = np.zeros([sizes[dim] for dim in field.dims], field.dtype)
+        if field.fill != 0:  # (zeros take no memory until something is written there)
+            arrays[name].fill(field.fill)
+    return arrays
+
+
+def size_in_bytes(names: Iterable[str], sizes: Mapping[str, int]) -> int:
+    """Memory that arrays for these variables take."""
+    fields = [VARIABLES[name] for name in names]
+    return sum(
+        math.prod(sizes[dim] for dim in field.dims) * np.dtype(field.dtype).itemsize
+        for field in fields
+    )
 
 
 def label(
-    recorder: _Recorder,
+    collector: Collector,
     sequences: list[Tensor],
     texts: list[str],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> xr.Dataset:
-    """The arrays as a Dataset with the design's dimensions and coordinates."""
-    blocks, layout, arrays = recorder.blocks, recorder.layout, recorder.arrays
-    moments = ("sequence", "layer", "window", "neuron")
-    variables = {
-        name: (moments, arrays[name], {"long_name": text, "units": "1"})
-        for name, text in (
-            ("energy", "sum of squared relative activations"),
-            ("mass", "sum of relative activations"),
-            ("rank", "sum of standardised ranks"),
-        )
-        if name in arrays
-    }
-    per_token = ("sequence", "layer", "token")
-    variables["norm"] = (per_token, arrays["norm"], {"long_name": "l2 norm of the activations"})
-    variables["l1"] = (
-        per_token,
-        arrays["l1"],
-        {"long_name": "l1 norm of the relative activations", "units": "1"},
-    )
+    """Collected arrays as a Dataset with the schema's variables and coordinates."""
+    blocks, layout, arrays = collector.blocks, collector.layout, dict(collector.arrays)
+    windows = len(layout.phase)
     window = layout.window.numpy()
-    counts = np.stack([np.bincount(row[row >= 0], minlength=len(layout.phase)) for row in window])
-    variables["tokens"] = (("sequence", "window"), counts, {"long_name": "tokens in the window"})
-
+    arrays["tokens"] = np.stack([np.bincount(row[row >= 0], minlength=windows) for row in window])
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).numpy()
-    words = {-1: ""}
-    if tokenizer is not None:
-        words |= {i: tokenizer.decode([i]) for i in np.unique(ids).tolist() if i >= 0}
-    token_text = [[words.get(i, "") for i in row] for row in ids.tolist()]
     coordinates = {
         "sequence": np.arange(len(sequences)),
-        "layer": [block.layer for block in blocks],
-        "window": np.arange(len(layout.phase)),
+        "window": np.arange(windows),
         "neuron": np.arange(arrays["energy"].shape[-1]),
         "token": np.arange(ids.shape[1]),
-        "text": ("sequence", np.array(texts, dtype=object)),
-        "module": ("layer", np.array([block.path for block in blocks], dtype=str)),
-        "d_ff": ("layer", [block.d_ff for block in blocks]),
-        "phase": ("window", np.array(layout.phase, dtype=str)),
-        "start": ("window", layout.start, {"units": "tokens"}),
-        "token_id": (("sequence", "token"), ids),
-        "token_text": (("sequence", "token"), np.array(token_text, dtype=object)),
-        "token_window": (("sequence", "token"), window),
+        "text": np.array(texts, dtype=object),
+        "module": np.array([block.path for block in blocks], dtype=str),
+        "phase": np.array(layout.phase, dtype=str),
+        "start": np.array(layout.start),
+        "token_id": ids,
+        "token_text": _texts_of(ids, tokenizer),
+        "token_window": window,
+        **coordinates_of(blocks),
     }
     if "routed" in arrays:
-        variables["routed"] = (
-            ("sequence", "layer", "window", "routed_expert"),
-            arrays["routed"],
-            {"long_name": "tokens routed to the expert"},
-        )
-        coordinates["experts"] = ("layer", [block.experts for block in blocks])
-        coordinates["expert"] = (("layer", "neuron"), _expert_of_neurons(blocks))
-    if recorder.raw:
-        numbers = [block.layer for block in recorder.raw]
-        dim = "layer" if recorder.raw == blocks else "relative_layer"
-        if dim == "relative_layer":
-            coordinates[dim] = numbers
-        variables["relative"] = (
-            ("sequence", dim, "token", "neuron"),
-            arrays["relative"],
-            {"long_name": "relative activation", "units": "1"},
-        )
-    return xr.Dataset(variables, coordinates)
+        coordinates["expert"] = _expert_of_neurons(blocks)
+    renamed = {}
+    if collector.raw and collector.raw != blocks:
+        coordinates["relative_layer"] = np.array([block.layer for block in collector.raw])
+        renamed["relative"] = ("sequence", "relative_layer", "token", "neuron")
+    return xr.Dataset(
+        {
+            name: (renamed.get(name, field.dims), arrays[name], field.attributes)
+            for name, field in VARIABLES.items()
+            if name in arrays
+        },
+        {
+            name: (field.dims, coordinates[name], field.attributes)
+            for name, field in COORDINATES.items()
+            if name in coordinates
+        },
+    )
+
+
+def coordinates_of(blocks: list[FeedForward]) -> dict[str, np.ndarray]:
+    """Values of ``layer`` and ``d_ff``, and of ``experts`` if there is a mixture of experts."""
+    values = {
+        "layer": np.array([block.layer for block in blocks]),
+        "d_ff": np.array([block.d_ff for block in blocks]),
+    }
+    if any(block.kind == "experts" for block in blocks):
+        values["experts"] = np.array([block.experts for block in blocks])
+    return values
+
+
+def attributes_of(
+    model: PreTrainedModel,
+    block: FeedForward,
+    *,
+    special_tokens: str,
+    window: int | None,
+    max_new_tokens: int,
+    seed: int,
+) -> dict[str, Any]:
+    """A recording's attributes: the model, the versions and the arguments."""
+    return {
+        "model": str(getattr(model, "name_or_path", "")),
+        "revision": str(getattr(model.config, "_commit_hash", None) or ""),
+        "architecture": type(model).__name__,
+        "dtype": str(block.weight.dtype).removeprefix("torch."),
+        "special_tokens": special_tokens,
+        "window": "phase" if window is None else window,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "flocking_version": _VERSION,
+        "transformers_version": transformers.__version__,
+        "torch_version": torch.__version__,
+    }
+
+
+def _texts_of(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase | None) -> np.ndarray:
+    """Text of each token; empty at padding, and everywhere without a tokenizer."""
+    words = {-1: ""}
+    if tokenizer is not None:
+        words |= {i: str(tokenizer.decode([i])) for i in np.unique(ids).tolist() if i >= 0}
+    return np.array([[words.get(i, "") for i in row] for row in ids.tolist()], dtype=object)
 
 
 def _expert_of_neurons(blocks: list[FeedForward]) -> np.ndarray:
     """(layer, neuron): the expert that each neuron belongs to, -1 where there are none."""
-    whose = np.full((len(blocks), max(block.d_ff for block in blocks)), -1, np.int32)
-    for row, block in zip(whose, blocks, strict=True):
+    field = COORDINATES["expert"]
+    shape = len(blocks), max(block.d_ff for block in blocks)
+    expert = np.full(shape, field.fill, field.dtype)
+    for row, block in zip(expert, blocks, strict=True):
         if block.kind == "experts":
             row[: block.d_ff] = np.arange(block.d_ff) // (block.d_ff // block.experts)
-    return whose
+    return expert

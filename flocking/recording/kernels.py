@@ -1,9 +1,9 @@
-"""Windowed sums on CUDA devices, in Triton: two readings of the activations, no copies.
+"""Windowed sums on CUDA devices, in Triton: activations are read twice and not copied.
 
 With torch's own operations, the sums of :class:`flocking.recording.Moments` move 34 bytes for each
 activation in bfloat16, since squares and magnitudes are written out in float32; the kernels move
-four. Sums are made in the same order every time, without atomic additions: what is recorded does
-not change from run to run.
+four. Sums are made in the same order every time, without atomic additions, so that a recording
+does not change from run to run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TOKENS = 128  # most tokens that one program sums
-_ROWS, _COLUMNS = 16, 128  # tokens and neurons that it reads at a time
+_ROWS, _COLUMNS = 16, 128  # tokens and neurons that a program reads at a time
 _BLOCK = 1024  # neurons that a token's norm is taken over at a time
 
 
@@ -26,13 +26,13 @@ class Pieces(NamedTuple):
     Attributes
     ----------
     spans : Tensor of int32, shape (piece, 3)
-        Sequence, first token and the one behind the last; ordered by sequence and window.
+        Sequence, first token, and the token after the last; ordered by sequence and window.
     targets : Tensor of int32, shape (sum, 2)
-        Sequence and window that something is added to.
+        Sequence and window that each sum is added to.
     offsets : Tensor of int32, shape (sum + 1,)
         First piece of each sum.
     real : Tensor of int32, shape (sequence, token)
-        1 for those tokens, 0 for padding.
+        1 for real tokens, 0 for padding.
     """
 
     spans: Tensor
@@ -59,8 +59,8 @@ class Pieces(NamedTuple):
         spans = torch.stack((target[:, 0], token[first], token[first] + last - first), dim=1)
         targets, counts = torch.unique_consecutive(target, dim=0, return_counts=True)
         offsets = torch.cat((counts.new_zeros(1), counts.cumsum(dim=0)))
-        each = (part.to(device, torch.int32) for part in (spans, targets, offsets))
-        return cls(*each, (window >= 0).to(device, torch.int32))
+        parts = (spans, targets, offsets, window >= 0)
+        return cls(*(part.to(device, torch.int32) for part in parts))
 
 
 def add(z: Tensor, pieces: Pieces, energy: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def _norms(
     row = tl.program_id(0)
     sequence, token = row // tokens, row % tokens
     start = z + sequence.to(tl.int64) * sequence_stride + token.to(tl.int64) * token_stride
-    inside = tl.where(tl.load(real + row) != 0, width, 0)  # of padding nothing is read
+    inside = tl.where(tl.load(real + row) != 0, width, 0)  # nothing is read at padding
     squares = tl.zeros((block,), tl.float32)
     sizes = tl.zeros((block,), tl.float32)
     for first in range(0, width, block):
@@ -136,7 +136,7 @@ def _sum_pieces(
     start = tl.load(spans + 3 * piece + 1)
     stop = tl.load(spans + 3 * piece + 2)
     there = column < width
-    # (Each row of a tile has sums of its own until the end: adding rows up takes a barrier.)
+    # (Each row of a tile is summed separately until the end: adding rows up takes a barrier.)
     energy = tl.zeros((rows, columns), tl.float32)
     mass = tl.zeros((rows, columns), tl.float32)
     for first in range(start, stop, rows):

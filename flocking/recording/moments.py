@@ -1,4 +1,4 @@
-"""Windowed moments: all that is kept of a sequence's FF activations.
+"""Windowed moments: what is kept of a sequence's FF activations.
 
 For one FF block, :class:`Moments` holds, per sequence, window and neuron, the sums over
 the window's tokens of ``r ** 2`` (energy), of ``r`` (mass) and, if asked for, of the
@@ -32,6 +32,18 @@ class Moments:
         0 and length 1 (so that the product of two tokens' is Spearman's correlation).
     routed : Tensor of float32, shape (sequence, window, expert), or None
         Number of tokens that were routed to each expert of a mixture.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from flocking.recording import Windows
+    >>> window = torch.tensor([[0, 1, 1, 1]])  # one sequence of four tokens in two windows
+    >>> moments = flocking.Moments.zeros(sequences=1, windows=2, d_ff=64)
+    >>> norm, l1 = moments.update(torch.randn(1, 4, 64), Windows.of(window))
+    >>> moments.energy.shape
+    torch.Size([1, 2, 64])
+    >>> moments.energy.sum(-1)  # tokens in each window
+    tensor([[1.0..., 3.0...]])
     """
 
     energy: Tensor
@@ -50,7 +62,7 @@ class Moments:
         experts: int | None = None,
         device: torch.device | str | None = None,
     ) -> Moments:
-        """Moments of no token yet."""
+        """Moments without any token yet."""
 
         def sums(width: int) -> Tensor:
             return torch.zeros((sequences, windows, width), dtype=torch.float32, device=device)
@@ -64,15 +76,15 @@ class Moments:
 
     @torch.no_grad()
     def update(self, z: Tensor | Routed, windows: Windows) -> tuple[Tensor, Tensor]:
-        """Add a chunk of tokens; the activations themselves are not kept.
+        """Add a chunk of tokens, without keeping the activations themselves.
 
         Parameters
         ----------
         z : Tensor or Routed, shape (sequence, token, d_ff)
-            Input of the down-projection, in any floating dtype; of a mixture of experts, r is
+            Input of the down-projection, in any floating dtype. In a mixture of experts, r is
             relative to the norm over all experts that the token is routed to.
         windows : Windows
-            Where the chunk's tokens belong, on any device.
+            Windows of the chunk's tokens, on any device.
 
         Returns
         -------
@@ -83,14 +95,14 @@ class Moments:
         if isinstance(z, Routed):
             windows = windows.to(z.z.device)
             if self.routed is not None:
-                self._count(z, windows)
+                self._count(z, windows, self.routed)
             if self.rank is None:
                 return self._add_routed(z, windows)
             z = z.dense()
         windows = windows.to(z.device)
-        if windows.pieces is not None and self.rank is None:
-            add = kernels_for(z.device.type).add
-            return add(z, windows.pieces, self.energy, self.mass)
+        kernels = kernels_for(z.device.type)
+        if kernels is not None and windows.pieces is not None and self.rank is None:
+            return kernels.add(z, windows.pieces, self.energy, self.mass)
         pieces = []
         for tokens, here in windows.spans:
             padding = None if windows.padding is None else windows.padding[:, tokens]
@@ -106,28 +118,28 @@ class Moments:
         self, z: Tensor, weights: Tensor, here: slice, padding: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         z = z.float()
-        if padding is not None:  # whatever stands there, NaN included, must not count
+        if padding is not None:  # values there, NaN included, must not count
             z = z.masked_fill(padding[..., None], 0)
         # Dividing the few weights by the norm, instead of all of z, and one buffer for both
         # powers of z: a quarter of the time saved. Squares are in range for |z| < 1e19.
         powers = z.square()
         norm = powers.sum(dim=-1).sqrt_()
-        # A token whose activations are all zero has r = 0 and counts as no token. (Of smaller
-        # norms than this, the squares would not be in range.)
+        # Where all activations are zero, r is zero and the token does not count. (Squares of
+        # norms below this limit would not be in range.)
         divisor = norm.clamp_min(1e-18)
         weights = weights / divisor[:, None]
-        # (In place, also because autocast, where it is on, leaves such products in float32.)
+        # (In place, also because autocast leaves products in place in float32.)
         self.energy[:, here].baddbmm_(weights.square(), powers)
         torch.abs(z, out=powers)
         self.mass[:, here].baddbmm_(weights, powers)
         l1 = powers.sum(dim=-1).div_(divisor)
-        if self.rank is not None:  # of z as of r, which only differs by a factor
+        if self.rank is not None:  # ranks of z are those of r, which differs by a factor
             member = (weights != 0).float()
             self.rank[:, here].baddbmm_(member, standardised_ranks(powers))
         return norm, l1
 
     def _add_routed(self, routed: Routed, windows: Windows) -> tuple[Tensor, Tensor]:
-        """The same without the zeros of experts that a token is not routed to."""
+        """Add a chunk without the zeros of experts that a token is not routed to."""
         z = routed.z.float()
         if windows.padding is not None:
             z = z.masked_fill(windows.padding[..., None, None], 0)
@@ -140,15 +152,15 @@ class Moments:
             rows.index_put_((place,), values.flatten(0, 2), accumulate=True)
         return norm, r.sum(dim=(-1, -2))
 
-    def _count(self, routed: Routed, windows: Windows) -> None:
-        """Tokens by the experts that they are routed to."""
-        real = windows.weights.sum(dim=1).to(self.routed.dtype)
+    def _count(self, routed: Routed, windows: Windows, counts: Tensor) -> None:
+        """Count tokens by the experts that they are routed to."""
+        real = windows.weights.sum(dim=1).to(counts.dtype)
         place = (self._places(windows) * routed.experts + routed.expert).flatten()
         each = real[..., None].expand(routed.expert.shape)
         if routed.filled is not None:
             each = each * routed.filled
         each = each.flatten()
-        self.routed.view(-1).index_put_((place,), each, accumulate=True)
+        counts.view(-1).index_put_((place,), each, accumulate=True)
 
     def _places(self, windows: Windows) -> Tensor:
         """Number, over all sequences, of each token's window, shape (sequence, token, 1)."""
@@ -162,17 +174,19 @@ class Moments:
         Raises
         ------
         ValueError
-            If the shapes differ, or only one of the two has ranks.
+            If the shapes differ, or only one of the two has ranks or counts of experts.
         """
         if self.energy.shape != other.energy.shape:
             raise ValueError(
-                f"moments of shape {tuple(self.energy.shape)} and {tuple(other.energy.shape)} "
-                "(sequence, window, neuron) do not add up: record both with the same windows."
+                f"expected moments of shape {tuple(self.energy.shape)} (sequence, window, neuron), "
+                f"got {tuple(other.energy.shape)}: record both with the same windows."
             )
         if (self.rank is None) != (other.rank is None):
-            raise ValueError("only one of the two moments has ranks: record both with ranks.")
+            raise ValueError("only one of the two moments has ranks: record both with ranks=True.")
         if (self.routed is None) != (other.routed is None):
-            raise ValueError("only one of the two moments is of a mixture of experts.")
+            raise ValueError(
+                "only one of the two moments counts experts: merge moments of one block only."
+            )
         mine, theirs = self.state_dict(), other.state_dict()
         return Moments(**{name: value + theirs[name] for name, value in mine.items()})
 
@@ -189,8 +203,8 @@ class Moments:
 def standardised_ranks(r: Tensor) -> Tensor:
     """Ranks over the last axis, ties averaged, shifted to mean 0 and scaled to length 1.
 
-    Ties share their mean rank, so that a ReLU model's many zeros agree with nothing by
-    the accident of their order. Where all values are equal the result is 0.
+    Ties share their mean rank, so that the order of a ReLU model's many zeros, which is
+    arbitrary, does not correlate with anything. Where all values are equal, the result is 0.
     """
     ascending = r.sort(dim=-1).values
     below = torch.searchsorted(ascending, r.contiguous())

@@ -1,28 +1,33 @@
-"""Windows: the spans of tokens that a recording sums over, and which token lies in which."""
+"""Windows, the spans of tokens that a recording sums over, and which token lies in which."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Tokens that a CPU sums at a time, so that what is computed in between stays in its cache.
+from flocking.recording.dataset import FIRST, GENERATION, PROMPT
+
+if TYPE_CHECKING:
+    from flocking.recording.kernels import Pieces
+
+# Tokens that a CPU sums at a time, so that intermediate results stay in its cache.
 _SLICE = 256
 
 
 def window_counts(prompts: list[int], totals: list[int], window: int | None) -> tuple[int, int]:
-    """Windows of the longest prompt beside the first token, and of the longest generation."""
+    """Numbers of windows: of the longest prompt (without its first token) and generation."""
     step = window or max(totals)
     new = max(total - prompt for prompt, total in zip(prompts, totals, strict=True))
     return -(-(max(prompts) - 1) // step), -(-new // step)
 
 
 class Layout(NamedTuple):
-    """Windows, the same for all sequences: the first token, the prompt's, the generation's."""
+    """The windows, which are the same for all sequences: first token, prompt, generation."""
 
     phase: list[str]
     start: list[int]
@@ -30,10 +35,10 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, prompts: list[int], totals: list[int], window: int | None) -> Layout:
-        """From each sequence's tokens of prompt, and of prompt and generation together."""
+        """From the number of tokens in each prompt, and in each prompt with its generation."""
         step = window or max(totals)
         rest, new = window_counts(prompts, totals, window)
-        phase = ["first"] + ["prompt"] * rest + ["generation"] * new
+        phase = [FIRST] + [PROMPT] * rest + [GENERATION] * new
         start = [0] + [1 + step * k for k in range(rest)] + [step * k for k in range(new)]
         token = torch.arange(max(totals), device="cpu")[None]
         prompt = torch.tensor(prompts, device="cpu")[:, None]
@@ -47,7 +52,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """Which token of a chunk belongs to which window, as the matrix that sums them.
+    """Which token of a chunk lies in which window, as the matrix that sums them.
 
     Attributes
     ----------
@@ -60,14 +65,14 @@ class Windows:
     spans : list of (slice, slice)
         Pieces of the chunk, and for each the windows that its tokens lie in.
     pieces : flocking.recording.kernels.Pieces, or None
-        The same for kernels, where there are some.
+        The same for the CUDA kernels, if they are used.
     """
 
     weights: Tensor
     first: int
     padding: Tensor | None
     spans: list[tuple[slice, slice]]
-    pieces: Any = None
+    pieces: Pieces | None = None
     _sent: dict[torch.device, Windows] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -88,7 +93,7 @@ class Windows:
     def to(self, device: torch.device) -> Windows:
         """The same for activations on `device`, in one piece unless that is the CPU.
 
-        Sent there once: what all layers share must not hold each of them up.
+        All layers share what is sent there, so that only the first has to wait for it.
         """
         kernels = kernels_for(device.type)
         if self.pieces is not None or (device.type == "cpu" and kernels is None):
@@ -114,7 +119,7 @@ class Windows:
 
 @functools.cache
 def kernels_for(device: str) -> ModuleType | None:
-    """The module of that name, on devices that it is for, if Triton is there."""
+    """The module ``kernels``, if this kind of device can use it and Triton is installed."""
     if device != "cuda":
         return None
     try:

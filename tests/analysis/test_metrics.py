@@ -12,7 +12,7 @@ import xarray as xr
 from scipy.stats import spearmanr
 
 import flocking
-from flocking.recording import Moments, Windows
+from flocking.recording import MOMENT_DIMS, Moments, Windows
 
 
 def recording_of(z: np.ndarray, window: int = 5) -> xr.Dataset:
@@ -23,12 +23,11 @@ def recording_of(z: np.ndarray, window: int = 5) -> xr.Dataset:
     norm, l1 = moments.update(
         torch.tensor(z, dtype=torch.float32)[None], Windows.of(torch.tensor(numbers)[None])
     )
-    dims = ("sequence", "layer", "window", "neuron")
     return xr.Dataset(
         {
-            "energy": (dims, moments.energy[:, None].numpy()),
-            "mass": (dims, moments.mass[:, None].numpy()),
-            "rank": (dims, moments.rank[:, None].numpy()),
+            "energy": (MOMENT_DIMS, moments.energy[:, None].numpy()),
+            "mass": (MOMENT_DIMS, moments.mass[:, None].numpy()),
+            "rank": (MOMENT_DIMS, moments.rank[:, None].numpy()),
             "norm": (("sequence", "layer", "token"), norm[:, None].numpy()),
             "l1": (("sequence", "layer", "token"), l1[:, None].numpy()),
         },
@@ -261,17 +260,17 @@ def test_specificity_known_answers() -> None:
     right[:, 20:] = random.standard_normal(20)
     own = flocking.specificity(pair_of(left, right)).values[0, 1, 0]
     assert own == pytest.approx(1, abs=1e-5)
-    alike = random.standard_normal((21, 40))
-    shuffled = np.concatenate([alike[:1], alike[:0:-1]])
-    c = flocking.between_consistency(pair_of(alike, shuffled)).values[0, 1, 0]
-    b = mean_over_pairs(relative(alike)[1:])
+    tokens = random.standard_normal((21, 40))
+    shuffled = np.concatenate([tokens[:1], tokens[:0:-1]])
+    c = flocking.between_consistency(pair_of(tokens, shuffled)).values[0, 1, 0]
+    b = mean_over_pairs(relative(tokens)[1:])
     assert c == pytest.approx((b * 380 + 20) / 400, rel=1e-5)  # the same tokens twice
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.isel(sequence=[0]), "one sequence and no pair"),
+        (lambda r: r.isel(sequence=[0]), "expected two sequences or more, got 1"),
         (lambda r: r.drop_vars("relative"), r"make it with record\(\.\.\., relative=True\)"),
         (lambda r: r.drop_vars("mass"), "no variable 'mass'"),
         (
@@ -295,5 +294,5 @@ def test_sequences_that_share_no_window(llama) -> None:
 
 def test_only_a_recording_is_taken(repetitive: tuple) -> None:
     for metric in (flocking.consistency, flocking.effective_neurons, flocking.specificity):
-        with pytest.raises(TypeError, match="a DataArray is no recording"):
+        with pytest.raises(TypeError, match=r"expected a recording .*, got a DataArray"):
             metric(repetitive[2].energy)

@@ -124,8 +124,8 @@ def test_a_range_without_tokens_is_nan_and_says_so(recorded: tuple) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": 3}, "start=3 is no edge of a window: the nearest are at 0 and 1"),
-        ({"stop": 40}, "stop=40 is no edge of a window: the nearest are at 33 and 41"),
+        ({"start": 3}, "start=3 is not an edge of a window: the nearest are at 0 and 1"),
+        ({"stop": 40}, "stop=40 is not an edge of a window: the nearest are at 33 and 41"),
         ({"start": 17, "stop": 9}, "leave no token"),
         ({"phase": "generation"}, r"no phase 'generation': make it with record\(\.\.\., max_new"),
         ({"phase": "first"}, "phase='first': give 'prompt', 'generation' or nothing"),
@@ -150,7 +150,8 @@ def test_statistic_of_others(recorded: tuple) -> None:
         others = [energy[other] for other in range(3) if other != number]
         expected = np.sqrt(np.mean(others, axis=0))
         np.testing.assert_allclose(got.sel(sequence=number, layer=1), expected, rtol=1e-5)
-    with pytest.raises(ValueError, match="one sequence and no other"):
+    assert got.dims == ("sequence", "layer", "neuron")
+    with pytest.raises(ValueError, match="expected two sequences or more, got 1"):
         flocking.statistic_of_others(flocking.statistic(recording.isel(sequence=[0])))
 
 
@@ -159,7 +160,7 @@ def test_weight_magnitude(tiny) -> None:
     got = flocking.weight_magnitude(tiny)
     for block in flocking.feedforwards(tiny):
         rows = {}
-        if block.kind == "experts":  # a test of their own says what these are
+        if block.kind == "experts":  # test_moe says what these are
             rows["up"] = row_norms(block.down).flatten().numpy()
         for name in ("up", "gate"):
             projection = getattr(block, name)
@@ -197,10 +198,52 @@ def test_select_by_hand() -> None:
     ]
     assert chosen.dtype == bool
     assert chosen.density.item() == 0.5
-    several = flocking.select(s, [0.25, 1])
+    several = flocking.select(s, densities=[0.25, 1])
     assert several.dims == ("density", "layer", "neuron")
     assert several.sum("neuron").values.tolist() == [[1, 1, 1], [4, 4, 4]]
     np.testing.assert_array_equal(several.sel(density=0.25), flocking.select(s, 0.25))
+
+
+def test_one_density_for_each_layer(recorded: tuple) -> None:
+    """In every function that takes a density, as each layer alone with its density."""
+    _, _, recording = recorded
+    s = flocking.statistic(recording)
+    kept = flocking.select(s, [0.25, 0.5])
+    assert kept.sum("neuron").values.tolist() == [[40, 80]] * 3
+    assert kept.density.to_series().to_dict() == {0: 0.25, 1: 0.5}
+    drift = flocking.drift(recording, [0.25, 0.5])
+    overlap = flocking.between_sequence_overlap(recording, iter([0.25, 0.5]))
+    for layer, density in enumerate((0.25, 0.5)):
+        one = recording.sel(layer=[layer])
+        alone = flocking.select(s.sel(layer=[layer]), density)
+        np.testing.assert_array_equal(kept.sel(layer=[layer]), alone)
+        for together, alone in (
+            (drift, flocking.drift(one, density)),
+            (overlap, flocking.between_sequence_overlap(one, density)),
+        ):
+            for name, values in alone.items():
+                np.testing.assert_array_equal(together[name].sel(layer=[layer]), values)
+            assert together.density.sel(layer=layer).item() == density
+    with pytest.raises(ValueError, match="expected one number, or one for each of 2 layers, got 3"):
+        flocking.select(s, [0.25, 0.5, 0.75])
+    with pytest.raises(TypeError, match="density='half': give a number, or one for each of 2"):
+        flocking.select(s, "half")
+
+
+def test_densities_are_compared_each_for_all_layers(generated: tuple) -> None:
+    _, _, recording = generated
+    prompt = flocking.statistic(recording, phase="prompt")
+    several = flocking.select(prompt, densities=iter([0.25, 0.5]))
+    overlap = flocking.prompt_generation_overlap(recording, densities=iter([0.25, 0.5]))
+    for density in (0.25, 0.5):
+        one = flocking.select(prompt, density)
+        np.testing.assert_array_equal(several.sel(density=density), one)
+        one = flocking.prompt_generation_overlap(recording, density)
+        np.testing.assert_array_equal(overlap.sel(density=density), one)
+    mixed = flocking.prompt_generation_overlap(recording, [0.25, 0.5])
+    assert mixed.dims == ("sequence", "layer")
+    np.testing.assert_array_equal(mixed.sel(layer=0), overlap.sel(density=0.25, layer=0))
+    np.testing.assert_array_equal(mixed.sel(layer=1), overlap.sel(density=0.5, layer=1))
 
 
 def test_select_against_sorting() -> None:
@@ -213,7 +256,7 @@ def test_select_against_sorting() -> None:
             assert set(np.flatnonzero(mask)) == best(row, k)
 
 
-def test_narrow_layers_choose_among_their_own_neurons() -> None:
+def test_narrow_layers_keep_some_of_their_own_neurons() -> None:
     s = of([[0.0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]], d_ff=("layer", [2, 6]))
     assert flocking.select(s, 0.5).values.tolist() == [
         [True] + [False] * 5,
@@ -226,7 +269,7 @@ def test_densities_out_of_range_are_refused(density: float) -> None:
     with pytest.raises(ValueError, match="density="):
         flocking.select(of([1.0, 2, 3]), density)
     with pytest.raises(ValueError, match="density="):
-        flocking.select(of([1.0, 2, 3]), [0.5, density])
+        flocking.select(of([1.0, 2, 3]), densities=[0.5, density])
 
 
 def test_density_that_floating_point_would_round_down() -> None:
@@ -240,7 +283,7 @@ def test_jaccard_known_answers() -> None:
     assert flocking.jaccard(a, ~a).item() == 0
     assert flocking.jaccard(a, of([[False, True, True, False]])).item() == pytest.approx(1 / 3)
     assert np.isnan(flocking.jaccard(a, a & False).item())
-    with pytest.raises(ValueError, match="b is no selection"):
+    with pytest.raises(ValueError, match="b is not a selection"):
         flocking.jaccard(a, a.astype(float))
     with pytest.raises(ValueError, match=r"align|index"):
         flocking.jaccard(a.assign_coords(layer=[0]), a.assign_coords(layer=[1]))
@@ -255,6 +298,7 @@ def test_chance_jaccard_against_simulation() -> None:
         ]
         simulated = np.mean([jaccard_of(a, b) for a, b in draws])
         assert flocking.chance_jaccard(density) == pytest.approx(simulated, abs=0.01)
+    assert flocking.chance_jaccard([0.5, 1]) == [pytest.approx(1 / 3), 1]
     with pytest.raises(ValueError, match="density=0"):
         flocking.chance_jaccard(0)
 
@@ -284,7 +328,7 @@ def test_random_selections_capture_the_density() -> None:
     assert flocking.captured_energy(chosen, later).mean().item() == pytest.approx(0.25, abs=0.01)
     with pytest.raises(ValueError, match="of='some'"):
         flocking.captured_energy(chosen, later, of="some")
-    with pytest.raises(ValueError, match="no selection"):
+    with pytest.raises(ValueError, match="not a selection"):
         flocking.captured_energy(later, later)
 
 
@@ -294,7 +338,7 @@ def test_random_selections_capture_the_density() -> None:
 
 def test_prompt_generation_overlap(generated: tuple) -> None:
     model, fed, recording = generated
-    got = flocking.prompt_generation_overlap(recording, [0.25, 0.5])
+    got = flocking.prompt_generation_overlap(recording, densities=[0.25, 0.5])
     for number, row in enumerate(fed):
         for layer, r in relative(model, row).items():
             for density, k in ((0.25, 40), (0.5, 80)):
@@ -322,7 +366,7 @@ def test_between_sequence_overlap(recorded: tuple) -> None:
     with pytest.raises(ValueError, match="fewer than a window"):
         flocking.between_sequence_overlap(coarse)
     equal = flocking.record(model, helpers.random_ids(20, 20), window=64, progress=False)
-    with pytest.raises(ValueError, match="one window cannot be halved"):
+    with pytest.raises(ValueError, match="expected two windows or more, got 1"):
         flocking.between_sequence_overlap(equal)
 
 
@@ -350,12 +394,12 @@ def test_drift(recorded: tuple) -> None:
 
 
 def test_drift_refuses(recorded: tuple) -> None:
-    with pytest.raises(ValueError, match="prompt_lengths=18 is no edge"):
+    with pytest.raises(ValueError, match="prompt_lengths=18 is not an edge"):
         flocking.drift(recorded[2], prompt_lengths=[18])
     with pytest.raises(ValueError, match="each must leave a prompt and a window"):
         flocking.drift(recorded[2], prompt_lengths=[49])
     short = flocking.record(recorded[0], helpers.random_ids(8), window=8, progress=False)
     with pytest.raises(ValueError, match="record with a smaller window"):
         flocking.drift(short)
-    with pytest.raises(TypeError, match="is no recording"):
+    with pytest.raises(TypeError, match="expected a recording"):
         flocking.drift(recorded[2].energy)

@@ -80,8 +80,8 @@ def test_coverage_is_near_the_level(n: int) -> None:
 def test_interval_of_normal_values_is_students() -> None:
     values = np.random.default_rng(2).normal(size=12)
     _, low, high = flocking.bootstrap(xr.DataArray(values, dims="sequence"), resamples=20_000)
-    due = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))
-    assert (high - low).item() == pytest.approx(due[1] - due[0], rel=0.05)
+    expected = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))
+    assert (high - low).item() == pytest.approx(expected[1] - expected[0], rel=0.05)
 
 
 def test_labels_datasets_and_seeds() -> None:

@@ -18,7 +18,7 @@ from helpers import (
 from torch import Tensor
 
 import flocking
-from flocking.analysis import expert_count
+from flocking.analysis import kept_count
 
 
 def test_selects_what_the_analysis_selects(generating: tf.PreTrainedModel) -> None:
@@ -101,7 +101,7 @@ def test_other_arrangements_select_the_same(
             flocking.feedforwards(model), statistic.values[0], moved, strict=True
         ):
             by_expert = values.reshape(block.experts, -1)
-            k = expert_count(0.5, by_expert.shape[1])
+            k = kept_count(0.5, by_expert.shape[1])
             threshold = np.sort(by_expert)[:, [-k]]
             distance = np.abs(by_expert - threshold) / threshold.clip(min=1e-9)
             assert (distance[here.reshape(by_expert.shape)] <= tolerance).all()

@@ -1,6 +1,6 @@
 """The CUDA kernels, run by Triton's interpreter, and compiled for cards that are not here.
 
-`make test` runs this file by itself, with Triton beside the environment and its interpreter on.
+`make test` runs this file by itself, with Triton next to the environment, and its interpreter on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flocking.recording import Moments, Windows, moments, windows
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make test runs these under Triton's interpreter", allow_module_level=True)
-pytest.importorskip("triton", reason="make test puts Triton beside the environment")
+pytest.importorskip("triton", reason="make test puts Triton next to the environment")
 
 from flocking.feedforward import columns
 from flocking.recording import kernels
@@ -55,7 +55,7 @@ def test_sums_against_brute_force(
     energy, mass = (part.clone() for part in start)
     norm, l1 = kernels.add(z, kernels.Pieces.of(window, torch.device("cpu")), energy, mass)
 
-    due = [part.double() for part in start]
+    expected = [part.double() for part in start]
     for sequence in range(sequences):
         for token in range(tokens):
             place = int(window[sequence, token])
@@ -67,10 +67,10 @@ def test_sums_against_brute_force(
             r = row.abs() / length if length else row.abs()
             torch.testing.assert_close(norm[sequence, token].double(), length, rtol=1e-6, atol=0)
             torch.testing.assert_close(l1[sequence, token].double(), r.sum(), rtol=1e-6, atol=0)
-            due[0][sequence, place] += r**2
-            due[1][sequence, place] += r
-    for got, expected in zip((energy, mass), due, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=1e-6)
+            expected[0][sequence, place] += r**2
+            expected[1][sequence, place] += r
+    for got, exact in zip((energy, mass), expected, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=1e-6)
 
 
 def test_what_is_not_finite_is_not_lost() -> None:
@@ -142,17 +142,17 @@ def test_recordings_and_selections_are_the_same(name: str, monkeypatch: pytest.M
         plain = flocking.record(model, ids, **options)
         return plain, flocking.record(model, ids, ranks=True, **options), twin.selection
 
-    due = everything()
+    expected = everything()
     calls = []
     add = kernels.add
     monkeypatch.setattr(kernels, "add", lambda *args: calls.append(args) or add(*args))
     for module in (moments, windows):
         monkeypatch.setattr(module, "kernels_for", lambda device: kernels)
     got = everything()
-    assert bool(calls) == (name != "mixtral")  # whose experts are routed, and summed in another way
-    for one, other in zip(got[:2], due[:2], strict=True):
+    assert bool(calls) == (name != "mixtral")  # its experts are routed, and summed in another way
+    for one, other in zip(got[:2], expected[:2], strict=True):
         xr.testing.assert_allclose(one, other, rtol=1e-5)
-    for layer, experts in due[2].items():
+    for layer, experts in expected[2].items():
         np.testing.assert_array_equal(got[2][layer], experts)
 
 
