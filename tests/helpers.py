@@ -172,6 +172,25 @@ def hooks_of(model: tf.PreTrainedModel) -> list[object]:
     return [h for m in model.modules() for kind in kinds for h in getattr(m, kind).values()]
 
 
+def record(model: tf.PreTrainedModel, text: object, **kwargs: object) -> xr.Dataset:
+    """A recording, without a progress bar."""
+    return flocking.record(model, text, progress=False, **kwargs)
+
+
+def relative(z: torch.Tensor) -> np.ndarray:
+    """Relative activations in float64, (token, neuron)."""
+    z = z.double().numpy()
+    return np.abs(z) / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def assert_same(got: xr.Dataset, expected: xr.Dataset, rtol: float = 1e-4) -> None:
+    """Recordings are equal where both have tokens; one may have more windows or padding."""
+    for name in ("energy", "mass", "norm", "l1", "tokens"):
+        a, b = xr.align(got[name], expected[name], join="inner", copy=False)
+        scale = float(np.nanmax(np.abs(b.values)))
+        np.testing.assert_allclose(a.values, b.values, rtol=rtol, atol=rtol * 1e-2 * scale)
+
+
 def made_up(values: dict[str, np.ndarray], task: str = "piqa", **columns: object) -> pd.DataFrame:
     """Items of an evaluation, of variants such as ``topk@0.5``."""
     parts = []
@@ -243,22 +262,3 @@ def as_masks(twin: tf.PreTrainedModel, model: tf.PreTrainedModel) -> np.ndarray:
         shape = (*kept.shape[:-1], block.d_ff)
         masks.append(torch.zeros(shape, dtype=torch.bool).scatter_(-1, kept, True))
     return torch.stack(masks, dim=-2).numpy()
-
-
-def record(model: tf.PreTrainedModel, text: object, **kwargs: object) -> xr.Dataset:
-    """A recording, without a progress bar."""
-    return flocking.record(model, text, progress=False, **kwargs)
-
-
-def relative(z: torch.Tensor) -> np.ndarray:
-    """Relative activations in float64, (token, neuron)."""
-    z = z.double().numpy()
-    return np.abs(z) / np.linalg.norm(z, axis=-1, keepdims=True)
-
-
-def assert_same(got: xr.Dataset, expected: xr.Dataset, rtol: float = 1e-4) -> None:
-    """Recordings are equal where both have tokens; one may have more windows or padding."""
-    for name in ("energy", "mass", "norm", "l1", "tokens"):
-        a, b = xr.align(got[name], expected[name], join="inner", copy=False)
-        scale = float(np.nanmax(np.abs(b.values)))
-        np.testing.assert_allclose(a.values, b.values, rtol=rtol, atol=rtol * 1e-2 * scale)
