@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -301,22 +301,21 @@ def density_by_layer(density: float | Iterable[float], layers: int) -> list[floa
     TypeError
         If `density` is not a number, or several.
     """
-    numbers: object = density
-    if isinstance(density, Iterable) and getattr(density, "ndim", 1) > 0:
-        numbers = list(density)
+    several = isinstance(density, Iterable) and getattr(density, "ndim", 1) > 0
+    numbers: list[Any] = list(density) if several else [density]  # type: ignore[arg-type]  # by above
     try:
-        each = np.array(numbers, dtype=np.float64)
+        each = [float(value) for value in numbers]
     except (TypeError, ValueError):
-        each = np.empty(0)
-    if isinstance(density, str) or each.size == 0 or each.ndim > 1:
+        each = []
+    if isinstance(density, str) or not each:
         raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
-    if each.ndim == 0:
-        return [float(each)] * layers
+    if not several:
+        return each * layers
     if len(each) != layers:
         raise ValueError(
             f"density: expected one number, or one for each of {layers} layers, got {len(each)}."
         )
-    return each.tolist()
+    return each
 
 
 def kept_count(density: float, d_ff: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -40,6 +40,9 @@ from flocking.cli.options import (
     refuse_existing,
     wide_console,
 )
+
+if TYPE_CHECKING:
+    from flocking.pruning import Protocol
 
 _HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
 
@@ -331,7 +334,7 @@ def evaluate(
         listed(tasks),
         methods=listed(methods),
         densities=[number(text, "--densities", float) for text in listed(densities)],
-        protocol=by_task(protocol, "--protocol", str),
+        protocol=cast("dict[str, Protocol]", by_task(protocol, "--protocol", str)),  # Plan checks
         limit=None if limit is None else by_task(limit, "--limit", int),
         data_dir=data_dir,
         calibration=calibration,

@@ -8,7 +8,7 @@ into compact projections; tokens are generated with those.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flocking.analysis import kept_count
+from flocking.analysis import density_by_layer, kept_count
 from flocking.feedforward import (
     FeedForward,
     by_interface,
@@ -130,7 +130,7 @@ def griffin(
     firsts = [block for block in blocks if block.call == 0]
     counts = [
         kept_count(each, block.d_ff // block.experts)
-        for each, block in zip(_densities(density, len(firsts)), firsts, strict=True)
+        for each, block in zip(density_by_layer(density, len(firsts)), firsts, strict=True)
     ]
     refuse_forgetful(model)
     known = traits(model)
@@ -235,23 +235,6 @@ def _is_separable(block: FeedForward) -> bool:
         return by_interface(block.down)
     parts = (block.up, block.gate or block.up, block.down)
     return all(map(is_plain, parts)) and not block.token_first
-
-
-def _densities(density: Any, layers: int) -> list[float]:
-    """One density for each of so many layers."""
-    try:
-        each = [float(value) for value in np.atleast_1d(density).tolist()]
-    except (TypeError, ValueError):
-        each = []
-    if isinstance(density, str) or not each:
-        raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
-    if np.ndim(density) == 0:
-        return each * layers
-    if len(each) != layers:
-        raise ValueError(
-            f"expected one density, or one for each of {layers} layers, got {len(each)}."
-        )
-    return each
 
 
 def _method(

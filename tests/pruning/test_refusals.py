@@ -18,7 +18,7 @@ import flocking
         ({"density": 0}, r"density=0\.0: give the fraction"),
         ({"density": 1.5}, r"density=1\.5"),
         ({"density": 0.001}, "keeps none of 160"),
-        ({"density": [0.5]}, "expected one density, or one for each of 2 layers, got 1"),
+        ({"density": [0.5]}, "density: expected one number, or one for each of 2 layers, got 1"),
         ({"method": "best"}, "choose from topk, .*, static, global-local"),
         ({"method": "static"}, "needs reference"),
         ({"method": "global-local"}, "needs reference"),
