@@ -6,6 +6,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# A process for each core, up to four, since each takes up to 3 GB. Files stay whole: tests of one
+# file share what they build.
+PARALLEL = --numprocesses auto --maxprocesses 4 --dist loadfile
 # Triton, whose interpreter runs the CUDA kernels: in its own folder, and for Linux only.
 KERNELS = $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton)
 
@@ -37,7 +40,7 @@ test: env $(VENV)/torchao $(KERNELS)  ## ruff, imports between rooms, types, and
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest
+	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
 
 # In its own folder, since transformers imports it wherever it finds it, and it complains about what it lacks.
@@ -57,7 +60,7 @@ test-oldest:  ## the test suite on the oldest versions that pyproject.toml admit
 		project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*(d.replace(">=", "==") for d in project["dependencies"] if "torch" not in d))' \
 		| xargs .venv-oldest/bin/python -m pip install --quiet
-	PYTHONPATH=.venv-oldest/torchao .venv-oldest/bin/python -m pytest -o filterwarnings=default
+	PYTHONPATH=.venv-oldest/torchao OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) -o filterwarnings=default
 
 notebook: env  ## JupyterLab on notebooks/
 	$(BIN)/jupyter lab notebooks

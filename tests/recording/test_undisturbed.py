@@ -26,7 +26,7 @@ def test_fifty_calls_leave_nothing_behind(llama: tf.PreTrainedModel) -> None:
     alive, size = tensors(), psutil.Process().memory_info().rss
     for _ in range(50):
         record(llama, texts, max_new_tokens=2)
-    assert tensors() == alive
+    assert tensors() <= alive  # fewer, if what another test left behind has gone meanwhile
     assert psutil.Process().memory_info().rss - size < 50e6
     assert hooks_of(llama) == []
 
