@@ -1,6 +1,6 @@
 """Tasks by methods by densities: a model and its twins asked, compared, and reported on.
 
-Imports ``pruning``, ``drawing`` and ``artifacts``, and the rooms to the left; not ``experiments``,
+Imports ``pruning``, ``drawing`` and ``artifacts``, and the rooms below; not ``experiments``,
 which is on the same floor. Its files are imported by their own names, since most of them need the
 lm-evaluation-harness, which is not always there.
 """

@@ -1,6 +1,6 @@
 """The runs behind the figures, and the figures drawn from them.
 
-Imports ``pruning``, ``drawing`` and ``artifacts``, and the rooms to the left; not ``evaluation``,
+Imports ``pruning``, ``drawing`` and ``artifacts``, and the rooms below; not ``evaluation``,
 which is on the same floor.
 """
 

@@ -1,7 +1,7 @@
 """GRIFFIN: a model's pruned twin, its methods, and what is done with it.
 
-Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` and the rooms to
-its left; no experiment and no evaluation.
+Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` and the rooms
+below it; no experiment and no evaluation.
 """
 
 from flocking.pruning.build import griffin
