@@ -220,7 +220,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     density: Annotated[float, typer.Option(help="Fraction of FF neurons kept.")] = 0.5,
     method: Annotated[
-        str, typer.Option(help="topk, sampled, half-sampled, random or magnitude.")
+        str, typer.Option(help="A method of flocking.griffin, such as topk or magnitude.")
     ] = "topk",
     scope: Annotated[str, typer.Option(help="shared or sequence.")] = "shared",
     max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,

@@ -52,8 +52,8 @@ Tasks = Annotated[
 Methods = Annotated[
     str,
     typer.Option(
-        help="topk, sampled, half-sampled, random, magnitude, static and global-local, each at "
-        "all densities, or at one, as in topk@0.25. The full model comes first."
+        help="Methods of flocking.griffin, such as topk,static,magnitude, each at all densities, or "
+        "at one, as in topk@0.25. The full model comes first."
     ),
 ]
 Densities = Annotated[str, typer.Option(help="Fractions of FF neurons kept.")]

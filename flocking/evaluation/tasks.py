@@ -84,6 +84,8 @@ def find(names: Iterable[str], data_dir: Path | None = None) -> dict[str, Task |
 
 def _of_hub(name: str) -> Mapping[str, Task]:
     definition = DEFINITIONS.get(name)
+    if definition is not None and definition.own and not definition.hub:
+        raise ValueError(f"{name} has no documents on a hub: give --data-dir, a folder with them.")
     with quiet():
         if definition is None and name not in _manager().all_tasks:
             raise ValueError(_unknown(name, [*DEFINITIONS, "wikitext", *_manager().all_tasks]))

@@ -179,7 +179,7 @@ def _convert(gguf: Path, folder: Path, name: str) -> None:
         )
         # The model is not quantised any more, but with these it would refuse to be saved.
         del model.config.quantization_config
-        vars(model)["hf_quantizer"] = None
+        model.__dict__["hf_quantizer"] = None
         model.save_pretrained(partial / name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.save_pretrained(partial / name)

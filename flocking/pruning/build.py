@@ -178,7 +178,7 @@ def _become_twin(copied: PreTrainedModel, state: State) -> Twin:
     copied.__class__ = twin_class(plain)  # type: ignore[arg-type] # a class can be hashed
     for name in ("_old_forward", "forward"):
         if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
-            vars(copied)[name] = copied.__class__.forward.__get__(copied)
+            copied.__dict__[name] = copied.__class__.forward.__get__(copied)
     twin = cast(Twin, copied)
     twin._griffin = state
     return twin

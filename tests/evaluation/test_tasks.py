@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -283,3 +284,10 @@ def test_real_articles() -> None:
     assert [task.prompt_length for task in found.values()] == [16, 64, 256, 1024]
     assert len(found["wikitext_16"].texts) == 62
     assert found["wikitext_16"].texts[0].startswith(" = Robert Boulter = ")
+
+
+def test_documents_that_are_on_no_hub_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = replace(definitions.DEFINITIONS["qasper"], hub={})
+    monkeypatch.setitem(definitions.DEFINITIONS, "mine", local)
+    with pytest.raises(ValueError, match="mine has no documents on a hub: give --data-dir"):
+        find(["mine"])

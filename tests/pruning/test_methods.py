@@ -10,7 +10,8 @@ from helpers import as_masks, build, expected_selection, generate, random_ids, t
 from torch import Tensor
 
 import flocking
-from flocking.pruning import METHODS
+from flocking.drawing.style import BY_SELECTION
+from flocking.pruning import METHODS, WITH_REFERENCE
 
 
 def scores_of(method: str, statistic: Tensor, k: int = 40, seed: int = 0) -> Tensor:
@@ -32,6 +33,11 @@ def test_methods_are_reproducible(llama: tf.PreTrainedModel, method: str) -> Non
     assert (chosen[0] != chosen[2]).any() == drawn
     if method != "topk":
         assert (chosen[0] != expected_selection(llama, ids)[0]).any()
+
+
+def test_methods_have_a_style_in_figures() -> None:
+    """Else an evaluation would fail when it draws, after all was computed. GRIFFIN is topk."""
+    assert {*METHODS, *WITH_REFERENCE} - {"topk"} <= BY_SELECTION.keys()
 
 
 def test_samples_in_proportion_to_the_statistic() -> None:
