@@ -52,7 +52,7 @@ Tasks = Annotated[
 Methods = Annotated[
     str,
     typer.Option(
-        help="Methods of flocking.griffin, such as topk,static,magnitude, each at all densities, or "
+        help="Methods of flocking.griffin, such as topk,static,magnitude, each at all densities or "
         "at one, as in topk@0.25. The full model comes first."
     ),
 ]
