@@ -103,7 +103,7 @@ def sequence_overlap(data: xr.Dataset, figure: Figure) -> None:
         band(data.different_tokens.sel(weights=weights), lower, **different)
     guide(data.attrs["chance"], upper)
     guide(0, lower, "as similar as two texts")
-    upper.set(ylabel="Jaccard overlap of kept neurons", ylim=(0, 1))
+    upper.set(ylabel="Jaccard overlap", ylim=(0, 1))
     lower.set_ylabel("specificity")
     by_layer(axes[-1])
     for ax in (upper, lower):
