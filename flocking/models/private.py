@@ -10,11 +10,16 @@ from typing import NamedTuple
 
 
 class Private(NamedTuple):
-    """A private name, the module that defines or sets it, and what it is used for."""
+    """A private name, the module that defines or sets it, and what it is used for.
+
+    ``since`` is a version known to have it, if the oldest that we admit lacks it: the package then
+    asks for the name with a default.
+    """
 
     name: str
     where: str
     why: str
+    since: str | None = None
 
 
 PRIVATE = (
@@ -57,7 +62,9 @@ PRIVATE = (
     ),
     Private("_commit_hash", "transformers.configuration_utils", "revision of a model from a hub"),
     Private("_apply_gate", "transformers.integrations.moe", "gives z of experts with a gate"),
-    Private("_is_expert_parallel", "transformers.integrations.moe", "such experts are refused"),
+    Private(
+        "_is_expert_parallel", "transformers.integrations.moe", "such experts are refused", "5.23"
+    ),
     # torch
     Private("_modules", "torch.nn.modules.module", "one module of a shadow is replaced"),
     Private("_parameters", "torch.nn.modules.module", "a module's parameters, not an adapter's"),

@@ -7,9 +7,11 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import parse
 
 import flocking
 from flocking.models.private import PRIVATE, Private
@@ -58,7 +60,10 @@ def defined_in(module: ast.Module) -> Iterator[str]:
 @pytest.mark.parametrize("private", PRIVATE, ids=lambda private: private.name)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler about itself
 def test_exists_in_the_installed_version(private: Private) -> None:
-    pytest.importorskip(private.where.partition(".")[0])
+    library = private.where.partition(".")[0]
+    pytest.importorskip(library)
+    if private.since and parse(version(library)) < parse(private.since):
+        pytest.skip(f"{library} {version(library)} lacks it, and the package can do without")
     where = importlib.import_module(private.where)
     if not hasattr(where, private.name):  # an attribute of what the module defines
         assert re.search(rf"\b{private.name}\b", inspect.getsource(where))
