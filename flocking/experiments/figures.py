@@ -78,9 +78,7 @@ def scores(data: xr.Dataset, figure: Figure) -> None:
         ax.set_ylabel(label)
     guide(0, axes[0, 0])
     guide(0, axes[1, 0])
-    axes[2, 0].plot(
-        data.layer, data.d_ff, color="0.35", ls=":", lw=1, label="all equally active ($d_{ff}$)"
-    )
+    axes[2, 0].plot(data.layer, data.d_ff, color="0.35", ls=":", lw=1, label="all equal ($d_{ff}$)")
     axes[2, 0].set_yscale("log")
     by_layer(axes[-1])
     legend(upper, axes[[0, 2]])
@@ -99,7 +97,7 @@ def sequence_overlap(data: xr.Dataset, figure: Figure) -> None:
         band(
             data.specificity.sel(weights=weights), lower, **style | {"label": f"{name}, all pairs"}
         )
-        different = {**style, "label": f"{name}, different tokens", "marker": "s", "ms": 2}
+        different = {**style, "label": f"{name}, no repeats", "marker": "s", "ms": 2}
         band(data.different_tokens.sel(weights=weights), lower, **different)
     guide(data.attrs["chance"], upper)
     guide(0, lower, "as similar as two texts")

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.legend import Legend
 
 import flocking
 from flocking import artifacts
@@ -53,6 +54,27 @@ def test_heatmap_leaves_padding_out(relative) -> None:
 def test_heatmap_wants_one_sequence_and_layer(relative) -> None:
     with pytest.raises(ValueError, match="select one sequence and one layer"):
         heatmap(relative)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_legends_and_labels_are_whole(name: str) -> None:
+    """Nothing reaches over the picture's edges, and no axis label into a legend."""
+    data = artifacts.from_json((COMMITTED / f"{name}.json").read_text("utf-8"))
+    figure = FIGURES[name](data)
+    figure.canvas.draw()
+    whole = figure.bbox
+    legends = [found.get_window_extent() for found in figure.findobj(Legend)]
+    labels = [
+        label.get_window_extent()
+        for ax in figure.findobj(Axes)
+        for label in (ax.xaxis.label, ax.yaxis.label)
+        if label.get_text()
+    ]
+    for box in legends + labels:
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+    assert not any(label.overlaps(box) for label in labels for box in legends)
+    plt.close(figure)
 
 
 def test_every_experiment_has_a_figure() -> None:
