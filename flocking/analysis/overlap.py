@@ -18,6 +18,7 @@ from flocking.analysis.selection import (
     edge_at,
     kept_count,
     select,
+    several_densities,
     statistic,
     windows_of,
 )
@@ -214,7 +215,7 @@ def prompt_generation_overlap(
     ('density', 'sequence', 'layer')
     """
     density = density_by_layer(density, recording.sizes["layer"])
-    densities = None if densities is None else list(densities)
+    densities = None if densities is None else several_densities(densities)
     prompt = select(statistic(recording, phase="prompt"), density, densities=densities)
     generation = select(statistic(recording, phase="generation"), density, densities=densities)
     return jaccard(prompt, generation)

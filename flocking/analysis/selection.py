@@ -255,7 +255,7 @@ def select(
     if "neuron" not in values.dims:
         raise ValueError(f"values has dimensions {values.dims}: give a statistic over neurons.")
     if densities is not None:
-        swept = xr.DataArray([float(d) for d in densities], dims="density", name="density")
+        swept = xr.DataArray(several_densities(densities), dims="density", name="density")
         each = [select(values, d).drop_vars("density") for d in swept.values.tolist()]
         return xr.concat(each, swept, coords="minimal")
     by_layer = values if "layer" in values.dims else values.expand_dims("layer")
@@ -289,6 +289,23 @@ def _largest(values: np.ndarray, density: float, experts: int) -> np.ndarray:
     by_expert = statistic.nan_to_num().unflatten(-1, (experts, -1))
     count = kept_count(density, by_expert.shape[-1])
     return (top_k(by_expert, count).flatten(-2) & ~absent).numpy()
+
+
+def several_densities(densities: Iterable[float]) -> list[float]:
+    """Densities to compare, as numbers.
+
+    Raises
+    ------
+    TypeError
+        If `densities` is not one number or more in a list.
+    """
+    try:
+        each = [float(density) for density in densities]
+    except (TypeError, ValueError):
+        each = []
+    if isinstance(densities, str) or not each:
+        raise TypeError(f"densities={densities!r}: give a list of numbers, such as [0.25, 0.5].")
+    return each
 
 
 def density_by_layer(density: float | Iterable[float], layers: int) -> list[float]:

@@ -230,6 +230,16 @@ def test_one_density_for_each_layer(recorded: tuple) -> None:
         flocking.select(s, "half")
 
 
+@pytest.mark.parametrize("densities", [0.5, [], "0.5", ["half"]])
+def test_densities_that_are_not_a_list_of_numbers_are_refused(
+    generated: tuple, densities: object
+) -> None:
+    with pytest.raises(TypeError, match="give a list of numbers"):
+        flocking.select(flocking.statistic(generated[2]), densities=densities)
+    with pytest.raises(TypeError, match="give a list of numbers"):
+        flocking.prompt_generation_overlap(generated[2], densities=densities)
+
+
 def test_densities_are_compared_each_for_all_layers(generated: tuple) -> None:
     _, _, recording = generated
     prompt = flocking.statistic(recording, phase="prompt")
