@@ -6,12 +6,12 @@ input of its down-projection. Imports ``models``, and what that may import.
 
 from flocking.feedforward.block import FeedForward, UnsupportedModelError
 from flocking.feedforward.discovery import (
+    copy_with_blocks,
     feedforwards,
     inherit,
     inherit_blocks,
     keeping_blocks,
     set_feedforwards,
-    shadow_with_blocks,
 )
 from flocking.feedforward.hooks import anything_is_watched, observe, select_layers
 from flocking.feedforward.moe import Routed, by_interface, row_norms
@@ -32,6 +32,7 @@ __all__ = [
     "anything_is_watched",
     "by_interface",
     "copy_cut",
+    "copy_with_blocks",
     "cut",
     "dense",
     "feedforwards",
@@ -44,7 +45,6 @@ __all__ = [
     "row_norms",
     "select_layers",
     "set_feedforwards",
-    "shadow_with_blocks",
     "stored_transposed",
     "width",
 ]

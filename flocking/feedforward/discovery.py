@@ -1,8 +1,8 @@
 """Finding a model's feed-forward (FF) blocks, and proving that they are FF blocks.
 
 There is no table of architectures. A block is *located* by its structure (``candidates.py``) and
-*proved* by its function (``proof.py``), on a shadow of the model (``models/copies.py``), never on
-the model itself.
+*proved* by its function (``proof.py``), on a trial copy of the model (``models/copies.py``), never
+on the model itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flocking.feedforward.candidates import Candidate, candidates_in, candidates
 from flocking.feedforward.moe import foreign_experts
 from flocking.feedforward.projections import width
 from flocking.feedforward.search import UNTIMELY, Findings, prove_all
-from flocking.models import PerModel, require_model, shadow, warn
+from flocking.models import PerModel, require_model, warn, working_copy
 
 Locate = Mapping[str, Iterable[str]] | Callable[[PreTrainedModel], Mapping[str, Iterable[str]]]
 
@@ -145,9 +145,9 @@ def set_feedforwards(
         raise
 
 
-def shadow_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
-    """A shadow of `model`, on which the same blocks are known without another proof."""
-    copied = shadow(model)
+def copy_with_blocks(model: PreTrainedModel) -> PreTrainedModel:
+    """A working copy of `model`, on which the same blocks are known without another proof."""
+    copied = working_copy(model)
     inherit_blocks(model, copied)
     return copied
 

@@ -19,7 +19,7 @@ from flocking.feedforward.block import FeedForward
 from flocking.feedforward.discovery import feedforwards
 from flocking.feedforward.moe import Routed, is_experts
 from flocking.feedforward.moe_hooks import watching
-from flocking.models import require_model
+from flocking.models import exclusive, require_model
 
 
 def select_layers(
@@ -111,10 +111,11 @@ def observe(
 ) -> Iterator[list[FeedForward]]:
     """Call ``callback(block, z)`` at every FF block of every forward pass in the ``with``.
 
-    The hooks are removed at the end, whatever happens in between, and hooks of others are not
-    touched. Compiled models (``model.compile()``, ``torch.compile(model)`` or a compiled
-    ``forward``) would silently skip hooks: inside the ``with``, everything compiled runs eagerly
-    instead.
+    Only passes of the thread that entered the ``with`` count, and no other thread can observe,
+    record or score the same model until the end. The hooks are removed at the end, whatever
+    happens in between, and hooks of others are not touched. Compiled models
+    (``model.compile()``, ``torch.compile(model)`` or a compiled ``forward``) would silently skip
+    hooks: inside the ``with``, everything compiled runs eagerly instead.
 
     Parameters
     ----------
@@ -160,13 +161,14 @@ def observe(
     {0: (1, ..., 64), 1: (1, ..., 64)}
     """
     model = require_model(model)
-    blocks = select_layers(feedforwards(model), layers)
-    watch = _Watch(blocks, callback, routed)
     with ExitStack() as everything:
+        everything.enter_context(exclusive(model))
+        blocks = select_layers(feedforwards(model), layers)
+        watch = _Watch(blocks, callback, routed)
         everything.enter_context(_eager())
         if any(block.calls > 1 for block in blocks):  # a pass that failed must not shift the next
             start: nn.Module = model.base_model
-            handle = start.register_forward_pre_hook(lambda *_: watch.ran.clear())
+            handle = start.register_forward_pre_hook(watch.begin)
             everything.callback(handle.remove)
         for module in watch.by_module:
             if is_experts(module):
@@ -189,6 +191,8 @@ class _Watch:
         How often each down-projection ran in this forward pass.
     silent : set of FeedForward
         Those that have not run yet.
+    elsewhere : bool
+        Whether another thread has run one of them: its passes do not count.
     """
 
     def __init__(
@@ -203,11 +207,21 @@ class _Watch:
             self.by_module.setdefault(block.down, {})[block.call] = block
         self.ran: Counter[nn.Module] = Counter()
         self.silent = set(blocks)
+        self.elsewhere = False
+        self._thread = threading.get_ident()
+
+    def begin(self, *_: object) -> None:
+        """A forward pre-hook of the whole model, where blocks run several times in a pass."""
+        if threading.get_ident() == self._thread:
+            self.ran.clear()
 
     def running(self, module: nn.Module) -> FeedForward | None:
         """The block that this run of a module belongs to; None if it is not watched."""
         runs = self.by_module.get(module)
-        if runs is None:  # the module of a copy that a user has made of the model since
+        if runs is None:  # the module of a copy that was made of the model since
+            return None
+        if threading.get_ident() != self._thread:
+            self.elsewhere = True
             return None
         block = runs.get(self.ran[module] % next(iter(runs.values())).calls)
         self.ran[module] += 1
@@ -248,7 +262,13 @@ class _Watch:
         if not names:
             return
         which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        remedy = (
+            "only another thread ran them, whose passes do not count: run the model in the thread "
+            "that entered the `with`"
+            if self.elsewhere
+            else "run this very model inside the `with` (not a copy, an export or a captured graph "
+            "of it)"
+        )
         raise RuntimeError(
-            f"{len(names)} of {len(self.blocks)} observed FF blocks never ran ({which}): run this "
-            "very model inside the `with` (not a copy, an export or a captured graph of it)."
+            f"{len(names)} of {len(self.blocks)} observed FF blocks never ran ({which}): {remedy}."
         )

@@ -56,7 +56,7 @@ class Proved(NamedTuple):
 
 
 class _Bench:
-    """One candidate in a shadow's layer, to be run with changed projections."""
+    """One candidate in a layer of the copy, to be run with changed projections."""
 
     def __init__(
         self, layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None
@@ -116,7 +116,7 @@ def prove(
     generator: torch.Generator,
     rows: Rows | None = None,
 ) -> Proved:
-    """Prove one candidate in a shadow's layer, which `run` calls.
+    """Prove one candidate in a layer of the copy, which `run` calls.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Proving all candidates of a model in one small forward pass of its shadow."""
+"""Proving all candidates of a model in one small forward pass of a trial copy."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from flocking.models import (
     embeddings_of,
     is_loaded,
     replaced,
-    shadow,
     trial,
+    trial_copy,
     vocabulary_of,
     with_forward,
 )
@@ -70,7 +70,7 @@ def prove_all(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) ->
     """
     found = Findings({}, {}, dict.fromkeys(candidates, 0))
     broken: dict[tuple, str] = {}
-    copied = shadow(model)
+    copied = trial_copy(model)
     rows = _rows(copied, candidates)
 
     def probing(path: str, layer: nn.Module) -> Callable[..., Any]:
@@ -194,7 +194,7 @@ def _search_layer(
     broken: dict[tuple, str],
     rows: Rows | None,
 ) -> tuple[list[Proved], dict[Candidate, str]]:
-    """The candidates of one shadow layer that pass, and why the others do not.
+    """The candidates of one layer of the copy that pass, and why the others do not.
 
     `broken` remembers, over the layers, candidates with which a layer of this class cannot even
     be run (attention's projections, mostly), so that each is tried only once.

@@ -5,8 +5,18 @@ run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` only.
 """
 
 from flocking.models.capabilities import batches, chunks, forcing, refuse_forgetful, traits
-from flocking.models.copies import overriding, put, replaced, separate, shadow, with_forward
+from flocking.models.copies import (
+    hooks_on,
+    overriding,
+    put,
+    replaced,
+    separate,
+    trial_copy,
+    with_forward,
+    working_copy,
+)
 from flocking.models.loading import control, embedded, identity, load
+from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
@@ -40,8 +50,10 @@ __all__ = [
     "device_of",
     "embedded",
     "embeddings_of",
+    "exclusive",
     "forcing",
     "forward",
+    "hooks_on",
     "identity",
     "is_loaded",
     "load",
@@ -57,16 +69,17 @@ __all__ = [
     "replaced",
     "require_model",
     "separate",
-    "shadow",
     "tensor_of",
     "tokenize",
     "tolerance",
     "traits",
     "trial",
+    "trial_copy",
     "undisturbed",
     "unwrap",
     "vocabulary_of",
     "warn",
     "with_forward",
     "without_accelerate",
+    "working_copy",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from flocking.models.copies import shadow
+from flocking.models.copies import trial_copy
 from flocking.models.memo import PerModel
 from flocking.models.running import forward
 from flocking.models.sandbox import relative_error, tolerance, trial
@@ -89,7 +89,7 @@ DEPENDS_ON_LENGTH: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @PerModel
 def traits(model: PreTrainedModel) -> Traits:
-    """Find out by trial, on a shadow of the model and 16 random tokens."""
+    """Find out by trial, on a trial copy of the model and 16 random tokens."""
     attempts = _Attempts(model)
     with trial(attempts.copied):
         whole = attempts.whole()
@@ -118,7 +118,7 @@ def traits(model: PreTrainedModel) -> Traits:
 
 
 class _Attempts:
-    """Ways to run a shadow of a model on one text of 16 random tokens.
+    """Ways to run a trial copy of a model on one text of 16 random tokens.
 
     Where a model may be used in one of these ways, its hidden states (1, token, hidden) are those
     of :meth:`whole`; :meth:`generated` gives :meth:`logits`.
@@ -126,7 +126,7 @@ class _Attempts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.copied = shadow(model)
+        self.copied = trial_copy(model)
         self.vocabulary = vocabulary_of(self.copied)
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(self.vocabulary, (1, 16), generator=generator, device="cpu")
@@ -174,8 +174,8 @@ class _Attempts:
 
         One copy of the model reads the text, another writes.
         """
-        reader: Any = shadow(self.model)
-        writer: Any = shadow(self.model)
+        reader: Any = trial_copy(self.model)
+        writer: Any = trial_copy(self.model)
         writer._prefill = reader._prefill
         plain = writer.forward
 

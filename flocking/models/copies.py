@@ -1,18 +1,24 @@
-"""A model's shadow: a copy of its modules that shares its weights, and may be changed freely.
+"""Copies of a model's modules that share its weights, so that the model itself is never changed.
 
-Whatever flocking tries on a model, or makes of it, happens on a shadow: modules are replaced,
-projections are cut down, and the model itself is never touched.
+There are two kinds. A *trial copy* runs on random tokens, to find something out: hooks on the
+model do not fire there. A *working copy* computes what the user will read (a twin, what reads its
+prompts, what writes a continuation): it has all hooks of the model, and with them the masks and
+norms that are kept as hooks.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -20,13 +26,61 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
 
-def shadow(model: _Module) -> _Module:
-    """A deep copy of `model`'s modules that shares every parameter.
+def trial_copy(model: _Module) -> _Module:
+    """A copy to run on random tokens: no hooks, and outputs in the usual form.
 
-    Buffers are copied, since some models update theirs as they run. Hooks are left out, since
-    they are the user's and would fire; so are compiled calls, which would run the original
-    model instead of the copy. The copy is in eval mode.
+    Every parameter is shared; buffers are copied, since some models update theirs as they run.
+    The copy is in eval mode.
+
+    Raises
+    ------
+    ValueError
+        As :func:`working_copy`.
     """
+    copied = _copied(model, with_hooks=False)
+    for module in copied.modules():
+        # Set once hooks that capture outputs are there, so that they are not registered again.
+        vars(module).pop("_output_capturing_hooks_installed", None)
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "return_dict"):
+            config.return_dict = True
+    return copied
+
+
+def working_copy(model: _Module) -> _Module:
+    """A copy that computes what `model` does now, with all of its hooks.
+
+    Hooks are the same objects as the model's, but those that are methods of a module of the model
+    belong to that module's copy. What is registered or removed later does not matter to the
+    other. Otherwise as :func:`trial_copy`.
+
+    Raises
+    ------
+    ValueError
+        If a module's ``forward`` was replaced by a function that would go on running the model
+        instead of the copy.
+    """
+    return _copied(model, with_hooks=True)
+
+
+@torch.inference_mode(False)
+def _copied(model: _Module, *, with_hooks: bool) -> _Module:
+    _refuse_replaced(model)
+    memo = _kept_as_they_are(model)
+    copied = copy.deepcopy(model, memo)
+    copies = dict(zip(model.modules(), copied.modules(), strict=True))
+    for module, mine in copies.items():
+        _without_overrides(module, mine, memo)
+        if with_hooks:
+            for name, hooks in _hooks_of(module).items():
+                moved = {key: _moved(hook, copies) for key, hook in hooks.items()}
+                vars(mine)[name].update(moved)
+    _leave_out_compiled(copied)
+    return copied.eval()
+
+
+def _kept_as_they_are(model: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` is to put in the place of some objects, by their id."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
         memo.update({id(hooks): type(hooks)() for hooks in _hooks_of(module).values()})
@@ -34,17 +88,62 @@ def shadow(model: _Module) -> _Module:
             memo[id(module._hf_hook)] = module._hf_hook
         for name in _overridden.get(module, {}):  # a temporary replacement is not the model's
             memo[id(vars(module)[name])] = object()
-    twin = copy.deepcopy(model, memo)
-    for module, copied in zip(model.modules(), twin.modules(), strict=True):
-        _without_overrides(module, copied, memo)
+        for value in tree_leaves(vars(module)):  # what a mask makes of a parameter, for example
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach()
+    return memo
+
+
+def _leave_out_compiled(copied: nn.Module) -> None:
+    """Delete what is bound to the original model: wrapped methods, and compiled calls."""
     for name in _WRAPPED:
-        vars(twin).pop(name, None)
-    for module in twin.modules():
+        vars(copied).pop(name, None)
+    for module in copied.modules():
         # A compiled forward, or what generate keeps once it has compiled for a static cache.
         for name, value in list(vars(module).items()):
             if hasattr(value, "_torchdynamo_orig_callable"):
                 delattr(module, name)
-    return twin.eval()
+
+
+def _moved(hook: Any, copies: dict[nn.Module, nn.Module]) -> Any:
+    """A hook as it belongs to the copies: a method of a module becomes its copy's."""
+    if isinstance(hook, types.MethodType) and isinstance(hook.__self__, nn.Module):
+        return types.MethodType(hook.__func__, copies.get(hook.__self__, hook.__self__))
+    if isinstance(hook, functools.partial):
+        given = {name: _moved(value, copies) for name, value in hook.keywords.items()}
+        args = (_moved(value, copies) for value in hook.args)
+        return functools.partial(_moved(hook.func, copies), *args, **given)
+    return copies.get(hook, hook) if isinstance(hook, nn.Module) else hook
+
+
+def _refuse_replaced(model: nn.Module) -> None:
+    """Raise a ValueError for a ``forward`` that would run the model itself on a copy, too."""
+    inside = set(model.modules())
+    for path, module in model.named_modules():
+        function = vars(module).get("forward")
+        compiled = hasattr(function, "_torchdynamo_orig_callable")  # is left out of copies
+        if function is not None and not compiled and _holds(function, inside):
+            raise ValueError(
+                f"{path or type(model).__name__} has another forward than its class, which holds "
+                "a module of this model, so that a copy would run the model itself: change what "
+                "it computes with register_forward_hook instead."
+            )
+
+
+def _holds(function: Any, modules: set[nn.Module]) -> bool:
+    """Whether a plain function refers to one of these modules, itself or through another."""
+    if isinstance(function, functools.partial):  # is copied with its arguments
+        return _holds(function.func, modules)
+    if not isinstance(function, types.FunctionType):
+        return False
+    held = list(function.__defaults__ or ())
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # nothing is in it yet
+            held.append(cell.cell_contents)
+    owners = [getattr(each, "__self__", each) for each in held]
+    return any(isinstance(each, nn.Module) and each in modules for each in owners) or any(
+        _holds(each, modules) for each in held if each is not function
+    )
 
 
 def _hooks_of(module: nn.Module) -> dict[str, dict]:
@@ -52,9 +151,23 @@ def _hooks_of(module: nn.Module) -> dict[str, dict]:
     return {k: v for k, v in vars(module).items() if "hooks" in k and isinstance(v, dict)}
 
 
+def hooks_on(module: nn.Module) -> list[Any]:
+    """The hooks on a module that a forward pass calls, without transformers' own.
+
+    Those capture outputs that are asked for, and change nothing.
+    """
+    return [
+        hook
+        for name in ("_forward_pre_hooks", "_forward_hooks")
+        for hook in vars(module)[name].values()
+        if not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    ]
+
+
 def separate(module: _Module) -> _Module:
     """A shallow copy of a module, without its hooks."""
-    copied = copy.copy(module)
+    copied = type(module).__new__(type(module))  # (copy.copy refuses parametrized modules)
+    vars(copied).update(vars(module))
     vars(copied).update({name: type(hooks)() for name, hooks in _hooks_of(module).items()})
     _without_overrides(module, copied)
     return copied

@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from flocking.models.locks import exclusive
+
 _Found = TypeVar("_Found")
 
 
@@ -25,10 +27,11 @@ class PerModel(Generic[_Found]):
 
     def __call__(self, model: PreTrainedModel) -> _Found:
         """What is known of the model, or else what the function finds now."""
-        state = _state_of(model)
-        if model not in self._known or self._known[model][0] != state:
-            self._known[model] = (state, self._find(model))
-        return self._known[model][1]
+        with exclusive(model):
+            state = _state_of(model)
+            if model not in self._known or self._known[model][0] != state:
+                self._known[model] = (state, self._find(model))
+            return self._known[model][1]
 
     def forget(self, model: PreTrainedModel) -> None:
         """Run the function again at the next call."""
@@ -45,7 +48,7 @@ def _state_of(model: nn.Module) -> tuple[object, ...]:
     for path, module in model.named_modules():
         values = vars(module)  # PEFT's layers keep here which of their adapters is active
         adapter = str(values.get("_active_adapter")), values.get("_disable_adapters")
-        modules[path] = id(module), *adapter
+        modules[path] = id(module), type(module), tuple(module._parameters), *adapter
         for p in module._parameters.values():
             kinds.add(p if p is None else (type(p), p.device.type, p.dtype))
     return (

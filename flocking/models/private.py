@@ -65,8 +65,15 @@ PRIVATE = (
     Private(
         "_is_expert_parallel", "transformers.integrations.moe", "such experts are refused", "5.23"
     ),
+    Private(
+        "_output_capturing_hooks_installed",
+        "transformers.utils.output_capturing",
+        "not so in a trial copy, which has no hooks",
+    ),
     # torch
-    Private("_modules", "torch.nn.modules.module", "one module of a shadow is replaced"),
+    Private("_forward_hooks", "torch.nn.modules.module", "hooks that a copy cannot have"),
+    Private("_forward_pre_hooks", "torch.nn.modules.module", "hooks that a copy cannot have"),
+    Private("_modules", "torch.nn.modules.module", "one module of a copy is replaced"),
     Private("_parameters", "torch.nn.modules.module", "a module's parameters, not an adapter's"),
     Private("_buffers", "torch.nn.modules.module", "moved for a model in host memory"),
     Private("_apply", "torch.nn.modules.module", "refused on a twin, which shares parameters"),
@@ -74,7 +81,7 @@ PRIVATE = (
     Private(
         "_torchdynamo_orig_callable",
         "torch._dynamo.eval_frame",
-        "marks compiled calls, which a shadow leaves out",
+        "marks compiled calls, which a copy leaves out",
     ),
     Private("compile_fx", "torch._inductor.compile_fx", "Decoder's backend changes a graph first"),
     Private("_parse_to", "torch._C._nn", "what the arguments of to() mean, for a twin"),

@@ -12,14 +12,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from flocking.models.copies import shadow
+from flocking.models.copies import working_copy
+from flocking.models.locks import exclusive
 from flocking.models.sandbox import private_randomness
 from flocking.models.weights import device_of, embeddings_of
 
 
 @contextmanager
 def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Eval mode, no gradients and random numbers from `seed`; all restored at the end."""
+    """Eval mode, no gradients and random numbers from `seed`; all restored at the end.
+
+    Another thread that wants the same for this model waits until then.
+    """
+    with exclusive(model), _in_eval_mode(model), torch.no_grad(), private_randomness(model, seed):
+        yield
+
+
+@contextmanager
+def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     # BigBird's attention becomes a full one for good, once a text is short.
     kinds: dict[Any, str] = {
@@ -30,8 +40,7 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.no_grad(), private_randomness(model, seed):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
@@ -133,10 +142,10 @@ def continued(
     """Each prompt with its greedy continuation, without the last token, which is never fed.
 
     The prompts run one at a time, since some models give other tokens in a batch that is padded
-    on the left, as `generate` requires. They run on a shadow, so that the penalties and lengths
+    on the left, as `generate` requires. They run on a copy, so that the penalties and lengths
     in the model's generation config do not apply, and `generate` leaves nothing on the model.
     """
-    copied: Any = shadow(model)
+    copied: Any = working_copy(model)
     given: Any = model.generation_config
     eos = given.eos_token_id
     pad = given.pad_token_id

@@ -1,14 +1,16 @@
-"""Running a shadow of a model without side effects, and comparing outputs."""
+"""Running a copy of a model without side effects, and comparing outputs."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -49,7 +51,7 @@ class _NoHeads(TorchFunctionMode):
 class _ReadOnly(TorchDispatchMode):
     """Refuse every operation that would write into these parameters.
 
-    Some models (RWKV) rescale their weights in place when they are run. On a shadow, which
+    Some models (RWKV) rescale their weights in place when they are run. On a copy, which
     shares them, that would damage the model itself.
     """
 
@@ -77,11 +79,51 @@ class _ReadOnly(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+_ATTENTION = [
+    SDPBackend.MATH,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+]
+_one_trial = threading.RLock()  # the settings below belong to the whole process
+
+
+@contextmanager
+def _usual_settings(copied: nn.Module) -> Iterator[None]:
+    """Settings of torch as they are at its start, whatever the user has set for the moment.
+
+    What a trial finds out is remembered, so that it must not depend on when it was run.
+    """
+    kinds = {parameter.device.type for parameter in copied.parameters()} - {"meta"}
+    with _one_trial, ExitStack() as restored:
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            restored.callback(torch.set_default_dtype, dtype)
+        if torch.are_deterministic_algorithms_enabled():
+            only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+            torch.use_deterministic_algorithms(False)
+            restored.callback(torch.use_deterministic_algorithms, True, warn_only=only_warn)
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            if (precision := backend.fp32_precision) in ("tf32", "bf16"):
+                backend.fp32_precision = "ieee"
+                restored.callback(setattr, backend, "fp32_precision", precision)
+        for kind in kinds | {"cpu"}:
+            restored.enter_context(torch.autocast(kind, enabled=False))
+        restored.enter_context(torch.device("cpu"))  # what is created without naming a device
+        restored.enter_context(torch.inference_mode(False))
+        restored.enter_context(torch.no_grad())
+        restored.enter_context(sdpa_kernel(_ATTENTION))
+        yield
+
+
 @contextmanager
 def trial(copied: nn.Module) -> Iterator[None]:
-    """A context for running a shadow: no gradients, a fixed seed, weights read-only."""
+    """A context for running a trial copy.
+
+    No gradients, a fixed seed, torch's usual settings, and weights that are read only.
+    """
     with (
-        torch.no_grad(),
+        _usual_settings(copied),
         private_randomness(copied, 0),
         _ReadOnly(copied.parameters()),
         _NoHeads(),

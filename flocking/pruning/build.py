@@ -14,18 +14,26 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from flocking.analysis import density_by_layer, kept_count
 from flocking.feedforward import (
     FeedForward,
     by_interface,
+    copy_with_blocks,
     feedforwards,
     inherit,
     is_plain,
-    shadow_with_blocks,
 )
-from flocking.models import is_loaded, refuse_forgetful, require_model, shadow, traits
+from flocking.models import (
+    hooks_on,
+    is_loaded,
+    refuse_forgetful,
+    require_model,
+    traits,
+    working_copy,
+)
 from flocking.pruning.compact import Compact
 from flocking.pruning.methods import METHODS, WITH_REFERENCE, Method, by_reference, global_local
 from flocking.pruning.offloading import offloaded
@@ -92,10 +100,11 @@ def griffin(
         Of `model`'s class, with two more members: ``selection`` (indices of the kept neurons by
         layer) and ``report()``. Memory rises by the compact projections, and nothing of `model`
         is freed. (With `offload`, the accelerator's memory rises by those and by everything that
-        is not an FF projection.) Hooks on `model` do not act on the twin, nor the other way
-        round. Changes of parameter values show in the twin (but not in what it copied before);
-        after any other change of `model` (its dtype, its config, replaced parameters), make the
-        twin again.
+        is not an FF projection.) Hooks that `model` has now are the twin's too,
+        when it reads prompts and when it decodes; one that is registered on the twin itself acts
+        on decoding only. Changes of parameter values show in the twin (but not in what it copied
+        before); after any other change of `model` (its dtype, its config, its hooks, replaced
+        parameters), make the twin again. A twin serves one thread at a time.
 
         In a second turn on a cache that this twin filled, the statistic is that of the earlier
         turns and of the new turn's tokens; tokens that were generated, pruned, do not count. On
@@ -107,7 +116,8 @@ def griffin(
     ValueError
         For a density outside of (0, 1] or that keeps no neuron, an unknown method or scope, a
         reference that is missing or another model's, weights that are quantised or not in
-        memory, a model that does not generate or cannot go on from a cache, or a twin; with
+        memory, hooks on FF projections, a model that does not generate or cannot go on from a
+        cache, or a twin; with
         `offload`, for a model that is not in host memory.
     TypeError
         If `density` or `seed` is not a number, or `reference` is not a DataArray.
@@ -144,13 +154,14 @@ def griffin(
         scope,
         int(seed),
     )
-    twin = shadow(model)
-    paths = {id(module): path for path, module in model.named_modules()}
-    compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
-    for compact in compacts:
-        compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
-    inherit(model, twin)
-    full = shadow_with_blocks(model)
+    with torch.inference_mode(False), torch.no_grad():  # it outlives the mode of the moment
+        twin = working_copy(model)
+        paths = {id(module): path for path, module in model.named_modules()}
+        compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
+        for compact in compacts:
+            compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
+        inherit(model, twin)
+        full = copy_with_blocks(model)
     traits.remember(full, known)
     return _become_twin(twin, State(full, compacts, selector))
 
@@ -175,12 +186,18 @@ def _check_options(
 def _become_twin(copied: PreTrainedModel, state: State) -> Twin:
     """Give it a twin's class, also where accelerate keeps the forward of the class before."""
     plain = type(copied)
+    for name in vars(Twin).keys() & vars(copied).keys():
+        raise ValueError(
+            f"model.{name} was replaced on this very object, and a twin would go around its own: "
+            f"delete it (del model.{name})."
+        )
     copied.__class__ = twin_class(plain)  # type: ignore[arg-type] # a class can be hashed
     for name in ("_old_forward", "forward"):
         if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
             copied.__dict__[name] = copied.__class__.forward.__get__(copied)
     twin = cast(Twin, copied)
     twin._griffin = state
+    state.hooks = {id(hook) for module in twin.modules() for hook in hooks_on(module)}
     return twin
 
 
@@ -208,6 +225,11 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
         parts = [part for part in (block.up, block.gate, block.down) if part is not None]
         if any(len(holders[id(part)]) > 1 for part in parts):
             raise ValueError(f"{name} cannot be pruned: {block.path} shares a single projection.")
+        if any(map(hooks_on, parts)):
+            raise ValueError(
+                f"{name} has a hook on a projection of {block.path}, which would be given the kept "
+                "neurons only: remove it, or register it on the block itself."
+            )
     return blocks
 
 
@@ -218,6 +240,16 @@ def _why_fixed(block: FeedForward) -> str:
     odd = [p for p in (block.gate, block.up, block.down) if p is not None and not is_plain(p)]
     if not odd:
         return "neurons depend on each other, for example by a norm before the down-projection"
+    if is_parametrized(odd[0]):
+        return (
+            "a weight is computed by a parametrization: make it permanent with "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+        )
+    if "weight" not in odd[0]._parameters and hooks_on(odd[0]):
+        return (
+            "a weight is computed by a hook, as by torch.nn.utils.prune: make it permanent, there "
+            "with torch.nn.utils.prune.remove(module, 'weight')"
+        )
     if isinstance(odd[0], nn.Linear):
         packed = odd[0] if type(odd[0].weight) is nn.Parameter else odd[0].weight
         return (

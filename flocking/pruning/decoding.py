@@ -26,15 +26,17 @@ from flocking.models import (
     context,
     device_of,
     embeddings_of,
+    hooks_on,
     refuse_forgetful,
     relative_error,
     require_model,
     tolerance,
-    undisturbed,
+    trial,
+    trial_copy,
     vocabulary_of,
 )
 from flocking.pruning.graphs import CompiledStep
-from flocking.pruning.twin import full_model, read_prompt
+from flocking.pruning.twin import Twin, full_model, read_prompt, serving
 
 _OTHER_STATES = "it keeps something else than each token's keys and values"
 _LOOK_EVERY = 16  # tokens between two looks at whether all sequences have ended
@@ -68,7 +70,7 @@ class Decoder:
     ------
     ValueError
         If the model cannot be decoded like this (found by a trial on random tokens), lies on
-        several devices, or has a context of less than `max_length`.
+        several devices, has hooks, or has a context of less than `max_length`.
 
     Examples
     --------
@@ -82,6 +84,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, max_length: int, *, batch_size: int = 1) -> None:
         model = require_model(model)
         _check_arguments(model, max_length, batch_size)
+        _refuse_hooks(model)
         self._model, self._full = model, full_model(model)
         refuse_forgetful(self._full)
         self.max_length, self.batch_size = max_length, batch_size
@@ -128,12 +131,13 @@ class Decoder:
         RuntimeError
             If the model does not compile in one piece.
         """
-        self.read(input_ids, attention_mask, max_new_tokens=max_new_tokens)
-        for number in range(1, max_new_tokens):
-            if number % _LOOK_EVERY == 0 and bool(self._done.all()):
-                break
-            self.step()
-        return self._written(input_ids.shape[1])
+        with serving(self._model):
+            self.read(input_ids, attention_mask, max_new_tokens=max_new_tokens)
+            for number in range(1, max_new_tokens):
+                if number % _LOOK_EVERY == 0 and bool(self._done.all()):
+                    break
+                self.step()
+            return self._written(input_ids.shape[1])
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -146,6 +150,7 @@ class Decoder:
         adds a token, up to `max_length` in all.
         """
         ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
+        _refuse_hooks(self._model)
         prompt = ids.shape[1]
         self._set_special_tokens()
         self._text.copy_(self._pad.expand_as(self._text))
@@ -153,7 +158,11 @@ class Decoder:
         self._length.fill_(prompt)
         self._done.zero_()
         outputs = read_prompt(
-            self._model, lambda: self._prefill(ids, mask), len(ids), mask, tokens=prompt
+            self._model,
+            lambda: self._prefill(self._full, ids, mask),
+            len(ids),
+            mask,
+            tokens=prompt,
         )
         self._take(outputs.logits[:, -1])
         self._left = self.max_length - prompt - 1
@@ -176,6 +185,8 @@ class Decoder:
                 f"continuation has at most {self.max_length} tokens."
             )
         self._left -= 1
+        if isinstance(self._model, Twin):
+            self._model._griffin.refuse_other_thread()
         self._compiled()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -219,20 +230,20 @@ class Decoder:
             )
         return ids.to(self._device), mask.to(self._device)
 
-    def _read(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Any:
-        """Run the prompts on the full model as ``generate`` would."""
+    def _read(self, full: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Any:
+        """Run the prompts on a full model as ``generate`` would."""
         more: dict[str, Any] = {}
         if self._takes_positions:
             more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        if "logits_to_keep" in inspect.signature(self._full.forward).parameters:
+        if "logits_to_keep" in inspect.signature(full.forward).parameters:
             more["logits_to_keep"] = 1
-        return self._full(
+        return full(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more
         )
 
-    def _prefill(self, ids: Tensor, mask: Tensor) -> Any:
+    def _prefill(self, full: PreTrainedModel, ids: Tensor, mask: Tensor) -> Any:
         """Run the prompts, and copy their keys and values into the fixed cache."""
-        outputs = self._read(ids, mask, DynamicCache())
+        outputs = self._read(full, ids, mask, DynamicCache())
         past = getattr(outputs, "past_key_values", None)
         layers = getattr(past, "layers", None) or [None]
         if any(
@@ -322,7 +333,7 @@ class Decoder:
         On random tokens. If the model's own cache forgets, there are enough of them to see it
         (the fixed cache forgets nothing, but the attention's mask hides the same tokens).
         """
-        full = self._full
+        full = trial_copy(self._full)
         own = DynamicCache(config=full.config.get_text_config(decoder=True))
         if not {type(layer) for layer in own.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
             raise ValueError(_OTHER_STATES)
@@ -330,9 +341,9 @@ class Decoder:
         total = ids.shape[1]
         prompt = max(1, total - 2)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        with undisturbed(full, seed=0):
-            self._read(ids[:, :prompt], mask[:, :prompt], own)
-            self._prefill(ids[:, :prompt], mask[:, :prompt])
+        with trial(full):
+            self._read(full, ids[:, :prompt], mask[:, :prompt], own)
+            self._prefill(full, ids[:, :prompt], mask[:, :prompt])
             for place in range(prompt, total):
                 here = slice(place, place + 1)
                 more = {"position_ids": positions[:, here]} if self._takes_positions else {}
@@ -385,6 +396,16 @@ def _check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -
             f"{type(model).__name__} lies on {', '.join(devices)}: a step in fixed shapes "
             "needs all of it on one device; use generate."
         )
+
+
+def _refuse_hooks(model: PreTrainedModel) -> None:
+    """Raise a ValueError if a module has hooks, which what is compiled already would leave out."""
+    for path, module in model.named_modules():
+        if hooks_on(module) or hasattr(module, "_hf_hook"):  # accelerate's
+            raise ValueError(
+                f"{path or type(model).__name__} has a hook, which a compiled step would not call "
+                "if it changed: remove it, or use generate, which calls it."
+            )
 
 
 def _special_tokens(model: Any) -> tuple[list[int], int]:

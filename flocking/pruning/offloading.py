@@ -11,11 +11,13 @@ from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flocking.feedforward import FeedForward, keeping_blocks, shadow_with_blocks
+from flocking.feedforward import FeedForward, copy_with_blocks, keeping_blocks
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def offloaded(model: PreTrainedModel) -> PreTrainedModel:
-    """A shadow of `model` on the accelerator, except for its FF weights, which stay in place.
+    """A working copy of `model` on the accelerator, except for its FF weights, which stay in place.
 
     Each block's weights are copied over when its first projection runs, and those of the next
     block while it computes; they are freed after use, so the device holds two blocks' at a time.
@@ -37,7 +39,7 @@ def offloaded(model: PreTrainedModel) -> PreTrainedModel:
     device = device or torch.device("cpu")
     if device.index is None and device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())
-    placed = shadow_with_blocks(model)
+    placed = copy_with_blocks(model)
     with keeping_blocks(placed) as blocks:
         stream = _Stream(blocks, device)
         sent: dict[int, nn.Parameter] = {}  # tied ones once

@@ -28,7 +28,7 @@ from flocking.models import (
     undisturbed,
     unwrap,
 )
-from flocking.pruning.twin import Twin, full_model, read_prompt
+from flocking.pruning.twin import Twin, full_model, read_prompt, serving
 
 Protocol = Literal["context", "last-token"]
 
@@ -334,8 +334,9 @@ def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
     selected from it. A model alone is run in the same way, so that the two can be compared.
     """
     model = require_model(model)
-    head, past = beginning(model, ids, cut)
-    later = rest(model, ids, cut, past)
+    with serving(model):
+        head, past = beginning(model, ids, cut)
+        later = rest(model, ids, cut, past)
     return torch.cat([_of_next_tokens(head, ids, 0), _of_next_tokens(later, ids, cut)], dim=1)
 
 

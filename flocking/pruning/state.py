@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ class State:
         Experts of mixtures that no token of the prompt was routed to.
     watch : Stopwatch or None
         Over the last selection and copy.
+    hooks : set of int
+        Ids of the hooks that the twin has from the original.
     """
 
     def __init__(self, full: PreTrainedModel, compacts: list[Compact], selector: Selector) -> None:
@@ -41,6 +45,36 @@ class State:
         self.copies = 1
         self.unreached: list[Tensor] = []
         self.watch: Stopwatch | None = None
+        self.hooks: set[int] = set()
+        self._requests = threading.RLock()  # held while one is served
+        self._thread: int | None = None  # that made the selection
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Serve one request; refuse another thread's in the meantime.
+
+        Raises
+        ------
+        RuntimeError
+            In a second thread.
+        """
+        if not self._requests.acquire(blocking=False):
+            raise RuntimeError(
+                "this twin is busy in another thread, with the neurons of another prompt: wait "
+                "until that has ended, or make a twin for each thread."
+            )
+        try:
+            yield
+        finally:
+            self._requests.release()
+
+    def refuse_other_thread(self) -> None:
+        """Raise a RuntimeError if another thread has made the selection."""
+        if self._thread != threading.get_ident():
+            raise RuntimeError(
+                "another thread has given this twin a prompt since, with other neurons: make a "
+                "twin for each thread."
+            )
 
     def prefill(
         self,
@@ -71,20 +105,23 @@ class State:
         copies : int
             How often each sequence is in the batch.
         """
-        self.copies = copies
-        self.forget()
-        earlier = self.reader.earlier(past, sequences)
-        if earlier is None:
-            self.drafts.reset()
-        outputs, read = self.reader.read(run, sequences, mask, tokens, earlier)
-        self.choose(read)
-        self.reader.remember(read, getattr(outputs, "past_key_values", None))
-        return outputs
+        with self.serving():
+            self.copies = copies
+            self.forget()
+            earlier = self.reader.earlier(past, sequences)
+            if earlier is None:
+                self.drafts.reset()
+            outputs, read = self.reader.read(run, sequences, mask, tokens, earlier)
+            self.choose(read)
+            self.reader.remember(read, getattr(outputs, "past_key_values", None))
+            return outputs
 
     def expect(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a forward pass without a selection, or of another number of sequences."""
         if self.read is None:
             refuse()
+        if not torch.compiler.is_compiling():  # (Decoder asks before each of its steps)
+            self.refuse_other_thread()
         inputs = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch = next((len(x) for x in inputs if isinstance(x, Tensor)), None)
         held = len(self.read.tokens)
@@ -125,7 +162,7 @@ class State:
         watch.lap()
         self.watch, self.unreached = watch, selected.unreached
         self._check(selected)
-        self.read = read
+        self.read, self._thread = read, threading.get_ident()
 
     def _check(self, selected: Selected) -> None:
         """Drop the selection and raise a ValueError if it was made from what is not a number."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flocking.models import byte_count
+from flocking.models import byte_count, hooks_on, warn
 from flocking.pruning.state import State
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class Twin(_Generating):
                 "guidance_scale would run the negative prompt pruned, with the prompt's "
                 "selection: leave it out, or use the original model."
             )
+        self._warn_of_hooks()
         past = model_kwargs.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
         arguments = (input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -152,6 +154,17 @@ class Twin(_Generating):
             tokens=given,
             copies=max(generation_config.num_beams, generation_config.num_return_sequences),
         )
+
+    def _warn_of_hooks(self) -> None:
+        """Say that hooks which came after the twin was made do not act on the full model."""
+        for path, module in self.named_modules():
+            if any(id(hook) not in self._griffin.hooks for hook in hooks_on(module)):
+                warn(
+                    f"a hook was registered on the twin ({path or 'itself'}): it acts on decoding "
+                    "only, since the full model reads the prompt. Register it on the original, and "
+                    "make the twin again.",
+                )
+                return
 
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not kwargs["generation_config"].is_assistant:
@@ -183,7 +196,22 @@ class Twin(_Generating):
                 "custom_generate would not run the prompt in full: leave it out, or use the "
                 "original model."
             )
-        return super().generate(*args, **kwargs)
+        with self._griffin.serving():
+            return super().generate(*args, **kwargs)
+
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a ValueError: such loops, contrastive search and DoLa among them, are foreign."""
+        raise ValueError(
+            "this way to generate is not in transformers itself but code from a hub, which would "
+            "not run the prompt in full: leave it out (penalty_alpha, dola_layers, ...), or use "
+            "the original model."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Raise a TypeError: a twin that is pickled or copied would not share any weights."""
+        raise TypeError(
+            "a twin cannot be pickled or copied: give the original, and make the twin again there."
+        )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise a ValueError: prompts would not be read in full."""
@@ -244,6 +272,13 @@ def read_prompt(
     if not isinstance(model, Twin):
         return run()
     return model._griffin.prefill(run, sequences, mask, tokens=tokens)
+
+
+@contextmanager
+def serving(model: PreTrainedModel) -> Iterator[None]:
+    """Keep other threads' prompts from a twin inside of the ``with``; nothing for other models."""
+    with model._griffin.serving() if isinstance(model, Twin) else nullcontext():
+        yield
 
 
 @functools.cache

@@ -196,7 +196,7 @@ def test_found_out_behind_a_massive_residual_too(llama: tf.PreTrainedModel, size
 
 
 def test_weights_survive_a_model_that_rescales_them() -> None:
-    """RWKV divides its weights in place when it is run: on a shadow, they are the model's."""
+    """RWKV divides its weights in place when it is run: in a copy, they are the model's."""
     config = tf.RwkvConfig(
         vocab_size=128,
         hidden_size=64,

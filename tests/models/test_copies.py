@@ -1,22 +1,67 @@
-"""A shadow shares a model's weights and nothing else."""
+"""What a copy of a model shares with it, and what it leaves out."""
 
 from __future__ import annotations
 
 import helpers
+import pytest
 import torch
 import transformers as tf
+from torch import nn
 
-from flocking.models import relative_error, shadow
+from flocking.models import relative_error, trial_copy, working_copy
 
 
-def test_shadow_shares_weights_and_nothing_else(tiny: tf.PreTrainedModel) -> None:
+@pytest.mark.parametrize("copied", [trial_copy, working_copy])
+def test_copies_share_weights_and_nothing_else(tiny: tf.PreTrainedModel, copied: object) -> None:
     tiny.train()
-    tiny.get_input_embeddings().register_forward_hook(lambda *args: None)
-    copied = shadow(tiny)
-    assert not any(m is n for m, n in zip(copied.modules(), tiny.modules(), strict=True))
-    assert all(p is q for p, q in zip(copied.parameters(), tiny.parameters(), strict=True))
-    assert not any(m._forward_hooks or m.training for m in copied.modules())
+    mine = copied(tiny)
+    assert not any(m is n for m, n in zip(mine.modules(), tiny.modules(), strict=True))
+    assert all(p is q for p, q in zip(mine.parameters(), tiny.parameters(), strict=True))
+    assert not any(m.training for m in mine.modules())
+    buffers = dict(tiny.named_buffers())
+    assert not any(buffer is buffers[name] for name, buffer in mine.named_buffers())
     tiny.eval()
     ids = torch.tensor(helpers.random_ids(9))
     with torch.no_grad():
-        assert relative_error(copied(ids)[0], tiny(ids)[0]) == 0
+        assert relative_error(mine(ids)[0], tiny(ids)[0]) == 0
+
+
+def test_only_working_copies_have_the_hooks() -> None:
+    model = helpers.build("llama")
+    seen: list[nn.Module] = []
+    handle = model.model.layers[0].register_forward_hook(lambda module, *_: seen.append(module))
+    trying, working = trial_copy(model), working_copy(model)
+    ids = torch.tensor(helpers.random_ids(9))
+    trying(ids)
+    assert not seen
+    working(ids)
+    assert seen == [working.model.layers[0]]
+    handle.remove()  # the copy keeps what was there when it was made
+    working(ids)
+    assert len(seen) == 2
+    working.model.layers[1].register_forward_hook(lambda *_: None)
+    assert not model.model.layers[1]._forward_hooks
+
+
+@pytest.mark.parametrize("copied", [trial_copy, working_copy])
+def test_copies_return_hidden_states_after_the_model_did(copied: object) -> None:
+    model = helpers.build("llama")
+    ids = torch.tensor(helpers.random_ids(9))
+    model(ids, output_hidden_states=True)
+    assert len(copied(model)(ids, output_hidden_states=True).hidden_states) == 3
+
+
+def test_a_trial_copy_returns_outputs_by_name() -> None:
+    model = helpers.build("llama", return_dict=False)
+    ids = torch.tensor(helpers.random_ids(9))
+    assert isinstance(model.model(ids), tuple)
+    assert trial_copy(model)(ids).logits.shape == (1, 9, helpers.VOCABULARY)
+    assert model.config.return_dict is False
+
+
+@pytest.mark.parametrize("copied", [trial_copy, working_copy])
+def test_a_copy_made_in_inference_mode_can_be_used_outside_of_it(copied: object) -> None:
+    model = helpers.build("gemma2")
+    with torch.inference_mode():
+        mine = copied(model)
+    assert not any(buffer.is_inference() for buffer in mine.buffers())

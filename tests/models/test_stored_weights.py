@@ -278,7 +278,7 @@ def test_by_sequence_with_offloaded_experts(tmp_path: Path) -> None:
 
 def test_offloaded_values_are_not_held_twice(tmp_path: Path) -> None:
     model = to_cpu(build("llama"), tmp_path)
-    flocking.griffin(model)  # proof, traits, two shadows
+    flocking.griffin(model)  # proof, traits, two copies
 
     def held() -> int:
         gc.collect()

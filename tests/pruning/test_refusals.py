@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +156,9 @@ def test_refuses_loops_that_would_not_prefill(pair: tuple) -> None:
     generate(twin, tokens(20))
     with pytest.raises(ValueError, match="custom_generate would not run the prompt in full"):
         generate(twin, tokens(20), custom_generate=lambda model, *args, **kwargs: None)
+    for asked in ({"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}):
+        with pytest.raises(ValueError, match="code from a hub, which would not run the prompt"):
+            generate(twin, tokens(20), trust_remote_code=True, do_sample=False, **asked)
     with pytest.raises(ValueError, match="guidance_scale would run the negative prompt pruned"):
         generate(twin, tokens(20), guidance_scale=1.5, negative_prompt_ids=tokens(5))
     twin.config.use_cache = False
@@ -192,3 +198,10 @@ def test_an_interrupted_prompt_leaves_no_half_made_selection(pair: tuple) -> Non
         state.selector.method, state.compacts[1].fill = method, fill
     generate(twin, ids)
     np.testing.assert_array_equal(as_masks(twin, model), expected_selection(model, ids)[0])
+
+
+def test_refuses_to_be_pickled_or_copied(pair: tuple) -> None:
+    _, twin = pair
+    for attempt in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be pickled or copied: give the original"):
+            attempt(twin)
