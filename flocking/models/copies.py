@@ -152,15 +152,15 @@ def _hooks_of(module: nn.Module) -> dict[str, dict]:
 
 
 def hooks_on(module: nn.Module) -> list[Any]:
-    """The hooks on a module that a forward pass calls, without transformers' own.
+    """The user's hooks on a module, which a forward pass calls.
 
-    Those capture outputs that are asked for, and change nothing.
+    Not transformers' own, which capture outputs that are asked for, nor those of ``observe``.
     """
     return [
         hook
         for name in ("_forward_pre_hooks", "_forward_hooks")
         for hook in vars(module)[name].values()
-        if not str(getattr(hook, "__module__", "")).startswith("transformers.")
+        if not str(getattr(hook, "__module__", "")).startswith(("transformers.", "flocking."))
     ]
 
 

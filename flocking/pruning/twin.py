@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -208,10 +209,19 @@ class Twin(_Generating):
         )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Raise a TypeError: a twin that is pickled or copied would not share any weights."""
+        """Raise a TypeError: a twin that is pickled would not share any weights."""
         raise TypeError(
             "a twin cannot be pickled or copied: give the original, and make the twin again there."
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Twin:
+        """A copy for a trial, which shares weights and selection; others are a TypeError."""
+        if not all(id(parameter) in memo for parameter in self.parameters()):
+            self.__reduce_ex__(4)
+        memo[id(self._griffin)] = self._griffin
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise a ValueError: prompts would not be read in full."""
