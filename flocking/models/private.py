@@ -71,6 +71,14 @@ PRIVATE = (
         "not so in a trial copy, which has no hooks",
     ),
     # torch
+    Private(
+        "_global_forward_hooks", "torch.nn.modules.module", "hooks on all modules, not for trials"
+    ),
+    Private(
+        "_global_forward_pre_hooks",
+        "torch.nn.modules.module",
+        "hooks on all modules, not for trials",
+    ),
     Private("_forward_hooks", "torch.nn.modules.module", "hooks that a copy cannot have"),
     Private("_forward_pre_hooks", "torch.nn.modules.module", "hooks that a copy cannot have"),
     Private("_modules", "torch.nn.modules.module", "one module of a copy is replaced"),

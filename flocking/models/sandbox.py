@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -92,7 +93,8 @@ _one_trial = threading.RLock()  # the settings below belong to the whole process
 def _usual_settings(copied: nn.Module) -> Iterator[None]:
     """Settings of torch as they are at its start, whatever the user has set for the moment.
 
-    What a trial finds out is remembered, so that it must not depend on when it was run.
+    Hooks on all modules are set aside, too. What a trial finds out is remembered, so that it must
+    not depend on when it was run.
     """
     kinds = {parameter.device.type for parameter in copied.parameters()} - {"meta"}
     with _one_trial, ExitStack() as restored:
@@ -109,6 +111,9 @@ def _usual_settings(copied: nn.Module) -> Iterator[None]:
                 restored.callback(setattr, backend, "fp32_precision", precision)
         for kind in kinds | {"cpu"}:
             restored.enter_context(torch.autocast(kind, enabled=False))
+        for hooks in (_global_forward_pre_hooks, _global_forward_hooks):
+            restored.callback(hooks.update, dict(hooks))
+            hooks.clear()
         restored.enter_context(torch.device("cpu"))  # what is created without naming a device
         restored.enter_context(torch.inference_mode(False))
         restored.enter_context(torch.no_grad())

@@ -44,11 +44,26 @@ def lower_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
+@contextmanager
+def hooks_on_all_modules() -> Iterator[None]:
+    def twice(module: torch.nn.Module, args: tuple, output: object) -> object:
+        return 2 * output if isinstance(module, torch.nn.Linear) else output
+
+    handle = torch.nn.modules.module.register_module_forward_hook(twice)
+    try:
+        yield
+        linear = torch.nn.Linear(1, 1)
+        assert torch.equal(linear(torch.ones(1)), 2 * (linear.weight[0] + linear.bias))
+    finally:
+        handle.remove()
+
+
 MOMENTS = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "default dtype": default_dtype,
     "default device": lambda: torch.device("meta"),
     "deterministic": deterministic,
+    "hooks on all modules": hooks_on_all_modules,
     "gradients": torch.enable_grad,
     "inference mode": torch.inference_mode,
     "one attention kernel": lambda: sdpa_kernel([SDPBackend.CUDNN_ATTENTION]),
