@@ -4,14 +4,23 @@ Loading a model, copying its modules, running it, finding out by trial in which 
 run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` only.
 """
 
-from flocking.models.capabilities import batches, chunks, forcing, refuse_forgetful, traits
+from flocking.models.capabilities import (
+    batches,
+    chunks,
+    forcing,
+    refuse_forgetful,
+    traits,
+    with_inputs,
+)
 from flocking.models.copies import overriding, put, replaced, separate, shadow, with_forward
+from flocking.models.forms import Text, require_tokenizer
+from flocking.models.inputs import continued_inputs
 from flocking.models.loading import control, embedded, identity, load
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
-from flocking.models.tokenization import Prompts, Text, tokenize
+from flocking.models.tokenization import Prompts, tokenize
 from flocking.models.weights import (
     byte_count,
     device_of,
@@ -36,6 +45,7 @@ __all__ = [
     "chunks",
     "context",
     "continued",
+    "continued_inputs",
     "control",
     "device_of",
     "embedded",
@@ -56,6 +66,7 @@ __all__ = [
     "relative_error",
     "replaced",
     "require_model",
+    "require_tokenizer",
     "separate",
     "shadow",
     "tensor_of",
@@ -68,5 +79,6 @@ __all__ = [
     "vocabulary_of",
     "warn",
     "with_forward",
+    "with_inputs",
     "without_accelerate",
 ]
