@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -119,8 +119,8 @@ def traits(model: PreTrainedModel) -> Traits:
 def with_inputs(model: PreTrainedModel, inputs: Mapping[str, Sequence[Tensor]]) -> Traits:
     """The model's :func:`traits` where it is also fed inputs such as these, of several texts.
 
-    Token types, for example, decide in some models which tokens see each other. The trial is made
-    with values drawn from those of `inputs`, int64 (token, ...).
+    Token types, for example, decide in some models which tokens see each other. The trials are
+    made with values from `inputs`, int64 (token, ...): all tokens have the same, or random ones.
 
     Raises
     ------
@@ -128,30 +128,40 @@ def with_inputs(model: PreTrainedModel, inputs: Mapping[str, Sequence[Tensor]]) 
         If the model cannot be run with these inputs.
     """
     found = traits(model)
-    if not inputs:
-        return found
+    for drawn in _drawn(inputs):
+        attempts = _Attempts(model, drawn)
+        with trial(attempts.copied):
+            try:
+                whole = attempts.whole()
+            except Exception as problem:  # a model may fail in any way
+                raise ValueError(
+                    f"{type(model).__name__} cannot be run with {' and '.join(inputs)} "
+                    f"({type(problem).__name__}: {str(problem).partition(chr(10))[0]}): leave that "
+                    "out, or give other values."
+                ) from problem
+            found = found._replace(
+                causal=found.causal and _same(attempts.changed, whole),
+                chunkable=found.chunkable and _same(attempts.chunked, whole),
+                paddable=found.paddable and _same(attempts.padded, whole),
+            )
+    return found
+
+
+_SAME_VALUES = 4  # trials in which all tokens have the same one
+
+
+def _drawn(inputs: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Values for the 16 tokens of a trial, int64 (1, 16, ...) by name."""
+    kinds = {name: torch.cat(list(rows)).unique(dim=0) for name, rows in inputs.items()}
+    count = max(map(len, kinds.values()), default=0)
     generator = torch.Generator().manual_seed(0)
-    drawn = {}
-    for name, rows in inputs.items():
-        values = torch.cat(list(rows))
-        drawn[name] = values[torch.randint(len(values), (16,), generator=generator, device="cpu")][
-            None
-        ]
-    attempts = _Attempts(model, drawn)
-    with trial(attempts.copied):
-        try:
-            whole = attempts.whole()
-        except Exception as problem:  # a model may fail in any way
-            raise ValueError(
-                f"{type(model).__name__} cannot be run with {' and '.join(inputs)} "
-                f"({type(problem).__name__}: {str(problem).partition(chr(10))[0]}): leave that "
-                "out, or give other values."
-            ) from problem
-        return found._replace(
-            causal=found.causal and _same(attempts.changed, whole),
-            chunkable=found.chunkable and _same(attempts.chunked, whole),
-            paddable=found.paddable and _same(attempts.padded, whole),
-        )
+    for number in range(min(count, _SAME_VALUES)):
+        yield {name: k[[number % len(k)] * 16][None] for name, k in kinds.items()}
+    if count > 1:
+        yield {
+            name: k[torch.randint(len(k), (16,), generator=generator, device="cpu")][None]
+            for name, k in kinds.items()
+        }
 
 
 def _same(attempt: Callable[[], Tensor], expected: Tensor) -> bool:
