@@ -93,6 +93,9 @@ def record(
     max_new_tokens: Annotated[
         int, typer.Option(help="Continue each text greedily by at most this many tokens.")
     ] = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Read at most this many tokens of each text, the first ones.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.zarr if it exists.")] = False,
@@ -113,6 +116,7 @@ def record(
         window=window,
         layers=numbers,
         max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
     )
     recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
     with replacing(output) as partial:

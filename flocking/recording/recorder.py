@@ -69,10 +69,18 @@ def record(
         through both stacks; coordinate ``module`` says which is which.
     text : str, list of str, token ids, or a tokenizer's output
         Strings are tokenized with the special tokens that the tokenizer adds by default
-        (attribute ``special_tokens`` says which) and no chat template: apply one
-        beforehand if you want one. Token ids are one sequence, a list of sequences, or a
-        tensor of shape (sequence, token) without padding. In a tokenizer's output,
-        padding on either side is dropped by its ``attention_mask``.
+        (attribute ``special_tokens`` says which) and no chat template. Token ids are one
+        sequence, a list of sequences, or a tensor of shape (sequence, token) without padding.
+        In a tokenizer's output, padding on either side is dropped by its ``attention_mask``.
+        What the model takes for every token, such as ``token_type_ids`` or ``position_ids``, of
+        shape (sequence, token), is fed along; what the tokenizer returns about its work
+        (``offset_mapping``, ``special_tokens_mask`` and the like) is left out, and so are
+        ``token_type_ids`` of nothing but 0 where the model has no types. Anything else is
+        refused by name.
+
+        Chats: ``tokenizer.apply_chat_template(messages, return_dict=True)`` is such an output.
+        A string with its special tokens already in it, as from a template, would get them
+        twice: give ``tokenizer(text, add_special_tokens=False)`` instead of it.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         By default, the one in the model's folder (``model.name_or_path``).
     window : int or None
@@ -86,6 +94,10 @@ def record(
         depends on the length of the text, as longrope does. Penalties in the model's generation
         config are ignored. The last token that was generated was never fed to the model: it has
         no activations and is not in the recording.
+    max_tokens : int or None
+        Read at most this many tokens of each text: the first ones, special tokens among them. All
+        of them must fit the model's context, and with `max_new_tokens`, those and the new ones.
+        Coordinate ``text`` has the whole text nevertheless, if it was given as a string.
     relative : bool or iterable of int
         Keep ``r`` itself as float16, for all layers or those listed. This takes much memory:
         with `progress`, its size is printed first.
@@ -134,10 +146,12 @@ def record(
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
     ValueError
-        For an empty text, an unknown layer, a window below 1, a text longer than the
-        model's context, weights on the meta device, or activations that are not finite.
+        For an empty text, an input that cannot be fed, an unknown layer, a window below 1, a text
+        longer than the model's context, weights on the meta device, or activations that are not
+        finite.
     TypeError
-        If `model` is not a transformers model, or `text` or a list of layers has another form.
+        If `model` is not a transformers model, `tokenizer` is no tokenizer, or `text` or a list
+        of layers has another form.
     MemoryError
         If the arrays of the result would not fit in memory. This is checked first.
 
@@ -157,6 +171,12 @@ def record(
     ['first', 'prompt', 'generation']
     >>> recording["rank"].dims
     ('sequence', 'layer', 'window', 'neuron')
+
+    Of long texts, the beginning:
+
+    >>> recording = flocking.record(model, flocking.passages(), max_tokens=16, progress=False)
+    >>> dict(recording.sizes)
+    {'sequence': 12, 'layer': 2, 'window': 2, 'neuron': 64, 'token': 16}
     """
     whole_number("window", 1 if window is None else window, 1)
     whole_number("max_tokens", 1 if max_tokens is None else max_tokens, 1)
