@@ -106,6 +106,8 @@ def record(
     from flocking.artifacts import replacing
 
     refuse_existing(output, overwrite)
+    if max_tokens is not None:
+        at_least_one(max_tokens, "--max-tokens")
     numbers = numbers_of(layers)
     texts = [read(name) for name in files]
     loaded, tokenizer = load(model, device, dtype)

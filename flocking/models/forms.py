@@ -76,7 +76,8 @@ def _sequences(items: Any) -> tuple[list[Any], bool]:
     if not isinstance(items, list):
         return ([items], True) if items.ndim == 1 else (list(items), False)
     bare = isinstance(items[0], int | np.integer)
-    for number, item in enumerate(items):
+    # (A string is odd among ids only; among strings, the other is.)
+    for number, item in sorted(enumerate(items), key=lambda pair: isinstance(pair[1], str)):
         if problem := _about_item(item, bare):
             raise TypeError(f"text {number} is {problem}.")
     return ([items], True) if bare else ([_listed(item) for item in items], False)
