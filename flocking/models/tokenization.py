@@ -99,7 +99,9 @@ def _encoded(
     texts: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Token ids of strings, and by name what else the tokenizer returns of all of them."""
-    encodings: list[Mapping[str, Any]] = [tokenizer(text) for text in texts]
+    # What is too long is refused or cut later: the tokenizer's warning about it would be wrong.
+    quiet = {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    encodings: list[Mapping[str, Any]] = [tokenizer(text, **quiet) for text in texts]
     ids = [encoding["input_ids"] for encoding in encodings]
     _warn_of_doubled(texts, ids, tokenizer)
     names = set.intersection(*(set(encoding) for encoding in encodings)) - {"input_ids"}
