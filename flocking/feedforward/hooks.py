@@ -37,7 +37,8 @@ def select_layers(
     if layers is None:
         return blocks
     try:
-        wanted = {operator.index(layer) for layer in layers}
+        # (True and False would be 1 and 0: a mask is no list of numbers.)
+        wanted = {operator.index(None if isinstance(x, bool) else x) for x in layers}
     except TypeError:
         raise TypeError(f"{argument}={layers!r}: give a list of layer numbers.") from None
     known = {block.layer for block in blocks}

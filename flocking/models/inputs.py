@@ -26,7 +26,8 @@ def _zeros(values: Tensor, count: int) -> Tensor:
 
 
 def _next(values: Tensor, count: int) -> Tensor:
-    return values[-1] + torch.arange(1, count + 1)
+    steps = torch.arange(1, count + 1, device="cpu")
+    return values[-1] + steps.reshape(-1, *[1] * (values.ndim - 1))
 
 
 # Names of inputs whose shape is (sequence, token) or (sequence, token, ...), whatever the model,

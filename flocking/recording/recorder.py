@@ -224,10 +224,13 @@ def record(
 
 
 def whole_number(name: str, value: object, lowest: int) -> None:
-    """Raise a ValueError unless an argument is a whole number from `lowest` up."""
-    number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not number or value < lowest:  # type: ignore[operator] # mypy does not follow `number`
-        raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
+    """Raise a ValueError unless an argument is a whole number from `lowest` up, of 64 bits."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        if lowest <= value < 2**63:
+            return
+        if value > 0:
+            raise ValueError(f"{name}={value!r}: give a number below 2 ** 63.")
+    raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
 
 
 def _checked(model: PreTrainedModel) -> PreTrainedModel:

@@ -34,7 +34,9 @@ def expected(model: tf.PreTrainedModel, **inputs: torch.Tensor) -> dict[int, np.
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: (relative(z[0]) ** 2).sum(0) for layer, z in seen.items()}
+    tokens = inputs["input_ids"].shape[1]  # of one sequence; what comes behind them is padding
+    rows = {layer: z.reshape(-1, z.shape[-1])[:tokens] for layer, z in seen.items()}
+    return {layer: (relative(z) ** 2).sum(0) for layer, z in rows.items()}
 
 
 def assert_energy(recording: xr.Dataset, energy: dict[int, np.ndarray], row: int = 0) -> None:
@@ -86,6 +88,81 @@ def test_each_text_gives_what_the_models_own_forward_gives(name: str, side: str)
         other = record(model, {"input_ids": texts, key: columns[key]}, window=4)
         differs = np.abs(other.energy - without.energy).max() > 1e-3
         assert bool(differs) == (name != "llama")
+
+
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+# Other models, and what they are fed besides, as (sequence, token, ...) each.
+OTHERS = {
+    "xlnet": (
+        lambda: tf.XLNetConfig(vocab_size=128, d_model=64, n_layer=2, n_head=4, d_inner=160),
+        {"token_type_ids": lambda place: place % 2},
+    ),
+    "layoutlm": (
+        lambda: tf.LayoutLMConfig(**_SIZES, max_2d_position_embeddings=64),
+        {"bbox": lambda place: torch.stack([place, place + 3, place + 9, place + 10], dim=-1)},
+    ),
+    "longformer": (
+        lambda: tf.LongformerConfig(
+            **_SIZES, attention_window=8, max_position_embeddings=64, pad_token_id=1
+        ),
+        {"global_attention_mask": lambda place: (place % 5 == 0).long()},
+    ),
+    "led": (
+        lambda: tf.LEDConfig(
+            vocab_size=128,
+            d_model=64,
+            encoder_ffn_dim=160,
+            decoder_ffn_dim=160,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            attention_window=8,
+            pad_token_id=0,
+        ),
+        {"global_attention_mask": lambda place: (place % 5 == 0).long()},
+    ),
+    "xlm": (
+        lambda: tf.XLMConfig(
+            vocab_size=128, emb_dim=64, n_layers=2, n_heads=4, n_langs=2, pad_index=0
+        ),
+        {"langs": lambda place: place % 2},
+    ),
+    "ernie": (
+        lambda: tf.ErnieConfig(**_SIZES, use_task_id=True),
+        {"task_type_ids": lambda place: place % 3, "token_type_ids": lambda place: place % 2},
+    ),
+    "opt": (helpers.ARCHITECTURES["opt"], {"position_ids": lambda place: 3 * place + 1}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_a_model_takes_for_every_token(name: str) -> None:
+    config, makers = OTHERS[name]
+    torch.manual_seed(0)
+    model = tf.AutoModel.from_config(config()).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    texts = helpers.random_ids(19, 9, 13)
+    more = [{key: make(torch.arange(len(ids))) for key, make in makers.items()} for ids in texts]
+    columns = {key: [row[key].tolist() for row in more] for key in makers}
+    ones = [[1] * len(ids) for ids in texts]
+    together = record(model, {"input_ids": texts, "attention_mask": ones, **columns}, window=4)
+    for number, ids in enumerate(texts):
+        inputs = {"input_ids": torch.tensor([ids])}
+        if name == "led":
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        inputs["attention_mask"] = torch.ones(1, len(ids), dtype=int)
+        inputs |= {key: values[None] for key, values in more[number].items()}
+        assert_energy(together, expected(model, **inputs), number)
+    without = record(model, texts, window=4)
+    assert np.abs(together.energy - without.energy).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
