@@ -1,7 +1,7 @@
 """Handling a Hugging Face model without changing it.
 
 Loading a model, copying its modules, running it, finding out by trial in which ways it can be
-run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` only.
+run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` and ``texts`` only.
 """
 
 from flocking.models.capabilities import (

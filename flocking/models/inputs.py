@@ -140,7 +140,7 @@ def _split(value: Any, tokens: int, bare: bool) -> list[Any]:
 def check_values(model: PreTrainedModel, inputs: Mapping[str, Sequence[Tensor]]) -> None:
     """Raise a ValueError for positions and types that the model does not have."""
     limit = context(model)
-    ends = {
+    ends: dict[str, int | None] = {
         "position_ids": limit and limit + first_position(model),
         "token_type_ids": getattr(model.config.get_text_config(), "type_vocab_size", None)
         or vocabulary_of(model),

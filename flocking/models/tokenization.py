@@ -100,7 +100,9 @@ def _encoded(
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Token ids of strings, and by name what else the tokenizer returns of all of them."""
     # What is too long is refused or cut later: the tokenizer's warning about it would be wrong.
-    quiet = {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    quiet: dict[str, Any] = (
+        {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    )
     encodings: list[Mapping[str, Any]] = [tokenizer(text, **quiet) for text in texts]
     ids = [encoding["input_ids"] for encoding in encodings]
     _warn_of_doubled(texts, ids, tokenizer)
@@ -108,9 +110,7 @@ def _encoded(
     return ids, {name: [encoding[name] for encoding in encodings] for name in sorted(names)}
 
 
-def _warn_of_doubled(
-    texts: list[str], ids: list[list[int]], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _warn_of_doubled(texts: list[str], ids: list[Any], tokenizer: Any) -> None:
     """Warn of special tokens that texts have already, as from a template, and then get again."""
     added = list(tokenizer("")["input_ids"])
     doubled: dict[int, int] = {}  # by text: a token that it has twice
@@ -118,7 +118,8 @@ def _warn_of_doubled(
         if sum(token in added for token in row) > len(added) > 0:
             plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
             twice = _twice(list(row), plain)
-            doubled |= {} if twice is None else {number: twice}
+            if twice is not None:
+                doubled[number] = twice
     if doubled:
         number, token = next(iter(doubled.items()))
         others = f" (and {len(doubled) - 1} others)" if len(doubled) > 1 else ""
