@@ -179,7 +179,8 @@ def _about_dict(text: Mapping[str, Any]) -> str:
 def whole_numbers(values: Any, number: int) -> Tensor:
     """Token ids of text `number` as int64 (token,) on the CPU; a TypeError if they are not."""
     try:
-        tensor = torch.as_tensor(values)
+        # (A copy: torch warns of arrays that cannot be written to, such as those of tables.)
+        tensor = torch.as_tensor(np.array(values) if isinstance(values, np.ndarray) else values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as problem:
         raise TypeError(
             f"text {number} is neither a string nor a sequence of token ids (and the two cannot "

@@ -86,9 +86,11 @@ def fed(model: PreTrainedModel, encoding: Mapping[str, Any], *, given: bool) -> 
 
 def _empty(name: str, value: Any) -> bool:
     """Whether these are token types that tell no token from another."""
-    return name.endswith("token_type_ids") and not any(
-        np.any(np.asarray(torch.as_tensor(row).cpu())) for row in value
-    )
+    try:
+        values = [torch.as_tensor(row) for row in value]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return str(name).endswith("token_type_ids") and not any(bool(row.any()) for row in values)
 
 
 def rows_of(name: str, value: Any, ids: Sequence[Tensor], bare: bool) -> list[Tensor]:
@@ -111,7 +113,7 @@ def rows_of(name: str, value: Any, ids: Sequence[Tensor], bare: bool) -> list[Te
     found = []
     for number, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
         try:
-            tensor = torch.as_tensor(np.asarray(row) if isinstance(row, list | tuple) else row)
+            tensor = row if isinstance(row, Tensor) else torch.as_tensor(np.array(row))
             whole = not tensor.is_complex() and bool((tensor.isfinite() & (tensor % 1 == 0)).all())
         except (TypeError, ValueError, RuntimeError):
             whole = False

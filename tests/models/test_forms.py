@@ -72,6 +72,7 @@ def test_spaces_around_a_text_are_kept() -> None:
         [[np.int64(5), np.int16(6), 7], range(8, 10)],
         np.array([[5, 6, 7], [8, 9]], dtype=object),
         pd.Series([[5, 6, 7], [8, 9]], index=[7, 3]),
+        [pd.Series([5, 6, 7]), pd.Series([8, 9])],
         {"input_ids": pd.Series([[5, 6, 7], [8, 9]])},
         {
             "input_ids": [[5, 6, 7, 0], [8, 9, 0, 0]],
@@ -84,8 +85,9 @@ def test_spaces_around_a_text_are_kept() -> None:
             }
         ),
     ],
-    ids=range(9),
+    ids=range(10),
 )
+@pytest.mark.filterwarnings("error")
 def test_every_form_of_ids(text: object) -> None:
     ids = record(helpers.proved("llama"), text).token_id.to_numpy()
     assert ids.tolist() == [[5, 6, 7], [8, 9, -1]]

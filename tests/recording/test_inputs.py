@@ -297,6 +297,7 @@ def test_what_tokenizers_keep_of_their_work_is_left_out(llama: tf.PreTrainedMode
         ("labels", [[5, 6, 7]]),
         ("past_key_values", tf.DynamicCache()),
         ("token_type_ids", [[0, 1, 1]]),
+        ("token_type_ids", "abc"),
         ("head_mask", torch.ones(1, 3)),
         ("use_cache", True),
         ("text", ["abc"]),
