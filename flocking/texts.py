@@ -71,11 +71,13 @@ def decoded(raw: bytes, where: str) -> str:
     """Decode UTF-8, with or without a byte order mark; a ValueError names `where` if it fails."""
     for mark, encoding in _MARKS.items():
         if raw.startswith(mark):
-            raise ValueError(f"{where} is text in {encoding}, not in UTF-8: convert it first.")
+            raise ValueError(
+                f"{where} is not text in UTF-8 (byte 0), but in {encoding}: convert it first."
+            )
     if (zero := raw.find(0)) >= 0:  # valid in UTF-8, but no text has it
         raise ValueError(
-            f"{where} is not text in UTF-8 (byte {zero} is 0, as in UTF-16, UTF-32 and files that "
-            "are no text): convert it first."
+            f"{where} is not text in UTF-8 (byte {zero}), since it has NUL bytes as UTF-16, UTF-32 "
+            "and files that are no text have: convert it first."
         )
     try:
         return raw.decode("utf-8-sig")
