@@ -39,7 +39,7 @@ Protocol = Literal["context", "last-token"]
 
 def score(
     model: PreTrainedModel,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | Mapping[str, Any],
     continuation: str | Sequence[int],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -80,6 +80,8 @@ def score(
         If prompt or continuation has no token, both together do not fit the model's context, or
         the protocol is unknown or leaves no token to select neurons from, or the model cannot
         go on from a cache.
+    TypeError
+        If prompt or continuation is neither text nor token ids, or `tokenizer` is no tokenizer.
 
     Examples
     --------
@@ -237,7 +239,7 @@ def _perplexity_of(likelihood: np.ndarray) -> xr.Dataset:
 def _one(
     name: str,
     model: PreTrainedModel,
-    text: str | Sequence[int],
+    text: Text,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Prompts:
     """Tokens of one sequence; errors say which argument it was."""
