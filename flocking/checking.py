@@ -21,6 +21,7 @@ from flocking.models import (
     private_randomness,
     relative_error,
     require_model,
+    require_tokenizer,
     tolerance,
     undisturbed,
     vocabulary_of,
@@ -57,7 +58,7 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = No
     Raises
     ------
     TypeError
-        If `model` is not a transformers model.
+        If `model` is not a transformers model, or `tokenizer` no tokenizer.
 
     Examples
     --------
@@ -75,6 +76,7 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = No
     True
     """
     model = require_model(model)
+    tokenizer = require_tokenizer(tokenizer)
     rows: dict[str, dict[str, object]] = {}
     allowed = math.nan
     texts: list[list[int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from importlib.resources import files
 from pathlib import Path
 
@@ -57,8 +58,27 @@ def passages() -> list[Passage]:
     return found
 
 
+# First bytes of texts in other encodings, the longest first.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
 def decoded(raw: bytes, where: str) -> str:
     """Decode UTF-8, with or without a byte order mark; a ValueError names `where` if it fails."""
+    for mark, encoding in _MARKS.items():
+        if raw.startswith(mark):
+            raise ValueError(
+                f"{where} is not text in UTF-8 (byte 0), but in {encoding}: convert it first."
+            )
+    if (zero := raw.find(0)) >= 0:  # valid in UTF-8, but no text has it
+        raise ValueError(
+            f"{where} is not text in UTF-8 (byte {zero}), since it has NUL bytes as UTF-16, UTF-32 "
+            "and files that are no text have: convert it first."
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -70,3 +90,39 @@ def decoded(raw: bytes, where: str) -> str:
 def read_text(path: Path) -> str:
     """Read a file in UTF-8, with any line endings; a ValueError names it if it is not text."""
     return decoded(path.read_bytes(), str(path)).replace("\r\n", "\n")
+
+
+def check_string(text: str, where: str) -> None:
+    """Raise a ValueError that names `where` if a string is no text that can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise ValueError(
+            f"{where} has a lone surrogate at character {problem.start}, half of a character: "
+            "replace it, with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        ) from problem
+
+
+_LONGEST_NAME = 255  # characters that file systems allow
+
+
+def doubt(text: str) -> str:
+    """Why a string may not be the text that was meant; empty if nothing speaks against it."""
+    if "\0" in text:
+        return (
+            f"has the character NUL at {text.index(chr(0))}, as UTF-16 and files that are no text "
+            "have it when they are read in another encoding: open them with the right one"
+        )
+    if len(text) <= _LONGEST_NAME and _is_file(text):
+        return (
+            f"is {text!r}, the name of a file, and is read itself: to read the file, give "
+            f"Path({text!r}).read_text(encoding='utf-8')"
+        )
+    return ""
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # it cannot be a name at all
+        return False

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 import transformers as tf
 import xarray as xr
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 import flocking
@@ -164,6 +165,24 @@ def by_expert(experts: torch.nn.Module, x: torch.Tensor, index: torch.Tensor) ->
                 both = both + experts.gate_up_proj_bias[expert]
             z[token, expert] = experts._apply_gate(both)
     return z.flatten(1)
+
+
+def letters(template: str) -> tf.PreTrainedTokenizerFast:
+    """A tokenizer of single letters, with special tokens around a text."""
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2, "[A]": 3, "[B]": 4}
+    vocabulary = special | {chr(97 + n): 10 + n for n in range(26)} | {"\0": 40, ".": 41}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=list(special.items())
+    )
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["[A]", "[B]"],
+    )
 
 
 def hooks_of(model: tf.PreTrainedModel) -> list[object]:

@@ -93,6 +93,9 @@ def record(
     max_new_tokens: Annotated[
         int, typer.Option(help="Continue each text greedily by at most this many tokens.")
     ] = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Read at most this many tokens of each text, the first ones.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.zarr if it exists.")] = False,
@@ -103,6 +106,8 @@ def record(
     from flocking.artifacts import replacing
 
     refuse_existing(output, overwrite)
+    if max_tokens is not None:
+        at_least_one(max_tokens, "--max-tokens")
     numbers = numbers_of(layers)
     texts = [read(name) for name in files]
     loaded, tokenizer = load(model, device, dtype)
@@ -113,6 +118,7 @@ def record(
         window=window,
         layers=numbers,
         max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
     )
     recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
     with replacing(output) as partial:

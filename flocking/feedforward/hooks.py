@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def select_layers(
     if layers is None:
         return blocks
     try:
-        wanted = {operator.index(layer) for layer in layers}
+        wanted = {_number(layer) for layer in layers}
     except TypeError:
         raise TypeError(f"{argument}={layers!r}: give a list of layer numbers.") from None
     known = {block.layer for block in blocks}
@@ -49,6 +49,13 @@ def select_layers(
     if not wanted:
         raise ValueError(f"{argument} is empty: name at least one layer, or leave it out for all.")
     return [block for block in blocks if block.layer in wanted]
+
+
+def _number(layer: object) -> int:
+    """A layer's number; a TypeError for anything else, of a mask's True and False too."""
+    if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
+        raise TypeError
+    return operator.index(layer)
 
 
 _eager_lock = threading.Lock()

@@ -1,10 +1,17 @@
 """Handling a Hugging Face model without changing it.
 
 Loading a model, copying its modules, running it, finding out by trial in which ways it can be
-run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` only.
+run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` and ``texts`` only.
 """
 
-from flocking.models.capabilities import batches, chunks, forcing, refuse_forgetful, traits
+from flocking.models.capabilities import (
+    batches,
+    chunks,
+    forcing,
+    refuse_forgetful,
+    traits,
+    with_inputs,
+)
 from flocking.models.copies import (
     hooks_on,
     overriding,
@@ -15,13 +22,15 @@ from flocking.models.copies import (
     with_forward,
     working_copy,
 )
+from flocking.models.forms import Text, require_tokenizer
+from flocking.models.inputs import continued_inputs
 from flocking.models.loading import control, embedded, identity, load
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
-from flocking.models.tokenization import Prompts, Text, tokenize
+from flocking.models.tokenization import Prompts, tokenize
 from flocking.models.weights import (
     byte_count,
     device_of,
@@ -46,6 +55,7 @@ __all__ = [
     "chunks",
     "context",
     "continued",
+    "continued_inputs",
     "control",
     "device_of",
     "embedded",
@@ -68,6 +78,7 @@ __all__ = [
     "relative_error",
     "replaced",
     "require_model",
+    "require_tokenizer",
     "separate",
     "tensor_of",
     "tokenize",
@@ -80,6 +91,7 @@ __all__ = [
     "vocabulary_of",
     "warn",
     "with_forward",
+    "with_inputs",
     "without_accelerate",
     "working_copy",
 ]

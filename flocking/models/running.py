@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,11 +71,16 @@ def attention(model: PreTrainedModel, implementation: str | None) -> Iterator[No
 
 
 def forward(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, past: Any = None, keep: bool = False
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    past: Any = None,
+    keep: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """One pass without the head.
 
-    An encoder-decoder is given the text on both sides.
+    An encoder-decoder is given the text on both sides; its encoder gets the other inputs.
 
     Parameters
     ----------
@@ -88,20 +93,25 @@ def forward(
         The cache of the tokens before.
     keep : bool
         Whether to return a cache without `past` too.
+    inputs : dict of Tensor, shape (sequence, token, ...), optional
+        What else the model takes for each of `ids`, by name, on any device.
     """
     base = model.base_model
     device = device_of(embeddings_of(model))
-    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    fed: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     accepted = inspect.signature(base.forward).parameters
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = inputs["input_ids"]
+        fed["decoder_input_ids"] = fed["input_ids"]
         if "decoder_attention_mask" in accepted:
-            inputs["decoder_attention_mask"] = inputs["attention_mask"]
+            fed["decoder_attention_mask"] = fed["attention_mask"]
+    fed |= {name: values.to(device) for name, values in (inputs or {}).items()}
     if past is not None:
-        inputs["past_key_values"] = past
+        fed["past_key_values"] = past
     if "use_cache" in accepted:
-        inputs["use_cache"] = keep or past is not None
-    return base(**inputs)
+        fed["use_cache"] = keep or past is not None
+    if not getattr(model.config, "return_dict", True):
+        fed["return_dict"] = True
+    return base(**fed)
 
 
 def context(model: PreTrainedModel) -> int | None:
@@ -115,29 +125,50 @@ def context(model: PreTrainedModel) -> int | None:
         "max_seq_len",
     )
     limits = [getattr(config, name, None) for name in names]
-    for path, module in model.named_modules():
-        before = getattr(module, "padding_idx", None)  # RoBERTa's positions start after this index
-        if path.endswith("position_embeddings") and before is not None:
-            count: Any = module.num_embeddings
-            limits.append(count - before - 1)
+    limits += [table.num_embeddings - 1 - before for table, before in _padded_positions(model)]
     return min((limit for limit in limits if limit and limit > 0), default=None)
 
 
-def refuse_long(model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int = 0) -> None:
-    """Raise a ValueError for the first text that does not fit the model's :func:`context`."""
+def first_position(model: PreTrainedModel) -> int:
+    """The first token's position: 0, unless positions start behind a padding index."""
+    return max((before + 1 for _, before in _padded_positions(model)), default=0)
+
+
+def _padded_positions(model: PreTrainedModel) -> Iterator[tuple[Any, int]]:
+    """Tables of positions with a padding index, and that index: RoBERTa's start after it."""
+    for path, module in model.named_modules():
+        before = getattr(module, "padding_idx", None)
+        if path.endswith("position_embeddings") and isinstance(before, int):
+            yield module, before
+
+
+def refuse_long(
+    model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int = 0, remedy: str = ""
+) -> None:
+    """Raise a ValueError for the first text that does not fit the model's :func:`context`.
+
+    `remedy` is the argument with which the caller's user reads the beginning of a text only.
+    """
     limit = context(model)
     fed = max(0, max_new_tokens - 1)  # the last new token is never fed back
     for number, prompt in enumerate(prompts):
         if limit and len(prompt) + fed > limit:
             new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
+            what = "shorten it or split it"
+            if remedy and fed < limit:
+                what = f"shorten it, split it, or read its beginning only: {remedy}={limit - fed}"
             raise ValueError(
                 f"text {number} has {len(prompt)} tokens{new}, {len(prompt) + fed - limit} more "
-                f"than the model's context of {limit}: shorten it or split it."
+                f"than the model's context of {limit}: {what}."
             )
 
 
 def continued(
-    model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int, progress: bool
+    model: PreTrainedModel,
+    prompts: list[Tensor],
+    max_new_tokens: int,
+    progress: bool,
+    inputs: Mapping[str, list[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Each prompt with its greedy continuation, without the last token, which is never fed.
 
@@ -156,12 +187,14 @@ def continued(
     )
     device = device_of(embeddings_of(model))
     sequences = []
-    for prompt in tqdm(prompts, "generating", unit="text", disable=not progress):
+    for number, prompt in enumerate(tqdm(prompts, "generating", unit="text", disable=not progress)):
         ids = prompt[None].to(device)
+        more = {name: rows[number][None].to(device) for name, rows in (inputs or {}).items()}
         sequence = copied.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
+            **more,
         )[0]
         sequences.append(sequence[:-1].cpu())
     return sequences

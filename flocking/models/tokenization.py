@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from flocking.models.capabilities import traits
+from flocking.models.forms import Text, given, require_tokenizer, whole_numbers
+from flocking.models.inputs import check_values, fed, rows_of, starting_again
 from flocking.models.memo import PerModel
+from flocking.models.notices import warn
 from flocking.models.weights import vocabulary_of
-
-Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+from flocking.texts import check_string, doubt
 
 
 class Prompts(NamedTuple):
@@ -23,6 +24,8 @@ class Prompts(NamedTuple):
     ----------
     ids : list of Tensor of int64, shape (token,)
         Token ids of each text, on the CPU.
+    inputs : dict of list of Tensor of int64, shape (token, ...)
+        What else the model is fed for each of these tokens, such as ``token_type_ids``, by name.
     texts : list of str
         The texts; decoded where ids were given (empty without a tokenizer).
     tokenizer : transformers.PreTrainedTokenizerBase or None
@@ -31,9 +34,15 @@ class Prompts(NamedTuple):
     """
 
     ids: list[Tensor]
+    inputs: dict[str, list[Tensor]]
     texts: list[str]
     tokenizer: PreTrainedTokenizerBase | None
     special: str
+
+    def cut(self, tokens: int | None) -> Prompts:
+        """At most this many tokens of each text, the first ones; the texts stay whole."""
+        inputs = {name: [row[:tokens] for row in rows] for name, rows in self.inputs.items()}
+        return self._replace(ids=[row[:tokens] for row in self.ids], inputs=inputs)
 
 
 def tokenize(
@@ -44,53 +53,143 @@ def tokenize(
     Raises
     ------
     TypeError
-        If `text` has none of the known forms.
+        If `text` has none of the known forms, or `tokenizer` is none.
     ValueError
-        If a text is empty, its ids do not fit the model, or no tokenizer can be found.
+        If a text is empty, its ids do not fit the model, it comes with inputs that cannot be fed,
+        or no tokenizer can be found.
     """
-    items, masks = _items(text)
-    if all(isinstance(item, str) for item in items):
-        return _of_strings(model, items, masks, tokenizer)
-    ids = _unpadded(_sequences(items), masks, vocabulary_of(model))
+    tokenizer = require_tokenizer(tokenizer)
+    texts, rows, bare, encoding = given(text)
+    if texts is not None:
+        _check_strings(texts)
+        tokenizer = tokenizer or _tokenizer_of(model)
+        rows, encoding = _encoded(texts, tokenizer)
+    masks = encoding.pop("attention_mask", None)
+    rows = [whole_numbers(row, number) for number, row in enumerate(rows)]
+    inputs = {
+        name: rows_of(name, value, rows, bare)
+        for name, value in fed(model, encoding, given=texts is None).items()
+    }
+    real = _real(rows, masks, bare)
+    ids = [row[place] for row, place in zip(rows, real, strict=True)]
+    for name, values in inputs.items():
+        inputs[name] = [value[place] for value, place in zip(values, real, strict=True)]
+    _check_ids(ids, vocabulary_of(model))
+    check_values(model, inputs)
+    if masks is None:
+        _refuse_packed(model, inputs.get("position_ids", []))
+    if texts is not None and tokenizer is not None:
+        return Prompts(ids, inputs, texts, tokenizer, _special(tokenizer))
     tokenizer = tokenizer or _tokenizer_for_labels(model)
     texts = [str(tokenizer.decode(each)) if tokenizer else "" for each in ids]
-    return Prompts(ids, texts, tokenizer, "as given")
+    return Prompts(ids, inputs, texts, tokenizer, "as given")
 
 
-def _items(text: Any) -> tuple[Any, Any]:
-    """Strings or token ids in a list (or tensor, or array), and the attention mask, if any."""
-    masks = None
-    if isinstance(text, Mapping):
-        if "input_ids" not in text:
-            raise ValueError("text is a dict without 'input_ids': give what a tokenizer returns.")
-        masks = text.get("attention_mask")
-        text = text["input_ids"]
-    if isinstance(text, str):
-        text = [text]
-    if not isinstance(text, Iterable) or isinstance(text, bytes) or getattr(text, "ndim", 1) == 0:
-        raise TypeError(
-            f"text is of type {type(text).__name__}: give a string, a list of strings, token ids, "
-            "or what a tokenizer returns."
-        )
-    items: Any = text if hasattr(text, "ndim") else list(text)
-    if len(items) == 0:
-        raise ValueError("text is empty: give at least one text or sequence of token ids.")
-    return items, masks
-
-
-def _of_strings(
-    model: PreTrainedModel,
-    texts: list[str],
-    masks: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Prompts:
+def _check_strings(texts: list[str]) -> None:
     for number, text in enumerate(texts):
         if not text:
             raise ValueError(f"text {number} is empty: give a text of at least one token.")
-    tokenizer = tokenizer or _tokenizer_of(model)
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    prompts = _unpadded(ids, masks, vocabulary_of(model))
-    return Prompts(prompts, [str(text) for text in texts], tokenizer, _special(tokenizer))
+        check_string(text, f"text {number}")
+    for number, text in enumerate(texts):
+        if problem := doubt(text):
+            warn(f"text {number} {problem}.")
+
+
+def _encoded(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Token ids of strings, and by name what else the tokenizer returns of all of them."""
+    # What is too long is refused or cut later: the tokenizer's warning about it would be wrong.
+    quiet: dict[str, Any] = (
+        {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    )
+    encodings: list[Mapping[str, Any]] = [tokenizer(text, **quiet) for text in texts]
+    ids = [encoding["input_ids"] for encoding in encodings]
+    _warn_of_doubled(texts, ids, tokenizer)
+    names = set.intersection(*(set(encoding) for encoding in encodings)) - {"input_ids"}
+    return ids, {name: [encoding[name] for encoding in encodings] for name in sorted(names)}
+
+
+def _warn_of_doubled(texts: list[str], ids: list[Any], tokenizer: Any) -> None:
+    """Warn of special tokens that texts have already, as from a template, and then get again."""
+    added = list(tokenizer("")["input_ids"])
+    doubled: dict[int, int] = {}  # by text: a token that it has twice
+    for number, (text, row) in enumerate(zip(texts, ids, strict=True)):
+        if sum(token in added for token in row) > len(added) > 0:
+            plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            twice = _twice(list(row), plain)
+            if twice is not None:
+                doubled[number] = twice
+    if doubled:
+        number, token = next(iter(doubled.items()))
+        others = f" (and {len(doubled) - 1} others)" if len(doubled) > 1 else ""
+        name = tokenizer.convert_ids_to_tokens(token)
+        warn(
+            f"text {number}{others} has the special token {name}, as from a chat template, and the "
+            "tokenizer adds it once more: to read the text as it is, give "
+            "tokenizer(text, add_special_tokens=False) instead of the text."
+        )
+
+
+def _twice(ids: list[int], plain: list[int]) -> int | None:
+    """A token that was put before or after `plain` to make `ids`, although it is there already."""
+    for before in range(len(ids) - len(plain) + 1 if plain else 0):
+        after = before + len(plain)
+        if ids[before:after] == plain:
+            ends = [(plain[0], ids[:before]), (plain[-1], ids[after:])]
+            return next((token for token, put in ends if token in put), None)
+    return None
+
+
+def _real(ids: list[Tensor], masks: Any, bare: bool) -> list[slice]:
+    """Where each text's tokens are, between padding."""
+    if masks is None:
+        return [slice(0, len(row)) for row in ids]
+    rows = rows_of("attention_mask", masks, ids, bare)
+    places = []
+    for number, mask in enumerate(rows):
+        if mask.ndim != 1 or not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(
+                f"text {number} has an attention_mask of more than 0 and 1 for each token: only "
+                "masks that mark padding can be used."
+            )
+        real = mask.nonzero()[:, 0]
+        if len(real) == 0:
+            raise ValueError(f"text {number} has no tokens but padding: give one or more.")
+        first, last = int(real[0]), int(real[-1])
+        if len(real) != last - first + 1:
+            raise ValueError(
+                f"text {number} has gaps in its attention_mask: only padding before and after "
+                "a text can be dropped."
+            )
+        places.append(slice(first, last + 1))
+    return places
+
+
+def _check_ids(ids: list[Tensor], vocabulary: int) -> None:
+    for number, row in enumerate(ids):
+        if len(row) == 0:
+            raise ValueError(f"text {number} has no tokens but padding: give one or more.")
+        if not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
+            raise ValueError(
+                f"text {number} has token ids from {int(row.min())} to {int(row.max())}, but "
+                f"the model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer."
+            )
+
+
+def _refuse_packed(model: PreTrainedModel, positions: list[Tensor]) -> None:
+    """Refuse positions that transformers takes for those of several texts in one row.
+
+    It does so where there is no mask, in causal models.
+    """
+    for number, row in enumerate(positions):
+        place = starting_again(row)
+        if place is not None and traits(model).causal:
+            raise ValueError(
+                f"text {number} has position_ids that do not go on at token {place}, and no "
+                "attention_mask: transformers takes this for several texts in one row. Give them "
+                "one by one, or an attention_mask."
+            )
 
 
 def _tokenizer_for_labels(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
@@ -106,63 +205,6 @@ def _tokenizer_for_labels(model: PreTrainedModel) -> PreTrainedTokenizerBase | N
 def _special(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special tokens that `tokenizer` adds to a text."""
     return " ".join(tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])) or "none"
-
-
-def _unpadded(ids: list[Any], masks: Any, vocabulary: int) -> list[Tensor]:
-    masks = [None] * len(ids) if masks is None else _sequences(masks)
-    if len(masks) != len(ids):
-        raise ValueError(
-            f"attention_mask has {len(masks)} rows, input_ids has {len(ids)}: give as many."
-        )
-    prompts = []
-    for number, (sequence, mask) in enumerate(zip(ids, masks, strict=True)):
-        prompt = _integers(sequence, number)
-        if mask is not None:
-            real = torch.as_tensor(mask).flatten().cpu().bool()
-            if len(real) != len(prompt):
-                raise ValueError(
-                    f"text {number} has {len(prompt)} token ids and {len(real)} in its "
-                    "attention_mask: give both from one call of the tokenizer."
-                )
-            places = real.nonzero()[:, 0]
-            if len(places) and len(places) != places[-1] - places[0] + 1:
-                raise ValueError(
-                    f"text {number} has gaps in its attention_mask: only padding before and after "
-                    "a text can be dropped."
-                )
-            prompt = prompt[real]
-        if len(prompt) == 0:
-            raise ValueError(f"text {number} has no tokens but padding: give one or more.")
-        if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:
-            raise ValueError(
-                f"text {number} has token ids from {int(prompt.min())} to {int(prompt.max())}, but "
-                f"the model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer."
-            )
-        prompts.append(prompt)
-    return prompts
-
-
-def _sequences(ids: Any) -> list[Any]:
-    """Token ids as a list of sequences; one sequence may be given without a list around it."""
-    bare = ids.ndim == 1 if hasattr(ids, "ndim") else isinstance(ids[0], int | np.integer)
-    return [ids] if bare else list(ids)
-
-
-def _integers(values: Any, number: int) -> Tensor:
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as problem:
-        raise TypeError(
-            f"text {number} is neither a string nor a sequence of token ids (and the two cannot "
-            "be mixed)."
-        ) from problem
-    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    if tensor.ndim != 1 or not (whole or len(tensor) == 0):
-        raise TypeError(
-            f"text {number} is not a flat sequence of whole-number token ids (it has dtype "
-            f"{tensor.dtype} and {tensor.ndim} dimensions)."
-        )
-    return tensor.to("cpu", torch.int64)
 
 
 @PerModel

@@ -20,6 +20,7 @@ def global_statistic(
     texts: Text,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    max_tokens: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> xr.DataArray:
@@ -35,6 +36,8 @@ def global_statistic(
         A calibration set; other texts than those that are then evaluated.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         For text; by default the one in the model's folder.
+    max_tokens : int or None
+        Read at most this many tokens of each text, the first ones.
     batch_size : int
         Texts in one forward pass.
     progress : bool
@@ -49,6 +52,8 @@ def global_statistic(
     ------
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
+    TypeError, ValueError
+        As :func:`flocking.record` raises them.
 
     Examples
     --------
@@ -61,7 +66,13 @@ def global_statistic(
     >>> pruned = flocking.griffin(model, method="static", reference=reference)
     """
     recording = record(
-        model, texts, tokenizer=tokenizer, window=None, batch_size=batch_size, progress=progress
+        model,
+        texts,
+        tokenizer=tokenizer,
+        window=None,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        progress=progress,
     )
     energy = statistic(recording)
     per_token = energy**2 / energy.tokens

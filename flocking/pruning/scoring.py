@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from flocking.models import (
     Prompts,
     Text,
     batches,
+    continued_inputs,
     device_of,
     embeddings_of,
     refuse_forgetful,
@@ -27,15 +28,18 @@ from flocking.models import (
     tokenize,
     undisturbed,
     unwrap,
+    with_inputs,
 )
 from flocking.pruning.twin import Twin, full_model, read_prompt, serving
+from flocking.recording import whole_number
+from flocking.texts import check_string
 
 Protocol = Literal["context", "last-token"]
 
 
 def score(
     model: PreTrainedModel,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | Mapping[str, Any],
     continuation: str | Sequence[int],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -52,7 +56,9 @@ def score(
         A model, or a twin that :func:`flocking.griffin` made of it.
     prompt, continuation : str or list of int
         Text or token ids. Both are tokenised separately, the prompt with the tokenizer's special
-        tokens and the continuation without.
+        tokens and the continuation without. The prompt may also be a tokenizer's output: what
+        the model takes for every token, such as ``token_type_ids``, goes on in the continuation
+        as in generation.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         For text; by default the one in the model's folder.
     protocol : {"context", "last-token"}
@@ -74,6 +80,8 @@ def score(
         If prompt or continuation has no token, both together do not fit the model's context, or
         the protocol is unknown or leaves no token to select neurons from, or the model cannot
         go on from a cache.
+    TypeError
+        If prompt or continuation is neither text nor token ids, or `tokenizer` is no tokenizer.
 
     Examples
     --------
@@ -94,14 +102,27 @@ def score(
     if isinstance(continuation, str):
         if prompts.tokenizer is None:
             raise ValueError("continuation is text: give tokenizer as well, or token ids.")
+        check_string(continuation, "continuation")
         continuation = prompts.tokenizer(continuation, add_special_tokens=False)["input_ids"]
     prompt_ids = prompts.ids[0].tolist()
-    later_ids = _one("continuation", model, continuation).ids[0].tolist()
+    later = _one("continuation", model, continuation)
+    if later.inputs:
+        raise ValueError(
+            f"continuation has {' and '.join(later.inputs)}: give its token ids alone; the "
+            "prompt's go on."
+        )
+    later_ids = later.ids[0].tolist()
     # All is fed but the last token; `cut` of it in full, under a twin.
     fed = len(prompt_ids) + len(later_ids) - 1
-    refuse_unscorable(model, [torch.tensor(prompt_ids + later_ids[:-1])])
+    inputs = continued_inputs(prompts.inputs, [fed + 1])
+    refuse_unscorable(model, [torch.tensor(prompt_ids + later_ids[:-1])], inputs)
     cut = cut_of(protocol, len(prompt_ids), fed + 1)
-    values = _log_likelihoods(model, torch.tensor([prompt_ids + later_ids]), cut)
+    values = _log_likelihoods(
+        model,
+        torch.tensor([prompt_ids + later_ids]),
+        cut,
+        {name: torch.stack(rows) for name, rows in inputs.items()},
+    )
     first = len(prompt_ids) - 1
     pruned = np.arange(first, fed) >= cut
     return xr.DataArray(
@@ -155,6 +176,8 @@ def perplexity(
     ------
     ValueError
         If a text is too short, a length is below 1, or the lengths do not fit the model's context.
+    TypeError
+        If `texts` has none of the forms that :func:`flocking.record` takes, or `tokenizer` is none.
 
     Examples
     --------
@@ -172,23 +195,26 @@ def perplexity(
     >>> measured.perplexity.values
     array([..., ...])
     """
-    if prompt_length < 1 or continuation_length < 1 or batch_size < 1:
-        raise ValueError(
-            f"prompt_length={prompt_length}, continuation_length={continuation_length} and "
-            f"batch_size={batch_size}: give 1 or more of each."
-        )
-    ids = tokenize(model, texts, tokenizer).ids
+    whole_number("prompt_length", prompt_length, 1)
+    whole_number("continuation_length", continuation_length, 1)
+    whole_number("batch_size", batch_size, 1)
+    prompts = tokenize(model, texts, tokenizer)
     length = prompt_length + continuation_length
-    for number, row in enumerate(ids):
+    for number, row in enumerate(prompts.ids):
         if len(row) < length:
             raise ValueError(f"expected {length} tokens or more, got {len(row)} in text {number}.")
-    rows = torch.stack([row[:length] for row in ids])
-    refuse_unscorable(model, [row[:-1] for row in rows])
+    prompts = prompts.cut(length)
+    refuse_unscorable(model, [row[:-1] for row in prompts.ids], prompts.inputs)
+    ids = torch.stack(prompts.ids)
+    inputs = {name: torch.stack(rows) for name, rows in prompts.inputs.items()}
     values = []
-    with tqdm(total=len(rows), desc="scoring", unit="text", disable=not progress) as bar:
-        for batch in rows.split(batch_size):
-            values.append(_log_likelihoods(model, batch, prompt_length)[:, prompt_length - 1 :])
-            bar.update(len(batch))
+    with tqdm(total=len(ids), desc="scoring", unit="text", disable=not progress) as bar:
+        for start in range(0, len(ids), batch_size):
+            rows = slice(start, start + batch_size)
+            here = {name: each[rows] for name, each in inputs.items()}
+            likelihood = _log_likelihoods(model, ids[rows], prompt_length, here)
+            values.append(likelihood[:, prompt_length - 1 :])
+            bar.update(len(likelihood))
     return _perplexity_of(torch.cat([part.double().cpu() for part in values]).numpy())
 
 
@@ -213,14 +239,15 @@ def _perplexity_of(likelihood: np.ndarray) -> xr.Dataset:
 def _one(
     name: str,
     model: PreTrainedModel,
-    text: str | Sequence[int],
+    text: Text,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Prompts:
     """Tokens of one sequence; errors say which argument it was."""
     try:
         prompts = tokenize(model, text, tokenizer)
-    except ValueError as problem:
-        raise ValueError(f"{name}: {problem}") from problem
+    except (TypeError, ValueError) as problem:
+        kind = TypeError if isinstance(problem, TypeError) else ValueError
+        raise kind(f"{name}: {problem}") from problem
     if len(prompts.ids) != 1:
         raise ValueError(f"{name} has {len(prompts.ids)} sequences: score one at a time.")
     return prompts
@@ -244,11 +271,20 @@ def cut_of(protocol: Protocol, prompt: int, length: int) -> int:
     return cut
 
 
-def refuse_unscorable(model: PreTrainedModel, fed: list[Tensor]) -> None:
+def refuse_unscorable(
+    model: PreTrainedModel,
+    fed: list[Tensor],
+    inputs: Mapping[str, Sequence[Tensor]] | None = None,
+) -> None:
     """Raise a ValueError for a text that does not fit, or a model that cannot go on."""
     model = require_model(model)
     refuse_long(model, fed)
     refuse_forgetful(full_model(model), pieces=True)
+    if inputs and not with_inputs(full_model(model), inputs).causal:
+        raise ValueError(
+            f"with {' and '.join(inputs)}, later tokens matter to earlier ones in "
+            f"{type(model).__name__}: give token ids alone."
+        )
 
 
 def side_by_side(
@@ -327,7 +363,12 @@ def branches(
     return found
 
 
-def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
+_Inputs = Mapping[str, Tensor]  # (sequence, token, ...), by name
+
+
+def _log_likelihoods(
+    model: PreTrainedModel, ids: Tensor, cut: int, inputs: _Inputs | None = None
+) -> Tensor:
     """Of every token but the first, float32 (sequence, token - 1); `ids` has no padding.
 
     In two passes, the first over `cut` tokens: a twin's is the full model's, and neurons are
@@ -335,35 +376,50 @@ def _log_likelihoods(model: PreTrainedModel, ids: Tensor, cut: int) -> Tensor:
     """
     model = require_model(model)
     with serving(model):
-        head, past = beginning(model, ids, cut)
-        later = rest(model, ids, cut, past)
+        head, past = beginning(model, ids, cut, inputs)
+        later = rest(model, ids, cut, past, inputs)
     return torch.cat([_of_next_tokens(head, ids, 0), _of_next_tokens(later, ids, cut)], dim=1)
 
 
-def beginning(model: PreTrainedModel, ids: Tensor, cut: int) -> tuple[Tensor, Any]:
-    """Logits of the first `cut` tokens, run in full, and their cache; a twin then selects."""
+def beginning(
+    model: PreTrainedModel, ids: Tensor, cut: int, inputs: _Inputs | None = None
+) -> tuple[Tensor, Any]:
+    """Logits of the first `cut` tokens, run in full, and their cache; a twin then selects.
+
+    `inputs` are what else is fed for each of `ids`, by name.
+    """
     full = full_model(model)
+
+    def run() -> Any:
+        return _run(full, ids, slice(0, cut), None, inputs)
+
     with undisturbed(model, seed=0):
-        outputs = read_prompt(model, lambda: _run(full, ids, slice(0, cut)), len(ids), tokens=cut)
+        outputs = read_prompt(model, run, len(ids), tokens=cut)
     return outputs.logits, outputs.past_key_values
 
 
-def rest(model: PreTrainedModel, ids: Tensor, cut: int, past: Any) -> Tensor:
+def rest(
+    model: PreTrainedModel, ids: Tensor, cut: int, past: Any, inputs: _Inputs | None = None
+) -> Tensor:
     """Logits of the tokens from `cut` to the second last; changes the cache `past`."""
     fed = ids.shape[1] - 1  # the last token predicts none of the text
     if cut == fed:
         return torch.zeros(len(ids), 0, 1, device=device_of(embeddings_of(model)))
     with undisturbed(model, seed=0):
-        return _run(model, ids, slice(cut, fed), past).logits
+        return _run(model, ids, slice(cut, fed), past, inputs).logits
 
 
-def _run(model: PreTrainedModel, ids: Tensor, tokens: slice, past: Any = None) -> Any:
-    ids = ids.to(device_of(embeddings_of(model)))
+def _run(
+    model: PreTrainedModel, ids: Tensor, tokens: slice, past: Any, inputs: _Inputs | None
+) -> Any:
+    device = device_of(embeddings_of(model))
+    ids = ids.to(device)
     return model(
         input_ids=ids[:, tokens],
         attention_mask=torch.ones_like(ids[:, : tokens.stop]),
         past_key_values=past,
         use_cache=True,
+        **{name: values[:, tokens].to(device) for name, values in (inputs or {}).items()},
     )
 
 

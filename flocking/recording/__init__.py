@@ -14,7 +14,7 @@ from flocking.recording.dataset import (
     require,
 )
 from flocking.recording.moments import Moments
-from flocking.recording.recorder import record
+from flocking.recording.recorder import record, whole_number
 from flocking.recording.windows import Windows
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "coordinates_of",
     "record",
     "require",
+    "whole_number",
 ]

@@ -106,6 +106,7 @@ ATTRIBUTES = (
     "special_tokens",
     "window",
     "max_new_tokens",
+    "max_tokens",
     "seed",
     "flocking_version",
     "transformers_version",
@@ -247,6 +248,7 @@ def attributes_of(
     special_tokens: str,
     window: int | None,
     max_new_tokens: int,
+    max_tokens: int | None,
     seed: int,
 ) -> dict[str, Any]:
     """A recording's attributes: the model, the versions and the arguments."""
@@ -258,6 +260,7 @@ def attributes_of(
         "special_tokens": special_tokens,
         "window": "phase" if window is None else window,
         "max_new_tokens": max_new_tokens,
+        "max_tokens": "all" if max_tokens is None else max_tokens,
         "seed": seed,
         "flocking_version": _VERSION,
         "transformers_version": transformers.__version__,

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward, feedforwards, observe, select_layers
 from flocking.models import (
+    Prompts,
     Text,
     batches,
     chunks,
     continued,
+    continued_inputs,
     forward,
     is_loaded,
     refuse_long,
@@ -27,6 +29,7 @@ from flocking.models import (
     traits,
     undisturbed,
     warn,
+    with_inputs,
 )
 from flocking.recording.collector import Collector
 from flocking.recording.dataset import attributes_of, label, size_in_bytes
@@ -43,6 +46,7 @@ def record(
     window: int | None = 64,
     layers: Iterable[int] | None = None,
     max_new_tokens: int = 0,
+    max_tokens: int | None = None,
     relative: bool | Iterable[int] = False,
     ranks: bool = False,
     batch_size: int = 8,
@@ -65,10 +69,18 @@ def record(
         through both stacks; coordinate ``module`` says which is which.
     text : str, list of str, token ids, or a tokenizer's output
         Strings are tokenized with the special tokens that the tokenizer adds by default
-        (attribute ``special_tokens`` says which) and no chat template: apply one
-        beforehand if you want one. Token ids are one sequence, a list of sequences, or a
-        tensor of shape (sequence, token) without padding. In a tokenizer's output,
-        padding on either side is dropped by its ``attention_mask``.
+        (attribute ``special_tokens`` says which) and no chat template. Token ids are one
+        sequence, a list of sequences, or a tensor of shape (sequence, token) without padding.
+        In a tokenizer's output, padding on either side is dropped by its ``attention_mask``.
+        What the model takes for every token, such as ``token_type_ids`` or ``position_ids``, of
+        shape (sequence, token), is fed along; what the tokenizer returns about its work
+        (``offset_mapping``, ``special_tokens_mask`` and the like) is left out, and so are
+        ``token_type_ids`` of nothing but 0 where the model has no types. Anything else is
+        refused by name.
+
+        Chats: ``tokenizer.apply_chat_template(messages, return_dict=True)`` is such an output.
+        A string with its special tokens already in it, as from a template, would get them
+        twice: give ``tokenizer(text, add_special_tokens=False)`` instead of it.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         By default, the one in the model's folder (``model.name_or_path``).
     window : int or None
@@ -82,6 +94,10 @@ def record(
         depends on the length of the text, as longrope does. Penalties in the model's generation
         config are ignored. The last token that was generated was never fed to the model: it has
         no activations and is not in the recording.
+    max_tokens : int or None
+        Read at most this many tokens of each text: the first ones, special tokens among them. All
+        of them must fit the model's context, and with `max_new_tokens`, those and the new ones.
+        Coordinate ``text`` has the whole text nevertheless, if it was given as a string.
     relative : bool or iterable of int
         Keep ``r`` itself as float16, for all layers or those listed. This takes much memory:
         with `progress`, its size is printed first.
@@ -130,10 +146,12 @@ def record(
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
     ValueError
-        For an empty text, an unknown layer, a window below 1, a text longer than the
-        model's context, weights on the meta device, or activations that are not finite.
+        For an empty text, an input that cannot be fed, an unknown layer, a window below 1, a text
+        longer than the model's context, weights on the meta device, or activations that are not
+        finite.
     TypeError
-        If `model` is not a transformers model, or `text` or a list of layers has another form.
+        If `model` is not a transformers model, `tokenizer` is no tokenizer, or `text` or a list
+        of layers has another form.
     MemoryError
         If the arrays of the result would not fit in memory. This is checked first.
 
@@ -153,72 +171,97 @@ def record(
     ['first', 'prompt', 'generation']
     >>> recording["rank"].dims
     ('sequence', 'layer', 'window', 'neuron')
+
+    Of long texts, the beginning:
+
+    >>> recording = flocking.record(model, flocking.passages(), max_tokens=16, progress=False)
+    >>> dict(recording.sizes)
+    {'sequence': 12, 'layer': 2, 'window': 2, 'neuron': 64, 'token': 16}
     """
-    for name, value, lowest in (
-        ("window", 1 if window is None else window, 1),
-        ("batch_size", batch_size, 1),
-        ("max_new_tokens", max_new_tokens, 0),
-        ("seed", seed, 0),
-    ):
-        _check_number(name, value, lowest)
-    model = _checked(require_model(model), max_new_tokens)
-    prompts, texts, tokenizer, special = tokenize(model, text, tokenizer)
-    refuse_long(model, prompts, max_new_tokens)
+    whole_number("window", 1 if window is None else window, 1)
+    whole_number("max_tokens", 1 if max_tokens is None else max_tokens, 1)
+    whole_number("batch_size", batch_size, 1)
+    whole_number("max_new_tokens", max_new_tokens, 0)
+    whole_number("seed", seed, 0)
+    model = _checked(require_model(model))
+    prompts = tokenize(model, text, tokenizer).cut(max_tokens)
+    refuse_long(model, prompts.ids, max_new_tokens, "max_tokens")
+    if max_new_tokens:
+        _refuse_continuing(model, prompts)
     blocks = select_layers(feedforwards(model), layers)
     raw = (
         select_layers(blocks, None if relative is True else relative, "relative")
         if relative
         else []
     )
-    _check_memory(prompts, blocks, raw, window, max_new_tokens, ranks, progress)
+    _check_memory(prompts.ids, blocks, raw, window, max_new_tokens, ranks, progress)
     if model.training:
         warn(
             "The model is in training mode: it is recorded in eval mode (without dropout) and "
             "set back afterwards.",
         )
     with undisturbed(model, seed):
-        sequences = prompts
+        fed = prompts
         if max_new_tokens:
-            sequences = continued(model, prompts, max_new_tokens, progress)
-        layout = Layout.of([len(p) for p in prompts], [len(s) for s in sequences], window)
+            fed = _continued(model, prompts, max_new_tokens, progress)
+        layout = Layout.of([len(p) for p in prompts.ids], [len(s) for s in fed.ids], window)
         collector = Collector(blocks, raw, layout, ranks)
-        _read(model, collector, sequences, batch_size, progress)
+        _read(model, collector, fed, batch_size, progress)
     attributes = attributes_of(
         model,
         blocks[0],
-        special_tokens=special,
+        special_tokens=prompts.special,
         window=window,
         max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
         seed=seed,
     )
-    return label(collector, sequences, texts, tokenizer).assign_attrs(attributes)
+    return label(collector, fed.ids, fed.texts, fed.tokenizer).assign_attrs(attributes)
 
 
 # --------------------------------------------------------------------------------------
 # Checks before any work
 
 
-def _check_number(name: str, value: object, lowest: int) -> None:
-    if not isinstance(value, int | np.integer) or value < lowest:
-        raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
+def whole_number(name: str, value: object, lowest: int) -> None:
+    """Raise a ValueError unless an argument is a whole number from `lowest` up, of 64 bits."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        if lowest <= value < 2**63:
+            return
+        if value > 0:
+            raise ValueError(f"{name}={value!r}: give a number below 2 ** 63.")
+    raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
 
 
-def _checked(model: PreTrainedModel, max_new_tokens: int) -> PreTrainedModel:
+def _checked(model: PreTrainedModel) -> PreTrainedModel:
     """The model, if it can be recorded."""
-    name = type(model).__name__
     if getattr(model, "is_twin", False):
         raise ValueError(
             "model is a twin, which has the kept neurons of one prompt only: record the original, "
             "or use flocking.observe around the twin's own generate."
         )
     if not all(map(is_loaded, model.modules())):
-        raise ValueError(f"{name} has weights on the meta device, without values: load them first.")
-    if max_new_tokens and not (model.can_generate() and traits(model).causal):
+        raise ValueError(
+            f"{type(model).__name__} has weights on the meta device, without values: load them "
+            "first."
+        )
+    return model
+
+
+def _refuse_continuing(model: PreTrainedModel, prompts: Prompts) -> None:
+    """Raise a ValueError if continuations of these prompts cannot be replayed."""
+    name = type(model).__name__
+    if not (model.can_generate() and traits(model).causal):
         raise ValueError(
             f"{name} is not a causal language model, so a continuation cannot be replayed: leave "
             "out max_new_tokens, or load its causal class."
         )
-    return model
+    continued_inputs(prompts.inputs, [len(ids) for ids in prompts.ids])
+    if not with_inputs(model, prompts.inputs).causal:
+        raise ValueError(
+            f"with {' and '.join(prompts.inputs)}, later tokens matter to earlier ones in {name}, "
+            "so a continuation cannot be replayed: leave out max_new_tokens."
+        )
 
 
 def _check_memory(
@@ -277,33 +320,44 @@ def _readable(size: float) -> str:
 # Forward passes
 
 
+def _continued(
+    model: PreTrainedModel, prompts: Prompts, max_new_tokens: int, progress: bool
+) -> Prompts:
+    """The prompts with their continuations."""
+    ids = continued(model, prompts.ids, max_new_tokens, progress, prompts.inputs)
+    return prompts._replace(ids=ids, inputs=continued_inputs(prompts.inputs, list(map(len, ids))))
+
+
 def _read(
-    model: PreTrainedModel,
-    collector: Collector,
-    sequences: list[Tensor],
-    batch_size: int,
-    progress: bool,
+    model: PreTrainedModel, collector: Collector, fed: Prompts, batch_size: int, progress: bool
 ) -> None:
     """Run all sequences through the model, batch by batch, chunk by chunk."""
     layers = [block.layer for block in collector.blocks]
-    lengths = [len(sequence) for sequence in sequences]
-    groups = batches(model, lengths, batch_size)
+    lengths = list(map(len, fed.ids))
+    ways = with_inputs(model, fed.inputs) if fed.inputs else None
+    ones = [torch.ones_like(row) for row in fed.ids]
+    groups = batches(model, lengths, batch_size, ways)
     with (
         observe(model, collector, layers=layers, routed=True),
         tqdm(total=sum(lengths), desc="recording", unit="token", disable=not progress) as bar,
     ):
         for rows in groups:
-            members = [sequences[row] for row in rows]
             collector.begin(rows)
-            # Padding goes to the right, where no real token sees it.
-            ids = nn.utils.rnn.pad_sequence(members, batch_first=True)
-            mask = nn.utils.rnn.pad_sequence(list(map(torch.ones_like, members)), batch_first=True)
+            ids = _padded(fed.ids, rows)
+            mask = _padded(ones, rows)
+            inputs = {name: _padded(values, rows) for name, values in fed.inputs.items()}
             past = None
-            for tokens in chunks(model, *ids.shape):
+            for tokens in chunks(model, *ids.shape, ways):
                 collector.expect(tokens)
                 keep = tokens.stop < ids.shape[1]
-                output = forward(model, ids[:, tokens], mask[:, : tokens.stop], past, keep)
+                here = {name: values[:, tokens] for name, values in inputs.items()}
+                output = forward(model, ids[:, tokens], mask[:, : tokens.stop], past, keep, here)
                 past = output.past_key_values if keep else None
                 collector.check()
                 bar.update(int(mask[:, tokens].sum()))
             collector.end()
+
+
+def _padded(values: list[Tensor], rows: list[int]) -> Tensor:
+    """These rows as one tensor, padded with zeros on the right, where no real token sees them."""
+    return nn.utils.rnn.pad_sequence([values[row] for row in rows], batch_first=True)

@@ -51,6 +51,24 @@ def test_record_writes_what_the_options_ask_for(tmp_path: Path, model: str, text
         assert recording.attrs["window"] == 2
 
 
+def test_record_reads_the_beginning_of_each_text(tmp_path: Path, model: str, text: str) -> None:
+    out = tmp_path / "out.zarr"
+    long = tmp_path / "long.txt"
+    long.write_text("birds " * 400, encoding="utf-8")
+    refused = run("record", long, text, "-o", out, "--model", model)
+    assert refused.exit_code == 2
+    assert "more than the model's context of 256" in refused.output
+    assert "max_tokens=256" in refused.output
+    result = run("record", long, text, "-o", out, "--model", model, "--max-tokens", 4)
+    assert result.exit_code == 0, result.output
+    with xr.open_zarr(out) as recording:
+        assert recording.tokens.sum("window").values.tolist() == [4, 4]
+        assert recording.text.values[0] == "birds " * 400
+        assert recording.attrs["max_tokens"] == 4
+    new = tmp_path / "new.zarr"
+    assert "--max-tokens 0: give 1" in run("record", text, "-o", new, "--max-tokens", 0).output
+
+
 def test_an_existing_output_is_only_replaced_when_told(
     tmp_path: Path, model: str, text: str
 ) -> None:

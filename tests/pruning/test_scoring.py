@@ -137,6 +137,38 @@ def test_text_needs_a_tokenizer(embedded: tuple) -> None:
         flocking.score(build("llama"), [5, 6], " Paris")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_the_model_takes_for_every_token_is_fed(name: str) -> None:
+    """As its own forward takes it; token types and positions go on as `generate` has it."""
+    model = build(name)
+    prompt, later = random_ids(20, 7)
+    ids = torch.tensor([prompt + later])
+    inputs = {"position_ids": torch.tensor([[3 * place for place in range(20)]])}
+    whole = {"position_ids": torch.cat([inputs["position_ids"][0], torch.arange(58, 65)])[None]}
+    if name == "gpt2":
+        inputs["token_type_ids"] = torch.tensor([[5] * 10 + [9] * 10])
+        whole["token_type_ids"] = torch.tensor([[5] * 10 + [9] * 17])
+    ones = torch.ones_like(ids)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=ones, **whole).logits[0].double()
+    expected = logits.log_softmax(-1)[torch.arange(26), ids[0, 1:]].numpy()
+    given = {"input_ids": ids[:, :20], "attention_mask": ones[:, :20], **inputs}
+    for subject in (model, flocking.griffin(model, 1.0)):
+        got = flocking.score(subject, given, later)
+        np.testing.assert_allclose(got, expected[19:], atol=2e-5)
+        both = {name: values.repeat(2, 1) for name, values in whole.items()}
+        both |= {"input_ids": ids.repeat(2, 1), "attention_mask": ones.repeat(2, 1)}
+        measured = flocking.perplexity(
+            subject, both, prompt_length=20, continuation_length=7, progress=False
+        )
+        for row in measured.log_likelihood:
+            np.testing.assert_allclose(row, expected[19:], atol=2e-5)
+    without = flocking.score(model, prompt, later)
+    assert float(np.abs(without - expected[19:]).max()) > 0.01
+    with pytest.raises(ValueError, match="continuation has position_ids"):
+        flocking.score(model, prompt, {"input_ids": [later], "position_ids": [list(range(7))]})
+
+
 def test_leaves_the_model_as_it_was() -> None:
     model = build("llama").train()
     state = torch.random.get_rng_state()
@@ -170,8 +202,13 @@ def test_refuses() -> None:
     options = {"prompt_length": 6, "continuation_length": 6}
     with pytest.raises(ValueError, match="expected 12 tokens or more, got 5 in text 1"):
         flocking.perplexity(model, random_ids(20, 5), **options)
-    with pytest.raises(ValueError, match="prompt_length=0"):
-        flocking.perplexity(model, [prompt], prompt_length=0, continuation_length=2)
+    for wrong in (0, True, 2.5, "8"):
+        with pytest.raises(ValueError, match=f"prompt_length={wrong!r}: give a whole number"):
+            flocking.perplexity(model, [prompt], prompt_length=wrong, continuation_length=2)
+    with pytest.raises(TypeError, match="tokenizer is a LlamaForCausalLM"):
+        flocking.score(model, "abc", "def", tokenizer=model)
+    with pytest.raises(TypeError, match="tokenizer is 'gpt2': give a"):
+        flocking.perplexity(model, "abc", tokenizer="gpt2", **options)
 
 
 @pytest.mark.parametrize("scope", ["shared", "sequence"])
