@@ -30,9 +30,22 @@ def test_on_the_embedded_model_and_real_text(embedded: tuple) -> None:
     assert flocking.check(*embedded).passed.all()
 
 
-def test_fails_where_a_twin_differs_from_its_model(llama: tf.PreTrainedModel) -> None:
-    """A hook that the user registered changes the full model, and does not act on the twin."""
+def test_passes_with_a_hook_that_the_twin_has_too(llama: tf.PreTrainedModel) -> None:
     llama.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    assert flocking.check(llama).passed.all()
+
+
+def test_fails_where_a_twin_differs_from_its_model(
+    llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checking.griffin
+
+    def wrong(model: tf.PreTrainedModel, *args: object, **options: object) -> object:
+        twin = real(model, *args, **options)
+        twin.model.layers[1].mlp.act_fn = torch.nn.Tanh()
+        return twin
+
+    monkeypatch.setattr(checking, "griffin", wrong)
     table = flocking.check(llama)
     assert table.passed.tolist() == [True] * 4 + [False] * 2
     assert (table.reason[4:] == "the error is more than rounding explains").all()
