@@ -77,6 +77,7 @@ class Collector:
             here = (rows, number, slice(norm.shape[1]))
             self.arrays["norm"][here] = norm.masked_fill(~real, torch.nan)
             self.arrays["l1"][here] = l1.masked_fill(~real, torch.nan)
+            _check_energy(self.batch.moments[block].energy, norm, self.batch, block)
             for name, value in self.batch.moments[block].state_dict().items():
                 self.arrays[name][rows, number, :, : value.shape[-1]] = value.cpu()
 
@@ -158,6 +159,24 @@ class _Batch:
                     f"{block.path}: expected {self.passes} runs in {self.passes} forward passes, "
                     f"got {calls}. Activations there cannot be assigned to tokens."
                 )
+
+
+def _check_energy(energy: Tensor, norm: Tensor, batch: _Batch, block: FeedForward) -> None:
+    """Raise a RuntimeError unless the energy of each window is its number of tokens.
+
+    A relative activation has length 1, so that each token counts as one; one whose activations are
+    all zero does not count. Other sums mean that passes were mixed up.
+    """
+    window = batch.layout.window[batch.rows][:, : norm.shape[1]]
+    counts = torch.zeros(energy.shape[:2], dtype=torch.float64)
+    counts.scatter_add_(1, window.clamp_min(0), ((norm > 0) & batch.real).double())
+    sums = energy.sum(dim=-1, dtype=torch.float64).cpu()
+    if bool(((sums - counts).abs() > 1e-2 * counts).any()):
+        raise RuntimeError(
+            f"{block.path}: the energy of some windows is not their number of tokens, so that its "
+            "activations were not those of the texts alone: run nothing else on this model while "
+            "it is recorded."
+        )
 
 
 def _check_finite(norm: Tensor, real: Tensor, block: FeedForward, rows: list[int]) -> None:

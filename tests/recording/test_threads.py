@@ -122,3 +122,17 @@ def test_models_of_two_threads_do_not_wait_for_each_other() -> None:
         elsewhere(lambda: (flocking.record(second, IDS[0], progress=False), started.set()))
         assert started.is_set()
         first(IDS[0])
+
+
+def test_sums_that_are_not_those_of_the_tokens_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = flocking.Moments.update
+
+    def twice(self: flocking.Moments, *args: object) -> object:
+        real(self, *args)
+        return real(self, *args)
+
+    monkeypatch.setattr(flocking.Moments, "update", twice)
+    with pytest.raises(RuntimeError, match="the energy of some windows is not their number of"):
+        flocking.record(helpers.proved("llama"), IDS[0], progress=False)
