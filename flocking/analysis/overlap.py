@@ -14,15 +14,17 @@ import xarray as xr
 
 from flocking.analysis.metrics import common_windows, named
 from flocking.analysis.selection import (
+    checked,
     density_by_layer,
     edge_at,
     kept_count,
+    refuse_gaps,
     select,
     several_densities,
     statistic,
     windows_of,
 )
-from flocking.recording import PROMPT, require
+from flocking.recording import FIRST, PROMPT, measure
 
 _DRIFT_DIMS = ("sequence", "layer", "prompt_length", "distance")
 _DRIFT = {
@@ -38,8 +40,8 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
     Parameters
     ----------
     a, b : xarray.DataArray, bool, (..., neuron)
-        Selections. A dimension that both have must have the same labels; other dimensions are
-        broadcast.
+        Selections. A dimension that both have must have the same labels, in any order; other
+        dimensions are broadcast. Those of different layers are not compared.
     dim : str
         Dimension that is selected from, if not neurons (``"routed_expert"``, say).
 
@@ -50,9 +52,11 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
 
     Raises
     ------
+    TypeError
+        If `a` or `b` is not a DataArray.
     ValueError
-        If `a` or `b` is not a selection along `dim`, or the labels differ along a dimension that
-        both have.
+        If `a` or `b` is not a selection along `dim` or has a part of the neurons, if the labels
+        differ along a dimension that both have, or the layers of the two differ.
 
     Examples
     --------
@@ -64,13 +68,8 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
     >>> flocking.jaccard(early, early).values.tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    for name, values in (("a", a), ("b", b)):
-        if values.dtype != bool or dim not in values.dims:
-            raise ValueError(
-                f"{name} is not a selection along {dim!r}: give what flocking.select returns, or "
-                "another bool array and its dim."
-            )
-    a, b = xr.align(a, b, join="exact")
+    a, b = _selection("a", a, dim), _selection("b", b, dim)
+    a, b = _aligned({"a": a, "b": b})
     with xr.set_options(keep_attrs=False):
         both = (a & b).sum(dim)
         sizes = a.sum(dim), b.sum(dim)
@@ -145,8 +144,11 @@ def captured_energy(
 
     Raises
     ------
+    TypeError
+        If `selection` or `later` is not a DataArray.
     ValueError
-        If `selection` is not a selection, or the labels differ along a dimension that both have.
+        If `selection` is not a selection, the labels differ along a dimension that both have, the
+        layers of the two differ, or one has a part of the neurons.
 
     Examples
     --------
@@ -157,13 +159,10 @@ def captured_energy(
     >>> share.dims, bool((share <= flocking.captured_energy(kept, later, of="oracle")).all())
     (('sequence', 'layer'), True)
     """
-    if selection.dtype != bool or "neuron" not in selection.dims:
-        raise ValueError(
-            "selection is not a selection along 'neuron': give what flocking.select returns."
-        )
+    selection, later = _selection("selection", selection, "neuron"), checked("later", later)
     if of not in ("all", "oracle"):
         raise ValueError(f"of={of!r}: give 'all' or 'oracle'.")
-    selection, later = xr.align(selection, later, join="exact")
+    selection, later = _aligned({"selection": selection, "later": later})
     with xr.set_options(keep_attrs=False):
         energy = later**2
         count = selection.sum("neuron")
@@ -179,10 +178,58 @@ def captured_energy(
     return named(values, "captured_energy", f"captured energy, of {of}")
 
 
+def _selection(name: str, values: xr.DataArray, dim: str) -> xr.DataArray:
+    """A selection along `dim`, checked."""
+    if dim == "neuron":
+        if isinstance(values, xr.DataArray) and dim not in values.coords and dim not in values.dims:
+            pass  # said below
+        else:
+            values = checked(name, values)
+    elif not isinstance(values, xr.DataArray):
+        raise TypeError(f"{name} is a {type(values).__name__}: give a DataArray of bool.")
+    if values.dtype != bool or dim not in values.dims:
+        raise ValueError(
+            f"{name} is not a selection along {dim!r}: give what flocking.select returns, or "
+            "another bool array and its dim."
+        )
+    return values
+
+
+def _aligned(pair: dict[str, xr.DataArray]) -> tuple[xr.DataArray, xr.DataArray]:
+    """Two arrays whose common dimensions have the same labels in the same order."""
+    (first, a), (second, b) = pair.items()
+    if "layer" in a.coords and "layer" in b.coords and "layer" not in {*a.dims} & {*b.dims}:
+        layers = [{*np.atleast_1d(values["layer"].values).tolist()} for values in (a, b)]
+        if layers[0] != layers[1]:
+            raise ValueError(
+                f"{first} and {second} are of different layers ({_listed(layers[0])}; "
+                f"{_listed(layers[1])}), whose neurons have nothing in common: select the same "
+                "layer of both."
+            )
+    for dim in set(a.dims) & set(b.dims):
+        same = a.sizes[dim] == b.sizes[dim]
+        if dim in a.indexes and dim in b.indexes and not a.indexes[dim].equals(b.indexes[dim]):
+            mine, theirs = a.indexes[dim], b.indexes[dim]
+            same = mine.is_unique and theirs.is_unique and {*mine} == {*theirs}
+            if same:
+                b = b.isel({dim: theirs.get_indexer(mine)})
+        if not same:
+            raise ValueError(
+                f"{first} and {second} cannot be aligned along {dim!r}, where their labels differ: "
+                f"select the same ones of both."
+            )
+    return a, b
+
+
+def _listed(values: set) -> str:
+    return ", ".join(map(str, sorted(values, key=str)))
+
+
 # --------------------------------------------------------------------------------------
 # Measures from a recording
 
 
+@measure("energy", "tokens", "start")
 def prompt_generation_overlap(
     recording: xr.Dataset,
     density: float | Iterable[float] = 0.5,
@@ -218,9 +265,11 @@ def prompt_generation_overlap(
     densities = None if densities is None else several_densities(densities)
     prompt = select(statistic(recording, phase="prompt"), density, densities=densities)
     generation = select(statistic(recording, phase="generation"), density, densities=densities)
-    return jaccard(prompt, generation)
+    overlap = jaccard(prompt, generation)
+    return overlap.transpose("density", "sequence", "layer", missing_dims="ignore")
 
 
+@measure("energy", "tokens")
 def between_sequence_overlap(
     recording: xr.Dataset, density: float | Iterable[float] = 0.5
 ) -> xr.Dataset:
@@ -252,7 +301,6 @@ def between_sequence_overlap(
     >>> overlap.within.dims, overlap.between.dims
     (('sequence', 'layer'), ('sequence', 'other', 'layer'))
     """
-    require(recording, "energy", "tokens")
     windows = common_windows(recording)
     half = len(windows) // 2
     if half == 0:
@@ -262,20 +310,17 @@ def between_sequence_overlap(
     for part in (windows[:half], windows[half : 2 * half]):
         energy = recording.energy.isel(window=part).sum("window", dtype=np.float64)
         selections.append(select(np.sqrt(energy), density))
-    first, second = selections
-    overlap = xr.concat(
-        [
-            jaccard(
-                first, second.sel(sequence=other).drop_vars(["sequence", "text"], errors="ignore")
-            )
-            for other in second.sequence.values
-        ],
-        xr.DataArray(second.sequence.values, dims="other", name="other"),
-        coords="minimal",
+    first, second = (kept.transpose("sequence", "layer", "neuron") for kept in selections)
+    overlap = _of_all_pairs(first.values, second.values)
+    coordinates = first.isel(neuron=0, drop=True).coords
+    own = np.arange(len(overlap))
+    within = xr.DataArray(overlap[own, own], coordinates, ("sequence", "layer"))
+    overlap[own, own] = np.nan
+    between = xr.DataArray(
+        overlap,
+        {**coordinates, "other": recording["sequence"].values},
+        ("sequence", "other", "layer"),
     )
-    same = overlap.sequence == overlap.other
-    within = overlap.where(same).sum("other", min_count=1)
-    between = overlap.where(~same).transpose("sequence", "other", "layer")
     return xr.Dataset(
         {
             "within": named(within, "within", "Jaccard overlap of a sequence's halves"),
@@ -284,6 +329,28 @@ def between_sequence_overlap(
     )
 
 
+def _of_all_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Jaccard overlap of each first selection with each second one.
+
+    Parameters
+    ----------
+    first, second : ndarray of bool, (sequence, layer, neuron)
+
+    Returns
+    -------
+    ndarray of float64, (sequence, other, layer)
+    """
+    result = np.full((len(first), *second.shape[:2]), np.nan)
+    for layer in range(first.shape[1]):  # counts below 2^24 are exact in float32
+        a, b = (each[:, layer].astype(np.float32) for each in (first, second))
+        both = (a @ b.T).astype(np.float64)
+        sizes = a.sum(1, dtype=np.float64)[:, None], b.sum(1, dtype=np.float64)[None]
+        union = sizes[0] + sizes[1] - both
+        np.divide(both, union, out=result[..., layer], where=(sizes[0] > 0) & (sizes[1] > 0))
+    return result
+
+
+@measure("energy", "tokens", "start")
 def drift(
     recording: xr.Dataset,
     density: float | Iterable[float] = 0.5,
@@ -325,8 +392,13 @@ def drift(
     >>> values.distance.values[:3].tolist()
     [0, 16, 32]
     """
-    require(recording, "energy", "tokens")
-    windows, edges = windows_of(recording, PROMPT)
+    windows, starts, stops = windows_of(recording, PROMPT)
+    edges = [*starts, stops[-1]]
+    if recording.phase.values[windows[0]] != FIRST:
+        raise ValueError(
+            "the recording's window of the first token is missing: give drift all windows."
+        )
+    refuse_gaps(recording, windows)
     if len(windows) < 3:
         raise ValueError(
             f"expected three windows of prompt or more, got {len(windows)}: record with a smaller "

@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from flocking.analysis.metrics import named
 from flocking.feedforward import FeedForward, dense, feedforwards, fused_rows, row_norms
 from flocking.models import warn
-from flocking.recording import FIRST, GENERATION, PROMPT, coordinates_of, require
+from flocking.recording import (
+    FIRST,
+    GENERATION,
+    PROMPT,
+    coordinates_of,
+    measure,
+    require,
+    whole_neurons,
+)
 
 Phase = Literal["prompt", "generation"]
 
@@ -23,6 +31,7 @@ Phase = Literal["prompt", "generation"]
 # Statistics
 
 
+@measure("energy", "tokens", "start")
 def statistic(
     recording: xr.Dataset,
     *,
@@ -44,7 +53,8 @@ def statistic(
         The part of the text; all of it by default.
     start, stop : int, optional
         Range of tokens, from `start` up to but without `stop`, counted from the beginning of
-        the phase. Both must be edges of windows. The whole phase by default.
+        the phase. Both must be edges of windows, and all windows between them must be there. The
+        whole phase by default.
     by : {"length", "window"}, optional
         Several statistics instead of one for the range: "length" for ranges that begin at
         `start` and end with each window in turn (prompts of growing length), "window" for each
@@ -58,8 +68,11 @@ def statistic(
 
     Raises
     ------
+    TypeError
+        If `recording` is not a recording.
     ValueError
-        If the recording lacks the phase, or `start` or `stop` is not an edge of a window.
+        If the recording lacks the phase or windows of the range, or `start` or `stop` is not an
+        edge of a window.
 
     Warns
     -----
@@ -76,12 +89,13 @@ def statistic(
     >>> flocking.statistic(recording, by="length").stop.values[:4].tolist()
     [1, 65, 129, 193]
     """
-    require(recording, "energy", "tokens")
-    windows, edges = windows_of(recording, phase)
-    first = 0 if start is None else edge_at("start", start, edges)
-    last = len(windows) if stop is None else edge_at("stop", stop, edges)
+    windows, starts, stops = windows_of(recording, phase)
+    first = 0 if start is None else edge_at("start", start, [*starts, stops[-1]])
+    last = len(windows) if stop is None else edge_at("stop", stop, [starts[0], *stops])
     if first >= last:
         raise ValueError(f"start={start} and stop={stop} leave no token: give stop beyond start.")
+    if start is not None or stop is not None or by == "length":
+        refuse_gaps(recording, windows[first:last])
     part = recording[["energy", "tokens"]].isel(window=windows[first:last])
     energy, tokens = part.energy.astype(np.float64), part.tokens
     present = tokens > 0
@@ -96,16 +110,16 @@ def statistic(
         warn("A sequence has no token in this range: its statistic is NaN.")
     values = np.sqrt(energy).where(present).assign_coords(tokens=tokens)
     if by is not None:
-        starts = edges[first:last] if by == "window" else [edges[first]] * (last - first)
-        values = values.assign_coords(
-            start=("window", starts), stop=("window", edges[first + 1 : last + 1])
-        )
+        begins = starts[first:last] if by == "window" else [starts[first]] * (last - first)
+        values = values.assign_coords(start=("window", begins), stop=("window", stops[first:last]))
     values = values.transpose("sequence", "layer", ..., "neuron")
     return named(values, "statistic", "l2 norm of relative activations over tokens")
 
 
-def windows_of(recording: xr.Dataset, phase: str | None) -> tuple[np.ndarray, list[int]]:
-    """Numbers of the phase's windows, and the tokens at which they begin and the last ends."""
+def windows_of(
+    recording: xr.Dataset, phase: str | None
+) -> tuple[np.ndarray, list[float], list[float]]:
+    """Numbers of the phase's windows, and the tokens at which each begins and ends."""
     if phase not in (None, PROMPT, GENERATION):
         raise ValueError(f"phase={phase!r}: give {PROMPT!r}, {GENERATION!r} or nothing.")
     phases = recording.phase.values
@@ -116,13 +130,34 @@ def windows_of(recording: xr.Dataset, phase: str | None) -> tuple[np.ndarray, li
     if not len(windows):
         require(recording, phase=phase or PROMPT)
     starts = recording.start.values[windows].tolist()
-    end = starts[-1] + int(recording.tokens.values[:, windows[-1]].max(initial=0))
+    counts = recording.tokens.values[:, windows].max(axis=0, initial=0).tolist()
+    stops = [start + int(count) for start, count in zip(starts, counts, strict=True)]
+    for number in np.flatnonzero(_followed(recording, windows)):
+        stops[number] = starts[number + 1]  # also where no sequence fills it
     if phase is None and len({*phases} - {FIRST}) > 1:
-        starts = [np.nan] * len(starts)  # a generation is counted from its first token
-    return windows, [*starts, end]
+        # A generation is counted from its first token.
+        starts, stops = [np.nan] * len(starts), [np.nan] * (len(stops) - 1) + stops[-1:]
+    return windows, starts, stops
 
 
-def edge_at(name: str, value: int, edges: list[int]) -> int:
+def _followed(recording: xr.Dataset, windows: np.ndarray) -> np.ndarray:
+    """For all of these windows but the last: whether the next one follows without a gap."""
+    return np.diff(recording.window.values[windows]) == 1
+
+
+def refuse_gaps(recording: xr.Dataset, windows: np.ndarray) -> None:
+    """Refuse a range of tokens in which windows are missing."""
+    labels = recording.window.values[windows]
+    gaps = np.flatnonzero(~_followed(recording, windows))
+    if len(gaps):
+        before, after = labels[gaps[0]], labels[gaps[0] + 1]
+        raise ValueError(
+            f"windows between {before:.0f} and {after:.0f} are missing from the recording: give it "
+            "whole where a range of tokens is asked for, or leave start, stop and by='length' out."
+        )
+
+
+def edge_at(name: str, value: int, edges: list[float]) -> int:
     """Number of the edge at a token; an error says where the nearest edges are."""
     if np.isnan(edges[0]):
         raise ValueError(f"{name}={value} in a recording with a generation: give a phase, too.")
@@ -150,6 +185,13 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     -------
     xarray.DataArray, float64, like `values`
 
+    Raises
+    ------
+    TypeError
+        If `values` is not a DataArray.
+    ValueError
+        If there is one sequence only, a part of the neurons, or no coordinate ``tokens``.
+
     Examples
     --------
     >>> recording = flocking.record(model, flocking.passages()[:3], progress=False)
@@ -157,8 +199,14 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     >>> flocking.select(static, density=0.5).dims
     ('sequence', 'layer', 'neuron')
     """
-    if values.sizes["sequence"] < 2:
-        raise ValueError("expected two sequences or more, got 1: record several texts.")
+    values = checked("values", values)
+    if values.sizes.get("sequence", 1) < 2:
+        raise ValueError(
+            f"expected two sequences or more, got {values.sizes.get('sequence', 1)}: record "
+            "several texts."
+        )
+    if "tokens" not in values.coords:
+        raise ValueError("values has no coordinate 'tokens': give what flocking.statistic returns.")
     energy = values**2 / values.tokens
     others = (energy.sum("sequence") - energy) / (energy.notnull().sum("sequence") - 1)
     others = np.sqrt(others.clip(min=0)).transpose(*values.dims)
@@ -233,9 +281,11 @@ def select(
 
     Raises
     ------
+    TypeError
+        If `values` is not a DataArray.
     ValueError
         If a density is not in (0, 1], or keeps no neuron; if there are as many as neither one
-        nor the layers.
+        nor the layers; if `values` has a part of the neurons.
 
     Examples
     --------
@@ -252,8 +302,7 @@ def select(
     >>> flocking.select(flocking.statistic(recording), densities=[0.25, 0.5, 0.75]).dims
     ('density', 'sequence', 'layer', 'neuron')
     """
-    if "neuron" not in values.dims:
-        raise ValueError(f"values has dimensions {values.dims}: give a statistic over neurons.")
+    values = checked("values", values)
     if densities is not None:
         swept = xr.DataArray(several_densities(densities), dims="density", name="density")
         each = [select(values, d).drop_vars("density") for d in swept.values.tolist()]
@@ -270,16 +319,39 @@ def select(
     for mask, layer, share, d_ff, experts in zip(
         kept, by_layer.values, shares, widths.tolist(), mixtures.tolist(), strict=True
     ):
-        d_ff = min(d_ff, values.sizes["neuron"])
         mask[..., :d_ff] = _largest(layer[..., :d_ff], share, experts)
-    labelled = by_layer.copy(data=kept).transpose(..., *values.dims)
+    labelled = by_layer.copy(data=kept)
     if "layer" not in values.dims:
         labelled = labelled[0]
+    labelled = labelled.transpose(*(dim for dim in values.dims if dim != "neuron"), "neuron")
     return (
         labelled.assign_coords(density=shares[0] if len({*shares}) == 1 else ("layer", shares))
         .rename("selection")
         .assign_attrs(long_name="selected neurons")
     )
+
+
+def checked(name: str, values: xr.DataArray) -> xr.DataArray:
+    """A statistic or selection over neurons, all of them and in ascending order.
+
+    Raises
+    ------
+    TypeError
+        If it is not a DataArray.
+    ValueError
+        If it has no neurons, or a part of them.
+    """
+    if isinstance(values, xr.Dataset) and "phase" in values.coords:
+        raise TypeError(f"{name} is a recording: give flocking.statistic(recording, ...).")
+    if not isinstance(values, xr.DataArray):
+        raise TypeError(
+            f"{name} is a {type(values).__name__}: give a DataArray over neurons, as "
+            "flocking.statistic and flocking.select return."
+        )
+    values = whole_neurons(values)
+    if "neuron" not in values.dims:
+        raise ValueError(f"{name} has dimensions {values.dims}: give a statistic over neurons.")
+    return values
 
 
 def _largest(values: np.ndarray, density: float, experts: int) -> np.ndarray:

@@ -1,17 +1,19 @@
 """From a model and texts to a recording: a Dataset of windowed moments.
 
-``dataset`` knows the schema. Imports ``feedforward`` and ``models``.
+``dataset`` knows the schema, ``canonical`` in which form measures get it, whatever was selected
+from it. Imports ``feedforward`` and ``models``.
 """
 
+from flocking.recording.canonical import measure, require, whole_neurons
 from flocking.recording.dataset import (
     COORDINATES,
     FIRST,
     GENERATION,
     MOMENT_DIMS,
     PROMPT,
+    SCHEMA_VERSION,
     VARIABLES,
     coordinates_of,
-    require,
 )
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import record
@@ -23,10 +25,13 @@ __all__ = [
     "GENERATION",
     "MOMENT_DIMS",
     "PROMPT",
+    "SCHEMA_VERSION",
     "VARIABLES",
     "Moments",
     "Windows",
     "coordinates_of",
+    "measure",
     "record",
     "require",
+    "whole_neurons",
 ]
