@@ -22,7 +22,6 @@ from scipy import sparse
 from flocking.models import warn
 from flocking.recording import FIRST, PROMPT, measure
 
-
 _MASS = ("mass", "norm", "token_window")
 _RAW = ("relative", "token_id")
 

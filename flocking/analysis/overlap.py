@@ -24,7 +24,7 @@ from flocking.analysis.selection import (
     statistic,
     windows_of,
 )
-from flocking.recording import FIRST, PROMPT, measure
+from flocking.recording import FIRST, PROMPT, measure, whole_neurons
 
 _DRIFT_DIMS = ("sequence", "layer", "prompt_length", "distance")
 _DRIFT = {
@@ -180,19 +180,16 @@ def captured_energy(
 
 def _selection(name: str, values: xr.DataArray, dim: str) -> xr.DataArray:
     """A selection along `dim`, checked."""
-    if dim == "neuron":
-        if isinstance(values, xr.DataArray) and dim not in values.coords and dim not in values.dims:
-            pass  # said below
-        else:
-            values = checked(name, values)
-    elif not isinstance(values, xr.DataArray):
-        raise TypeError(f"{name} is a {type(values).__name__}: give a DataArray of bool.")
+    if not isinstance(values, xr.DataArray):
+        raise TypeError(
+            f"{name} is a {type(values).__name__}: give the DataArray that flocking.select returns."
+        )
     if values.dtype != bool or dim not in values.dims:
         raise ValueError(
             f"{name} is not a selection along {dim!r}: give what flocking.select returns, or "
             "another bool array and its dim."
         )
-    return values
+    return whole_neurons(values) if dim == "neuron" else values
 
 
 def _aligned(pair: dict[str, xr.DataArray]) -> tuple[xr.DataArray, xr.DataArray]:
@@ -312,7 +309,7 @@ def between_sequence_overlap(
         selections.append(select(np.sqrt(energy), density))
     first, second = (kept.transpose("sequence", "layer", "neuron") for kept in selections)
     overlap = _of_all_pairs(first.values, second.values)
-    coordinates = first.isel(neuron=0, drop=True).coords
+    coordinates = {name: c for name, c in first.coords.items() if "neuron" not in c.dims}
     own = np.arange(len(overlap))
     within = xr.DataArray(overlap[own, own], coordinates, ("sequence", "layer"))
     overlap[own, own] = np.nan

@@ -341,7 +341,7 @@ def checked(name: str, values: xr.DataArray) -> xr.DataArray:
     ValueError
         If it has no neurons, or a part of them.
     """
-    if isinstance(values, xr.Dataset) and "phase" in values.coords:
+    if isinstance(values, xr.Dataset) and "energy" in values and "phase" in values.coords:
         raise TypeError(f"{name} is a recording: give flocking.statistic(recording, ...).")
     if not isinstance(values, xr.DataArray):
         raise TypeError(

@@ -15,6 +15,7 @@ from flocking.recording.dataset import (
     VARIABLES,
     coordinates_of,
 )
+from flocking.recording.joining import concat
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import record
 from flocking.recording.windows import Windows
@@ -29,6 +30,7 @@ __all__ = [
     "VARIABLES",
     "Moments",
     "Windows",
+    "concat",
     "coordinates_of",
     "measure",
     "record",

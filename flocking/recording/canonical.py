@@ -116,8 +116,11 @@ def require(recording: object, *names: str, phase: str | None = None) -> xr.Data
     return cast(xr.Dataset, recording)
 
 
-def canonical(recording: object, *names: str) -> Canonical:
-    """The canonical form of a recording; see :func:`require` for the arguments and errors."""
+def canonical(recording: object, *names: str, some_layers: bool = False) -> Canonical:
+    """The canonical form of a recording; see :func:`require` for the arguments and errors.
+
+    With `some_layers`, ``relative`` may be of some layers only, and is left as it is.
+    """
     if not isinstance(recording, xr.Dataset) or "phase" not in recording.variables:
         raise TypeError(
             f"expected a recording (the Dataset that flocking.record returns), got a "
@@ -142,7 +145,7 @@ def canonical(recording: object, *names: str) -> Canonical:
         missing = data.norm.isnull().any("layer") & (data.token_window >= 0)
         if bool(missing.any()):
             raise ValueError(f"'norm' has no value at some tokens, {_as_after_where()}.")
-    if "relative" in needed and "relative_layer" in data["relative"].dims:
+    if "relative" in needed and not some_layers and "relative_layer" in data["relative"].dims:
         data = _for_all_layers(data)
     return Canonical(data, single)
 
