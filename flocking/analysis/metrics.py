@@ -33,6 +33,11 @@ def named(values: xr.DataArray, name: str, long_name: str) -> xr.DataArray:
 
 def common_windows(recording: xr.Dataset) -> np.ndarray:
     """Numbers of the prompt's windows in which all sequences have the same number of tokens."""
+    if recording.sizes["sequence"] < 2:
+        raise ValueError(
+            f"expected two sequences or more, got {recording.sizes['sequence']}: record several "
+            "texts."
+        )
     tokens = recording.tokens.values
     same = (tokens == tokens.max(axis=0, initial=0)).all(axis=0) & (tokens > 0).all(axis=0)
     found = np.flatnonzero(same & (recording.phase.values == PROMPT))
@@ -371,8 +376,6 @@ def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
 
 
 def _at_equal_counts(recording: xr.Dataset) -> xr.Dataset:
-    if recording.sizes["sequence"] < 2:
-        raise ValueError("expected two sequences or more, got 1: record several texts.")
     return recording.isel(window=common_windows(recording))
 
 

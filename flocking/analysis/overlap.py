@@ -12,19 +12,17 @@ from typing import Literal, overload
 import numpy as np
 import xarray as xr
 
+from flocking.analysis.labels import aligned, checked, checked_selection
 from flocking.analysis.metrics import common_windows, named
+from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
 from flocking.analysis.selection import (
-    checked,
     density_by_layer,
-    edge_at,
     kept_count,
-    refuse_gaps,
     select,
     several_densities,
     statistic,
-    windows_of,
 )
-from flocking.recording import FIRST, PROMPT, measure, whole_neurons
+from flocking.recording import FIRST, PROMPT, measure
 
 _DRIFT_DIMS = ("sequence", "layer", "prompt_length", "distance")
 _DRIFT = {
@@ -68,8 +66,8 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
     >>> flocking.jaccard(early, early).values.tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    a, b = _selection("a", a, dim), _selection("b", b, dim)
-    a, b = _aligned({"a": a, "b": b})
+    a, b = checked_selection("a", a, dim), checked_selection("b", b, dim)
+    a, b = aligned({"a": a, "b": b})
     with xr.set_options(keep_attrs=False):
         both = (a & b).sum(dim)
         sizes = a.sum(dim), b.sum(dim)
@@ -159,10 +157,10 @@ def captured_energy(
     >>> share.dims, bool((share <= flocking.captured_energy(kept, later, of="oracle")).all())
     (('sequence', 'layer'), True)
     """
-    selection, later = _selection("selection", selection, "neuron"), checked("later", later)
+    selection, later = checked_selection("selection", selection, "neuron"), checked("later", later)
     if of not in ("all", "oracle"):
         raise ValueError(f"of={of!r}: give 'all' or 'oracle'.")
-    selection, later = _aligned({"selection": selection, "later": later})
+    selection, later = aligned({"selection": selection, "later": later})
     with xr.set_options(keep_attrs=False):
         energy = later**2
         count = selection.sum("neuron")
@@ -176,50 +174,6 @@ def captured_energy(
             total = best.cumsum("neuron").isel(neuron=(count - 1).clip(min=0))
         values = kept / total.where((total > 0) & (count > 0))
     return named(values, "captured_energy", f"captured energy, of {of}")
-
-
-def _selection(name: str, values: xr.DataArray, dim: str) -> xr.DataArray:
-    """A selection along `dim`, checked."""
-    if not isinstance(values, xr.DataArray):
-        raise TypeError(
-            f"{name} is a {type(values).__name__}: give the DataArray that flocking.select returns."
-        )
-    if values.dtype != bool or dim not in values.dims:
-        raise ValueError(
-            f"{name} is not a selection along {dim!r}: give what flocking.select returns, or "
-            "another bool array and its dim."
-        )
-    return whole_neurons(values) if dim == "neuron" else values
-
-
-def _aligned(pair: dict[str, xr.DataArray]) -> tuple[xr.DataArray, xr.DataArray]:
-    """Two arrays whose common dimensions have the same labels in the same order."""
-    (first, a), (second, b) = pair.items()
-    if "layer" in a.coords and "layer" in b.coords and "layer" not in {*a.dims} & {*b.dims}:
-        layers = [{*np.atleast_1d(values["layer"].values).tolist()} for values in (a, b)]
-        if layers[0] != layers[1]:
-            raise ValueError(
-                f"{first} and {second} are of different layers ({_listed(layers[0])}; "
-                f"{_listed(layers[1])}), whose neurons have nothing in common: select the same "
-                "layer of both."
-            )
-    for dim in set(a.dims) & set(b.dims):
-        same = a.sizes[dim] == b.sizes[dim]
-        if dim in a.indexes and dim in b.indexes and not a.indexes[dim].equals(b.indexes[dim]):
-            mine, theirs = a.indexes[dim], b.indexes[dim]
-            same = mine.is_unique and theirs.is_unique and {*mine} == {*theirs}
-            if same:
-                b = b.isel({dim: theirs.get_indexer(mine)})
-        if not same:
-            raise ValueError(
-                f"{first} and {second} cannot be aligned along {dim!r}, where their labels differ: "
-                f"select the same ones of both."
-            )
-    return a, b
-
-
-def _listed(values: set) -> str:
-    return ", ".join(map(str, sorted(values, key=str)))
 
 
 # --------------------------------------------------------------------------------------
@@ -290,6 +244,13 @@ def between_sequence_overlap(
         ``within`` (sequence, layer): Jaccard overlap of a sequence's two halves.
         ``between`` (sequence, other, layer): of its first half and the other's second half;
         NaN where both are the same sequence. Chance level: :func:`chance_jaccard`.
+
+    Raises
+    ------
+    TypeError
+        If `recording` is not a recording.
+    ValueError
+        If there is only one sequence, or fewer than two windows that all sequences fill.
 
     Examples
     --------

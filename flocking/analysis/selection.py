@@ -12,18 +12,12 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.analysis.labels import checked
 from flocking.analysis.metrics import named
+from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
 from flocking.feedforward import FeedForward, dense, feedforwards, fused_rows, row_norms
 from flocking.models import warn
-from flocking.recording import (
-    FIRST,
-    GENERATION,
-    PROMPT,
-    coordinates_of,
-    measure,
-    require,
-    whole_neurons,
-)
+from flocking.recording import coordinates_of, measure
 
 Phase = Literal["prompt", "generation"]
 
@@ -114,60 +108,6 @@ def statistic(
         values = values.assign_coords(start=("window", begins), stop=("window", stops[first:last]))
     values = values.transpose("sequence", "layer", ..., "neuron")
     return named(values, "statistic", "l2 norm of relative activations over tokens")
-
-
-def windows_of(
-    recording: xr.Dataset, phase: str | None
-) -> tuple[np.ndarray, list[float], list[float]]:
-    """Numbers of the phase's windows, and the tokens at which each begins and ends."""
-    if phase not in (None, PROMPT, GENERATION):
-        raise ValueError(f"phase={phase!r}: give {PROMPT!r}, {GENERATION!r} or nothing.")
-    phases = recording.phase.values
-    if phase is None:
-        windows = np.arange(len(phases))
-    else:
-        windows = np.flatnonzero((phases == GENERATION) == (phase == GENERATION))
-    if not len(windows):
-        require(recording, phase=phase or PROMPT)
-    starts = recording.start.values[windows].tolist()
-    counts = recording.tokens.values[:, windows].max(axis=0, initial=0).tolist()
-    stops = [start + int(count) for start, count in zip(starts, counts, strict=True)]
-    for number in np.flatnonzero(_followed(recording, windows)):
-        stops[number] = starts[number + 1]  # also where no sequence fills it
-    if phase is None and len({*phases} - {FIRST}) > 1:
-        # A generation is counted from its first token.
-        starts, stops = [np.nan] * len(starts), [np.nan] * (len(stops) - 1) + stops[-1:]
-    return windows, starts, stops
-
-
-def _followed(recording: xr.Dataset, windows: np.ndarray) -> np.ndarray:
-    """For all of these windows but the last: whether the next one follows without a gap."""
-    return np.diff(recording.window.values[windows]) == 1
-
-
-def refuse_gaps(recording: xr.Dataset, windows: np.ndarray) -> None:
-    """Refuse a range of tokens in which windows are missing."""
-    labels = recording.window.values[windows]
-    gaps = np.flatnonzero(~_followed(recording, windows))
-    if len(gaps):
-        before, after = labels[gaps[0]], labels[gaps[0] + 1]
-        raise ValueError(
-            f"windows between {before:.0f} and {after:.0f} are missing from the recording: give it "
-            "whole where a range of tokens is asked for, or leave start, stop and by='length' out."
-        )
-
-
-def edge_at(name: str, value: int, edges: list[float]) -> int:
-    """Number of the edge at a token; an error says where the nearest edges are."""
-    if np.isnan(edges[0]):
-        raise ValueError(f"{name}={value} in a recording with a generation: give a phase, too.")
-    if value not in edges:
-        near = sorted(edges, key=lambda edge: abs(edge - value))[:2]
-        raise ValueError(
-            f"{name}={value} is not an edge of a window: the nearest are at "
-            f"{' and '.join(map(str, sorted(near)))}; or record with a smaller window."
-        )
-    return edges.index(value)
 
 
 def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
@@ -329,29 +269,6 @@ def select(
         .rename("selection")
         .assign_attrs(long_name="selected neurons")
     )
-
-
-def checked(name: str, values: xr.DataArray) -> xr.DataArray:
-    """A statistic or selection over neurons, all of them and in ascending order.
-
-    Raises
-    ------
-    TypeError
-        If it is not a DataArray.
-    ValueError
-        If it has no neurons, or a part of them.
-    """
-    if isinstance(values, xr.Dataset) and "energy" in values and "phase" in values.coords:
-        raise TypeError(f"{name} is a recording: give flocking.statistic(recording, ...).")
-    if not isinstance(values, xr.DataArray):
-        raise TypeError(
-            f"{name} is a {type(values).__name__}: give a DataArray over neurons, as "
-            "flocking.statistic and flocking.select return."
-        )
-    values = whole_neurons(values)
-    if "neuron" not in values.dims:
-        raise ValueError(f"{name} has dimensions {values.dims}: give a statistic over neurons.")
-    return values
 
 
 def _largest(values: np.ndarray, density: float, experts: int) -> np.ndarray:
