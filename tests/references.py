@@ -145,6 +145,8 @@ def _whole_statistic(
 def _phases(reference: Reference, windows: Collection[int], sequence: int, layer: int) -> float:
     span = reference.spans[sequence][layer]
     parts = [span.of(windows, ("first", "prompt")), span.of(windows, ("generation",))]
+    if not all(len(part.r) for part in parts):
+        return np.nan
     return _jaccard(*(kept(_statistic(part), reference.experts) for part in parts))
 
 

@@ -313,7 +313,7 @@ def density_by_layer(density: float | Iterable[float], layers: int) -> list[floa
         each = [float(value) for value in numbers]
     except (TypeError, ValueError):
         each = []
-    if isinstance(density, str) or not each:
+    if isinstance(density, str) or (not each and layers):
         raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
     if not several:
         return each * layers

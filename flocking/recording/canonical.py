@@ -31,7 +31,16 @@ _SINGLE = ("sequence", "layer", "window", "relative_layer")  # dimensions of whi
 _ALWAYS = ("window", "phase", "d_ff")  # what every measure needs
 _LARGE = ("neuron", "routed_expert")  # dimensions of arrays that may stay on disk
 # Whole numbers that are checked wherever a recording has them.
-_WHOLE = ("window", "layer", "start", "tokens", "token_window", "d_ff", "experts")
+_WHOLE = (
+    "window",
+    "layer",
+    "start",
+    "tokens",
+    "token_window",
+    "prompt_tokens",
+    "d_ff",
+    "experts",
+)
 _REMEDY = (
     "measure before averaging or grouping, select with isel and sel without drop=True, and put "
     "recordings together with flocking.concat"
@@ -77,7 +86,8 @@ def measure(*names: str, **optional: tuple[str, ...]) -> Callable[[_Function], _
         def measured(recording: xr.Dataset, *args: Any, **kwargs: Any) -> Any:
             more = [name for option in optional if kwargs.get(option) for name in optional[option]]
             whole = canonical(recording, *names, *more)
-            return whole.restored(function(whole.recording, *args, **kwargs))
+            taken = whole.recording.drop_vars("prompt_tokens", errors="ignore")  # checked by now
+            return whole.restored(function(taken, *args, **kwargs))
 
         return cast(_Function, measured)
 
@@ -122,9 +132,10 @@ def canonical(recording: object, *names: str, some_layers: bool = False) -> Cano
     With `some_layers`, ``relative`` may be of some layers only, and is left as it is.
     """
     if not isinstance(recording, xr.Dataset) or "phase" not in recording.variables:
+        without = f" without 'phase': {_REMEDY}" if isinstance(recording, xr.Dataset) else ""
         raise TypeError(
-            f"expected a recording (the Dataset that flocking.record returns), got a "
-            f"{type(recording).__name__}."
+            "expected a recording (the Dataset that flocking.record returns), got a "
+            f"{type(recording).__name__}{without}."
         )
     _check_version(recording)
     recording = recording.set_coords([name for name in COORDINATES if name in recording.data_vars])
@@ -180,8 +191,7 @@ def _check_presence(recording: xr.Dataset, names: Iterable[str]) -> None:
             remedy = f"make it with record(..., {option})" if option else "make it with record"
             raise ValueError(f"the recording has no variable {name!r}: {remedy}.")
         raise ValueError(
-            f"the recording has no coordinate {name!r}, which record gives it: select without "
-            "drop=True, and keep its coordinates."
+            f"the recording has no coordinate {name!r}, which record gives it: {_REMEDY}."
         )
 
 
@@ -312,17 +322,19 @@ def _check_tokens(data: xr.Dataset) -> None:
 
 
 def _check_offsets(data: xr.Dataset, offset: np.ma.MaskedArray) -> None:
-    """Windows begin at their ``start``; those of a generation at the same token after it."""
+    """Windows begin at their ``start``; those of a generation at the end of the prompt after it."""
     new = data.phase.values == GENERATION
     wrong = (offset[:, ~new] != 0).filled(False).any(axis=1)
     if new.any():
-        apart = offset[:, new].max(axis=1) != offset[:, new].min(axis=1)
-        wrong |= np.ma.filled(apart, False)
+        end = offset[:, new].min(axis=1)
+        if "prompt_tokens" in data.coords:
+            end = data.prompt_tokens.values
+        wrong |= (offset[:, new] != end[:, None]).filled(False).any(axis=1)
     if wrong.any():
         raise ValueError(
-            f"windows of sequence {_label(data, int(np.argmax(wrong)))} do not begin where 'start' "
-            "and 'phase' say, as after xarray's concat or append of recordings with other "
-            "windows: put recordings together with flocking.concat."
+            f"windows of sequence {_label(data, int(np.argmax(wrong)))} do not begin where "
+            "'start', 'phase' and 'prompt_tokens' say, as after xarray's concat or append of "
+            "recordings with other windows: put recordings together with flocking.concat."
         )
 
 

@@ -91,6 +91,7 @@ COORDINATES = {
     "neuron": Field(("neuron",), "int64"),
     "token": Field(("token",), "int64"),
     "text": Field(("sequence",), "object"),
+    "prompt_tokens": Field(("sequence",), "int64"),  # where the prompt ends: phases follow from it
     "module": Field(("layer",), "str"),
     "d_ff": Field(("layer",), "int64"),
     "phase": Field(("window",), "str"),
@@ -154,6 +155,7 @@ def label(
     windows = len(layout.phase)
     window = layout.window.numpy()
     arrays["tokens"] = np.stack([np.bincount(row[row >= 0], minlength=windows) for row in window])
+    new = np.array(layout.phase) == GENERATION
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).numpy()
     coordinates = {
         "sequence": np.arange(len(sequences)),
@@ -161,6 +163,7 @@ def label(
         "neuron": np.arange(arrays["energy"].shape[-1]),
         "token": np.arange(ids.shape[1]),
         "text": np.array(texts, dtype=object),
+        "prompt_tokens": arrays["tokens"][:, ~new].sum(axis=1),
         "module": np.array([block.path for block in blocks], dtype=str),
         "phase": np.array(layout.phase, dtype=str),
         "start": np.array(layout.start),
