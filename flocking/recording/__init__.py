@@ -1,10 +1,9 @@
 """From a model and texts to a recording: a Dataset of windowed moments.
 
-``dataset`` knows the schema, ``canonical`` in which form measures get it, whatever was selected
+``dataset`` knows the schema, ``entrance`` in which form measures get it, whatever was selected
 from it. Imports ``feedforward`` and ``models``.
 """
 
-from flocking.recording.canonical import measure, require, whole_neurons
 from flocking.recording.dataset import (
     COORDINATES,
     FIRST,
@@ -15,6 +14,7 @@ from flocking.recording.dataset import (
     VARIABLES,
     coordinates_of,
 )
+from flocking.recording.entrance import measure, require, whole_neurons
 from flocking.recording.joining import concat
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import record

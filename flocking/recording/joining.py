@@ -9,7 +9,6 @@ import numpy as np
 import xarray as xr
 
 from flocking.models import warn
-from flocking.recording.canonical import Canonical, canonical
 from flocking.recording.dataset import (
     ATTRIBUTES,
     COORDINATES,
@@ -19,6 +18,7 @@ from flocking.recording.dataset import (
     SCHEMA_VERSION,
     VARIABLES,
 )
+from flocking.recording.entrance import Canonical, canonical
 
 _FIELDS = VARIABLES | COORDINATES
 # What must be equal, since measures compare sequences with each other: other weights, another
@@ -40,7 +40,7 @@ class _Layout(NamedTuple):
         return len(self.prompt) + len(self.generation)
 
     def spans(self, own: _Layout) -> _Spans:
-        """Windows of a recording with a layout of its own, and where they lie in this one."""
+        """Windows of a recording with another layout, and where they lie in this one."""
         prompt, new = slice(0, len(own.prompt)), slice(len(own.prompt), own.windows)
         begin = len(self.prompt)
         return [(prompt, prompt), (new, slice(begin, begin + len(own.generation)))]
@@ -345,11 +345,11 @@ def _own_coordinates(members: list[tuple[xr.Dataset, bool]]) -> dict[Hashable, x
         if name in _FIELDS or name in left:
             continue
         parts = [member[name].variable.to_base_variable() for member, _ in members]
-        alike = all(part.equals(parts[0]) for part in parts)
+        equal = all(part.equals(parts[0]) for part in parts)
         by_sequence = any("sequence" in part.dims for part in parts) or any(
             single and not part.dims for part, (_, single) in zip(parts, members, strict=True)
         )
-        if alike and not by_sequence:
+        if equal and not by_sequence:
             kept[name] = parts[0]
             continue
         rows = [
