@@ -49,7 +49,7 @@ def refuse_gaps(recording: xr.Dataset, windows: np.ndarray) -> None:
         )
 
 
-def edge_at(name: str, value: int, edges: list[float]) -> int:
+def edge_at(name: str, value: float, edges: list[float]) -> int:
     """Number of the edge at a token; an error says where the nearest edges are."""
     if np.isnan(edges[0]):
         raise ValueError(f"{name}={value} in a recording with a generation: give a phase, too.")

@@ -167,6 +167,7 @@ def canonical(recording: object, *names: str, some_layers: bool = False) -> Cano
 
 def _check_version(recording: xr.Dataset) -> None:
     found = recording.attrs.get("schema_version", SCHEMA_VERSION)
+    number: int | None
     try:
         number = operator.index(found)
     except TypeError:

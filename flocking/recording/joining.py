@@ -139,9 +139,13 @@ def _taken(number: int, recording: object) -> Canonical:
         wanted += [name for name in VARIABLES if name in recording]
         recording = recording.set_coords([n for n in recording.data_vars if n not in VARIABLES])
     try:
-        return canonical(recording, *wanted, some_layers=True)
+        whole = canonical(recording, *wanted, some_layers=True)
     except (TypeError, ValueError) as error:
         raise type(error)(f"recording {number}: {error}") from None
+    data = whole.recording
+    if "token" in data.coords:
+        data = data.isel(token=np.argsort(data.token.values, kind="stable"))
+    return Canonical(data, whole.single)
 
 
 def _like(first: xr.Dataset, other: xr.Dataset, number: int) -> xr.Dataset:
@@ -183,7 +187,7 @@ def _differ(name: str, mine: object, theirs: object, number: int) -> str:
     )
 
 
-def _same(a: object, b: object) -> bool:
+def _same(a: Any, b: Any) -> bool:
     return (type(a) is type(b) and bool(np.array_equal(a, b))) or str(a) == str(b)
 
 
@@ -257,12 +261,12 @@ def _renumbered(window: xr.Variable, spans: _Spans) -> xr.Variable:
     return window.copy(data=np.array([*numbers, -1])[window.values.astype(np.int64)])
 
 
-def _padded(part: xr.Variable, sizes: dict[Any, int], spans: _Spans, fill: object) -> xr.Variable:
+def _padded(part: xr.Variable, sizes: dict[Any, int], spans: _Spans, fill: Any) -> xr.Variable:
     """A chunked variable with the sizes of all recordings together."""
     if "window" in part.dims:
         (prompt, _), (new, there) = spans
-        room = {"window": (0, there.start - prompt.stop)}
-        pieces = [part.isel(window=prompt).pad(room, constant_values=fill), part.isel(window=new)]
+        gap = {"window": (0, there.start - prompt.stop)}
+        pieces = [part.isel(window=prompt).pad(gap, constant_values=fill), part.isel(window=new)]
         part = xr.Variable.concat(pieces, "window")
     room = {d: (0, sizes[d] - n) for d, n in part.sizes.items() if d != "sequence"}
     return part.pad({d: pad for d, pad in room.items() if pad[1]}, constant_values=fill)

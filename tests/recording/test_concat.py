@@ -106,7 +106,10 @@ def test_members_of_every_form(kind: str, tmp_path) -> None:
         changed = [part.isel(sequence=n) for part in parts for n in range(part.sizes["sequence"])]
     elif kind == "permuted":
         flip = slice(None, None, -1)
-        changed = [parts[0], *(p.isel(layer=flip, window=flip, neuron=flip) for p in parts[1:])]
+        changed = [
+            parts[0],
+            *(p.isel(layer=flip, window=flip, neuron=flip, token=flip) for p in parts[1:]),
+        ]
         changed = [part.transpose() for part in changed]
     else:
         if kind == "chunked":
