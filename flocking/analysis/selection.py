@@ -257,7 +257,7 @@ def select(
     mixtures = np.broadcast_to(values.experts if "experts" in values.coords else 1, layers)
     kept = np.zeros(by_layer.shape, bool)
     for mask, layer, share, d_ff, experts in zip(
-        kept, by_layer.values, shares, widths.tolist(), mixtures.tolist(), strict=True
+        kept, by_layer.values, shares, widths.astype(int), mixtures.astype(int), strict=True
     ):
         mask[..., :d_ff] = _largest(layer[..., :d_ff], share, experts)
     labelled = by_layer.copy(data=kept)

@@ -186,7 +186,7 @@ def test_coordinates_of_the_users_own() -> None:
     assert "file" not in lost.variables
 
 
-def test_attributes_that_differ_are_lists() -> None:
+def test_attributes_that_differ_are_lists(tmp_path) -> None:
     parts, _ = made("llama", "plain")
     changed = [
         parts[0].assign_attrs(seed=1, torch_version="2.0", note="mine", who="me"),
@@ -199,6 +199,11 @@ def test_attributes_that_differ_are_lists() -> None:
     assert together.attrs["model"] == parts[0].attrs["model"]
     assert "note" not in together.attrs
     assert together.attrs["who"] == "me"
+    together.to_zarr(tmp_path / "r.zarr", zarr_format=2)
+    restored = xr.open_zarr(tmp_path / "r.zarr", chunks=None).load()
+    xr.testing.assert_identical(restored, together)
+    once_more = flocking.concat([restored, changed[1].assign_attrs(seed=3)])
+    assert once_more.attrs["seed"] == [1, 2, 3]
 
 
 REFUSED: dict[str, tuple[Callable[[xr.Dataset], xr.Dataset], str]] = {
