@@ -9,12 +9,12 @@ from flocking.recording import whole_neurons
 
 
 def checked(name: str, values: xr.DataArray) -> xr.DataArray:
-    """A statistic or selection over neurons, all of them and in ascending order.
+    """A statistic over neurons, all of them and in ascending order.
 
     Raises
     ------
     TypeError
-        If it is not a DataArray.
+        If it is not a DataArray of numbers.
     ValueError
         If it has no neurons, or a part of them.
     """
@@ -28,6 +28,9 @@ def checked(name: str, values: xr.DataArray) -> xr.DataArray:
     values = whole_neurons(values)
     if "neuron" not in values.dims:
         raise ValueError(f"{name} has dimensions {values.dims}: give a statistic over neurons.")
+    if values.dtype.kind not in "iuf":
+        kind = "a selection" if values.dtype == bool else f"of dtype {values.dtype}"
+        raise TypeError(f"{name} is {kind}: give a statistic, a number for each neuron.")
     return values
 
 

@@ -364,9 +364,11 @@ def drift(
         )
     part = recording.isel(window=windows)
     width = edges[2] - edges[1]
+    if prompt_lengths is not None and not isinstance(prompt_lengths, Iterable):
+        raise TypeError(f"prompt_lengths={prompt_lengths!r}: give a list of numbers, as in [17].")
     cuts = edges[1:-1] if prompt_lengths is None else list(prompt_lengths)
     counts = [edge_at("prompt_lengths", length, edges) for length in cuts]
-    if not all(0 < count < len(windows) for count in counts):
+    if not counts or not all(0 < count < len(windows) for count in counts):
         raise ValueError(f"prompt_lengths={cuts}: each must leave a prompt and a window after it.")
     by_layer = density_by_layer(density, part.sizes["layer"])
     sizes = part.sizes["sequence"], part.sizes["layer"], len(cuts), len(windows) - min(counts)

@@ -51,6 +51,8 @@ def refuse_gaps(recording: xr.Dataset, windows: np.ndarray) -> None:
 
 def edge_at(name: str, value: float, edges: list[float]) -> int:
     """Number of the edge at a token; an error says where the nearest edges are."""
+    if not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name}={value!r}: give a number of tokens.")
     if np.isnan(edges[0]):
         raise ValueError(f"{name}={value} in a recording with a generation: give a phase, too.")
     if value not in edges:

@@ -123,6 +123,8 @@ def intervals(
     values: xr.DataArray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> xr.DataArray:
     """What :func:`bootstrap` gives for one variable, without a warning if there is one sequence."""
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"values of dtype {values.dtype} have no mean: give numbers.")
     if "other" in values.dims:
         values = _in_order(values)
     if not values.sizes["sequence"]:

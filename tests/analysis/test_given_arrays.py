@@ -154,6 +154,20 @@ def test_a_recording_is_not_a_statistic() -> None:
         flocking.bootstrap(recording())
     with pytest.raises(TypeError, match="values is a ndarray: give a DataArray over neurons"):
         flocking.select(np.ones((2, 160)))
+    for function in (flocking.select, lambda a: flocking.captured_energy(kept, a)):
+        with pytest.raises(TypeError, match="is a selection: give a statistic"):
+            function(kept)
+    with pytest.raises(TypeError, match="values of dtype object have no mean"):
+        flocking.bootstrap(recording().text)
+
+
+def test_numbers_of_tokens_are_numbers() -> None:
+    with pytest.raises(TypeError, match=r"prompt_lengths=17: give a list of numbers, as in \[17\]"):
+        flocking.drift(recording(), prompt_lengths=17)
+    with pytest.raises(ValueError, match=r"prompt_lengths=\[\]: each must leave a prompt"):
+        flocking.drift(recording(), prompt_lengths=[])
+    with pytest.raises(TypeError, match=r"start=\[1\]: give a number of tokens"):
+        flocking.statistic(recording(), phase="prompt", start=[1])
 
 
 @pytest.mark.parametrize("part", [slice(80), [3], 3, slice(None, None, 2)])
