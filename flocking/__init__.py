@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     )
     from flocking.models import control, load
     from flocking.pruning import Decoder, global_statistic, griffin, perplexity, score
-    from flocking.recording import Moments, record
+    from flocking.recording import Moments, concat, record
     from flocking.texts import Passage, passages
 
 __version__ = _version("flocking")
@@ -57,6 +57,7 @@ __all__ = [
     "chance_consistency",
     "chance_jaccard",
     "check",
+    "concat",
     "consistency",
     "control",
     "drift",
@@ -95,6 +96,7 @@ _ROOMS = {
     "chance_consistency": "flocking.analysis",
     "chance_jaccard": "flocking.analysis",
     "check": "flocking.checking",
+    "concat": "flocking.recording",
     "consistency": "flocking.analysis",
     "control": "flocking.models",
     "drift": "flocking.analysis",

@@ -32,7 +32,7 @@ from flocking.analysis.selection import (
     top_k,
     weight_magnitude,
 )
-from flocking.analysis.uncertainty import bootstrap, tails
+from flocking.analysis.uncertainty import bootstrap, intervals, tails
 
 __all__ = [
     "between_consistency",
@@ -46,6 +46,7 @@ __all__ = [
     "drift",
     "effective_neurons",
     "flocking_score",
+    "intervals",
     "jaccard",
     "kept_count",
     "magnitude",

@@ -3,8 +3,12 @@
 Every function takes the Dataset of :func:`flocking.record` and returns a DataArray in float64 with
 dimensions (sequence, layer), or (sequence, other, layer) for pairs of sequences. The first token is
 always left out: its norm is often hundreds of times the others', and it says little about the
-sequence. To measure a part of a recording, select its windows:
-``recording.sel(window=recording.phase == "generation")``.
+sequence.
+
+Sequences, layers and windows may be selected first, in any order, one alone included, and the
+dimensions transposed: ``recording.sel(window=recording.phase == "generation")``, or
+``recording.sel(layer=3)``, whose results have no dimension ``layer``. A part of the neurons or of a
+window's tokens is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +20,10 @@ import xarray as xr
 from scipy import sparse
 
 from flocking.models import warn
-from flocking.recording import FIRST, PROMPT, require
+from flocking.recording import FIRST, PROMPT, measure
+
+_MASS = ("mass", "norm", "token_window")
+_RAW = ("relative", "token_id")
 
 
 def named(values: xr.DataArray, name: str, long_name: str) -> xr.DataArray:
@@ -26,6 +33,11 @@ def named(values: xr.DataArray, name: str, long_name: str) -> xr.DataArray:
 
 def common_windows(recording: xr.Dataset) -> np.ndarray:
     """Numbers of the prompt's windows in which all sequences have the same number of tokens."""
+    if recording.sizes["sequence"] < 2:
+        raise ValueError(
+            f"expected two sequences or more, got {recording.sizes['sequence']}: record several "
+            "texts."
+        )
     tokens = recording.tokens.values
     same = (tokens == tokens.max(axis=0, initial=0)).all(axis=0) & (tokens > 0).all(axis=0)
     found = np.flatnonzero(same & (recording.phase.values == PROMPT))
@@ -83,6 +95,7 @@ def _mean_cosine(recording: xr.Dataset, sums: xr.DataArray) -> xr.DataArray:
 # Within a sequence
 
 
+@measure(*_MASS, different_tokens=_RAW)
 def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.DataArray:
     """Mean cosine between the relative activations of two tokens of a sequence.
 
@@ -110,7 +123,8 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     TypeError
         If `recording` is not a recording.
     ValueError
-        With `different_tokens`, if the recording has no ``relative`` for all layers.
+        If it was changed so that its parts contradict each other; with `different_tokens`, if
+        it has no ``relative`` for all layers.
 
     Warns
     -----
@@ -124,7 +138,6 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     >>> values.dims, values.shape
     (('sequence', 'layer'), (2, 2))
     """
-    require(recording, "mass")
     values = _mean_cosine(recording, _windows(recording).mass)
     if different_tokens:
         pairs = _pairs(recording)
@@ -135,6 +148,7 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     return named(values, "consistency", "consistency")
 
 
+@measure("l1", "norm", "token_window")
 def chance_consistency(recording: xr.Dataset) -> xr.DataArray:
     """Chance level of :func:`consistency`: its value if neurons had no identity.
 
@@ -159,7 +173,6 @@ def chance_consistency(recording: xr.Dataset) -> xr.DataArray:
     >>> bool((chance < flocking.consistency(recording)).all())
     True
     """
-    require(recording, "l1")
     pairs = _pairs(recording)
     l1 = recording.l1.astype(np.float64)
     excess = _token_sum(recording, l1) ** 2 - _token_sum(recording, l1**2)
@@ -167,6 +180,7 @@ def chance_consistency(recording: xr.Dataset) -> xr.DataArray:
     return named(values.drop_vars("d_ff"), "chance_consistency", "chance level of consistency")
 
 
+@measure(*_MASS, "l1")
 def flocking_score(recording: xr.Dataset) -> xr.DataArray:
     """Consistency on a scale from chance (0) to identical patterns (1).
 
@@ -201,6 +215,7 @@ def flocking_score(recording: xr.Dataset) -> xr.DataArray:
     return named(values, "flocking_score", "flocking score")
 
 
+@measure("rank", "norm", "token_window")
 def rank_consistency(recording: xr.Dataset) -> xr.DataArray:
     """Mean Spearman correlation between two tokens' activations; its chance level is 0.
 
@@ -228,11 +243,11 @@ def rank_consistency(recording: xr.Dataset) -> xr.DataArray:
     >>> flocking.rank_consistency(recording).dims
     ('sequence', 'layer')
     """
-    require(recording, "rank")
     values = _mean_cosine(recording, _windows(recording)["rank"])
     return named(values, "rank_consistency", "rank consistency")
 
 
+@measure("energy")
 def effective_neurons(recording: xr.Dataset) -> xr.DataArray:
     """Number of neurons that share the energy: the participation ratio.
 
@@ -256,7 +271,6 @@ def effective_neurons(recording: xr.Dataset) -> xr.DataArray:
     >>> count.attrs["units"], bool(((count > 1) & (count <= count.d_ff)).all())
     ('neurons', True)
     """
-    require(recording, "energy")
     energy = _windows(recording).energy.sum("window", dtype=np.float64)
     squares = (energy**2).sum("neuron")
     values = energy.sum("neuron") ** 2 / squares.where(squares > 0)
@@ -267,6 +281,7 @@ def effective_neurons(recording: xr.Dataset) -> xr.DataArray:
 # Between sequences
 
 
+@measure(*_MASS, "tokens", different_tokens=_RAW)
 def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.DataArray:
     """Mean cosine between the relative activations of tokens of two sequences.
 
@@ -317,6 +332,7 @@ def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False
     return named(values, "between_consistency", "consistency between sequences")
 
 
+@measure(*_MASS, "tokens", different_tokens=_RAW)
 def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.DataArray:
     """How much of the consistency belongs to the sequence rather than to the model.
 
@@ -360,15 +376,13 @@ def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
 
 
 def _at_equal_counts(recording: xr.Dataset) -> xr.Dataset:
-    require(recording, "mass", "tokens")
-    if recording.sizes["sequence"] < 2:
-        raise ValueError("expected two sequences or more, got 1: record several texts.")
     return recording.isel(window=common_windows(recording))
 
 
 def _other(values: xr.DataArray) -> xr.DataArray:
     """The values, for the other sequence of a pair."""
-    return values.drop_vars("text", errors="ignore").rename(sequence="other")
+    along = [name for name, c in values.coords.items() if "sequence" in c.dims]
+    return values.drop_vars(set(along) - {"sequence"}).rename(sequence="other")
 
 
 def _of_pairs(recording: xr.Dataset, values: np.ndarray) -> xr.DataArray:
@@ -388,7 +402,6 @@ def _identical(recording: xr.Dataset, wanted: np.ndarray) -> tuple[xr.DataArray,
 
     A sum over token ids v of ``<S_v, S'_v>``, where S_v sums r over a sequence's tokens v.
     """
-    require(recording, "relative")
     n = recording.sizes["sequence"]
     sums = np.zeros((n, n, recording.sizes["layer"]))
     counts = np.zeros_like(sums)

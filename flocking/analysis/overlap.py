@@ -12,17 +12,17 @@ from typing import Literal, overload
 import numpy as np
 import xarray as xr
 
+from flocking.analysis.labels import aligned, checked, checked_selection
 from flocking.analysis.metrics import common_windows, named
+from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
 from flocking.analysis.selection import (
     density_by_layer,
-    edge_at,
     kept_count,
     select,
     several_densities,
     statistic,
-    windows_of,
 )
-from flocking.recording import PROMPT, require
+from flocking.recording import FIRST, PROMPT, measure
 
 _DRIFT_DIMS = ("sequence", "layer", "prompt_length", "distance")
 _DRIFT = {
@@ -38,8 +38,8 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
     Parameters
     ----------
     a, b : xarray.DataArray, bool, (..., neuron)
-        Selections. A dimension that both have must have the same labels; other dimensions are
-        broadcast.
+        Selections. A dimension that both have must have the same labels, in any order; other
+        dimensions are broadcast. Those of different layers are not compared.
     dim : str
         Dimension that is selected from, if not neurons (``"routed_expert"``, say).
 
@@ -50,9 +50,11 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
 
     Raises
     ------
+    TypeError
+        If `a` or `b` is not a DataArray.
     ValueError
-        If `a` or `b` is not a selection along `dim`, or the labels differ along a dimension that
-        both have.
+        If `a` or `b` is not a selection along `dim` or has a part of the neurons, if the labels
+        differ along a dimension that both have, or the layers of the two differ.
 
     Examples
     --------
@@ -64,13 +66,8 @@ def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArr
     >>> flocking.jaccard(early, early).values.tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    for name, values in (("a", a), ("b", b)):
-        if values.dtype != bool or dim not in values.dims:
-            raise ValueError(
-                f"{name} is not a selection along {dim!r}: give what flocking.select returns, or "
-                "another bool array and its dim."
-            )
-    a, b = xr.align(a, b, join="exact")
+    a, b = checked_selection("a", a, dim), checked_selection("b", b, dim)
+    a, b = aligned({"a": a, "b": b})
     with xr.set_options(keep_attrs=False):
         both = (a & b).sum(dim)
         sizes = a.sum(dim), b.sum(dim)
@@ -145,8 +142,11 @@ def captured_energy(
 
     Raises
     ------
+    TypeError
+        If `selection` or `later` is not a DataArray.
     ValueError
-        If `selection` is not a selection, or the labels differ along a dimension that both have.
+        If `selection` is not a selection, the labels differ along a dimension that both have, the
+        layers of the two differ, or one has a part of the neurons.
 
     Examples
     --------
@@ -157,13 +157,10 @@ def captured_energy(
     >>> share.dims, bool((share <= flocking.captured_energy(kept, later, of="oracle")).all())
     (('sequence', 'layer'), True)
     """
-    if selection.dtype != bool or "neuron" not in selection.dims:
-        raise ValueError(
-            "selection is not a selection along 'neuron': give what flocking.select returns."
-        )
+    selection, later = checked_selection("selection", selection, "neuron"), checked("later", later)
     if of not in ("all", "oracle"):
         raise ValueError(f"of={of!r}: give 'all' or 'oracle'.")
-    selection, later = xr.align(selection, later, join="exact")
+    selection, later = aligned({"selection": selection, "later": later})
     with xr.set_options(keep_attrs=False):
         energy = later**2
         count = selection.sum("neuron")
@@ -183,6 +180,7 @@ def captured_energy(
 # Measures from a recording
 
 
+@measure("energy", "tokens", "start")
 def prompt_generation_overlap(
     recording: xr.Dataset,
     density: float | Iterable[float] = 0.5,
@@ -218,9 +216,11 @@ def prompt_generation_overlap(
     densities = None if densities is None else several_densities(densities)
     prompt = select(statistic(recording, phase="prompt"), density, densities=densities)
     generation = select(statistic(recording, phase="generation"), density, densities=densities)
-    return jaccard(prompt, generation)
+    overlap = jaccard(prompt, generation)
+    return overlap.transpose("density", "sequence", "layer", missing_dims="ignore")
 
 
+@measure("energy", "tokens")
 def between_sequence_overlap(
     recording: xr.Dataset, density: float | Iterable[float] = 0.5
 ) -> xr.Dataset:
@@ -245,6 +245,13 @@ def between_sequence_overlap(
         ``between`` (sequence, other, layer): of its first half and the other's second half;
         NaN where both are the same sequence. Chance level: :func:`chance_jaccard`.
 
+    Raises
+    ------
+    TypeError
+        If `recording` is not a recording.
+    ValueError
+        If there is only one sequence, or fewer than two windows that all sequences fill.
+
     Examples
     --------
     >>> recording = flocking.record(model, flocking.passages()[:3], progress=False)
@@ -252,7 +259,6 @@ def between_sequence_overlap(
     >>> overlap.within.dims, overlap.between.dims
     (('sequence', 'layer'), ('sequence', 'other', 'layer'))
     """
-    require(recording, "energy", "tokens")
     windows = common_windows(recording)
     half = len(windows) // 2
     if half == 0:
@@ -262,20 +268,17 @@ def between_sequence_overlap(
     for part in (windows[:half], windows[half : 2 * half]):
         energy = recording.energy.isel(window=part).sum("window", dtype=np.float64)
         selections.append(select(np.sqrt(energy), density))
-    first, second = selections
-    overlap = xr.concat(
-        [
-            jaccard(
-                first, second.sel(sequence=other).drop_vars(["sequence", "text"], errors="ignore")
-            )
-            for other in second.sequence.values
-        ],
-        xr.DataArray(second.sequence.values, dims="other", name="other"),
-        coords="minimal",
+    first, second = (kept.transpose("sequence", "layer", "neuron") for kept in selections)
+    overlap = _of_all_pairs(first.values, second.values)
+    coordinates = {name: c for name, c in first.coords.items() if "neuron" not in c.dims}
+    own = np.arange(len(overlap))
+    within = xr.DataArray(overlap[own, own], coordinates, ("sequence", "layer"))
+    overlap[own, own] = np.nan
+    between = xr.DataArray(
+        overlap,
+        {**coordinates, "other": recording["sequence"].values},
+        ("sequence", "other", "layer"),
     )
-    same = overlap.sequence == overlap.other
-    within = overlap.where(same).sum("other", min_count=1)
-    between = overlap.where(~same).transpose("sequence", "other", "layer")
     return xr.Dataset(
         {
             "within": named(within, "within", "Jaccard overlap of a sequence's halves"),
@@ -284,6 +287,28 @@ def between_sequence_overlap(
     )
 
 
+def _of_all_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Jaccard overlap of each first selection with each second one.
+
+    Parameters
+    ----------
+    first, second : ndarray of bool, (sequence, layer, neuron)
+
+    Returns
+    -------
+    ndarray of float64, (sequence, other, layer)
+    """
+    result = np.full((len(first), *second.shape[:2]), np.nan)
+    for layer in range(first.shape[1]):  # counts below 2^24 are exact in float32
+        a, b = (each[:, layer].astype(np.float32) for each in (first, second))
+        both = (a @ b.T).astype(np.float64)
+        sizes = a.sum(1, dtype=np.float64)[:, None], b.sum(1, dtype=np.float64)[None]
+        union = sizes[0] + sizes[1] - both
+        np.divide(both, union, out=result[..., layer], where=(sizes[0] > 0) & (sizes[1] > 0))
+    return result
+
+
+@measure("energy", "tokens", "start")
 def drift(
     recording: xr.Dataset,
     density: float | Iterable[float] = 0.5,
@@ -325,8 +350,13 @@ def drift(
     >>> values.distance.values[:3].tolist()
     [0, 16, 32]
     """
-    require(recording, "energy", "tokens")
-    windows, edges = windows_of(recording, PROMPT)
+    windows, starts, stops = windows_of(recording, PROMPT)
+    edges = [*starts, stops[-1]]
+    if recording.phase.values[windows[0]] != FIRST:
+        raise ValueError(
+            "the recording's window of the first token is missing: give drift all windows."
+        )
+    refuse_gaps(recording, windows)
     if len(windows) < 3:
         raise ValueError(
             f"expected three windows of prompt or more, got {len(windows)}: record with a smaller "
@@ -334,9 +364,11 @@ def drift(
         )
     part = recording.isel(window=windows)
     width = edges[2] - edges[1]
+    if prompt_lengths is not None and not isinstance(prompt_lengths, Iterable):
+        raise TypeError(f"prompt_lengths={prompt_lengths!r}: give a list of numbers, as in [17].")
     cuts = edges[1:-1] if prompt_lengths is None else list(prompt_lengths)
     counts = [edge_at("prompt_lengths", length, edges) for length in cuts]
-    if not all(0 < count < len(windows) for count in counts):
+    if not counts or not all(0 < count < len(windows) for count in counts):
         raise ValueError(f"prompt_lengths={cuts}: each must leave a prompt and a window after it.")
     by_layer = density_by_layer(density, part.sizes["layer"])
     sizes = part.sizes["sequence"], part.sizes["layer"], len(cuts), len(windows) - min(counts)

@@ -12,10 +12,12 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.analysis.labels import checked
 from flocking.analysis.metrics import named
+from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
 from flocking.feedforward import FeedForward, dense, feedforwards, fused_rows, row_norms
 from flocking.models import warn
-from flocking.recording import FIRST, GENERATION, PROMPT, coordinates_of, require
+from flocking.recording import coordinates_of, measure
 
 Phase = Literal["prompt", "generation"]
 
@@ -23,6 +25,7 @@ Phase = Literal["prompt", "generation"]
 # Statistics
 
 
+@measure("energy", "tokens", "start")
 def statistic(
     recording: xr.Dataset,
     *,
@@ -44,7 +47,8 @@ def statistic(
         The part of the text; all of it by default.
     start, stop : int, optional
         Range of tokens, from `start` up to but without `stop`, counted from the beginning of
-        the phase. Both must be edges of windows. The whole phase by default.
+        the phase. Both must be edges of windows, and all windows between them must be there. The
+        whole phase by default.
     by : {"length", "window"}, optional
         Several statistics instead of one for the range: "length" for ranges that begin at
         `start` and end with each window in turn (prompts of growing length), "window" for each
@@ -58,8 +62,11 @@ def statistic(
 
     Raises
     ------
+    TypeError
+        If `recording` is not a recording.
     ValueError
-        If the recording lacks the phase, or `start` or `stop` is not an edge of a window.
+        If the recording lacks the phase or windows of the range, or `start` or `stop` is not an
+        edge of a window.
 
     Warns
     -----
@@ -76,12 +83,13 @@ def statistic(
     >>> flocking.statistic(recording, by="length").stop.values[:4].tolist()
     [1, 65, 129, 193]
     """
-    require(recording, "energy", "tokens")
-    windows, edges = windows_of(recording, phase)
-    first = 0 if start is None else edge_at("start", start, edges)
-    last = len(windows) if stop is None else edge_at("stop", stop, edges)
+    windows, starts, stops = windows_of(recording, phase)
+    first = 0 if start is None else edge_at("start", start, [*starts, stops[-1]])
+    last = len(windows) if stop is None else edge_at("stop", stop, [starts[0], *stops])
     if first >= last:
         raise ValueError(f"start={start} and stop={stop} leave no token: give stop beyond start.")
+    if start is not None or stop is not None or by == "length":
+        refuse_gaps(recording, windows[first:last])
     part = recording[["energy", "tokens"]].isel(window=windows[first:last])
     energy, tokens = part.energy.astype(np.float64), part.tokens
     present = tokens > 0
@@ -96,43 +104,10 @@ def statistic(
         warn("A sequence has no token in this range: its statistic is NaN.")
     values = np.sqrt(energy).where(present).assign_coords(tokens=tokens)
     if by is not None:
-        starts = edges[first:last] if by == "window" else [edges[first]] * (last - first)
-        values = values.assign_coords(
-            start=("window", starts), stop=("window", edges[first + 1 : last + 1])
-        )
+        begins = starts[first:last] if by == "window" else [starts[first]] * (last - first)
+        values = values.assign_coords(start=("window", begins), stop=("window", stops[first:last]))
     values = values.transpose("sequence", "layer", ..., "neuron")
     return named(values, "statistic", "l2 norm of relative activations over tokens")
-
-
-def windows_of(recording: xr.Dataset, phase: str | None) -> tuple[np.ndarray, list[int]]:
-    """Numbers of the phase's windows, and the tokens at which they begin and the last ends."""
-    if phase not in (None, PROMPT, GENERATION):
-        raise ValueError(f"phase={phase!r}: give {PROMPT!r}, {GENERATION!r} or nothing.")
-    phases = recording.phase.values
-    if phase is None:
-        windows = np.arange(len(phases))
-    else:
-        windows = np.flatnonzero((phases == GENERATION) == (phase == GENERATION))
-    if not len(windows):
-        require(recording, phase=phase or PROMPT)
-    starts = recording.start.values[windows].tolist()
-    end = starts[-1] + int(recording.tokens.values[:, windows[-1]].max(initial=0))
-    if phase is None and len({*phases} - {FIRST}) > 1:
-        starts = [np.nan] * len(starts)  # a generation is counted from its first token
-    return windows, [*starts, end]
-
-
-def edge_at(name: str, value: int, edges: list[int]) -> int:
-    """Number of the edge at a token; an error says where the nearest edges are."""
-    if np.isnan(edges[0]):
-        raise ValueError(f"{name}={value} in a recording with a generation: give a phase, too.")
-    if value not in edges:
-        near = sorted(edges, key=lambda edge: abs(edge - value))[:2]
-        raise ValueError(
-            f"{name}={value} is not an edge of a window: the nearest are at "
-            f"{' and '.join(map(str, sorted(near)))}; or record with a smaller window."
-        )
-    return edges.index(value)
 
 
 def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
@@ -150,6 +125,13 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     -------
     xarray.DataArray, float64, like `values`
 
+    Raises
+    ------
+    TypeError
+        If `values` is not a DataArray.
+    ValueError
+        If there is one sequence only, a part of the neurons, or no coordinate ``tokens``.
+
     Examples
     --------
     >>> recording = flocking.record(model, flocking.passages()[:3], progress=False)
@@ -157,8 +139,14 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     >>> flocking.select(static, density=0.5).dims
     ('sequence', 'layer', 'neuron')
     """
-    if values.sizes["sequence"] < 2:
-        raise ValueError("expected two sequences or more, got 1: record several texts.")
+    values = checked("values", values)
+    if values.sizes.get("sequence", 1) < 2:
+        raise ValueError(
+            f"expected two sequences or more, got {values.sizes.get('sequence', 1)}: record "
+            "several texts."
+        )
+    if "tokens" not in values.coords:
+        raise ValueError("values has no coordinate 'tokens': give what flocking.statistic returns.")
     energy = values**2 / values.tokens
     others = (energy.sum("sequence") - energy) / (energy.notnull().sum("sequence") - 1)
     others = np.sqrt(others.clip(min=0)).transpose(*values.dims)
@@ -233,9 +221,11 @@ def select(
 
     Raises
     ------
+    TypeError
+        If `values` is not a DataArray.
     ValueError
         If a density is not in (0, 1], or keeps no neuron; if there are as many as neither one
-        nor the layers.
+        nor the layers; if `values` has a part of the neurons.
 
     Examples
     --------
@@ -252,8 +242,7 @@ def select(
     >>> flocking.select(flocking.statistic(recording), densities=[0.25, 0.5, 0.75]).dims
     ('density', 'sequence', 'layer', 'neuron')
     """
-    if "neuron" not in values.dims:
-        raise ValueError(f"values has dimensions {values.dims}: give a statistic over neurons.")
+    values = checked("values", values)
     if densities is not None:
         swept = xr.DataArray(several_densities(densities), dims="density", name="density")
         each = [select(values, d).drop_vars("density") for d in swept.values.tolist()]
@@ -268,13 +257,13 @@ def select(
     mixtures = np.broadcast_to(values.experts if "experts" in values.coords else 1, layers)
     kept = np.zeros(by_layer.shape, bool)
     for mask, layer, share, d_ff, experts in zip(
-        kept, by_layer.values, shares, widths.tolist(), mixtures.tolist(), strict=True
+        kept, by_layer.values, shares, widths.astype(int), mixtures.astype(int), strict=True
     ):
-        d_ff = min(d_ff, values.sizes["neuron"])
         mask[..., :d_ff] = _largest(layer[..., :d_ff], share, experts)
-    labelled = by_layer.copy(data=kept).transpose(..., *values.dims)
+    labelled = by_layer.copy(data=kept)
     if "layer" not in values.dims:
         labelled = labelled[0]
+    labelled = labelled.transpose(*(dim for dim in values.dims if dim != "neuron"), "neuron")
     return (
         labelled.assign_coords(density=shares[0] if len({*shares}) == 1 else ("layer", shares))
         .rename("selection")
@@ -324,7 +313,7 @@ def density_by_layer(density: float | Iterable[float], layers: int) -> list[floa
         each = [float(value) for value in numbers]
     except (TypeError, ValueError):
         each = []
-    if isinstance(density, str) or not each:
+    if isinstance(density, str) or (not each and layers):
         raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
     if not several:
         return each * layers

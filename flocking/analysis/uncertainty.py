@@ -9,6 +9,8 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
+from flocking.models import warn
+
 
 @overload
 def bootstrap(
@@ -39,8 +41,9 @@ def bootstrap(
     Parameters
     ----------
     values : xarray.DataArray or xarray.Dataset
-        With a dimension ``sequence``; values of pairs have ``other`` too. NaN counts as missing.
-        Variables of a Dataset without ``sequence`` are left out.
+        Measures of a recording, with a dimension ``sequence``; values of pairs have ``other``, too,
+        with the same labels in any order. NaN counts as missing. Variables of a Dataset without
+        ``sequence`` are left out.
     level : float
         Coverage of the interval.
     resamples : int
@@ -54,8 +57,16 @@ def bootstrap(
 
     Raises
     ------
+    TypeError
+        If `values` is neither a DataArray nor a Dataset of measures.
     ValueError
-        If `values` has no dimension ``sequence``, or `level` is not between 0 and 1.
+        If `values` has no dimension ``sequence`` or no sequence in it, ``other`` has other labels,
+        `level` is not between 0 and 1, or `resamples` is below 1.
+
+    Warns
+    -----
+    UserWarning
+        If there is one sequence only.
 
     Examples
     --------
@@ -64,21 +75,60 @@ def bootstrap(
     >>> score.dims, score.interval.values.tolist()
     (('interval', 'layer'), ['estimate', 'low', 'high'])
     """
-    if isinstance(values, xr.Dataset):
-        parts = {
-            name: bootstrap(part, level=level, resamples=resamples, seed=seed)
-            for name, part in values.items()
-            if "sequence" in part.dims
-        }
-        if not parts:
-            raise ValueError("no variable has the dimension 'sequence' to draw from.")
-        return xr.Dataset(parts, attrs=values.attrs)
-    if "sequence" not in values.dims:
-        raise ValueError(
-            f"values has dimensions {values.dims}: there is no 'sequence' to draw from."
-        )
     if not 0 < level < 1:
         raise ValueError(f"level={level}: give the interval's coverage, between 0 and 1.")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}: give how often to draw, 1 or more.")
+    if isinstance(values, xr.Dataset):
+        if "energy" in values and "phase" in values.coords:
+            raise TypeError(
+                "values is a recording: give a measure of it, such as "
+                "flocking.flocking_score(recording)."
+            )
+        parts = {name: part for name, part in values.items() if "sequence" in part.dims}
+        if not parts:
+            raise ValueError(
+                f"no variable has the dimension 'sequence' to draw from: {_before(values)}"
+            )
+        means = {
+            name: intervals(part, level=level, resamples=resamples, seed=seed)
+            for name, part in parts.items()
+        }
+        _warn_of_one(values)
+        return xr.Dataset(means, attrs=values.attrs)
+    if not isinstance(values, xr.DataArray):
+        raise TypeError(f"values is a {type(values).__name__}: give a DataArray or a Dataset.")
+    if "sequence" not in values.dims:
+        raise ValueError(
+            f"values has dimensions {values.dims}, so that there is no 'sequence' to draw from: "
+            f"{_before(values)}"
+        )
+    result = intervals(values, level=level, resamples=resamples, seed=seed)
+    _warn_of_one(values)
+    return result
+
+
+def _before(values: xr.DataArray | xr.Dataset) -> str:
+    """What to do where there are not several sequences."""
+    done = "one is selected" if "sequence" in values.coords else "they are averaged"
+    return f"give the values of several, before {done}."
+
+
+def _warn_of_one(values: xr.DataArray | xr.Dataset) -> None:
+    if values.sizes["sequence"] == 1:
+        warn("There is one sequence only, so its interval is NaN: record several texts.")
+
+
+def intervals(
+    values: xr.DataArray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> xr.DataArray:
+    """What :func:`bootstrap` gives for one variable, without a warning if there is one sequence."""
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"values of dtype {values.dtype} have no mean: give numbers.")
+    if "other" in values.dims:
+        values = _in_order(values)
+    if not values.sizes["sequence"]:
+        raise ValueError("values have no sequence to draw from: give those of several.")
     drawn = [dim for dim in ("sequence", "other") if dim in values.dims]
     rest = [dim for dim in values.dims if dim not in drawn]
     stacked = values.transpose(*drawn, *rest)
@@ -100,6 +150,20 @@ def bootstrap(
     )
 
 
+def _in_order(values: xr.DataArray) -> xr.DataArray:
+    """Values of pairs whose sequences and others are the same ones in the same order."""
+    if values.sizes["other"] != values.sizes["sequence"]:
+        raise ValueError("sequence and other differ in length: give all pairs.")
+    if not {"sequence", "other"} <= {*values.indexes}:
+        return values
+    mine, theirs = values.indexes["sequence"], values.indexes["other"]
+    if mine.equals(theirs):
+        return values
+    if not (mine.is_unique and theirs.is_unique and {*mine} == {*theirs}):
+        raise ValueError("sequence and other have different labels: give all pairs.")
+    return values.isel(other=theirs.get_indexer(mine))
+
+
 def _resampled_means(data: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means over (sequence[, other]) of each resample, (1 + resample, value); first the estimate's.
 
@@ -107,8 +171,6 @@ def _resampled_means(data: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """
     n, pairs = len(data), data.ndim == 3
     if pairs:
-        if data.shape[1] != n:
-            raise ValueError("sequence and other differ in length: give all pairs.")
         data = data.copy()
         data[np.arange(n), np.arange(n)] = np.nan
     # How often each sequence is drawn. The first row draws each once: the estimate.

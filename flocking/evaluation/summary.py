@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from flocking.analysis import bootstrap
+from flocking.analysis import intervals
 
 _BY = ["task", "protocol", "metric"]
 _MEANS = ["estimate", "low", "high"]
@@ -114,7 +114,7 @@ def parts_of(
 def _means(values: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Estimate, low and high of each row's mean."""
     array = xr.DataArray(values.to_numpy(), dims=("variant", "sequence"))
-    return pd.DataFrame(bootstrap(array, seed=seed).to_numpy().T, index=values.index)
+    return pd.DataFrame(intervals(array, seed=seed).to_numpy().T, index=values.index)
 
 
 def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.DataFrame:

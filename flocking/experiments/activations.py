@@ -227,7 +227,9 @@ def generation(
     replayed = [row[row >= 0].tolist() for row in recording.token_id.values]
     # A prompt is its first token and whole windows, so that the windows are the same ones.
     random = record(control(model, seed), replayed, **options)
-    random = random.assign_coords(phase=recording.phase, start=recording.start)
+    random = random.assign_coords(
+        {name: recording[name] for name in ("phase", "start", "prompt_tokens")}
+    )
 
     def measure(recording: xr.Dataset, weights: str) -> xr.Dataset:
         recording = recording.assign_coords(sequence=names)

@@ -1,6 +1,7 @@
 """From a model and texts to a recording: a Dataset of windowed moments.
 
-``dataset`` knows the schema. Imports ``feedforward`` and ``models``.
+``dataset`` knows the schema, ``entrance`` in which form measures get it, whatever was selected
+from it. Imports ``feedforward`` and ``models``.
 """
 
 from flocking.recording.dataset import (
@@ -9,10 +10,12 @@ from flocking.recording.dataset import (
     GENERATION,
     MOMENT_DIMS,
     PROMPT,
+    SCHEMA_VERSION,
     VARIABLES,
     coordinates_of,
-    require,
 )
+from flocking.recording.entrance import measure, require, whole_neurons
+from flocking.recording.joining import concat
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import record, whole_number
 from flocking.recording.windows import Windows
@@ -23,11 +26,15 @@ __all__ = [
     "GENERATION",
     "MOMENT_DIMS",
     "PROMPT",
+    "SCHEMA_VERSION",
     "VARIABLES",
     "Moments",
     "Windows",
+    "concat",
     "coordinates_of",
+    "measure",
     "record",
     "require",
+    "whole_neurons",
     "whole_number",
 ]

@@ -1,4 +1,4 @@
-"""The schema of a recording: its names, and the functions that build and check such a Dataset."""
+"""The schema of a recording: its names, and the functions that build such a Dataset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from flocking.feedforward import FeedForward
 if TYPE_CHECKING:
     from flocking.recording.collector import Collector
 
-_VERSION = version("flocking")
+FLOCKING_VERSION = version("flocking")
+
+# Attribute ``schema_version``. Another number means that what follows here has changed so that
+# measures would misread it: recordings of other versions are refused. Recordings from before there
+# was a number have the layout of version 1.
+SCHEMA_VERSION = 1
 
 # Phases, the values of coordinate ``phase``.
 FIRST, PROMPT, GENERATION = "first", "prompt", "generation"
@@ -86,6 +91,7 @@ COORDINATES = {
     "neuron": Field(("neuron",), "int64"),
     "token": Field(("token",), "int64"),
     "text": Field(("sequence",), "object"),
+    "prompt_tokens": Field(("sequence",), "int64"),  # where the prompt ends: phases follow from it
     "module": Field(("layer",), "str"),
     "d_ff": Field(("layer",), "int64"),
     "phase": Field(("window",), "str"),
@@ -99,6 +105,7 @@ COORDINATES = {
 }
 
 ATTRIBUTES = (
+    "schema_version",
     "model",
     "revision",
     "architecture",
@@ -112,52 +119,6 @@ ATTRIBUTES = (
     "transformers_version",
     "torch_version",
 )
-
-
-# --------------------------------------------------------------------------------------
-# Checking
-
-
-def require(recording: object, *names: str, phase: str | None = None) -> xr.Dataset:
-    """Check that something is a recording, and has what a measure needs.
-
-    Parameters
-    ----------
-    recording : xarray.Dataset
-        From :func:`flocking.record`.
-    *names : str
-        Variables that are needed, for every layer.
-    phase : str, optional
-        A phase that is needed.
-
-    Returns
-    -------
-    xarray.Dataset
-        The recording.
-
-    Raises
-    ------
-    TypeError
-        If it is not a recording.
-    ValueError
-        If it lacks something. The message says how to record it.
-    """
-    if not isinstance(recording, xr.Dataset) or "phase" not in recording.coords:
-        raise TypeError(
-            f"expected a recording (the Dataset that flocking.record returns), got a "
-            f"{type(recording).__name__}."
-        )
-    for name in names:
-        option = VARIABLES[name].option
-        remedy = f"make it with record(..., {option})" if option else "make it with record"
-        if name not in recording:
-            raise ValueError(f"the recording has no variable {name!r}: {remedy}.")
-        if "relative_layer" in recording[name].dims:
-            raise ValueError(f"the recording has {name!r} of some layers only: {remedy}.")
-    if phase is not None and not (recording.phase == phase).any():
-        option = "(..., max_new_tokens=...)" if phase == GENERATION else ""
-        raise ValueError(f"the recording has no phase {phase!r}: make it with record{option}.")
-    return recording
 
 
 # --------------------------------------------------------------------------------------
@@ -195,6 +156,7 @@ def label(
     windows = len(layout.phase)
     window = layout.window.numpy()
     arrays["tokens"] = np.stack([np.bincount(row[row >= 0], minlength=windows) for row in window])
+    new = np.array(layout.phase) == GENERATION
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).numpy()
     coordinates = {
         "sequence": np.arange(len(sequences)),
@@ -202,6 +164,7 @@ def label(
         "neuron": np.arange(arrays["energy"].shape[-1]),
         "token": np.arange(ids.shape[1]),
         "text": np.array(texts, dtype=object),
+        "prompt_tokens": arrays["tokens"][:, ~new].sum(axis=1),
         "module": np.array([block.path for block in blocks], dtype=str),
         "phase": np.array(layout.phase, dtype=str),
         "start": np.array(layout.start),
@@ -253,6 +216,7 @@ def attributes_of(
 ) -> dict[str, Any]:
     """A recording's attributes: the model, the versions and the arguments."""
     return {
+        "schema_version": SCHEMA_VERSION,
         "model": str(getattr(model, "name_or_path", "")),
         "revision": str(getattr(model.config, "_commit_hash", None) or ""),
         "architecture": type(model).__name__,
@@ -262,7 +226,7 @@ def attributes_of(
         "max_new_tokens": max_new_tokens,
         "max_tokens": "all" if max_tokens is None else max_tokens,
         "seed": seed,
-        "flocking_version": _VERSION,
+        "flocking_version": FLOCKING_VERSION,
         "transformers_version": transformers.__version__,
         "torch_version": torch.__version__,
     }

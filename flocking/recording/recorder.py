@@ -138,8 +138,10 @@ def record(
         sequence's first token, in phase ``"generation"`` from the first new one).
         ``token_id``, ``token_text`` and ``token_window`` have dimensions (sequence, token), with
         -1 or an empty string at padding; ``text`` (sequence) is each text as it was given,
-        ``module`` (layer) the path of each FF block. Attributes name the model, its revision and
-        dtype, the versions and the arguments.
+        ``prompt_tokens`` (sequence) the number of its tokens before any generation, ``module``
+        (layer) the path of each FF block. Attributes name the schema's version, which every
+        measure checks (recordings from before it was there are read as version 1), the model, its
+        revision and dtype, the versions and the arguments.
 
     Raises
     ------

@@ -96,16 +96,56 @@ def test_labels_datasets_and_seeds() -> None:
     assert not got.a.equals(flocking.bootstrap(values, seed=2))
 
 
-def test_one_sequence_has_no_interval() -> None:
-    got = flocking.bootstrap(xr.DataArray([[2.0]], dims=("sequence", "layer")))
-    assert got.values[0] == 2
-    assert np.isnan(got.values[1:]).all()
+def test_one_sequence_has_no_interval_and_says_so() -> None:
+    values = xr.DataArray([[2.0]], dims=("sequence", "layer"))
+    for given in (values, xr.Dataset({"score": values})):
+        with pytest.warns(UserWarning, match="one sequence only, so its interval is NaN: record"):
+            got = flocking.bootstrap(given)
+        got = got if isinstance(got, xr.DataArray) else got.score
+        assert got.values[0] == 2
+        assert np.isnan(got.values[1:]).all()
 
 
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match="no 'sequence' to draw from"):
-        flocking.bootstrap(xr.DataArray([1.0], dims="layer"))
+def test_pairs_are_matched_by_their_labels() -> None:
+    """A sequence's pair with itself is left out, wherever it lies."""
+    names = [f"text {number}" for number in range(8)]
+    values = pairs().assign_coords(sequence=names, other=names)
+    expected = flocking.bootstrap(values, seed=1)
+    moved = values.isel(other=[3, 1, 0, 2, 7, 6, 5, 4])
+    xr.testing.assert_identical(flocking.bootstrap(moved, seed=1), expected)
+    repeated = values.assign_coords(sequence=names[:4] * 2, other=names[:4] * 2)
+    np.testing.assert_array_equal(flocking.bootstrap(repeated, seed=1), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (xr.DataArray([1.0], dims="layer"), ValueError, "no 'sequence' to draw from.*averaged"),
+        (pairs().isel(sequence=0, other=0), ValueError, "no 'sequence' to draw from"),
+        (
+            xr.DataArray([1.0, 2], {"sequence": [4, 5]}, "sequence").sel(sequence=4),
+            ValueError,
+            "no 'sequence' to draw from.*before one is selected",
+        ),
+        (xr.Dataset({"x": ("layer", [1.0])}), ValueError, "no variable has the dimension"),
+        (pairs().isel(sequence=[]), ValueError, "differ in length"),
+        (pairs().isel(sequence=[], other=[]), ValueError, "no sequence to draw from"),
+        (pairs().isel(other=[0, 1]), ValueError, "sequence and other differ in length"),
+        (
+            pairs(2).assign_coords(sequence=[0, 1], other=[1, 2]),
+            ValueError,
+            "different labels: give all pairs",
+        ),
+        ([1.0, 2.0], TypeError, "values is a list: give a DataArray or a Dataset"),
+    ],
+)
+def test_refusals(values: object, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        flocking.bootstrap(values)
+
+
+def test_options_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="level=95"):
         flocking.bootstrap(pairs(), level=95)
-    with pytest.raises(ValueError, match="no variable has the dimension"):
-        flocking.bootstrap(xr.Dataset({"x": ("layer", [1.0])}))
+    with pytest.raises(ValueError, match="resamples=0"):
+        flocking.bootstrap(pairs(), resamples=0)

@@ -9,7 +9,7 @@ import transformers as tf
 import xarray as xr
 
 import flocking
-from flocking.recording import COORDINATES, VARIABLES, dataset, require
+from flocking.recording import COORDINATES, SCHEMA_VERSION, VARIABLES, dataset, require
 
 
 def kind_of(values: xr.DataArray) -> str:
@@ -30,6 +30,7 @@ def test_a_recording_has_the_schemas_variables(name: str, relative: object) -> N
     absent |= set() if some else {"relative_layer"}
     assert list(recording.coords) == [n for n in COORDINATES if n not in absent]
     assert tuple(recording.attrs) == dataset.ATTRIBUTES
+    assert recording.attrs["schema_version"] == SCHEMA_VERSION
     for field_name, field in (VARIABLES | COORDINATES).items():
         if field_name not in recording:
             continue
