@@ -106,8 +106,6 @@ def load(
             f"--device {device} cannot be used here: give cpu, or cuda or cuda:1 with a GPU and a "
             "build of torch for it."
         ) from problem
-    if model and not Path(model).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ValueError(f"model {model}: there is no such folder, and this is not a hub id.")
     loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
     # (Decorated by transformers such that mypy does not see a method.)
     return loaded.to(device or "cpu"), tokenizer  # type: ignore[arg-type]

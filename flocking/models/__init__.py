@@ -5,13 +5,15 @@ run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` only.
 """
 
 from flocking.models.capabilities import batches, chunks, forcing, refuse_forgetful, traits
+from flocking.models.checkpoints import read_model, read_tokenizer
 from flocking.models.copies import overriding, put, replaced, separate, shadow, with_forward
-from flocking.models.loading import control, embedded, identity, load
+from flocking.models.loading import embedded, identity, load
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tokenization import Prompts, Text, tokenize
+from flocking.models.untrained import control
 from flocking.models.weights import (
     byte_count,
     device_of,
@@ -51,6 +53,8 @@ __all__ = [
     "parts",
     "private_randomness",
     "put",
+    "read_model",
+    "read_tokenizer",
     "refuse_forgetful",
     "refuse_long",
     "relative_error",

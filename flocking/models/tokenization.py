@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flocking.models.checkpoints import read_tokenizer, said_of
 from flocking.models.memo import PerModel
+from flocking.models.problems import brief
 from flocking.models.weights import vocabulary_of
 
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
@@ -170,9 +172,9 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer in the model's folder or hub repository, read once."""
     try:
         revision = getattr(model.config, "_commit_hash", None) or "main"
-        return AutoTokenizer.from_pretrained(model.name_or_path, revision=revision)
-    except Exception as problem:  # transformers raises many kinds
+        return read_tokenizer(model.name_or_path, revision=revision, **said_of(model))
+    except (OSError, ValueError, TypeError) as problem:
         raise ValueError(
             f"No tokenizer was found with the model ({model.name_or_path or 'no name'}): "
-            "pass tokenizer=, or give token ids."
+            f"pass tokenizer=, or give token ids. ({brief(problem)}.)"
         ) from problem
