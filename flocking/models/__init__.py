@@ -5,11 +5,12 @@ run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` only.
 """
 
 from flocking.models.capabilities import batches, chunks, forcing, refuse_forgetful, traits
-from flocking.models.checkpoints import read_model, read_tokenizer
+from flocking.models.checkpoints import named, prepared, read_model, trusted
 from flocking.models.copies import overriding, put, replaced, separate, shadow, with_forward
 from flocking.models.loading import embedded, identity, load
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
+from flocking.models.problems import reading
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tokenization import Prompts, Text, tokenize
@@ -48,13 +49,15 @@ __all__ = [
     "is_loaded",
     "load",
     "loaded",
+    "named",
     "overriding",
     "parameter_of",
     "parts",
+    "prepared",
     "private_randomness",
     "put",
     "read_model",
-    "read_tokenizer",
+    "reading",
     "refuse_forgetful",
     "refuse_long",
     "relative_error",
@@ -67,6 +70,7 @@ __all__ = [
     "tolerance",
     "traits",
     "trial",
+    "trusted",
     "undisturbed",
     "unwrap",
     "vocabulary_of",

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models.checkpoints import read_tokenizer, said_of
 from flocking.models.memo import PerModel
-from flocking.models.problems import brief
 from flocking.models.weights import vocabulary_of
 
 Text = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
@@ -170,11 +169,16 @@ def _integers(values: Any, number: int) -> Tensor:
 @PerModel
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer in the model's folder or hub repository, read once."""
+    if not model.name_or_path:
+        raise ValueError(
+            "No tokenizer was found with the model (it has no name): pass tokenizer=, or give "
+            "token ids."
+        )
     try:
         revision = getattr(model.config, "_commit_hash", None) or "main"
         return read_tokenizer(model.name_or_path, revision=revision, **said_of(model))
     except (OSError, ValueError, TypeError) as problem:
         raise ValueError(
-            f"No tokenizer was found with the model ({model.name_or_path or 'no name'}): "
-            f"pass tokenizer=, or give token ids. ({brief(problem)}.)"
+            "No tokenizer was found with the model: pass tokenizer=, or give token ids. "
+            f"({problem})"
         ) from problem
