@@ -5,9 +5,11 @@ All of the package's calls of ``from_pretrained`` are here, but for those of lm-
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
     if kwargs.get("local_files_only"):  # which transformers does not tell its search for adapters
         kwargs["adapter_kwargs"] = {**kwargs.get("adapter_kwargs", {}), "local_files_only": True}
     try:
-        with reading(name):
+        with reading(name), _without_report():
             model, info = auto.from_pretrained(name, trust_remote_code=trust, **kwargs)
     except ValueError as problem:
         # transformers names them in its log alone.
@@ -177,6 +179,21 @@ def _with_defaults(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if not os.path.isdir(name) and not full.get("local_files_only") and not hub_answers():
         full["local_files_only"] = True
     return full
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Leave out transformers' table of missing weights, which an error says in a sentence."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _refuse_incomplete(name: str, info: Mapping[str, Any]) -> None:

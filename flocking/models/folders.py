@@ -58,6 +58,8 @@ def check_folder(folder: Path, auto: Any, kwargs: Mapping[str, Any]) -> None:
             return  # the config is elsewhere
         raise FileNotFoundError(_without_config(folder))
     content = read_json(config)
+    if not isinstance(content.get("model_type"), str) and "auto_map" not in content:
+        raise ValueError(f"{config} has no model_type: get it again, for it is not a model's.")
     for place in _dicts(content):
         _check_sizes(config, place)
     shapes = shapes_in(folder, kwargs.get("variant"))
