@@ -88,6 +88,7 @@ def score(
     >>> float(likelihood.sum())
     -...
     """
+    require_model(model)
     if protocol not in ("context", "last-token"):
         raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
     prompts = _one("prompt", model, prompt, tokenizer)
@@ -172,6 +173,7 @@ def perplexity(
     >>> measured.perplexity.values
     array([..., ...])
     """
+    require_model(model)
     if prompt_length < 1 or continuation_length < 1 or batch_size < 1:
         raise ValueError(
             f"prompt_length={prompt_length}, continuation_length={continuation_length} and "
