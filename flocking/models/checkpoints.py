@@ -67,7 +67,7 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
         If there is no such model, it cannot be read, or (FileNotFoundError) files are missing.
     ValueError
         If weights are missing or of other shapes, the config describes no model that fits them,
-        or the folder needs code of its own and ``trust_remote_code=True`` is not given.
+        or the folder needs code that comes with it and ``trust_remote_code=True`` is not given.
     MemoryError
         If it does not fit in memory.
     """
@@ -210,7 +210,7 @@ def _refuse(name: str, what: str, weights: list[str]) -> None:
         raise ValueError(
             f"{name}: the model has {len(weights)} weights {what} ({listed(weights)}), which would "
             "be random: give a checkpoint of the whole model, its language modelling head "
-            "included, with its own config.json."
+            "included, and the config.json that belongs to it."
         )
 
 

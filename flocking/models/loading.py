@@ -68,8 +68,8 @@ def load(
         for the embedded model's copy.
     ValueError
         If weights of the model are in none of its files, or have other shapes there; if its
-        config describes no causal language model that transformers knows; or if it needs code of
-        its own that is not trusted.
+        config describes no causal language model that transformers knows; or if it needs code
+        that comes with it and is not trusted.
     TypeError
         If `name` is not a string or path, ``trust_remote_code`` not a bool, or there is no such
         argument.
@@ -182,7 +182,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except _UnreadableError:
         raise
-    except (OSError, SafetensorError) as problem:  # safetensors writes files of its own
+    except (OSError, SafetensorError) as problem:  # safetensors raises another kind
         raise OSError(
             f"Cannot write the embedded model's converted copy (540 MB) to {folder.parent} "
             f"({brief(problem)}): make room and make it writable, or set XDG_CACHE_HOME to a "

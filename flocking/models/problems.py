@@ -26,8 +26,9 @@ def told(name: str, what: str, problem: Exception) -> Exception:
     text = str(problem)
     if "trust_remote_code" in text:
         return ValueError(
-            f"{name} needs code of its own, which is not run unasked: read it and, if you trust "
-            f"it, load the model in Python with flocking.load({name!r}, trust_remote_code=True)."
+            f"{name} needs code that comes with it, which is not run unasked: read it and, if you "
+            f"trust it, load the model in Python with flocking.load({name!r}, "
+            "trust_remote_code=True)."
         )
     if isinstance(problem, MemoryError) or _is_out_of_memory(problem):
         return MemoryError(

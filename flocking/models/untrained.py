@@ -78,7 +78,7 @@ def _drawn(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def _same(model: PreTrainedModel, fresh: PreTrainedModel) -> Iterator[str]:
-    """Weights that are not all one value, and that both models have alike."""
+    """Weights that both models have, but for those that are all one value."""
     drawn = dict(fresh.named_parameters())
     for name, parameter in model.named_parameters():
         other = drawn.get(name)

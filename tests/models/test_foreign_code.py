@@ -71,7 +71,7 @@ def foreign_model(folder: Path) -> Path:
     return folder
 
 
-REMEDY = r"needs code of its own.*flocking\.load\(.*trust_remote_code=True\)"
+REMEDY = r"needs code that comes with it.*flocking\.load\(.*trust_remote_code=True\)"
 
 
 @pytest.mark.parametrize("kind", ["folder", "foreign_model"])
