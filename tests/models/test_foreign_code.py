@@ -34,8 +34,14 @@ def foreign(folder: Path, file: str, base: str, body: str = "pass", imports: str
     return f"{file}.Foreign"
 
 
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where transformers copies code to; one place, since Python remembers a package's."""
+    return tmp_path_factory.mktemp("modules")
+
+
 @pytest.fixture
-def folder(tmp_path: Path, embedded: tuple, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, modules: Path, embedded: tuple, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Llama whose tokenizer needs code; a "yes" waits on standard input."""
     path = tmp_path / "model"
     build("llama", vocab_size=len(embedded[1])).save_pretrained(path)
@@ -47,7 +53,7 @@ def folder(tmp_path: Path, embedded: tuple, monkeypatch: pytest.MonkeyPatch) -> 
     content["auto_map"] = {"AutoTokenizer": [None, tokenizer]}
     file.write_text(json.dumps(content))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
-    monkeypatch.setattr(tf.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(tf.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
     return path
 
 
