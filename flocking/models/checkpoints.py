@@ -31,6 +31,8 @@ _PLACE = ("revision", "subfolder", "cache_dir", "local_files_only", "token", "gg
 # a secret, and the revision is in the config.
 _REMEMBERED = ("subfolder", "cache_dir", "local_files_only", "trust_remote_code")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# A row of transformers' reports, with or without colours.
+_MISSING = r"^(\S+)\s*\|[^\w|]*(?:\[\d+m)?MISSING"
 # Seconds to wait for an answer of the hub.
 _PATIENCE = 5
 
@@ -77,7 +79,7 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
     if kwargs.get("local_files_only"):  # which transformers does not tell its search for adapters
         kwargs["adapter_kwargs"] = {**kwargs.get("adapter_kwargs", {}), "local_files_only": True}
     try:
-        with reading(name), _without_report():
+        with reading(name), _reports() as reports:
             model, info = auto.from_pretrained(name, trust_remote_code=trust, **kwargs)
     except ValueError as problem:
         # transformers names them in its log alone.
@@ -85,6 +87,8 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
             _refuse(name, "whose shapes in the files are others", other_shapes(Path(name), auto))
         raise
     _refuse_incomplete(name, info)
+    # With an adapter, `info` is of the adapter alone, and a report says what its base lacks.
+    _refuse(name, "that are in no file", re.findall(_MISSING, "\n".join(reports), re.MULTILINE))
     _warn_of_left_over(name, model, info)
     said = {**kwargs, "trust_remote_code": trust}
     vars(model)["said_when_loaded"] = {key: said[key] for key in _REMEMBERED if key in said}
@@ -182,18 +186,25 @@ def _with_defaults(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Leave out transformers' table of missing weights, which an error says in a sentence."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
+def _reports() -> Iterator[list[str]]:
+    """Take transformers' tables of missing weights out of its log: an error says it shorter."""
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_other)
+    level, least = logger.level, logger.getEffectiveLevel()
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        report = "LOAD REPORT" in record.getMessage()
+        if report:
+            reports.append(record.getMessage())
+        return not report and record.levelno >= least
+
+    logger.setLevel(min(least, logging.WARNING))
+    logger.addFilter(keep)
     try:
-        yield
+        yield reports
     finally:
-        logger.removeFilter(is_other)
+        logger.removeFilter(keep)
+        logger.setLevel(level)
 
 
 def _refuse_incomplete(name: str, info: Mapping[str, Any]) -> None:
@@ -225,5 +236,5 @@ def _warn_of_left_over(name: str, model: PreTrainedModel, info: Mapping[str, Any
     if more:
         warn(
             f"{name} has {len(more)} weights of layers that the model does not have "
-            f"({listed(more)}): its config.json says fewer layers."
+            f"({listed(more)}): its config says fewer layers than there are."
         )

@@ -51,7 +51,7 @@ def told(name: str, what: str, problem: Exception) -> Exception:
     if "does not recognize this architecture" in text or "Unrecognized configuration" in text:
         return ValueError(
             f"{name} is not a causal language model that transformers knows "
-            f"({brief(problem)}): try a newer transformers, or another model."
+            f"({brief(problem, 140)}): try a newer transformers, or another model."
         )
     if isinstance(problem, FileNotFoundError) and os.path.isdir(name):
         return FileNotFoundError(f"{name}: {brief(problem)}: get its files again.")
@@ -71,9 +71,8 @@ def brief(problem: Exception, length: int = 200) -> str:
     text = " ".join(first.split()) or type(problem).__name__
     if isinstance(problem, KeyError | ZeroDivisionError | AttributeError):
         text = f"{type(problem).__name__}: {text}"
-    if len(text) > length:
-        text = text[:length].rsplit(" ", 1)[0] + " ..."
-    return text.rstrip(".")
+    text = text.rstrip(".")
+    return text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " ..."
 
 
 def listed(names: Sequence[object], most: int = 3) -> str:

@@ -118,6 +118,35 @@ def test_other_weights_may_be_left_over(folder: Path) -> None:
     flocking.load(folder)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("verbosity", [tf.logging.WARNING, tf.logging.ERROR])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, in PEFT
+def test_an_adapters_base_has_to_be_whole(
+    beside: bool, verbosity: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = tmp_path / "adapted"
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build("llama"), config)
+    model.peft_config["default"].base_model_name_or_path = str(folder)
+    shutil.copytree(folder, adapted)
+    if not beside:
+        (adapted / "config.json").unlink()
+        (adapted / "model.safetensors").unlink()
+    model.save_pretrained(adapted)
+    read, _ = flocking.load(adapted)
+    assert any("lora_A" in name for name, _ in read.named_parameters())
+    without(adapted if beside else folder, "lm_head.weight")
+    before = tf.logging.get_verbosity()
+    tf.logging.set_verbosity(verbosity)
+    try:
+        with pytest.raises(ValueError, match=r"has 1 weights that are in no file \(lm_head\."):
+            flocking.load(adapted)
+        assert tf.logging.get_verbosity() == verbosity
+    finally:
+        tf.logging.set_verbosity(before)
+
+
 def test_shards_and_pickles_are_read(folder: Path) -> None:
     """transformers reads the latter without running code in them."""
     in_shards(folder)
