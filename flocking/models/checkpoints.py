@@ -161,7 +161,7 @@ def named(name: object) -> str:
         raise NotADirectoryError(f"{text} is a file: give the folder that it is in{gguf}.")
     if not _HUB_ID.fullmatch(text) or text.endswith((".", "-")):
         raise FileNotFoundError(
-            f"{text!r}: there is no such folder, and this is not a hub id: give a model's folder "
+            f"model {text or repr(text)}: there is no such folder, and this is not a hub id: give a model's folder "
             "or a name such as HuggingFaceTB/SmolLM2-135M."
         )
     return text
