@@ -27,7 +27,7 @@ from flocking.artifacts import Key
 from flocking.evaluation.answers import digest_of_weights, use_table
 from flocking.models import (
     embedded,
-    named,
+    located,
     prepared,
     read_model,
     reading,
@@ -155,7 +155,7 @@ class GriffinLM(HFLM):
         if "auto" in str(kwargs.get("batch_size")):
             raise ValueError("batch_size='auto' cannot be found out with GRIFFIN: give a number.")
         if isinstance(pretrained, str | os.PathLike):
-            pretrained = embedded() if pretrained == "default" else named(pretrained)
+            pretrained = embedded() if pretrained == "default" else located(pretrained)
             kwargs["trust_remote_code"] = trusted(kwargs.get("trust_remote_code"))
             prepared(AutoModelForCausalLM, pretrained, kwargs)
         else:

@@ -5,7 +5,7 @@ run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` only.
 """
 
 from flocking.models.capabilities import batches, chunks, forcing, refuse_forgetful, traits
-from flocking.models.checkpoints import named, prepared, read_model, trusted
+from flocking.models.checkpoints import located, prepared, read_model, trusted
 from flocking.models.copies import overriding, put, replaced, separate, shadow, with_forward
 from flocking.models.loading import embedded, identity, load
 from flocking.models.memo import PerModel
@@ -49,7 +49,7 @@ __all__ = [
     "is_loaded",
     "load",
     "loaded",
-    "named",
+    "located",
     "overriding",
     "parameter_of",
     "parts",

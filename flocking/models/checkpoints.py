@@ -91,7 +91,9 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
     _refuse(name, "that are in no file", re.findall(_MISSING, "\n".join(reports), re.MULTILINE))
     _warn_of_left_over(name, model, info)
     said = {**kwargs, "trust_remote_code": trust}
-    vars(model)["said_when_loaded"] = {key: said[key] for key in _REMEMBERED if key in said}
+    # Of the model of this name: who gives it another one speaks of other files.
+    remembered = {key: said[key] for key in _REMEMBERED if key in said}
+    vars(model)["said_when_loaded"] = (model.name_or_path, remembered)
     return model
 
 
@@ -126,7 +128,8 @@ def place_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def said_of(model: PreTrainedModel) -> dict[str, Any]:
     """What the user said of a model when :func:`read_model` read it; copies of it have it too."""
-    return dict(vars(model).get("said_when_loaded", {}))
+    name, said = vars(model).get("said_when_loaded", ("", {}))
+    return dict(said) if name == model.name_or_path else {}
 
 
 def trusted(value: object) -> bool:
@@ -141,7 +144,7 @@ def trusted(value: object) -> bool:
     raise TypeError(f"trust_remote_code={value!r}: give True or False.")
 
 
-def named(name: object) -> str:
+def located(name: object) -> str:
     """A folder's path or a hub id.
 
     Raises
@@ -161,8 +164,8 @@ def named(name: object) -> str:
         raise NotADirectoryError(f"{text} is a file: give the folder that it is in{gguf}.")
     if not _HUB_ID.fullmatch(text) or text.endswith((".", "-")):
         raise FileNotFoundError(
-            f"model {text or repr(text)}: there is no such folder, and this is not a hub id: give a model's folder "
-            "or a name such as HuggingFaceTB/SmolLM2-135M."
+            f"model {text or repr(text)}: there is no such folder, and this is not a hub id: give "
+            "a model's folder or a name such as HuggingFaceTB/SmolLM2-135M."
         )
     return text
 
@@ -179,7 +182,7 @@ def hub_answers() -> bool:
 def _with_defaults(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with a plain yes or no to foreign code, and no retries without a network."""
     full = {**kwargs, "trust_remote_code": trusted(kwargs.get("trust_remote_code"))}
-    named(name)
+    located(name)
     if not os.path.isdir(name) and not full.get("local_files_only") and not hub_answers():
         full["local_files_only"] = True
     return full

@@ -19,7 +19,7 @@ from flocking.artifacts import folder_digest, replacing
 from flocking.models import origins
 from flocking.models.checkpoints import (
     commit_of,
-    named,
+    located,
     place_of,
     prepared,
     read_model,
@@ -89,7 +89,7 @@ def load(
     >>> model.dtype, model.training
     (torch.bfloat16, False)
     """
-    name = embedded() if name is None else named(name)
+    name = embedded() if name is None else located(name)
     kwargs = prepared(AutoModelForCausalLM, name, kwargs)
     tokenizer = read_tokenizer(name, **place_of(kwargs))  # before what takes long
     return read_model(AutoModelForCausalLM, name, **kwargs).eval(), tokenizer
@@ -102,7 +102,7 @@ def identity(name: str | os.PathLike[str] | None = None) -> str:
     id's commit. For the embedded model, and for a folder with the unchanged files that it was
     converted to, that of the GGUF file, whichever version of transformers converted it.
     """
-    name = embedded() if name is None else named(name)
+    name = embedded() if name is None else located(name)
     if not os.path.isdir(name):
         return f"{name}@{commit_of(name)}"
     return origins.digest_of(Path(name)) or folder_digest(Path(name))

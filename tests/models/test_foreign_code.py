@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,12 +110,15 @@ def test_a_model_that_others_loaded_does_not_run_it(folder: Path) -> None:
     assert not (folder / "marker").exists()
 
 
-def test_what_the_user_said_is_remembered(folder: Path) -> None:
+def test_what_the_user_said_is_remembered(folder: Path, tmp_path: Path) -> None:
     model, _ = flocking.load(folder, trust_remote_code=True)
     (folder / "marker").unlink()
     assert record(model, "Birds of a feather").attrs["model"] == str(folder)
     twin = flocking.griffin(model)
     assert flocking.score(twin, "Birds of a", " feather").size
+    model.name_or_path = str(shutil.copytree(folder, tmp_path / "other"))
+    with pytest.raises(ValueError, match=REMEDY):  # it was said of another folder
+        record(model, "Birds of a feather")
     forgetful = tf.AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match=REMEDY):
         record(forgetful, "Birds of a feather")
