@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,18 @@ def shapes_in(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
             with safe_open(file, "pt") as tensors:
                 shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as problem:
-            raise OSError(
-                f"{file} cannot be read ({brief(problem)}): get it again, for it is damaged or "
-                "not whole."
-            ) from problem
+            remedy = "get it again, for it is damaged or not whole"
+            if _is_pointer(file):
+                remedy = "it only names the file that Git LFS keeps elsewhere: run `git lfs pull`"
+            raise OSError(f"{file} cannot be read ({brief(problem)}): {remedy}.") from problem
     return shapes
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether Git left a note of a large file in its place."""
+    with suppress(OSError), file.open("rb") as stream:
+        return stream.read(20).startswith(b"version https://git")
+    return False
 
 
 def _without_config(folder: Path) -> str:

@@ -217,6 +217,11 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         r"model\.safetensors cannot be read .* get it again",
     ),
     "no bytes": (write("model.safetensors", b""), OSError, r"model\.safetensors cannot be read"),
+    "a pointer": (
+        write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        OSError,
+        r"model\.safetensors cannot be read .*git lfs pull",
+    ),
     "half": (halve, OSError, r"model\.safetensors cannot be read"),
     "no weights": (remove("model.safetensors"), FileNotFoundError, "has no weights .*get them"),
     "a shard missing": (
