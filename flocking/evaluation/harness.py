@@ -240,7 +240,8 @@ class GriffinLM(HFLM):
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         """As the harness does, but refuse what :func:`flocking.load` refuses."""
         auto = self.AUTO_MODEL_CLASS
-        self.AUTO_MODEL_CLASS = _Whole(auto)
+        whole: Any = _Whole(auto)
+        self.AUTO_MODEL_CLASS = whole
         try:
             super()._create_model(*args, **kwargs)
         finally:
