@@ -7,6 +7,7 @@ What ``make browser`` calls. Not a pytest module: it needs Debian's ``chromium``
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -109,6 +110,14 @@ def copy_without_outputs(source: Path, target: Path, quick: bool) -> None:
     nbformat.write(notebook, target)
 
 
+def read(path: Path) -> nbformat.NotebookNode | None:
+    """The notebook, or None while JupyterLab is writing it, which it does in place."""
+    try:
+        return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+    except (ValueError, OSError):  # half of a file is no JSON, or no notebook
+        return None
+
+
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
     """Outputs that no reader should see."""
     found = []
@@ -137,7 +146,9 @@ def run(page: object, address: str, path: Path, timeout: float) -> list[str]:
     def finished() -> bool:
         nonlocal seen
         page.execute_script("window.jupyterapp.commands.execute('docmanager:save'); return 0")
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read(path)
+        if notebook is None:
+            return False
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         done = sum(cell.execution_count is not None for cell in code)
         if done != seen:
@@ -146,7 +157,7 @@ def run(page: object, address: str, path: Path, timeout: float) -> list[str]:
         return done == len(code) or bool(problems(notebook))
 
     wait_for(finished, timeout, f"the cells of {path.name}")
-    return problems(nbformat.read(path, as_version=4))
+    return problems(wait_for(lambda: read(path), 60, f"{path.name} to be written"))
 
 
 def picture(page: object, path: Path) -> None:
@@ -182,8 +193,14 @@ def main() -> None:
         with lab(folder) as address:
             for notebook in arguments.notebooks:
                 path = folder / Path(notebook).name
-                found = run(page, address, path, arguments.timeout)
-                picture(page, arguments.out / f"browser-{path.stem}.png")
+                shot = arguments.out / f"browser-{path.stem}.png"
+                try:
+                    found = run(page, address, path, arguments.timeout)
+                except BaseException:
+                    with contextlib.suppress(Exception):  # what went wrong is what counts
+                        picture(page, shot)
+                    raise
+                picture(page, shot)
                 errors = [
                     entry["message"]
                     for entry in page.get_log("browser")

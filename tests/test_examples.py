@@ -36,7 +36,7 @@ def names(
         pad_token_id=tokenizer.pad_token_id,
     )
     folder = tmp_path_factory.mktemp("tiny")
-    tf.set_seed(0)
+    tf.set_seed(42)  # not the seed of an example's control
     tf.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = tf.AutoModelForCausalLM.from_pretrained(folder)

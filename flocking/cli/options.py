@@ -96,6 +96,8 @@ def load(
     """Model and tokenizer, on the device and in the dtype asked for."""
     import torch
 
+    from flocking.models import reading
+
     kind = getattr(torch, dtype or "float32", None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
@@ -106,11 +108,11 @@ def load(
             f"--device {device} cannot be used here: give cpu, or cuda or cuda:1 with a GPU and a "
             "build of torch for it."
         ) from problem
-    if model and not Path(model).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise ValueError(f"model {model}: there is no such folder, and this is not a hub id.")
     loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
-    # (Decorated by transformers such that mypy does not see a method.)
-    return loaded.to(device or "cpu"), tokenizer  # type: ignore[arg-type]
+    with reading(model or "the embedded model"):
+        # (Decorated by transformers such that mypy does not see a method.)
+        moved = loaded.to(device or "cpu")  # type: ignore[arg-type]
+    return moved, tokenizer
 
 
 def wide_console() -> Console:

@@ -7,6 +7,7 @@ these alone.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -20,8 +21,19 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
 
-from flocking.models import embedded
+from flocking.artifacts import Key
+from flocking.evaluation.answers import digest_of_weights, use_table
+from flocking.models import (
+    embedded,
+    located,
+    prepared,
+    read_model,
+    reading,
+    require_model,
+    trusted,
+)
 from flocking.pruning import (
     METHODS,
     WITH_REFERENCE,
@@ -64,12 +76,27 @@ class Answered(NamedTuple):
     pruned: int = 0
 
 
+class _Whole:
+    """In the place of a class such as ``AutoModelForCausalLM``: whole models, or an error."""
+
+    def __init__(self, auto: Any) -> None:
+        self.auto = auto
+
+    def from_pretrained(self, name: str, *, trust_remote_code: Any, **kwargs: Any) -> Any:
+        kwargs["trust_remote_code"] = trust_remote_code
+        return read_model(self.auto, name, **kwargs)
+
+
 @register_model("griffin")
 class GriffinLM(HFLM):
     """The harness's ``hf`` model, generating and scored with GRIFFIN.
 
     Likelihoods are computed one context at a time; its continuations share the run of it.
     ``batch_size`` is how many continuations, or in generation prompts, are run together.
+
+    The harness's ``--use_cache`` keeps answers of different models and settings apart, in one
+    file. What is counted in the results, such as ``pruned_share``, is of the requests that were
+    computed, not of those found there.
 
     Parameters
     ----------
@@ -94,12 +121,18 @@ class GriffinLM(HFLM):
         What the static statistic of "static" and "global-local" is made from: a text file, a
         folder of ``.txt`` files, or the texts; the packaged passages by default.
     **kwargs
-        The harness's: ``dtype``, ``device``, ``batch_size``, ``revision``, ...
+        The harness's: ``dtype``, ``device``, ``batch_size``, ``revision``, ... Code that comes
+        with a model is run with ``trust_remote_code=True`` alone, and nothing is asked.
 
     Raises
     ------
     ValueError
-        As :func:`flocking.griffin`, for an unknown method or protocol, or ``batch_size="auto"``.
+        As :func:`flocking.griffin` and :func:`flocking.load`, for an unknown method or protocol,
+        or ``batch_size="auto"``.
+    TypeError
+        If `pretrained` is neither a model nor a name.
+    OSError, MemoryError
+        As :func:`flocking.load`.
     """
 
     def __init__(
@@ -121,12 +154,21 @@ class GriffinLM(HFLM):
             raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
         if "auto" in str(kwargs.get("batch_size")):
             raise ValueError("batch_size='auto' cannot be found out with GRIFFIN: give a number.")
-        if pretrained == "default":
-            pretrained = embedded()
+        if isinstance(pretrained, str | os.PathLike):
+            pretrained = embedded() if pretrained == "default" else located(pretrained)
+            kwargs["trust_remote_code"] = trusted(kwargs.get("trust_remote_code"))
+            prepared(AutoModelForCausalLM, pretrained, kwargs)
+        else:
+            require_model(pretrained)
         texts = calibration_texts(calibration)
+        self._said = sorted(
+            f"{name}={value!r}"
+            for name, value in kwargs.items()
+            if name not in ("batch_size", "device", "tokenizer")
+        )
         super().__init__(pretrained=pretrained, **kwargs)
         self.full = self.model
-        self.protocol, self.scope, self.seed = protocol, scope, seed
+        self._protocol, self.scope, self.seed = protocol, scope, seed
         self.answered: list[Answered] = []
         self._instances: list[Instance] = []
         self.calibration = texts
@@ -152,6 +194,58 @@ class GriffinLM(HFLM):
                 seed=self.seed,
             )
         self.method, self.density = method, density
+        self._point_cache()
+
+    @property
+    def protocol(self) -> Protocol:
+        """Of likelihoods, as of the class."""
+        return self._protocol
+
+    @protocol.setter
+    def protocol(self, protocol: Protocol) -> None:
+        self._protocol = protocol
+        self._point_cache()
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Let the harness's cache keep answers of this model and these settings."""
+        super().set_cache_hook(cache_hook)
+        self._weights = digest_of_weights(self.full) if cache_hook.dbdict is not None else ""
+        self._point_cache()
+
+    def _point_cache(self) -> None:
+        """The cache's table is that of all that answers depend on, but the requests."""
+        if self.cache_hook.dbdict is None:
+            return
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        inputs = [
+            self._weights,
+            backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items()),
+            [self.method, self.density, self.protocol, self.scope, self.seed],
+            self.calibration if self.method in WITH_REFERENCE else None,
+            self.batch_size if self.scope == "shared" else None,
+            [self.max_length, self.device.type, self._said],
+        ]
+        key = Key.of(__name__, inputs, packages=["lm-eval", "tokenizers"])
+        use_table(self.cache_hook.dbdict, f"griffin-{key.digest()}")
+
+    def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
+        with reading(pretrained):
+            super()._get_config(pretrained, *args, **kwargs)
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        name = tokenizer if isinstance(tokenizer, str) else str(pretrained)
+        with reading(name, "tokenizer"):
+            super()._create_tokenizer(pretrained, tokenizer, *args, **kwargs)
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the harness does, but refuse what :func:`flocking.load` refuses."""
+        auto = self.AUTO_MODEL_CLASS
+        whole: Any = _Whole(auto)
+        self.AUTO_MODEL_CLASS = whole
+        try:
+            super()._create_model(*args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = auto
 
     def reference(self) -> xr.DataArray:
         """The static statistic, of the beginnings of the texts that fit the model's context."""

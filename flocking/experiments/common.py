@@ -65,8 +65,8 @@ def against_control(
 ) -> tuple[xr.Dataset, dict[str, str]]:
     """The same measurement on the model and on its control, one after the other."""
     parts = []
-    for weights in WEIGHTS:
-        subject = model if weights == "trained" else control(model, seed)
+    # Made before the first takes long, since the seed may be refused.
+    for weights, subject in zip(WEIGHTS, (model, control(model, seed)), strict=True):
         recording = record(subject, ids, tokenizer=tokenizer, progress=progress, **options)
         if weights == "trained":
             source = source_of(recording)

@@ -12,6 +12,7 @@ from flocking.models.capabilities import (
     traits,
     with_inputs,
 )
+from flocking.models.checkpoints import located, prepared, read_model, trusted
 from flocking.models.copies import (
     hooks_on,
     overriding,
@@ -24,13 +25,15 @@ from flocking.models.copies import (
 )
 from flocking.models.forms import Text, require_tokenizer
 from flocking.models.inputs import continued_inputs
-from flocking.models.loading import control, embedded, identity, load
+from flocking.models.loading import embedded, identity, load
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
+from flocking.models.problems import reading
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tokenization import Prompts, tokenize
+from flocking.models.untrained import control
 from flocking.models.weights import (
     byte_count,
     device_of,
@@ -68,11 +71,15 @@ __all__ = [
     "is_loaded",
     "load",
     "loaded",
+    "located",
     "overriding",
     "parameter_of",
     "parts",
+    "prepared",
     "private_randomness",
     "put",
+    "read_model",
+    "reading",
     "refuse_forgetful",
     "refuse_long",
     "relative_error",
@@ -86,6 +93,7 @@ __all__ = [
     "traits",
     "trial",
     "trial_copy",
+    "trusted",
     "undisturbed",
     "unwrap",
     "vocabulary_of",

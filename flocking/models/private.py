@@ -116,6 +116,11 @@ PRIVATE = (
     Private(
         "_loglikelihood_tokens", "lm_eval.models.huggingface", "scores with a twin in the harness"
     ),
+    Private("_get_config", "lm_eval.models.huggingface", "its errors are told in a sentence"),
+    Private("_create_tokenizer", "lm_eval.models.huggingface", "its errors are told in a sentence"),
+    Private(
+        "_create_model", "lm_eval.models.huggingface", "weights missing from files are refused"
+    ),
     # Python
     Private("_getframe", "sys", "warnings point at the user's line"),
 )

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models.capabilities import traits
+from flocking.models.checkpoints import read_tokenizer, said_of
 from flocking.models.forms import Text, given, require_tokenizer, whole_numbers
 from flocking.models.inputs import check_values, fed, rows_of, starting_again
 from flocking.models.memo import PerModel
@@ -210,11 +211,16 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> str:
 @PerModel
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer in the model's folder or hub repository, read once."""
+    if not model.name_or_path:
+        raise ValueError(
+            "No tokenizer was found with the model (it has no name): pass tokenizer=, or give "
+            "token ids."
+        )
     try:
         revision = getattr(model.config, "_commit_hash", None) or "main"
-        return AutoTokenizer.from_pretrained(model.name_or_path, revision=revision)
-    except Exception as problem:  # transformers raises many kinds
+        return read_tokenizer(model.name_or_path, revision=revision, **said_of(model))
+    except (OSError, ValueError, TypeError) as problem:
         raise ValueError(
-            f"No tokenizer was found with the model ({model.name_or_path or 'no name'}): "
-            "pass tokenizer=, or give token ids."
+            "No tokenizer was found with the model: pass tokenizer=, or give token ids. "
+            f"({problem})"
         ) from problem

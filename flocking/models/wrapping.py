@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -32,7 +33,22 @@ def require_model(model: nn.Module) -> PreTrainedModel:
     """
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(inner).__name__}: give a transformers model (PreTrainedModel)."
-        )
+        raise TypeError(f"model is a {type(inner).__name__}{_instead_of(inner)}.")
     return inner
+
+
+def _instead_of(given: object) -> str:
+    """What a user may have meant, who gave what is no model."""
+    if isinstance(given, str | os.PathLike):
+        return f": give a model, such as flocking.load({os.fspath(given)!r}) gives first"
+    if isinstance(given, PreTrainedTokenizerBase):
+        return ": give the model before its tokenizer"
+    if isinstance(given, tuple) and any(isinstance(part, PreTrainedModel) for part in given):
+        return ": give the model in it, as in `model, tokenizer = flocking.load()`"
+    if isinstance(given, type) and issubclass(given, PreTrainedModel):
+        return f" (a class): give a model, as {given.__name__}.from_pretrained gives one"
+    held = getattr(given, "module", None) or getattr(given, "model", None)
+    if isinstance(held, PreTrainedModel):
+        where = "module" if held is getattr(given, "module", None) else "model"
+        return f": give the model that is in it, its .{where}"
+    return ": give a transformers model (PreTrainedModel)"

@@ -96,6 +96,7 @@ def score(
     >>> float(likelihood.sum())
     -...
     """
+    require_model(model)
     if protocol not in ("context", "last-token"):
         raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
     prompts = _one("prompt", model, prompt, tokenizer)
@@ -195,6 +196,7 @@ def perplexity(
     >>> measured.perplexity.values
     array([..., ...])
     """
+    require_model(model)
     whole_number("prompt_length", prompt_length, 1)
     whole_number("continuation_length", continuation_length, 1)
     whole_number("batch_size", batch_size, 1)

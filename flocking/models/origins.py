@@ -1,0 +1,78 @@
+"""Where a folder of converted files comes from: a note in it, written when it was complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+# Hidden, as a download's notes are: it is no part of the model.
+_NOTE = ".flocking-origin.json"
+
+
+def write_note(folder: Path, digest: str) -> None:
+    """Note in a folder which file it was converted from, and what is in it.
+
+    Parameters
+    ----------
+    folder : Path
+    digest : str
+        SHA-256 of the file.
+    """
+    files = {
+        name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for name, path in _files(folder).items()
+    }
+    content = json.dumps({"converted_from": digest, "files": files}, indent=1)
+    (folder / _NOTE).write_text(content + "\n", encoding="utf-8")
+
+
+def is_whole(folder: Path, digest: str) -> bool:
+    """Whether a folder was converted from the file of this digest, and no file lacks anything.
+
+    Only sizes are looked at, since this is asked at every load.
+    """
+    note = _note(folder)
+    try:
+        return note["converted_from"] == digest and all(
+            (folder / name).stat().st_size == file["size"] for name, file in note["files"].items()
+        )
+    except (OSError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def digest_of(folder: Path) -> str | None:
+    """Digest of the file that a folder was converted from; None if that is not known.
+
+    Nor is it where any file was changed, added or removed since.
+    """
+    note = _note(folder)
+    try:
+        noted = {name: file["sha256"] for name, file in note["files"].items()}
+        there = {name: _sha256(path) for name, path in _files(folder).items()}
+        return str(note["converted_from"]) if noted == there else None
+    except (OSError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _note(folder: Path) -> Any:
+    try:
+        return json.loads((folder / _NOTE).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Files of a folder by name, without hidden ones."""
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return {
+        name.as_posix(): path
+        for name, path in paths.items()
+        if path.is_file() and not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""What goes wrong while files of a model are read, told in a sentence with a remedy."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+
+@contextmanager
+def reading(name: str, what: str = "model") -> Iterator[None]:
+    """Tell in one sentence what fails inside; `what` is read from `name`, a folder or hub id."""
+    try:
+        yield
+    except Exception as problem:  # transformers, safetensors, pickle and torch raise many kinds
+        raise told(name, what, problem) from problem
+
+
+def told(name: str, what: str, problem: Exception) -> Exception:
+    """An error of a kind and wording for users."""
+    text = str(problem)
+    if "trust_remote_code" in text:
+        return ValueError(
+            f"{name} needs code that comes with it, which is not run unasked: read it and, if you "
+            f"trust it, load the model in Python with flocking.load({name!r}, "
+            "trust_remote_code=True)."
+        )
+    if isinstance(problem, MemoryError) or _is_out_of_memory(problem):
+        return MemoryError(
+            f"{name} does not fit in memory ({brief(problem)}): load it with dtype='bfloat16', "
+            "spread it with device_map='auto', or take a smaller model."
+        )
+    if isinstance(problem, SafetensorError | pickle.UnpicklingError | EOFError) or (
+        "PytorchStreamReader" in text
+    ):
+        pickled = sorted(path.name for path in Path(name).glob("*.bin"))
+        files = f" ({listed(pickled)})" if pickled else ""
+        return OSError(
+            f"{name}: its weights{files} cannot be read ({brief(problem)}): get its files again, "
+            "for they are damaged or not whole."
+        )
+    if "Error no file named" in text:
+        return FileNotFoundError(
+            f"{name} has no weights (model.safetensors or pytorch_model.bin): get them too."
+        )
+    if "does not recognize this architecture" in text or "Unrecognized configuration" in text:
+        return ValueError(
+            f"{name} is not a causal language model that transformers knows "
+            f"({brief(problem, 140)}): try a newer transformers, or another model."
+        )
+    if isinstance(problem, FileNotFoundError) and os.path.isdir(name):
+        return FileNotFoundError(f"{name}: {brief(problem)}: get its files again.")
+    if isinstance(problem, OSError) and not os.path.isdir(name):
+        return OSError(_of_the_hub(name, problem))
+    if isinstance(problem, TypeError) and what == "model":  # an argument of the user's
+        return TypeError(f"{name}: {brief(problem)}")
+    if what == "tokenizer":
+        return _of_tokenizers(name, problem)
+    kind = OSError if isinstance(problem, OSError) else ValueError
+    return kind(f"{name} cannot be loaded: {brief(problem)}")
+
+
+def brief(problem: Exception, length: int = 200) -> str:
+    """The first sentence or so of an error, in one line and without a full stop."""
+    first = str(problem).strip().split("\n\n")[0].split(". ")[0]
+    text = " ".join(first.split()) or type(problem).__name__
+    if isinstance(problem, KeyError | ZeroDivisionError | AttributeError):
+        text = f"{type(problem).__name__}: {text}"
+    text = text.rstrip(".")
+    return text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " ..."
+
+
+def listed(names: Sequence[object], most: int = 3) -> str:
+    """The first few of many names."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    return isinstance(problem, torch.OutOfMemoryError) or (
+        isinstance(problem, RuntimeError)
+        and any(words in str(problem) for words in ("not enough memory", "allocate memory"))
+    )
+
+
+def _of_the_hub(name: str, problem: Exception) -> str:
+    if "connect" in str(problem) or "offline" in str(problem):
+        return (
+            f"{name} is no folder here, and the Hugging Face hub cannot be reached nor has its "
+            "cache all of the files: name a model's folder, or try again with a network."
+        )
+    return (
+        f"{name} is no folder here, and cannot be had from the Hugging Face hub "
+        f"({brief(problem, 120)}): check the name, and log in with `hf auth login` if it is "
+        "private or gated."
+    )
+
+
+def _of_tokenizers(name: str, problem: Exception) -> Exception:
+    if "instantiate the backend tokenizer" in str(problem):
+        return FileNotFoundError(
+            f"{name} has no tokenizer: save it there with tokenizer.save_pretrained({name!r})."
+        )
+    return ValueError(
+        f"{name}: its tokenizer cannot be read ({brief(problem)}): get its files again."
+    )

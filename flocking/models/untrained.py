@@ -1,0 +1,95 @@
+"""A model's control: its architecture with random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flocking.models.sandbox import private_randomness
+from flocking.models.wrapping import require_model
+
+# Weights that are drawn with one seed differ by less than this, relative to their size, however
+# they are rounded; those of two seeds by 1.4.
+_SAME = 0.05
+
+
+def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The same architecture with freshly initialised weights, to see what flocks untrained.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Left as it is.
+    seed : int
+        Seed of the initialisation, which is transformers' for the architecture. The global
+        generators are left alone.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of the same class, device and dtype, in eval mode. A quantised model's control is not
+        quantised.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a transformers model.
+    ValueError
+        If `seed` draws weights that `model` has, as where it is itself a control of this seed.
+
+    Examples
+    --------
+    >>> untrained = flocking.control(model, seed=0)
+    >>> untrained.num_parameters() == model.num_parameters()
+    True
+    """
+    model = require_model(model)
+    fresh = _drawn(model, seed)
+    same = list(_same(model, fresh))
+    if same:
+        # Some are the same whatever the seed, such as tables of sines.
+        other = dict(_drawn(model, seed + 1).named_parameters())
+        drawn = dict(fresh.named_parameters())
+        same = [name for name in same if not _is_close(drawn[name], other[name])]
+    if same:
+        raise ValueError(
+            f"seed={seed} draws weights that the model has ({same[0]}), so that it would be its "
+            "own control: give another seed."
+        )
+    fresh.name_or_path = f"random weights (seed {seed}) like {model.name_or_path}"
+    return fresh
+
+
+def _drawn(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model like this one, initialised."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # In float32, as training begins, whatever dtype the values are then rounded to.
+    config.dtype = torch.float32
+    with private_randomness(model, seed), torch.device(model.device):
+        fresh: Any = type(model)(config)
+    return fresh.to(model.dtype).eval()
+
+
+def _same(model: PreTrainedModel, fresh: PreTrainedModel) -> Iterator[str]:
+    """Weights that both models have, but for those that are all one value."""
+    drawn = dict(fresh.named_parameters())
+    for name, parameter in model.named_parameters():
+        other = drawn.get(name)
+        if other is None or other.shape != parameter.shape or other.numel() < 2:
+            continue
+        if parameter.is_meta or not parameter.is_floating_point():
+            continue
+        if bool((other != other.flatten()[0]).any()) and _is_close(parameter, other):
+            yield name
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    a, b = one.detach().float(), other.detach().to(one.device).float()
+    return bool((a - b).norm() <= _SAME * b.norm())
