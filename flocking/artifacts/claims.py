@@ -14,6 +14,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +115,11 @@ def make(folder: Path, target: str) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a claim, its note last, and what other threads still write into it."""
+    with uninterrupted():
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
     if (note := _held.pop(folder, None)) is not None:
         note.close()
     for pause in (0.0, 0.05, 0.2, 0.5):
@@ -210,3 +217,24 @@ def who(folder: Path) -> str:
     process, host = owner.get("process", "unknown"), owner.get("host", "unknown")
     since = f", since {owner['since']}" if "since" in owner else ""
     return f"process {process} on {host}{since}"
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let signals wait that would end the process, for the moment in which files are moved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs handlers of signals in the main thread only
+        return
+    came: list[int] = []
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) not in (None, signal.SIG_IGN):
+            before[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)

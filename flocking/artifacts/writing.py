@@ -16,9 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,6 +33,7 @@ from flocking.artifacts.claims import (
     is_ours,
     make,
     remove,
+    uninterrupted,
     who,
 )
 
@@ -91,7 +90,7 @@ def replacing(
             if not (claim / one.name).exists():
                 raise FileNotFoundError(f"{one} was not written.")
             _open_to_others(claim / one.name, claim / NOTE)
-        with _uninterrupted():
+        with uninterrupted():
             for one in wanted:
                 _put(claim / one.name, one, overwrite, check, replaced)
 
@@ -134,24 +133,37 @@ def _real(path: Path) -> Path:
 @contextmanager
 def _claimed(path: Path, wait: float) -> Iterator[Path]:
     """Hold a claim on a path, which may have to be waited for; folders made for it go again."""
-    place = _real(path)
+    place, taken = _real(path), False
     claim = beside(place, WRITING)
-    with ExitStack() as stack:
+    with ExitStack() as made:
         try:
-            _make_parents(place.parent, stack)
-            room = shutil.disk_usage(place.parent)
-            if room.total and room.free < _LEAST_ROOM:
-                raise OSError("no space is left on the disk")
-            _take(path, claim, place, wait)
-        except BusyError:
-            raise
-        except OSError as problem:
-            why = problem.strerror or str(problem)
-            raise type(problem)(f"{path} cannot be written ({why}): name another place.") from None
-        try:
+            with _said_of(path):
+                _make_parents(place.parent, made)
+                room = shutil.disk_usage(place.parent)
+                if room.total and room.free < _LEAST_ROOM:
+                    raise OSError("no space is left on the disk")
+                deadline = time.monotonic() + wait
+                while not taken:
+                    with uninterrupted():
+                        taken = _take(claim, place)
+                    if not taken:
+                        _wait(path, claim, deadline)
             yield claim
         finally:
-            remove(claim)
+            if taken:
+                remove(claim)
+
+
+@contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    """Let errors name what cannot be written."""
+    try:
+        yield
+    except BusyError:
+        raise
+    except OSError as problem:
+        why = problem.strerror or str(problem)
+        raise type(problem)(f"{path} cannot be written ({why}): name another place.") from problem
 
 
 def _make_parents(folder: Path, stack: ExitStack) -> None:
@@ -167,23 +179,25 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _take(path: Path, claim: Path, place: Path, wait: float) -> None:
-    """Make the claim, in place of a dead one if there is one."""
-    deadline = time.monotonic() + wait
-    while True:
-        with alone_in(place.parent) as alone:
-            _sweep(place.parent, alone)
-            if not os.path.lexists(claim):
-                make(claim, place.name)
-                return
-            if not is_ours(claim):
-                raise OSError(f"{claim} is in the way, and is not flocking's: move it")
-        if time.monotonic() >= deadline:
-            raise BusyError(
-                f"{path} is being written by {who(claim)}: wait for it, or name another place. "
-                f"(If that process no longer runs, remove {claim}.)"
-            )
-        time.sleep(0.1)
+def _take(claim: Path, place: Path) -> bool:
+    """Make the claim, in place of a dead one if there is one; false if another process has it."""
+    with alone_in(place.parent) as alone:
+        _sweep(place.parent, alone)
+        if not os.path.lexists(claim):
+            make(claim, place.name)
+            return True
+        if not is_ours(claim):
+            raise OSError(f"{claim} is in the way, and is not flocking's: move it")
+        return False
+
+
+def _wait(path: Path, claim: Path, deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise BusyError(
+            f"{path} is being written by {who(claim)}: wait for it, or name another place. "
+            f"(If that process no longer runs, remove {claim}.)"
+        )
+    time.sleep(0.1)
 
 
 def _sweep(folder: Path, alone: bool) -> None:
@@ -264,24 +278,3 @@ def _open_to_others(path: Path, like: Path) -> None:
         if not one.is_symlink():
             more = mode | (mode & 0o444) >> 2 if one.is_dir() else mode
             one.chmod(stat.S_IMODE(one.stat().st_mode) | more)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let signals wait that would end the process, for the moment in which outputs are moved."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python runs handlers of signals in the main thread only
-        return
-    came: list[int] = []
-    before = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) not in (None, signal.SIG_IGN):
-            before[number] = signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from flocking import artifacts
 from flocking.artifacts import code
 
@@ -126,3 +127,31 @@ def test_a_model_is_told_by_every_file_of_its_folder(tmp_path: Path) -> None:
     assert digest(".cache/download.lock", "mine") == seen[-1]
     assert digest("config.json", newer.replace("2,", "3,")) != seen[-1]
     digest("config.json", "not JSON")
+
+
+def test_links_and_what_an_adapter_adapts_count(tmp_path: Path) -> None:
+    blobs, base, folder = tmp_path / "blobs", tmp_path / "base", tmp_path / "model"
+    for path in (blobs, base, folder):
+        path.mkdir()
+    (blobs / "0").write_text("weights")
+    (folder / "model.safetensors").symlink_to(blobs / "0")
+    (folder / "templates").symlink_to(blobs)
+    (blobs / "up").symlink_to(tmp_path / "model")  # a link that leads back
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    seen = [artifacts.folder_digest(folder)]
+    (blobs / "0").write_text("other weights")
+    seen.append(artifacts.folder_digest(folder))
+    (blobs / "tools.jinja").write_text("tools")  # in a linked folder only
+    seen.append(artifacts.folder_digest(folder))
+    adapter = {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    seen.append(artifacts.folder_digest(folder))
+    (base / "merges.txt").write_text("a b")
+    seen.append(artifacts.folder_digest(folder))
+    assert len(set(seen)) == len(seen)
+    assert artifacts.folder_digest(folder) == seen[-1]
+    for odd in ("not JSON", "[1]", '{"base_model_name_or_path": 3}', json.dumps("[" * 9)):
+        (folder / "adapter_config.json").write_text(odd)
+        artifacts.folder_digest(folder)
+    (folder / "config.json").write_text("[" * 100_000)
+    artifacts.folder_digest(folder)
