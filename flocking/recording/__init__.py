@@ -14,7 +14,7 @@ from flocking.recording.dataset import (
     require,
 )
 from flocking.recording.moments import Moments
-from flocking.recording.recorder import record
+from flocking.recording.recorder import check_numbers, record
 from flocking.recording.windows import Windows
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "VARIABLES",
     "Moments",
     "Windows",
+    "check_numbers",
     "coordinates_of",
     "record",
     "require",

@@ -154,13 +154,7 @@ def record(
     >>> recording["rank"].dims
     ('sequence', 'layer', 'window', 'neuron')
     """
-    for name, value, lowest in (
-        ("window", 1 if window is None else window, 1),
-        ("batch_size", batch_size, 1),
-        ("max_new_tokens", max_new_tokens, 0),
-        ("seed", seed, 0),
-    ):
-        _check_number(name, value, lowest)
+    check_numbers(window, max_new_tokens, batch_size, seed)
     model = _checked(require_model(model), max_new_tokens)
     prompts, texts, tokenizer, special = tokenize(model, text, tokenizer)
     refuse_long(model, prompts, max_new_tokens)
@@ -198,9 +192,18 @@ def record(
 # Checks before any work
 
 
-def _check_number(name: str, value: object, lowest: int) -> None:
-    if not isinstance(value, int | np.integer) or value < lowest:
-        raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
+def check_numbers(
+    window: object = None, max_new_tokens: object = 0, batch_size: object = 8, seed: object = 0
+) -> None:
+    """Refuse numbers that :func:`record` does not take; needs no model."""
+    for name, value, lowest in (
+        ("window", 1 if window is None else window, 1),
+        ("batch_size", batch_size, 1),
+        ("max_new_tokens", max_new_tokens, 0),
+        ("seed", seed, 0),
+    ):
+        if not isinstance(value, int | np.integer) or value < lowest:
+            raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
 
 
 def _checked(model: PreTrainedModel, max_new_tokens: int) -> PreTrainedModel:
