@@ -126,13 +126,21 @@ class Cell:
                 say(f"{problem}: it does not count{rest}.")
         return sorted(kept, key=lambda one: one.finished)
 
-    def finished(self, say: Callable[[str], None]) -> Found | None:
-        """The cell, if another run has kept it."""
-        return next((one for one in self.found(say)[::-1] if one.key == self.key), None)
+    @property
+    def _path(self) -> Path | None:
+        return self.folder and self.folder / f"{self._stem}{self.key.digest()[:8]}.json"
+
+    def finished(self) -> Found | None:
+        """The cell, if a run has kept it by now."""
+        try:
+            found = _read(self._path) if self._path else None
+        except UnreadableError:  # which found() says
+            return None
+        return found if found and found.key == self.key else None
 
     def write(self, table: pd.DataFrame, seconds: float) -> None:
         """Keep the cell, in its place only when it is complete."""
-        if self.folder is None:
+        if self._path is None:
             return
         rows = table.astype(object).where(table.notna(), None).to_dict("list")
         content = {
@@ -142,8 +150,7 @@ class Cell:
             "checksum": checksum({"rows": rows}),
             "rows": rows,
         }
-        path = self.folder / f"{self._stem}{self.key.digest()[:8]}.json"
-        with replacing(path, wait=_PATIENCE) as partial:
+        with replacing(self._path, wait=_PATIENCE) as partial:
             partial.write_text(json.dumps(content), encoding="utf-8")
 
     def run(self, lm: GriffinLM, say: Callable[[str], None]) -> pd.DataFrame:

@@ -83,7 +83,7 @@ def evaluate(
     for cell in wanted:
         if cell in tables:
             continue
-        if (other := cell.finished(say)) is not None:
+        if (other := cell.finished()) is not None:
             tables[cell] = other.table.assign(older="")
             name = f"{cell.variant} on {cell.question.name}"
             say(f"[{len(tables)}/{len(wanted)}] {name}: another run has finished it meanwhile.")
