@@ -90,6 +90,8 @@ def replacing(
             if not (claim / one.name).exists():
                 raise FileNotFoundError(f"{one} was not written.")
             _open_to_others(claim / one.name, claim / NOTE)
+        for one in wanted:
+            _check_again(one, one, check)
         with uninterrupted():
             for one in wanted:
                 _put(claim / one.name, one, overwrite, check, replaced)
@@ -239,7 +241,6 @@ def _put(
     """Move what is complete to its place; the old one goes when all are in theirs."""
     place = _real(path)
     if not os.path.lexists(place) or not (written.is_dir() or place.is_dir()):
-        _check_again(path, path, check)
         try:
             written.replace(place)
         except OSError:

@@ -201,7 +201,9 @@ def figures(
     """
     from flocking import experiments
     from flocking.models import identity
+    from flocking.recording import check_numbers
 
+    check_numbers(seed=seed)
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
     if check:

@@ -57,6 +57,8 @@ def regenerate(
     ------
     ValueError
         For an unknown name, or if there is a file of that name that is not a figure's.
+    OSError
+        If `out` cannot be written, or another process is writing a figure there.
     """
     keys = _keys(out, identity, texts, only, seed)
     subject = None
@@ -64,7 +66,8 @@ def regenerate(
         path = out / f"{name}.json"
         # The JSON comes first: if the process is killed before the pictures are there as well,
         # the next run draws them from it.
-        with replacing(*(out / f"{name}{suffix}" for suffix in _SUFFIXES)) as partial:
+        places = [out / f"{name}{suffix}" for suffix in _SUFFIXES]
+        with replacing(*places, check=_refuse_foreign) as partial:
             if (why := _stale(path, key, say)) is None:
                 say(f"{name}: numbers are there ({path}), redrawing")
                 written = path.read_text(encoding="utf-8")
@@ -124,7 +127,7 @@ def _keys(
     for name in names:
         if name not in EXPERIMENTS:
             raise ValueError(f"there is no figure {name!r}: choose from {', '.join(EXPERIMENTS)}.")
-        _refuse_foreign(out, name)
+        _refuse_foreign(out / f"{name}.json")
         module = EXPERIMENTS[name].__module__
         keys[name] = Key.of(module, [name, identity, named, seed], packages=["xarray"])
     return keys
@@ -161,13 +164,13 @@ def _stale(path: Path, key: Key, say: Callable[[str], None] | None = None) -> st
     return None if stored == key else f"stale in {key.told(stored)}"
 
 
-def _refuse_foreign(out: Path, name: str) -> None:
-    """Replace nothing but what an earlier run wrote, whichever of its files there are."""
-    numbers, *pictures = (out / f"{name}{suffix}" for suffix in _SUFFIXES)
+def _refuse_foreign(path: Path) -> None:
+    """Replace nothing but a figure that an earlier run wrote, whichever of its files there are."""
+    numbers, *pictures = (path.with_suffix(suffix) for suffix in _SUFFIXES)
     keyed = _has_key(numbers)
     foreign = [numbers] if keyed is False else []
     if not keyed:
-        foreign += [one for one in pictures if one.exists() and not _is_ours(one, name)]
+        foreign += [one for one in pictures if one.exists() and not _is_ours(one)]
     if foreign:
         raise ValueError(
             f"{foreign[0]} exists and is not a figure of flocking: choose another --out."
@@ -185,5 +188,5 @@ def _has_key(path: Path) -> bool | None:
     return isinstance(content, dict) and "key" in content
 
 
-def _is_ours(picture: Path, name: str) -> bool:
-    return picture.is_file() and (picture.stat().st_size == 0 or titled(picture, name))
+def _is_ours(picture: Path) -> bool:
+    return picture.is_file() and (picture.stat().st_size == 0 or titled(picture, picture.stem))
