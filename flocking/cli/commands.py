@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 import flocking
+from flocking.cli.ending import Ended
 from flocking.cli.options import (
     Calibration,
     DataDir,
@@ -38,7 +39,14 @@ from flocking.cli.options import (
     passage,
     read,
 )
-from flocking.cli.printing import add_row, complain, printable, say, wide_console
+from flocking.cli.printing import (
+    PrintableErrors,
+    add_row,
+    complain,
+    printable,
+    say,
+    wide_console,
+)
 
 if TYPE_CHECKING:
     from flocking.pruning import Protocol
@@ -46,6 +54,7 @@ if TYPE_CHECKING:
 _HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
 
 app = typer.Typer(
+    cls=PrintableErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -117,7 +126,9 @@ def record(
             layers=numbers,
             max_new_tokens=max_new_tokens,
         )
-        recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
+        # (A name may hold bytes that are no characters, which cannot be stored.)
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in files]
+        recording = recording.assign_coords(file=("sequence", np.array(names, dtype=str)))
         recording.to_zarr(partial, zarr_format=2)
     sizes = dict(recording.sizes)
     say(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
@@ -206,6 +217,8 @@ def figures(
     check_numbers(seed=seed)
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
+    if device and not device.startswith("cpu"):
+        key += f" {device.partition(':')[0]}"  # other devices round otherwise
     if check:
         if not experiments.check(out, key, passages, only=only, seed=seed, say=say):
             raise typer.Exit(1)
@@ -361,7 +374,7 @@ def evaluate(
             cells=Cells(kept, identity(model), keep_older),
             say=say,
         )
-    except (KeyboardInterrupt, SystemExit) as ending:
+    except (KeyboardInterrupt, Ended) as ending:
         complain(f"interrupted: {kept} has what is finished; the same command goes on.")
         raise typer.Exit(getattr(ending, "code", 130)) from None
     report.write(items, out, source_of(loaded, calibration, seed))

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Ended(SystemExit):
+    """The end of a command by a signal; its code is the shell's for that."""
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Let SIGTERM, and SIGHUP of a terminal that closes, end a command as Ctrl-C does.
@@ -18,7 +22,7 @@ def ended_by_signals() -> Iterator[None]:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        raise Ended(128 + number)
 
     numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
     if threading.current_thread() is not threading.main_thread():

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 # Joiners, without which some scripts' words and emoji are other ones.
 _HARMLESS = "\u200c\u200d"
 _UNPRINTABLE = ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp")
+# Of click, or of the copy of it that newer versions of typer bring.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 _LONGEST = 2000  # characters of an error
 
 
@@ -26,6 +32,29 @@ def printable(text: object) -> str:
         else character
         for character in str(text)
     )
+
+
+class PrintableErrors(TyperGroup):
+    """Commands whose complaints about their options show what was given as text."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """As click does."""
+        with _printable_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        """As click does."""
+        with _printable_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    try:
+        yield
+    except _USAGE_ERROR as problem:
+        problem.message = printable(problem.message)  # type: ignore[attr-defined]
+        raise
 
 
 def say(line: object) -> None:

@@ -67,6 +67,21 @@ def test_errors_show_names_as_text(
     assert result.output.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        [RED],
+        [f"--{RED}"],
+        ["record", f"--{RED}"],
+    ],
+)
+def test_errors_of_options_show_them_as_text(command: list[str]) -> None:
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert RED not in result.output
+    assert "x1b[31m" in result.output
+
+
 def test_long_errors_are_cut(capsys: pytest.CaptureFixture) -> None:
     printing.complain("x" * 5000 + "\n" + "y")
     assert capsys.readouterr().err.endswith("x ... (5002 characters)\n")
