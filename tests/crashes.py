@@ -34,6 +34,7 @@ import flocking.evaluation.harness
 import flocking.evaluation.runner
 import flocking.experiments
 from flocking.artifacts import read_content
+from flocking.artifacts.claims import OLD
 from flocking.cli import app
 from flocking.cli.ending import ended_by_signals
 from flocking.models import embedded
@@ -55,12 +56,15 @@ class Command:
         Of its outputs: "absent", or what they are of; raises if something is not whole.
     folder : Path
         Where it writes, and may leave nothing else.
+    begin : callable
+        Called before each trial, with its number.
     """
 
     name: str
     run: Callable[[int], None]
     state: Callable[[], str]
     folder: Path
+    begin: Callable[[int], None] = lambda trial: None
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -77,7 +81,7 @@ def main() -> None:
             few = command.name == "first load"
             trials(command, max(3, options.kills // 10) if few else options.kills, rng)
     print(table(chosen))
-    bad = ("incomplete", "litter", "failed")
+    bad = ("incomplete", "lost", "litter", "failed")
     sys.exit(any(command.counts[name] for command in chosen for name in bad))
 
 
@@ -148,18 +152,20 @@ def commands(folder: Path) -> list[Command]:
 
     def convert(trial: int) -> None:
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        with ended_by_signals():
+            embedded()
+
+    def emptied(trial: int) -> None:
         if trial % KILLS_A_RUN == 1:
             for path in (folder / "cache").glob("flocking/*"):
                 shutil.rmtree(path)
-        with ended_by_signals():
-            embedded()
 
     def converted() -> str:
         found = list((folder / "cache").glob("flocking/*/*/model.safetensors"))
         sizes = [sum(f.stat().st_size for f in path.parent.iterdir()) for path in found]
         return str(sizes) if sizes else "absent"
 
-    made.append(Command("first load", convert, converted, folder / "cache"))
+    made.append(Command("first load", convert, converted, folder / "cache", emptied))
     return made
 
 
@@ -197,6 +203,7 @@ def trials(command: Command, kills: int, rng: random.Random) -> None:
     finished(command, 0)
     takes = time.monotonic() - started
     for trial in range(1, kills + 1):
+        command.begin(trial)
         before = state_of(command)
         process = fork(lambda trial=trial: command.run(trial))
         time.sleep(rng.random() * takes)
@@ -206,7 +213,10 @@ def trials(command: Command, kills: int, rng: random.Random) -> None:
         ended = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
         command.counts["ended before" if ended else signal.Signals(number).name] += 1
         after = state_of(command)
-        if after not in ("incomplete", "absent"):
+        if after == "absent" and before != "absent":
+            aside = list(command.folder.glob(f".*.{OLD}/*.zarr"))
+            after = "set aside" if aside else "lost"
+        elif after not in ("incomplete", "absent"):
             after = "as before" if after == before else "new"
         command.counts[after] += 1
         if number == signal.SIGTERM and not ended:
@@ -241,24 +251,20 @@ def litter(command: Command) -> list[str]:
 
 
 def fork(run: Callable[[], None]) -> int:
-    """The number of a new process that runs a function, with a log nobody reads."""
+    """The number of a new process that runs a function, and prints nothing."""
     sys.stdout.flush()
     process = os.fork()
     if process:
         return process
     code = 70
     try:
-        quiet = os.open(
-            os.devnull if not os.environ.get("LOG") else os.environ["LOG"],
-            os.O_WRONLY | os.O_APPEND | os.O_CREAT,
-        )
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        try:
-            run()
-            code = 0
-        except SystemExit as ending:
-            code = ending.code if isinstance(ending.code, int) else int(bool(ending.code))
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        run()
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(bool(ending.code))
     finally:
         os._exit(code)
 
@@ -269,8 +275,10 @@ def in_fork(run: Callable[[], None]) -> None:
 
 
 def table(chosen: list[Command]) -> str:
-    columns = ("SIGKILL", "SIGTERM", "absent", "as before", "new", "incomplete", "left by SIGTERM",
-               "runs to the end", "failed", "litter")  # fmt: skip
+    columns = [
+        *("SIGKILL", "SIGTERM", "absent", "as before", "set aside", "new", "incomplete", "lost"),
+        *("left by SIGTERM", "runs to the end", "failed", "litter"),
+    ]
     lines = [f"| command | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for command in chosen:
         cells = (str(command.counts[name]) for name in columns)
