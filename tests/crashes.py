@@ -199,9 +199,8 @@ def pictures(paths: object) -> None:
 
 def trials(command: Command, kills: int, rng: random.Random) -> None:
     """Kill a command again and again, and let it end after every few kills."""
-    started = time.monotonic()
     finished(command, 0)
-    takes = time.monotonic() - started
+    takes = finished(command, 0)  # what the first run takes longer is no measure
     for trial in range(1, kills + 1):
         command.begin(trial)
         before = state_of(command)
@@ -222,18 +221,21 @@ def trials(command: Command, kills: int, rng: random.Random) -> None:
         if number == signal.SIGTERM and not ended:
             command.counts["left by SIGTERM"] += bool(litter(command))
         if trial % KILLS_A_RUN == 0:
-            finished(command, trial)
+            takes = finished(command, trial)
     print(command.name, dict(command.counts), f"({takes:.1f} s a run)", file=sys.stderr)
 
 
-def finished(command: Command, trial: int) -> None:
-    """Let a command end; it has to, and to leave nothing but what it writes."""
+def finished(command: Command, trial: int) -> float:
+    """Let a command end, which it has to, and leave nothing but what it writes; gives seconds."""
+    started = time.monotonic()
     _, status = os.waitpid(fork(lambda: command.run(trial)), 0)
+    takes = time.monotonic() - started
     command.counts["runs to the end"] += 1
     command.counts["failed"] += status != 0 or state_of(command) in ("absent", "incomplete")
     if left := litter(command):
         command.counts["litter"] += 1
         print(command.name, "left", left, file=sys.stderr)
+    return takes
 
 
 def state_of(command: Command) -> str:

@@ -85,7 +85,7 @@ def _locked_within(handle: int, seconds: float) -> bool:
 
 
 def make(folder: Path, target: str) -> None:
-    """Make a claim, or a folder to set the old one aside in, with a note of its owner.
+    """Make a claim, or a folder to set the old one aside in, with a note that says who made it.
 
     Raises
     ------
