@@ -63,7 +63,11 @@ def alone_in(folder: Path) -> Iterator[bool]:
     if fcntl is None:
         yield False
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
     try:
         yield _locked_within(handle, 5.0)
     finally:
@@ -109,22 +113,27 @@ def make(folder: Path, target: str) -> None:
             with contextlib.suppress(OSError):
                 fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
-        remove(folder)
+        clear(folder)
         raise
 
 
 def remove(folder: Path) -> None:
-    """Remove a claim, its note last, and what other threads still write into it."""
-    with uninterrupted():
-        _remove(folder)
+    """Remove a claim of this process, or the folder in which an old one was set aside."""
+    with uninterrupted(), alone_in(folder.parent):
+        clear(folder)
 
 
-def _remove(folder: Path) -> None:
+def clear(folder: Path) -> None:
+    """Remove a claim, its note last, and what other threads still write into it.
+
+    Other processes are to be kept out by :func:`alone_in`: one could make its claim in between.
+    """
     if (note := _held.pop(folder, None)) is not None:
         note.close()
+    owner = owner_of(folder)
     for pause in (0.0, 0.05, 0.2, 0.5):
         time.sleep(pause)
-        if not folder.exists():
+        if not folder.exists() or owner_of(folder) not in ({}, owner):
             return
         with contextlib.suppress(OSError):
             for path in folder.iterdir():
@@ -158,8 +167,13 @@ def is_ours(folder: Path) -> bool:
     """
     if folder.is_symlink() or not folder.is_dir():
         return False
+    if (folder / NOTE).exists():
+        return True
     target = folder.name[1:].rpartition(".")[0]
-    return (folder / NOTE).exists() or {path.name for path in folder.iterdir()} <= {target}
+    try:
+        return {path.name for path in folder.iterdir()} <= {target}
+    except OSError:  # it has gone meanwhile, or is closed to us
+        return False
 
 
 def is_alive(folder: Path, alone: bool) -> bool:

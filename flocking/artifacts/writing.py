@@ -29,6 +29,7 @@ from flocking.artifacts.claims import (
     BusyError,
     alone_in,
     beside,
+    clear,
     is_alive,
     is_ours,
     make,
@@ -185,12 +186,14 @@ def _take(claim: Path, place: Path) -> bool:
     """Make the claim, in place of a dead one if there is one; false if another process has it."""
     with alone_in(place.parent) as alone:
         _sweep(place.parent, alone)
-        if not os.path.lexists(claim):
-            make(claim, place.name)
-            return True
-        if not is_ours(claim):
-            raise OSError(f"{claim} is in the way, and is not flocking's: move it")
-        return False
+        old = beside(place, OLD)
+        for one in (claim, old):
+            if os.path.lexists(one) and not is_ours(one):
+                raise OSError(f"{one} is in the way, and is not flocking's: move it")
+        if os.path.lexists(claim) or os.path.lexists(old):
+            return False
+        make(claim, place.name)
+        return True
 
 
 def _wait(path: Path, claim: Path, deadline: float) -> None:
@@ -207,12 +210,12 @@ def _sweep(folder: Path, alone: bool) -> None:
     found = [path for path in folder.iterdir() if path.name.startswith(".")]
     for kind in (OLD, WRITING):
         for path in found:
-            if not path.name.endswith(f".{kind}") or not is_ours(path) or is_alive(path, alone):
-                continue
-            if kind == OLD:
-                _settle(path)
-            with contextlib.suppress(OSError):  # another's, in a folder open to all
-                remove(path)
+            # Another's, in a folder open to all, may not be ours to remove, or has gone meanwhile.
+            with contextlib.suppress(OSError):
+                if path.name.endswith(f".{kind}") and is_ours(path) and not is_alive(path, alone):
+                    if kind == OLD:
+                        _settle(path)
+                    clear(path)
 
 
 def _settle(old: Path) -> None:
@@ -248,7 +251,8 @@ def _put(
                 raise  # (otherwise another process was faster)
         return
     old = beside(place, OLD)
-    make(old, place.name)
+    with alone_in(place.parent):
+        make(old, place.name)
     replaced.callback(remove, old)
     place.rename(old / place.name)
     try:
@@ -277,5 +281,7 @@ def _open_to_others(path: Path, like: Path) -> None:
     mode = stat.S_IMODE(like.stat().st_mode)
     for one in (path, *path.rglob("*")) if path.is_dir() else (path,):
         if not one.is_symlink():
-            more = mode | (mode & 0o444) >> 2 if one.is_dir() else mode
-            one.chmod(stat.S_IMODE(one.stat().st_mode) | more)
+            wanted = mode | (mode & 0o444) >> 2 if one.is_dir() else mode
+            has = stat.S_IMODE(one.stat().st_mode)
+            if wanted & ~has:
+                one.chmod(has | wanted)

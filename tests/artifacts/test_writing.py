@@ -120,14 +120,16 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / ".x.zarr.writing").mkdir()
     (tmp_path / ".x.zarr.writing" / "diary").touch()
-    for path in (tmp_path / "file" / "x", Path("/proc/x/y"), tmp_path / "x.zarr"):
+    (tmp_path / ".y.zarr.old").write_text("mine")
+    wrong = ("file/x", "/proc/x/y", "x.zarr", "y.zarr")
+    for path in (tmp_path / name for name in wrong):
         with pytest.raises(OSError, match=r"cannot be written .*: name another place"):
             refuse_unwritable(path)
         with pytest.raises(OSError, match="cannot be written"), replacing(path):
             pytest.fail("said too late")
     assert names(tmp_path / ".x.zarr.writing") == ["diary"]
     refuse_unwritable(tmp_path / "new" / "deep" / "x")
-    assert names(tmp_path) == [".x.zarr.writing", "file"]
+    assert names(tmp_path) == [".x.zarr.writing", ".y.zarr.old", "file"]
 
 
 def test_a_full_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,3 +285,35 @@ def test_killed_at_any_moment_the_old_or_the_new_is_there(tmp_path: Path, number
         if trial:
             assert store.exists()
             assert picture.exists()
+
+
+CROWD = """
+import sys, time
+from pathlib import Path
+from flocking.artifacts import replacing
+
+shared, own, number = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+until = time.monotonic() + 1.5
+while time.monotonic() < until:
+    for store in (shared, own):
+        with replacing(store, wait=30) as folder:
+            folder.mkdir()
+            for name in range(5):
+                (folder / str(name)).write_text(number)
+                time.sleep(0.001)
+"""
+
+
+def test_many_processes_write_one_target_in_turn(tmp_path: Path) -> None:
+    """And their own beside it, while the others come and go."""
+    children = []
+    for number in range(4):
+        places = [tmp_path / "shared", tmp_path / f"own-{number}"]
+        arguments = [sys.executable, "-c", CROWD, *places, str(number)]
+        children.append(subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True))
+    for child in children:
+        assert child.communicate()[1] == ""
+        assert child.returncode == 0
+    assert names(tmp_path) == [*(f"own-{number}" for number in range(4)), "shared"]
+    for store in tmp_path.iterdir():
+        assert len({path.read_text() for path in store.iterdir()}) == 1
