@@ -83,7 +83,8 @@ def replacing(
     """
     given = (path, *more)
     _check(given, check)
-    with _claimed(path, wait) as claim, ExitStack() as replaced:
+    # From the first move on, signals wait until the old ones and the claim are gone.
+    with ExitStack() as ending, _claimed(path, wait) as claim, ExitStack() as replaced:
         _check(given, check)  # what an interrupted command had set aside may be back
         yield claim / path.name
         wanted = [one for one in given if overwrite or not os.path.lexists(one)]
@@ -93,9 +94,9 @@ def replacing(
             _open_to_others(claim / one.name, claim / NOTE)
         for one in wanted:
             _check_again(one, one, check)
-        with uninterrupted():
-            for one in wanted:
-                _put(claim / one.name, one, overwrite, check, replaced)
+        ending.enter_context(uninterrupted())
+        for one in wanted:
+            _put(claim / one.name, one, overwrite, check, replaced)
 
 
 def refuse_unwritable(path: Path, wait: float = 60.0) -> None:
