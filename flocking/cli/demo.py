@@ -6,8 +6,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from rich.table import Table
+from rich.text import Text
 
 from flocking.analysis import chance_consistency, consistency, effective_neurons, flocking_score
+from flocking.cli.printing import add_row, printable
 from flocking.drawing import heatmap
 
 
@@ -22,7 +24,7 @@ def table(recording: xr.Dataset) -> Table:
     n = recording.sizes["sequence"]
     tokens = int(recording.tokens.where(recording.phase != "first", 0).sum())
     table = Table(
-        title=f"How {name_of(recording)} flocks, by layer",
+        title=Text(f"How {printable(name_of(recording))} flocks, by layer"),
         caption=f"Mean over {n} passages ± standard error; the first token of each is left out.\n"
         "Random weights can score higher, and few effective neurons alone give a high score.",
         box=None,
@@ -37,7 +39,7 @@ def table(recording: xr.Dataset) -> Table:
             mean = float(values.sel(layer=layer).mean())
             error = float(values.sel(layer=layer).std("sequence", ddof=1)) / n**0.5
             cells.append(f"{mean:.{digits}f}±{error:.{digits}f}".replace("±0.", "±."))
-        table.add_row(str(layer), mine.module.item(), str(mine.d_ff.item()), str(tokens), *cells)
+        add_row(table, layer, mine.module.item(), mine.d_ff.item(), tokens, *cells)
     return table
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from flocking.artifacts import refuse_unwritable
 from flocking.evaluation import report
 
 
 def refuse_foreign(out: Path) -> None:
-    """Refuse to write over anything but a report of an earlier evaluation."""
+    """Refuse to write over anything but a report of an earlier evaluation, or where one cannot."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder.")
     there = [out / name for name in report.FILES if (out / name).exists()]
@@ -19,6 +20,8 @@ def refuse_foreign(out: Path) -> None:
         raise ValueError(
             f"{there[0]} exists and is not a report of flocking: choose another --out."
         )
+    for name in (report.FILES[0], "cells/any.json"):
+        refuse_unwritable(out / name)
 
 
 def source_of(model: PreTrainedModel, calibration: Path | None, seed: int) -> dict[str, str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
 import flocking
+from flocking.cli.ending import ended_by_signals
+from flocking.cli.printing import complain
 from flocking.texts import decoded
 
 if TYPE_CHECKING:
@@ -23,15 +24,22 @@ _Number = TypeVar("_Number", int, float, str)
 
 
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Let bad input end in one sentence and exit code 2, not in a traceback."""
+    """Let bad input end in one sentence and exit code 2, and an interruption in its exit code.
+
+    In either case what the command began to write is removed, and no traceback is shown.
+    """
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
         try:
-            command(*args, **kwargs)
+            with ended_by_signals():
+                command(*args, **kwargs)
         except (ValueError, OSError, MemoryError) as problem:
-            typer.echo(f"flocking: {problem}", err=True)
+            complain(problem)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            complain("interrupted.")
+            raise typer.Exit(130) from None
 
     return run
 
@@ -115,14 +123,6 @@ def load(
     return moved, tokenizer
 
 
-def wide_console() -> Console:
-    """A console to print tables on, wide enough for them in a file or pipe."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    return console
-
-
 def read(name: str) -> str:
     """Text of a file, or of standard input, which is ``-``."""
     path = Path(name)
@@ -147,7 +147,7 @@ def numbers_of(layers: str | None) -> list[int] | None:
         return None
     numbers: list[int] = []
     for part in layers.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part.strip())
         span = match and range(int(match[1]), int(match[2] or match[1]) + 1)
         if not span:
             raise ValueError(f"--layers {layers}: give numbers and ranges, such as 0,5,10-12.")
@@ -196,16 +196,6 @@ def by_task(text: str, option: str, kind: type[_Number]) -> dict[str, _Number]:
             raise ValueError(f"{option} {text}: give one for all and TASK=... for single ones.")
         found[task] = number(value, option, kind)
     return found
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Replace only what looks like an earlier output, and only if asked to."""
-    if not path.exists():
-        return
-    if not ((path / ".zgroup").exists() or (path.is_file() and path.suffix == ".png")):
-        raise ValueError(f"{path} exists and is not a recording: choose another name.")
-    if not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or pass --overwrite.")
 
 
 def passage(name: str) -> flocking.Passage:

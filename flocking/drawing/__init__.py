@@ -27,6 +27,7 @@ from flocking.drawing.style import (
     in_style,
     page,
     save,
+    titled,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "page",
     "powers_of_two",
     "save",
+    "titled",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure, SubFigure
+from PIL import Image
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, _, _, _, SKY = sns.color_palette("colorblind")
 # Colour and dashes together, so that neither is needed to tell the lines apart.
@@ -101,3 +103,16 @@ def save(figure: Figure, folder: Path, name: str, model: str, caption: str) -> N
         figure.savefig(folder / f"{name}.png", metadata=about)
         figure.savefig(folder / f"{name}.svg", metadata={**about, "Date": None})
     plt.close(figure)
+
+
+def titled(path: Path, name: str) -> bool:
+    """Whether a PNG or SVG is one that :func:`save` wrote under this name."""
+    title = f"{name}, "
+    try:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                return str(image.info.get("Title", "")).startswith(title)
+        found = re.search("<title>([^<]*)</title>", path.read_text(encoding="utf-8"))
+        return found is not None and found[1].startswith(title)
+    except (OSError, ValueError, SyntaxError):  # broken, in the words of either library
+        return False

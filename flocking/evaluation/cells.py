@@ -9,15 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.artifacts import Key, replacing
+from flocking.artifacts import Key, UnreadableError, checksum, read_content, replacing, set_aside
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.items import article_losses, ask
 from flocking.evaluation.plan import Question, Variant
 from flocking.evaluation.tasks import Articles
 from flocking.pruning import WITH_REFERENCE
+
+_PATIENCE = 60.0  # seconds to wait for another run that is writing the same cell
 
 COLUMNS = {
     "task": str,
@@ -96,6 +100,8 @@ class Cell:
             lm.full.device.type,
             lm.seed,
         ]
+        if _is_another(lm.tokenizer, lm.full):
+            inputs.append(_tokenizer_digest(lm.tokenizer))  # the model's identity has its own
         packages = ["lm-eval", "tokenizers", "rouge-score"]
         key = Key.of("flocking.evaluation.items", inputs, packages)
         return cls(question, variant, key, None if cells is None else Path(cells.folder))
@@ -104,24 +110,47 @@ class Cell:
     def _stem(self) -> str:
         return f"{self.question.name}-{self.variant}-"
 
-    def found(self) -> list[Found]:
-        """What earlier runs kept of this task and variant, whatever its key, the newest last."""
+    def found(self, say: Callable[[str], None]) -> list[Found]:
+        """What earlier runs kept of this task and variant, whatever its key, the newest last.
+
+        Files that are not as they were written are named, and count as not there.
+        """
         if self.folder is None:
             return []
-        paths = self.folder.glob(f"{glob.escape(self._stem)}????????.json")
-        return sorted(map(_read, sorted(paths)), key=lambda one: one.finished)
+        kept = []
+        for path in sorted(self.folder.glob(f"{glob.escape(self._stem)}????????.json")):
+            try:
+                kept.append(_read(path))
+            except UnreadableError as problem:
+                rest = "" if problem.changed else f", and is set aside as {set_aside(path).name}"
+                say(f"{problem}: it does not count{rest}.")
+        return sorted(kept, key=lambda one: one.finished)
+
+    @property
+    def _path(self) -> Path | None:
+        return self.folder and self.folder / f"{self._stem}{self.key.digest()[:8]}.json"
+
+    def finished(self) -> Found | None:
+        """The cell, if a run has kept it by now."""
+        try:
+            found = _read(self._path) if self._path else None
+        except UnreadableError:  # which found() says
+            return None
+        return found if found and found.key == self.key else None
 
     def write(self, table: pd.DataFrame, seconds: float) -> None:
         """Keep the cell, in its place only when it is complete."""
-        if self.folder is None:
+        if self._path is None:
             return
+        rows = table.astype(object).where(table.notna(), None).to_dict("list")
         content = {
             "key": self.key.plain(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 2),
-            "rows": table.astype(object).where(table.notna(), None).to_dict("list"),
+            "checksum": checksum({"rows": rows}),
+            "rows": rows,
         }
-        with replacing(self.folder / f"{self._stem}{self.key.digest()[:8]}.json") as partial:
+        with replacing(self._path, wait=_PATIENCE) as partial:
             partial.write_text(json.dumps(content), encoding="utf-8")
 
     def run(self, lm: GriffinLM, say: Callable[[str], None]) -> pd.DataFrame:
@@ -149,12 +178,27 @@ class Cell:
 
 
 def _read(path: Path) -> Found:
+    content = read_content(path, ("rows",))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         table = pd.DataFrame(content["rows"]).astype(COLUMNS)
-        key = Key.read(content.get("key"))
-        return Found(key, content.get("finished", ""), float(content["seconds"]), table)
-    except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(
-            f"{path} is not a cell of an evaluation: choose another folder."
-        ) from problem
+        finished, seconds = str(content.get("finished", "")), float(content["seconds"])
+        return Found(Key.read(content["key"]), finished, seconds, table)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
+        raise UnreadableError(f"{path} is not a cell of an evaluation ({problem})") from problem
+
+
+def _is_another(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> bool:
+    """Whether a tokenizer comes from elsewhere than its model."""
+    return str(tokenizer.name_or_path) != str(model.name_or_path)
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what makes tokens of text, whatever files it was read from."""
+    told: list[Any] = [type(tokenizer).__name__, str(tokenizer.special_tokens_map)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        told.append(sorted(tokenizer.get_vocab().items()))
+    else:
+        state = json.loads(backend.to_str())
+        told.append({**state, "truncation": None, "padding": None})  # the last call's
+    return checksum(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,12 +60,19 @@ class Question:
         else:
             # Examples shown before the items are drawn from all documents.
             shown = self.limit if not self.task.config.num_fewshot else None
-            asked = [self.task.dump_config(), list(self.task.eval_docs)[:shown]]
+            asked = [self.task.dump_config(), list(self.task.eval_docs)[:shown], *self._shown()]
         # A function's address differs from process to process, its name does not.
         text = json.dumps(
             [asked, self.protocol, self.limit], default=lambda x: getattr(x, "__qualname__", str(x))
         )
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _shown(self) -> list[Any]:
+        """Documents of another split that are shown before the items, if there are any."""
+        assert not isinstance(self.task, Articles)
+        config = self.task.config
+        same = config.fewshot_split is not None and config.fewshot_split == config.test_split
+        return [list(self.task.fewshot_docs())] if config.num_fewshot and not same else []
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ class Plan:
         return variants_of(self.methods, self.densities)
 
     def questions(self) -> list[Question]:
-        """The tasks with their documents and settings.
+        """The tasks with their documents and settings, which are read once.
 
         Raises
         ------
@@ -128,6 +136,10 @@ class Plan:
             For an unknown task, documents that cannot be read, or settings for a task that is not
             asked.
         """
+        return self._questions
+
+    @functools.cached_property
+    def _questions(self) -> list[Question]:
         data_dir = None if self.data_dir is None else Path(self.data_dir)
         groups = {name: find([name], data_dir) for name in self.tasks}
         found = {name: group for group, members in groups.items() for name in members}

@@ -14,6 +14,7 @@ from flocking.evaluation.summary import by_prompt, footnote, headlines, label, s
 
 FILES = ("items.parquet", "summary.csv", "tables.md")
 FIGURES = ("quality_by_density", "quality_by_method", "quality_by_prompt")
+_PATIENCE = 60.0  # seconds to wait for another run that is writing its report
 _BAND = "Bars are 95% bootstrap intervals over items"
 _CHANCE = (
     "Chance (dotted) is one by the number of choices, and of a generated text its score as the "
@@ -38,7 +39,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
     here = rows[(rows["density"] == density) | (rows["method"] == "full")]
     of_same = items[(items["density"] == density) | (items["method"] == "full")]
     pictures = [f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")]
-    with replacing(*(out / name for name in (*FILES, *pictures))) as first:
+    with replacing(*(out / name for name in (*FILES, *pictures)), wait=_PATIENCE) as first:
         partial = first.parent
         items.to_parquet(partial / "items.parquet", index=False)
         rows.to_csv(partial / "summary.csv", index=False, float_format="%.6g")

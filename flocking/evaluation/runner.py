@@ -83,6 +83,11 @@ def evaluate(
     for cell in wanted:
         if cell in tables:
             continue
+        if (other := cell.finished()) is not None:
+            tables[cell] = other.table.assign(older="")
+            name = f"{cell.variant} on {cell.question.name}"
+            say(f"[{len(tables)}/{len(wanted)}] {name}: another run has finished it meanwhile.")
+            continue
         if (lm.method, lm.density) != cell.variant:
             lm.prune(*cell.variant)
         started = time.monotonic()
@@ -105,7 +110,7 @@ def _kept(
     tables: dict[Cell, pd.DataFrame] = {}
     older, unread = 0, 0
     for cell in wanted:
-        found = cell.found()
+        found = cell.found(say)
         if found:
             seconds[cell.question.name] = found[-1].seconds
         same = [one for one in found if one.key == cell.key]

@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from flocking.texts import read_text
 
 PROMPT_LENGTHS = (16, 64, 256, 1024)
 CONTINUATION_LENGTHS = (64, 256)
+_DEEPEST = 20  # lists and objects within each other, in a field of a document
 _WIKITEXT = {f"wikitext_{length}": length for length in PROMPT_LENGTHS}
 
 
@@ -120,7 +122,8 @@ def _local(name: str, data_dir: Path) -> Task:
     if name not in DEFINITIONS:
         raise ValueError(f"{_unknown(name, [*DEFINITIONS, 'wikitext'])[:-1]}, in local files.")
     definition = DEFINITIONS[name]
-    documents = read(_file(data_dir, name, "jsonl"), definition)
+    path = _file(data_dir, name, "jsonl")
+    documents = read(path, definition)
     if definition.of_harness:
         folder = Path(lm_eval.tasks.__file__).parent
         config = load_yaml(folder / definition.of_harness, resolve_func=True)
@@ -132,7 +135,7 @@ def _local(name: str, data_dir: Path) -> Task:
             f"{name} shows {shots} other items before each: expected at least {shots + 1} items, "
             f"got {len(documents)}."
         )
-    everything = datasets.Dataset.from_list(documents)
+    everything = _table(documents, path)
     config = {
         **{key: value for key, value in config.items() if key not in ("tag", "group")},
         "task": name,
@@ -147,6 +150,15 @@ def _local(name: str, data_dir: Path) -> Task:
         return ConfigurableTask(config=config)
 
 
+def _table(documents: list[dict], path: Path) -> datasets.Dataset:
+    """Documents as the harness takes them; all of a field need to be of one form."""
+    try:
+        return datasets.Dataset.from_list(documents)
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as problem:  # pyarrow's
+        (why, *_) = str(problem).splitlines() or [type(problem).__name__]
+        raise ValueError(f"{path}: the items do not have one form ({why}).") from problem
+
+
 def read(path: Path, definition: Definition) -> list[dict]:
     """Documents of a file of JSON lines; errors name the file, line and field."""
     documents = []
@@ -155,12 +167,7 @@ def read(path: Path, definition: Definition) -> list[dict]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise ValueError(f"{where}: not JSON ({problem}).") from problem
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object, such as {{...}}.")
+        row = _parsed(line, where)
         for name, kind in definition.fields.items():
             if name not in row:
                 expected = ", ".join(definition.fields)
@@ -168,6 +175,8 @@ def read(path: Path, definition: Definition) -> list[dict]:
             if not isinstance(row[name], kind):
                 got = type(row[name]).__name__
                 raise ValueError(f"{where}: field {name!r}: expected {kind.__name__}, got {got}.")
+            if why := _unusable(row[name], _DEEPEST):
+                raise ValueError(f"{where}: field {name!r}: {why}.")
         try:
             documents.append(definition.document({key: row[key] for key in definition.fields}))
         except ValueError as problem:
@@ -175,6 +184,37 @@ def read(path: Path, definition: Definition) -> list[dict]:
     if not documents:
         raise ValueError(f"{path} is empty: write one item on each line.")
     return documents
+
+
+def _parsed(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError(f"{where}: there are too many brackets within brackets.") from None
+    except ValueError as problem:  # not only JSON's own: also for numbers of thousands of digits
+        raise ValueError(f"{where}: not JSON ({problem}).") from problem
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, such as {{...}}.")
+    return row
+
+
+def _unusable(value: object, deepest: int) -> str | None:
+    """Why a value cannot be kept in a table of documents; None if it can."""
+    if isinstance(value, str):
+        # Half of a pair, as JSON may write it, is no character.
+        lone = any("\ud800" <= character <= "\udfff" for character in value)
+        return "a character is incomplete (a lone surrogate)" if lone else None
+    if isinstance(value, int):
+        return None if abs(value) < 2**63 else "a whole number is too large (64 bits)"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{value} is not a number to compute with"
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if not isinstance(value, list):
+        return None
+    if value and not deepest:
+        return f"it is nested more than {_DEEPEST} deep"
+    return next(filter(None, (_unusable(part, deepest - 1) for part in value)), None)
 
 
 def _file(data_dir: Path, name: str, suffix: str) -> Path:

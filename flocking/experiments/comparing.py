@@ -20,7 +20,7 @@ def committed(path: Path) -> str | None:
         )
     except OSError:
         return None
-    return shown.stdout.decode() if shown.returncode == 0 else None
+    return shown.stdout.decode(errors="replace") if shown.returncode == 0 else None
 
 
 def changes(before: xr.Dataset, now: xr.Dataset) -> list[str]:

@@ -6,17 +6,24 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.artifacts import Key, from_json, replacing, to_json
-from flocking.drawing import save
+from flocking.artifacts import (
+    Key,
+    UnreadableError,
+    from_json,
+    read_content,
+    replacing,
+    set_aside,
+    to_json,
+)
+from flocking.drawing import save, titled
 from flocking.experiments import activations, losses
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
 
 EXPERIMENTS = activations.EXPERIMENTS | losses.EXPERIMENTS
-_SUFFIXES = (".png", ".svg", ".json")
+_SUFFIXES = (".json", ".png", ".svg")
 
 
 def regenerate(
@@ -50,22 +57,29 @@ def regenerate(
     ------
     ValueError
         For an unknown name, or if there is a file of that name that is not a figure's.
+    OSError
+        If `out` cannot be written, or another process is writing a figure there.
     """
     keys = _keys(out, identity, texts, only, seed)
-    out.mkdir(parents=True, exist_ok=True)
     subject = None
     for name, key in keys.items():
         path = out / f"{name}.json"
-        if (why := _stale(path, key)) is None:
-            say(f"{name}: numbers are there ({path}), redrawing")
-            written = path.read_text(encoding="utf-8")
-        else:
-            say(f"{name}: {why}; running")
-            subject = subject or load()
-            written = to_json(EXPERIMENTS[name](*subject, texts, seed=seed), key)
-        # Drawn from what was written, so that the picture shows exactly those numbers.
-        data = from_json(written)
-        _write(out, name, data, written)
+        # The JSON comes first: if the process is killed before the pictures are there as well,
+        # the next run draws them from it.
+        places = [out / f"{name}{suffix}" for suffix in _SUFFIXES]
+        with replacing(*places, check=_refuse_foreign) as partial:
+            if (why := _stale(path, key, say)) is None:
+                say(f"{name}: numbers are there ({path}), redrawing")
+                written = path.read_text(encoding="utf-8")
+            else:
+                say(f"{name}: {why}; running")
+                subject = subject or load()
+                written = to_json(EXPERIMENTS[name](*subject, texts, seed=seed), key)
+            partial.write_text(written, encoding="utf-8")
+            # Drawn from what was written, so that the picture shows exactly those numbers.
+            data = from_json(written)
+            about = data.attrs["model"], data.attrs["caption"]
+            save(FIGURES[name](data), partial.parent, name, *about)
         say(f"{out / name}.png  {data.attrs['caption']}\n")
 
 
@@ -98,13 +112,8 @@ def check(
         path = out / f"{name}.json"
         why = stale[name] = _stale(path, key)
         say(f"{name}: {why or 'up to date'}")
-        before = committed(path) if path.exists() else None
-        if before is None or before == (now := path.read_text(encoding="utf-8")):
-            continue
-        found = changes(from_json(before), from_json(now))
-        say("  drawn again since the last commit; " + ("changed:" if found else "same numbers"))
-        for line in found:
-            say(f"    {line}")
+        for line in _since_commit(path):
+            say(line)
     return not any(stale.values())
 
 
@@ -118,37 +127,66 @@ def _keys(
     for name in names:
         if name not in EXPERIMENTS:
             raise ValueError(f"there is no figure {name!r}: choose from {', '.join(EXPERIMENTS)}.")
-        _refuse_foreign(out, name)
+        _refuse_foreign(out / f"{name}.json")
         module = EXPERIMENTS[name].__module__
         keys[name] = Key.of(module, [name, identity, named, seed], packages=["xarray"])
     return keys
 
 
-def _stale(path: Path, key: Key) -> str | None:
-    """Why a figure has to run again; None if its numbers are there and up to date."""
+def _since_commit(path: Path) -> list[str]:
+    """What changed in a figure's numbers since the last commit, in words."""
+    before = committed(path) if path.exists() else None
+    try:
+        if before is None or before == (now := path.read_text(encoding="utf-8")):
+            return []
+        found = changes(from_json(before), from_json(now))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        return [f"  cannot be compared with the last commit ({problem})"]
+    told = "  drawn again since the last commit; " + ("changed:" if found else "same numbers")
+    return [told, *(f"    {line}" for line in found)]
+
+
+def _stale(path: Path, key: Key, say: Callable[[str], None] | None = None) -> str | None:
+    """Why a figure has to run again; None if its numbers are there and up to date.
+
+    With `say`, a file that cannot be read gets another name, so that nothing in it is lost.
+    """
     if not path.exists():
         return "not there"
-    stored = Key.read(json.loads(path.read_text(encoding="utf-8"))["key"])
+    try:
+        content = read_content(path)
+        from_json(json.dumps(content))
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        if say is not None and not getattr(problem, "changed", False):
+            say(f"{path} is set aside as {set_aside(path).name}")
+        return str(problem) if isinstance(problem, UnreadableError) else f"{path} is no figure's"
+    stored = Key.read(content["key"])
     return None if stored == key else f"stale in {key.told(stored)}"
 
 
-def _refuse_foreign(out: Path, name: str) -> None:
-    """Replace nothing but what an earlier run wrote."""
-    there = [path for path in (out / f"{name}{s}" for s in _SUFFIXES) if path.exists()]
-    if not there:
-        return
-    try:
-        known = "key" in json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = False
-    if not known:
+def _refuse_foreign(path: Path) -> None:
+    """Replace nothing but a figure that an earlier run wrote, whichever of its files there are."""
+    numbers, *pictures = (path.with_suffix(suffix) for suffix in _SUFFIXES)
+    keyed = _has_key(numbers)
+    foreign = [numbers] if keyed is False else []
+    if not keyed:
+        foreign += [one for one in pictures if one.exists() and not _is_ours(one)]
+    if foreign:
         raise ValueError(
-            f"{there[0]} exists and is not a figure of flocking: choose another --out."
+            f"{foreign[0]} exists and is not a figure of flocking: choose another --out."
         )
 
 
-def _write(out: Path, name: str, data: xr.Dataset, written: str) -> None:
-    """Write the three files, and put them in their places when all are complete."""
-    with replacing(*(out / f"{name}{suffix}" for suffix in _SUFFIXES)) as partial:
-        save(FIGURES[name](data), partial.parent, name, data.attrs["model"], data.attrs["caption"])
-        partial.with_suffix(".json").write_text(written, encoding="utf-8")
+def _has_key(path: Path) -> bool | None:
+    """Whether a file is of a figure's numbers; None without one, and for one that is broken."""
+    if not path.is_file():
+        return False if path.exists() else None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None  # it is set aside before another is written
+    return isinstance(content, dict) and "key" in content
+
+
+def _is_ours(picture: Path) -> bool:
+    return picture.is_file() and (picture.stat().st_size == 0 or titled(picture, picture.stem))

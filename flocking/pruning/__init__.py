@@ -4,7 +4,7 @@ Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` a
 below it; no experiment and no evaluation.
 """
 
-from flocking.pruning.build import griffin
+from flocking.pruning.build import check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
@@ -26,6 +26,7 @@ __all__ = [
     "Protocol",
     "branches",
     "calibration_texts",
+    "check_scope",
     "cut_of",
     "full_model",
     "global_statistic",

@@ -166,11 +166,16 @@ def griffin(
     return _become_twin(twin, State(full, compacts, selector))
 
 
+def check_scope(scope: object) -> None:
+    """Refuse what is no scope of :func:`griffin`; needs no model."""
+    if scope not in ("shared", "sequence"):
+        raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
+
+
 def _check_options(
     model: PreTrainedModel, blocks: list[FeedForward], scope: object, seed: object, offload: object
 ) -> None:
-    if scope not in ("shared", "sequence"):
-        raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
+    check_scope(scope)
     if scope == "sequence" and (odd := [b for b in blocks if not _is_separable(b)]):
         raise ValueError(
             f"{type(model).__name__} has FF blocks ({odd[0].path}, ...) that are quantised, or "

@@ -17,7 +17,7 @@ from flocking.recording.dataset import (
 from flocking.recording.entrance import measure, require, whole_neurons
 from flocking.recording.joining import concat
 from flocking.recording.moments import Moments
-from flocking.recording.recorder import record, whole_number
+from flocking.recording.recorder import check_numbers, record, whole_number
 from flocking.recording.windows import Windows
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "VARIABLES",
     "Moments",
     "Windows",
+    "check_numbers",
     "concat",
     "coordinates_of",
     "measure",

@@ -180,11 +180,7 @@ def record(
     >>> dict(recording.sizes)
     {'sequence': 12, 'layer': 2, 'window': 2, 'neuron': 64, 'token': 16}
     """
-    whole_number("window", 1 if window is None else window, 1)
-    whole_number("max_tokens", 1 if max_tokens is None else max_tokens, 1)
-    whole_number("batch_size", batch_size, 1)
-    whole_number("max_new_tokens", max_new_tokens, 0)
-    whole_number("seed", seed, 0)
+    check_numbers(window, max_new_tokens, max_tokens, batch_size, seed)
     model = _checked(require_model(model))
     prompts = tokenize(model, text, tokenizer).cut(max_tokens)
     refuse_long(model, prompts.ids, max_new_tokens, "max_tokens")
@@ -223,6 +219,21 @@ def record(
 
 # --------------------------------------------------------------------------------------
 # Checks before any work
+
+
+def check_numbers(
+    window: object = None,
+    max_new_tokens: object = 0,
+    max_tokens: object = None,
+    batch_size: object = 8,
+    seed: object = 0,
+) -> None:
+    """Refuse numbers that :func:`record` does not take; needs no model."""
+    whole_number("window", 1 if window is None else window, 1)
+    whole_number("max_tokens", 1 if max_tokens is None else max_tokens, 1)
+    whole_number("batch_size", batch_size, 1)
+    whole_number("max_new_tokens", max_new_tokens, 0)
+    whole_number("seed", seed, 0)
 
 
 def whole_number(name: str, value: object, lowest: int) -> None:

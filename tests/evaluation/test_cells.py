@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import helpers
 import pandas as pd
 import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
+from transformers import AutoTokenizer
+
+from flocking.evaluation import runner
 from flocking.evaluation.cells import Cell, Cells
+from flocking.evaluation.harness import GriffinLM
+from flocking.evaluation.plan import FULL, Plan
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
+
+TASKS = Path(__file__).parents[1] / "tasks"
 
 
 def test_goes_on_where_it_was(
@@ -51,10 +60,95 @@ def test_goes_on_where_it_was(
         lines.clear()  # and destroys none
         evaluate(["piqa", "boolq"], **options, say=lines.append)
         assert lines == ["4 of 4 cells are there already."]
-    for path in tmp_path.glob("piqa-full-*"):
-        path.write_text("mine")
-    with pytest.raises(ValueError, match=r"piqa-full-\w+\.json is not a cell of an evaluation"):
-        evaluate(["piqa"], **options)
+
+
+@pytest.fixture
+def quick(embedded: tuple) -> Callable[..., pd.DataFrame]:
+    """Evaluate a tiny model: for what does not depend on the answers."""
+    tokenizer = embedded[1]
+    model = helpers.build("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+
+    def run(tasks: list[str], *, say=lambda line: None, cells=None, **settings) -> pd.DataFrame:
+        plan = Plan(tasks, data_dir=TASKS, **settings)
+        return runner.evaluate(model, tokenizer, plan, cells=cells, say=say)
+
+    return run
+
+
+def test_a_broken_cell_is_named_and_computed_again(quick: Callable, tmp_path: Path) -> None:
+    """And blocks none of the others, whichever way it is broken."""
+    lines: list[str] = []
+    options = {"methods": ["random"], "limit": 1, "cells": Cells(tmp_path, "one")}
+    first = quick(["piqa"], **options)
+    (broken,) = tmp_path.glob("piqa-full-*")
+    written = broken.read_text()
+    assert '"value": [1.0' in written or '"value": [0.0' in written
+    for text, why in (
+        ("mine", "cannot be read .*, and is set aside as piqa-full-.*.json.set-aside"),
+        ("", "cannot be read"),
+        (written[:-9], "cannot be read"),
+        ('{"key": "", "rows": {"task": [1]}}', "is not a cell of an evaluation"),
+        (written.replace('"value": [', '"value": [9'), "was changed after it was written"),
+    ):
+        broken.write_text(text)
+        lines.clear()
+        again = quick(["piqa"], **options, say=lines.append)
+        pd.testing.assert_frame_equal(again, first)
+        assert re.search(f"{broken}.*{why}", lines[0]), lines[0]
+        assert lines[1] == "1 of 2 cells are there already."
+        assert lines[2].startswith("[2/2] full on piqa")
+    aside = sorted(path.read_text() for path in tmp_path.glob("*.set-aside*"))
+    assert aside == sorted(["mine", "", written[:-9], '{"key": "", "rows": {"task": [1]}}'])
+    # As an earlier version wrote it, without a checksum.
+    content = json.loads(written)
+    del content["checksum"]
+    broken.write_text(json.dumps(content))
+    lines.clear()
+    quick(["piqa"], **options, say=lines.append)
+    assert lines == ["2 of 2 cells are there already."]
+
+
+def test_two_runs_read_each_others_cells(
+    quick: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first computes a cell, another run finishes the one that comes after it."""
+    options = {"methods": [], "limit": 1}
+    cells = Cells(tmp_path, "one")
+    run, ran = Cell.run, []
+
+    def other(cell: Cell, *args: object) -> pd.DataFrame:
+        ran.append(cell.question.name)
+        if ran == ["piqa"]:
+            quick(["boolq"], cells=cells, **options)
+        return run(cell, *args)
+
+    monkeypatch.setattr(Cell, "run", other)
+    lines: list[str] = []
+    found = quick(["piqa", "boolq"], cells=cells, **options, say=lines.append)
+    assert ran == ["piqa", "boolq"]  # each once
+    assert lines[-1] == "[2/2] full on boolq: another run has finished it meanwhile."
+    assert set(found["task"]) == {"piqa", "boolq"}
+    monkeypatch.setattr(Cell, "run", run)
+    pd.testing.assert_frame_equal(quick(["piqa", "boolq"], **options), found)
+
+
+def test_another_tokenizer_makes_another_cell(embedded: tuple, tmp_path: Path) -> None:
+    model, tokenizer = embedded
+    plan = Plan(["piqa"], methods=[], limit=1, data_dir=TASKS)
+
+    def key(other: object) -> str:
+        lm = GriffinLM(model, tokenizer=other, method="full")
+        return Cell.of(lm, plan.questions()[0], FULL, Cells(tmp_path, "one")).key.inputs
+
+    keys = [key(tokenizer)]
+    for added in (None, "<new>"):
+        tokenizer.save_pretrained(tmp_path / "other")
+        another = AutoTokenizer.from_pretrained(tmp_path / "other")
+        another.add_tokens([added] if added else [])
+        keys.append(key(another))
+        another("a text", truncation=True, max_length=2)  # notes of a call do not count
+        assert key(another) == keys[-1]
+    assert len(set(keys)) == 3
 
 
 def altered(folder: Path, **parts: object) -> None:

@@ -47,27 +47,47 @@ def test_command_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "evaluate", interrupted)
-    result = CliRunner().invoke(app, ["evaluate", "--tasks", "piqa", "--out", str(tmp_path)])
+    arguments = ["evaluate", "--tasks", "piqa", "--data-dir", str(TASKS), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 130
     assert "cells has what is finished; the same command goes on" in result.output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_refuses(tmp_path: Path) -> None:
+def test_command_refuses_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object) -> tuple:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("flocking.cli.commands.load", load)
+    out = tmp_path / "out"
+
     def said(*arguments: str) -> str:
-        common = ["evaluate", "--tasks", "piqa", "--out", str(tmp_path)]
+        common = ["evaluate", "--tasks", "piqa", "--data-dir", str(TASKS), "--out", str(out)]
         result = CliRunner().invoke(app, [*common, *arguments])
         assert result.exit_code == 2, result.output
         return result.output
 
     assert "there is no method 'best'" in said("--methods", "best")
+    assert "there is no task 'nope'" in said("--tasks", "piqa,nope")
+    assert "boolq has a limit or protocol and is not one" in said("--limit", "2,boolq=1")
+    assert "calibration: nowhere.txt does not exist" in said("--calibration", "nowhere.txt")
+    assert "nowhere: this folder does not exist" in said("--data-dir", "nowhere")
     assert "--limit: 'few' is not a number" in said("--limit", "few")
     assert "--limit 1,2: give one for all" in said("--limit", "1,2")
     assert "--densities: 'half' is not a number" in said("--densities", "half")
     assert "--batch-size 0" in said("--batch-size", "0")
     assert "densities [2.0]: give a density" in said("--densities", "2")
+    assert "densities [nan]: give a density" in said("--densities", "nan")
+    assert not out.exists()
     (tmp_path / "file").write_text("mine")
     assert "file is a file: name a folder" in said("--out", str(tmp_path / "file"))
-    (tmp_path / "summary.csv").write_text("mine")
+    assert "cannot be written" in said("--out", str(tmp_path / "file" / "below"))
+    out.mkdir()
+    (out / "cells").write_text("mine")
+    assert "cells/any.json cannot be written" in said()
+    (out / "cells").unlink()
+    (out / "summary.csv").write_text("mine")
     assert "summary.csv exists and is not a report of flocking" in said()
-    assert (tmp_path / "summary.csv").read_text() == "mine"
+    assert (out / "summary.csv").read_text() == "mine"

@@ -291,3 +291,33 @@ def test_documents_that_are_on_no_hub_are_asked_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(definitions.DEFINITIONS, "mine", local)
     with pytest.raises(ValueError, match="mine has no documents on a hub: give --data-dir"):
         find(["mine"])
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ('"x": ' + "[" * 100_000 + "]" * 100_000, "too many brackets within brackets"),
+        ('"label": ' + "9" * 5000, "not JSON"),
+        ('"label": ' + "9" * 30, "a whole number is too large"),
+        ('"label": -9223372036854775809', "a whole number is too large"),
+        ('"label": 1e999', "expected int, got float"),
+        ('"choices": [1e999, "b"]', "inf is not a number to compute with"),
+        ('"choices": ["a", NaN]', "nan is not a number to compute with"),
+        ('"choices": ' + "[" * 200 + "]" * 200, "nested more than 20 deep"),
+        ('"choices": [{"a": {"b": "\\ud800"}}]', "a character is incomplete"),
+        ('"context": "half \\ud83d"', "a character is incomplete"),
+    ],
+)
+def test_odd_numbers_and_nesting_are_named(tmp_path: Path, field: str, message: str) -> None:
+    good = '"context": "c", "choices": ["a", "b"], "label": 0'
+    path = tmp_path / "piqa.jsonl"
+    path.write_text(f"{{{good}}}\n{{{good}, {field}}}\n")
+    with pytest.raises(ValueError, match=r"piqa\.jsonl, line 2") as caught:
+        find(["piqa"], tmp_path)
+    assert message in str(caught.value)
+
+
+def test_items_of_two_forms_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    with pytest.raises(ValueError, match=r"items\.jsonl: the items do not have one form"):
+        tasks._table([{"a": 1}, {"a": {"b": [None]}}], path)

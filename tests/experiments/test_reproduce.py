@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from flocking import artifacts
 from flocking.cli import app
 from flocking.experiments import activations, reproduce
 from flocking.experiments.comparing import changes
+from flocking.experiments.reproduce import EXPERIMENTS
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +66,114 @@ def test_nothing_foreign_is_replaced(tmp_path: Path, subject: tuple) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
 
 
+def copied(made: Path, tmp_path: Path) -> Path:
+    for name in ("scores", "text_kinds"):
+        for suffix in (".json", ".png", ".svg"):
+            (tmp_path / f"{name}{suffix}").write_bytes((made / f"{name}{suffix}").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("there", "broken"),
+    [
+        ([".png"], None),
+        ([".png", ".svg"], None),
+        ([".json"], None),
+        ([".json", ".png"], None),
+        ([".json", ".png", ".svg"], ".png"),
+        ([".png"], ".png"),
+    ],
+)
+def test_a_figure_out_of_step_is_made_whole(
+    made: Path, subject: tuple, tmp_path: Path, there: list[str], broken: str | None
+) -> None:
+    """As a kill between its three files leaves it: from the numbers, or run again."""
+    for suffix in there:
+        content = (made / f"scores{suffix}").read_bytes()
+        (tmp_path / f"scores{suffix}").write_bytes(content if suffix != broken else b"")
+    said: list[str] = []
+    loaded: list[tuple] = []
+
+    def load() -> tuple:
+        loaded.append(subject[:2])
+        return subject[:2]
+
+    ran = EXPERIMENTS["scores"]
+    with pytest.MonkeyPatch.context() as patch:
+        data = artifacts.from_json((made / "scores.json").read_text())
+        patch.setitem(EXPERIMENTS, "scores", functools.wraps(ran)(lambda *a, **k: data))
+        arguments = (tmp_path, load, "tiny", subject[2])
+        reproduce.regenerate(*arguments, only=["scores"], say=said.append)
+    assert bool(loaded) == (".json" not in there)
+    for suffix in (".json", ".png"):
+        assert (tmp_path / f"scores{suffix}").read_bytes() == (
+            made / f"scores{suffix}"
+        ).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"scores{suffix}" for suffix in (".json", ".png", ".svg")
+    ]
+
+
+def test_a_broken_figure_is_named_and_blocks_no_other(
+    made: Path, subject: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = (made / "scores.json").read_text()
+    numbers = artifacts.from_json(written)
+    ran = EXPERIMENTS["scores"]
+    monkeypatch.setitem(EXPERIMENTS, "scores", functools.wraps(ran)(lambda *a, **k: numbers))
+    out = copied(made, tmp_path)
+    path = out / "scores.json"
+    digits = re.search(r"0\.\d+", written[written.index("data_vars") :])
+    assert digits is not None
+    changed = written[::-1].replace(digits[0][::-1], "9.0", 1)[::-1]
+    for text, why in (
+        ("", "cannot be read"),
+        (written[:-90], "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"key": 1}', "does not have the parts"),
+        (changed, "was changed after it was written"),
+    ):
+        path.write_text(text)
+        ok, lines = told(out, subject, only=["scores", "text_kinds"])
+        assert not ok
+        assert path.read_text() == text  # the check writes nothing
+        assert lines[0].startswith(f"scores: {path} {why}")
+        assert lines[1] == "text_kinds: up to date"
+        said: list[str] = []
+        arguments = (out, lambda: subject[:2], "tiny", subject[2])
+        reproduce.regenerate(*arguments, only=["scores", "text_kinds"], say=said.append)
+        assert any(line.startswith(f"scores: {path} {why}") for line in said)
+        assert any("text_kinds: numbers are there" in line for line in said)
+        assert path.read_text() == written
+        aside = list(out.glob("*.set-aside*"))
+        assert len(aside) == (0 if text == changed else 1)  # ours, and it is known by its key
+        for one in aside:
+            assert one.read_text() == text
+            one.unlink()
+
+
+def test_files_without_a_checksum_are_up_to_date(
+    made: Path, subject: tuple, tmp_path: Path
+) -> None:
+    """As earlier versions wrote them, and as they are committed."""
+    content = json.loads((made / "scores.json").read_text())
+    del content["checksum"]
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    assert told(tmp_path, subject) == (True, ["scores: up to date"])
+
+
+def test_two_runs_do_not_write_one_figure(made: Path, subject: tuple, tmp_path: Path) -> None:
+    with artifacts.replacing(tmp_path / "scores.json") as partial:
+        partial.touch()
+        arguments = (tmp_path, lambda: subject[:2], "tiny", subject[2])
+        with pytest.raises(artifacts.BusyError, match=r"scores\.json is being written by"):
+            reproduce.regenerate(*arguments, only=["scores"])
+
+
 def test_numbers_are_kept_until_the_code_they_come_from_changes() -> None:
     sources = {path.stem for path in artifacts.sources(activations.drift.__module__)}
     assert sources >= {"activations", "common", "overlap", "recorder", "hooks", "moments"}
     assert not sources & {"figures", "reproduce", "commands", "artifacts", "__init__"}
-
-
-def test_json_keeps_everything() -> None:
-    data = xr.Dataset(
-        {"x": (("a", "b"), np.array([[1.0, np.nan], [0.1 + 0.2, -1e-9]]), {"units": "1"})},
-        {"a": ["one", "two"], "b": [3, 4]},
-        {"caption": "c", "texts": ["one", "two"]},
-    )
-    key = artifacts.Key("code", "inputs", {"torch": "2"})
-    written = artifacts.to_json(data, key)
-    xr.testing.assert_identical(artifacts.from_json(written), data)
-    assert artifacts.Key.read(json.loads(written)["key"]) == key
 
 
 def told(out: Path, subject: tuple, **changed: object) -> tuple[bool, list[str]]:
@@ -133,6 +228,10 @@ def test_the_check_says_what_changed_since_the_last_commit(
     assert told(tmp_path, subject) == (False, ["scores: stale in code", same])
     content = json.loads(path.read_text())
     content["data_vars"]["rank_consistency"]["data"][0][0][0] += 0.5
+    path.write_text(json.dumps(content))
+    _, lines = told(tmp_path, subject)
+    assert lines[0] == f"scores: {path} was changed after it was written"
+    del content["checksum"]  # as if it were written by an earlier version
     path.write_text(json.dumps(content))
     _, lines = told(tmp_path, subject)
     assert lines[1] == "  drawn again since the last commit; changed:"

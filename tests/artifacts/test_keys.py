@@ -1,19 +1,15 @@
-"""What numbers depend on, files that are whole or not there, and warnings at the user's line."""
+"""What numbers depend on: code, versions, and every file of a model."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import xarray as xr
-from helpers import build, random_ids
 
-import flocking
 from flocking import artifacts
-from flocking.artifacts import replacing
+from flocking.artifacts import code
 
 HOUSE = {
     "__init__.py": """
@@ -42,7 +38,7 @@ def use():
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
     """Another package of that name."""
-    monkeypatch.setattr(artifacts, "_PACKAGE", tmp_path / "flocking")
+    monkeypatch.setattr(code, "_PACKAGE", tmp_path / "flocking")
 
     def build(changes: dict[str, str]) -> None:
         artifacts.code_digest.cache_clear()
@@ -89,7 +85,8 @@ def test_the_package_itself_is_followed() -> None:
     for module in ("flocking.experiments.activations", "flocking.evaluation.items"):
         paths = artifacts.sources(module)
         assert len(paths) > 15
-        assert not {"__init__", "artifacts"} & {path.stem for path in paths}
+        assert "__init__" not in {path.stem for path in paths}
+        assert "artifacts" not in {path.parent.name for path in paths}
 
 
 def test_a_key_says_which_parts_differ() -> None:
@@ -132,51 +129,29 @@ def test_a_model_is_told_by_every_file_of_its_folder(tmp_path: Path) -> None:
     digest("config.json", "not JSON")
 
 
-def test_files_take_their_places_together(tmp_path: Path) -> None:
-    one, two = tmp_path / "new" / "one.txt", tmp_path / "new" / "two.txt"
-    with replacing(one, two) as partial:
-        partial.write_text("1")
-        partial.with_name("two.txt").write_text("2")
-        assert not one.exists()
-    assert (one.read_text(), two.read_text()) == ("1", "2")
-    with pytest.raises(FileNotFoundError), replacing(two, one) as partial:
-        partial.with_name("one.txt").write_text("3")  # and nothing in the place of the other
-    assert one.read_text() == "1"
-    assert sorted(path.name for path in one.parent.iterdir()) == ["one.txt", "two.txt"]
-
-
-def test_folders_are_replaced_whole(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    for name in ("first", "second"):
-        with replacing(store) as partial:
-            partial.mkdir()
-            (partial / name).touch()
-        assert [path.name for path in store.iterdir()] == [name]
-    with pytest.raises(FileNotFoundError), replacing(store):  # nothing was written
-        pass
-    assert [path.name for path in store.iterdir()] == ["second"]
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
-
-
-def test_what_is_there_by_then_may_stay(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    with replacing(store, overwrite=False) as partial:
-        partial.mkdir()
-        store.mkdir()  # another process was faster
-        (store / "theirs").touch()
-    assert [path.name for path in store.iterdir()] == ["theirs"]
-
-
-def test_warnings_are_at_the_users_line() -> None:
-    model = build("llama").train()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        recording = flocking.record(model, random_ids(2, 9), window=4, progress=False)
-        flocking.flocking_score(recording)
-        flocking.consistency(recording)
-        flocking.specificity(recording.isel(sequence=[0, 0]))
-        flocking.statistic(recording, start=5)
-        flocking.drift(recording.isel(sequence=[1]), prompt_lengths=[5])
-    assert len(caught) >= 4
-    assert {Path(one.filename).name for one in caught} == {Path(__file__).name}
-    assert isinstance(recording, xr.Dataset)
+def test_links_and_what_an_adapter_adapts_count(tmp_path: Path) -> None:
+    blobs, base, folder = tmp_path / "blobs", tmp_path / "base", tmp_path / "model"
+    for path in (blobs, base, folder):
+        path.mkdir()
+    (blobs / "0").write_text("weights")
+    (folder / "model.safetensors").symlink_to(blobs / "0")
+    (folder / "templates").symlink_to(blobs)
+    (blobs / "up").symlink_to(tmp_path / "model")  # a link that leads back
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    seen = [artifacts.folder_digest(folder)]
+    (blobs / "0").write_text("other weights")
+    seen.append(artifacts.folder_digest(folder))
+    (blobs / "tools.jinja").write_text("tools")  # in a linked folder only
+    seen.append(artifacts.folder_digest(folder))
+    adapter = {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    seen.append(artifacts.folder_digest(folder))
+    (base / "merges.txt").write_text("a b")
+    seen.append(artifacts.folder_digest(folder))
+    assert len(set(seen)) == len(seen)
+    assert artifacts.folder_digest(folder) == seen[-1]
+    for odd in ("not JSON", "[1]", '{"base_model_name_or_path": 3}', json.dumps("[" * 9)):
+        (folder / "adapter_config.json").write_text(odd)
+        artifacts.folder_digest(folder)
+    (folder / "config.json").write_text("[" * 100_000)
+    artifacts.folder_digest(folder)

@@ -1,0 +1,115 @@
+"""Names in errors and tables are shown, and do nothing to the terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.testing import CliRunner
+
+from flocking.cli import app, printing
+from flocking.cli.options import one_sentence
+
+RED = "\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"{RED}red", "\\x1b[31mred"),
+        ("a\x07\b\x9b2J\r\n\t\x7f", "a\\x07\\x08\\x9b2J\\r\\n\\t\\x7f"),
+        ("\u202eexe.txt\u2066\u2028", "\\u202eexe.txt\\u2066\\u2028"),
+        (b"\xff.txt".decode("utf-8", "surrogateescape"), "\\udcff.txt"),
+        ("Zoë 文章 🐦\u200d⬛ [b]", "Zoë 文章 🐦\u200d⬛ [b]"),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printing.printable(text) == shown
+
+
+def test_tables_take_cells_as_they_are() -> None:
+    """Neither the terminal's commands nor rich's."""
+    table = Table(box=None)
+    table.add_column("x")
+    printing.add_row(table, f"{RED}[red]a[/b]")
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(table)
+    assert "\\x1b[31m[red]a[/b]" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["record", f"{RED}.txt", "-o", "x.zarr"],
+        ["record", "a.txt", "-o", f"a.txt/{RED}\n"],
+        ["figures", "--only", f"{RED}\n"],
+        ["generate", "x", "--method", RED],
+        ["generate", "x", "--dtype", RED],
+        ["inspect", f"/{RED}"],
+        ["evaluate", "--tasks", RED, "--out", "out"],
+    ],
+)
+def test_errors_show_names_as_text(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("Birds")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "\x1b" not in result.output
+    assert "\\x1b[31m" in result.output or "x1b" in result.output
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [RED],
+        [f"--{RED}"],
+        ["record", f"--{RED}"],
+    ],
+)
+def test_errors_of_options_show_them_as_text(command: list[str]) -> None:
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert RED not in result.output
+    assert "x1b[31m" in result.output
+
+
+def test_long_errors_are_cut(capsys: pytest.CaptureFixture) -> None:
+    printing.complain("x" * 5000 + "\n" + "y")
+    assert capsys.readouterr().err.endswith("x ... (5002 characters)\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_interrupted_commands_end_with_the_shells_code(number: int, code: int) -> None:
+    cleaned = []
+
+    @one_sentence
+    def command() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleaned.append(True)
+
+    single = typer.Typer()
+    single.command()(command)
+    before = signal.getsignal(number)
+    assert CliRunner().invoke(single, []).exit_code == code
+    assert cleaned
+    assert signal.getsignal(number) == before
+    if number == signal.SIGHUP:  # as under nohup
+        signal.signal(number, signal.SIG_IGN)
+        try:
+            assert CliRunner().invoke(single, []).exit_code == 0
+        finally:
+            signal.signal(number, before)
