@@ -77,7 +77,10 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
     trust = kwargs.pop("trust_remote_code")
     kwargs["output_loading_info"] = True
     if kwargs.get("local_files_only"):  # which transformers does not tell its search for adapters
-        kwargs["adapter_kwargs"] = {**kwargs.get("adapter_kwargs", {}), "local_files_only": True}
+        kwargs["adapter_kwargs"] = {
+            **(kwargs.get("adapter_kwargs") or {}),
+            "local_files_only": True,
+        }
     try:
         with reading(name), _reports() as reports:
             model, info = auto.from_pretrained(name, trust_remote_code=trust, **kwargs)
