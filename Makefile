@@ -35,12 +35,13 @@ figures: env  ## run the experiments and draw figures/ (minutes; only what is ou
 check-figures: env  ## which of figures/ are out of date, and what changed since the last commit
 	$(BIN)/flocking figures --out figures --check
 
-test: env $(VENV)/torchao $(KERNELS)  ## ruff, imports between rooms, types, and the test suite
+test: env $(VENV)/torchao $(VENV)/dask $(KERNELS)  ## ruff, imports between rooms, types, and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
+	PYTHONPATH=$(VENV)/dask OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/analysis/test_subsets.py tests/recording/test_concat.py -k chunked
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
 
 fuzz: env  ## random arguments against independent computations, 2,000 of each kind (an hour)
@@ -49,6 +50,11 @@ fuzz: env  ## random arguments against independent computations, 2,000 of each k
 # In its own folder, since transformers imports it wherever it finds it, and it complains about what it lacks.
 $(VENV)/torchao: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ torchao --constraint constraints.txt
+	@touch $@
+
+# In its own folder, since xarray reads files with it wherever it finds it; most users have none.
+$(VENV)/dask: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --upgrade --target $@ dask==2026.8.0
 	@touch $@
 
 $(VENV)/triton: $(VENV)/.made

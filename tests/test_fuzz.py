@@ -19,14 +19,10 @@ from scipy.stats import rankdata
 
 import flocking
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DENSE = ["llama", "gpt2", "opt"]
 ALL = [*DENSE, "mixtral"]
 GREEDY = {"do_sample": False, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _few_threads() -> None:
-    torch.set_num_threads(1)
 
 
 def relative_of(model: tf.PreTrainedModel, ids: list[int]) -> np.ndarray:

@@ -14,6 +14,8 @@ import xarray as xr
 import flocking
 from flocking.feedforward import width
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = helpers.random_ids(20, 33, 9, 40, 1, seed=2)
 OPTIONS = {
     "plain": {"window": 8},
