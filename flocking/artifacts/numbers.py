@@ -83,7 +83,7 @@ def to_json(data: xr.Dataset, key: Key) -> str:
         "coords": variables(data.coords),
         "data_vars": variables(data.data_vars),
     }
-    content = {"key": key.plain(), "checksum": checksum(numbers), **numbers}
+    content: dict[str, Any] = {"key": key.plain(), "checksum": checksum(numbers), **numbers}
     # One variable a line, so that the file is easy to read and to compare with another version.
     parts = []
     for part, value in content.items():

@@ -204,7 +204,8 @@ def _reports() -> Iterator[list[str]]:
             reports.append(record.getMessage())
         return not report and record.levelno >= least
 
-    logger.setLevel(min(least, logging.WARNING))
+    # (At WARNING itself, transformers would go through a plan to spread the model over devices.)
+    logger.setLevel(min(least, logging.WARNING - 1))
     logger.addFilter(keep)
     try:
         yield reports

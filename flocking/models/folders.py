@@ -111,7 +111,7 @@ def shapes_in(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
                 f"{folder} lacks {len(missing)} of {len(files)} files of its weights "
                 f"({listed(missing)}): get them too."
             )
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
@@ -157,8 +157,9 @@ def _dicts(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _check_sizes(file: Path, content: dict[str, Any]) -> None:
     kind = content.get("model_type")
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    names = CONFIG_MAPPING[kind].attribute_map if known else {}
+    names: dict[str, str] = {}
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        names = CONFIG_MAPPING[kind].attribute_map
     for size in _SIZES:
         name = names.get(size, size)
         value = content.get(name)

@@ -167,8 +167,8 @@ def _about_dict(text: Mapping[str, Any]) -> str:
     if _is_message(text):
         return f"text is a chat message: {_TEMPLATE}."
     names = list(map(str, text))
-    some = next((name for name in ("text", "texts", "content") if name in names), None)
-    some = some or next(iter(names), "text")
+    usual = [name for name in ("text", "texts", "content") if name in names]
+    some = (usual or names or ["text"])[0]
     columns = ", ".join(names) or "nothing"
     return (
         f"text is a dict without 'input_ids' (it has {columns}): give what a tokenizer returns, or "

@@ -105,7 +105,8 @@ def _usual_settings(copied: nn.Module) -> Iterator[None]:
             only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
             torch.use_deterministic_algorithms(False)
             restored.callback(torch.use_deterministic_algorithms, True, warn_only=only_warn)
-        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        backends: Any = torch.backends  # (its parts' attributes are made as it is imported)
+        for backend in (backends.cuda.matmul, backends.mkldnn.matmul):
             if (precision := backend.fp32_precision) in ("tf32", "bf16"):
                 backend.fp32_precision = "ieee"
                 restored.callback(setattr, backend, "fp32_precision", precision)

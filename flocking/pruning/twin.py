@@ -220,7 +220,7 @@ class Twin(_Generating):
             self.__reduce_ex__(4)
         memo[id(self._griffin)] = self._griffin
         copied = memo[id(self)] = type(self).__new__(type(self))
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:

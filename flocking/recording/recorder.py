@@ -360,7 +360,7 @@ def _read(
             mask = _padded(ones, rows)
             inputs = {name: _padded(values, rows) for name, values in fed.inputs.items()}
             past = None
-            for tokens in chunks(model, *ids.shape, ways):
+            for tokens in chunks(model, len(ids), ids.shape[1], ways):
                 collector.expect(tokens)
                 keep = tokens.stop < ids.shape[1]
                 here = {name: values[:, tokens] for name, values in inputs.items()}

@@ -66,7 +66,10 @@ def test_record_reads_the_beginning_of_each_text(tmp_path: Path, model: str, tex
         assert recording.text.values[0] == "birds " * 400
         assert recording.attrs["max_tokens"] == 4
     new = tmp_path / "new.zarr"
-    assert "--max-tokens 0: give 1" in run("record", text, "-o", new, "--max-tokens", 0).output
+    assert (
+        "max_tokens=0: give a whole number from 1 up"
+        in run("record", text, "-o", new, "--max-tokens", 0).output
+    )
 
 
 def test_an_existing_output_is_only_replaced_when_told(
