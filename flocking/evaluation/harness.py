@@ -239,7 +239,7 @@ class GriffinLM(HFLM):
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         """As the harness does, but refuse what :func:`flocking.load` refuses."""
-        auto: Any = self.AUTO_MODEL_CLASS
+        auto: Any = self.AUTO_MODEL_CLASS  # type: ignore[has-type] # the harness sets it late
         whole: Any = _Whole(auto)
         self.AUTO_MODEL_CLASS = whole
         try:
