@@ -86,6 +86,27 @@ def test_sparse_attention_is_not_padded() -> None:
         assert np.allclose(got, alone.energy.isel(sequence=0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("index_topk", 8),
+        ("keep_window_size", 8),
+        ("attention_type", "block_sparse"),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    ],
+)
+def test_every_rule_about_a_texts_length_keeps_texts_apart(name: str, value: object) -> None:
+    """The rule alone, on a model whose trials on 16 tokens find nothing."""
+    plain = helpers.build("llama")
+    assert capabilities.traits(plain).paddable
+    assert name in capabilities.DEPENDS_ON_LENGTH
+    model = helpers.build("llama", **{name: value})
+    found = capabilities.traits(model)
+    assert not found.paddable
+    assert not found.chunkable
+    assert capabilities.batches(model, [5, 9, 9], 3) == [[1, 2], [0]]
+
+
 ENCODER_DECODERS = {
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(vocab_size=128, d_model=64, d_ff=160, num_layers=2, num_heads=4, d_kv=16)
