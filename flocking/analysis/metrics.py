@@ -87,8 +87,8 @@ def _pairs(recording: xr.Dataset) -> xr.DataArray:
 
 def _mean_cosine(recording: xr.Dataset, sums: xr.DataArray) -> xr.DataArray:
     """Mean pairwise product of unit vectors, from their sums by window."""
-    total = sums.sum("window", dtype=np.float64)
-    return ((total**2).sum("neuron") - _token_count(recording)) / _pairs(recording)
+    total = sums.sum("window", dtype=np.float64, skipna=False)  # what was masked is not measured
+    return ((total**2).sum("neuron", skipna=False) - _token_count(recording)) / _pairs(recording)
 
 
 # --------------------------------------------------------------------------------------
@@ -271,9 +271,9 @@ def effective_neurons(recording: xr.Dataset) -> xr.DataArray:
     >>> count.attrs["units"], bool(((count > 1) & (count <= count.d_ff)).all())
     ('neurons', True)
     """
-    energy = _windows(recording).energy.sum("window", dtype=np.float64)
-    squares = (energy**2).sum("neuron")
-    values = energy.sum("neuron") ** 2 / squares.where(squares > 0)
+    energy = _windows(recording).energy.sum("window", dtype=np.float64, skipna=False)
+    squares = (energy**2).sum("neuron", skipna=False)
+    values = energy.sum("neuron", skipna=False) ** 2 / squares.where(squares > 0)
     return named(values, "effective_neurons", "effective neurons").assign_attrs(units="neurons")
 
 
@@ -317,7 +317,7 @@ def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False
     (('sequence', 'other', 'layer'), (3, 3, 2))
     """
     part = _at_equal_counts(recording)
-    mass = part.mass.sum("window", dtype=np.float64)
+    mass = part.mass.sum("window", dtype=np.float64, skipna=False)
     count = _token_count(part)
     n = part.sizes["sequence"]
     values = mass.transpose("layer", "sequence", "neuron").values

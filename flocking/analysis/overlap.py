@@ -165,7 +165,7 @@ def captured_energy(
         energy = later**2
         count = selection.sum("neuron")
         kept = xr.dot(selection.astype(np.float64), energy.fillna(0), dim="neuron")
-        total = energy.sum("neuron")
+        total = energy.sum("neuron", skipna=False)
         if of == "oracle":
             # Sums over neurons in descending order: the k-th is the most that k neurons can keep.
             best = energy.copy(
@@ -266,7 +266,7 @@ def between_sequence_overlap(
     density = density_by_layer(density, recording.sizes["layer"])
     selections = []
     for part in (windows[:half], windows[half : 2 * half]):
-        energy = recording.energy.isel(window=part).sum("window", dtype=np.float64)
+        energy = recording.energy.isel(window=part).sum("window", dtype=np.float64, skipna=False)
         selections.append(select(np.sqrt(energy), density))
     first, second = (kept.transpose("sequence", "layer", "neuron") for kept in selections)
     overlap = _of_all_pairs(first.values, second.values)

@@ -94,10 +94,10 @@ def statistic(
     energy, tokens = part.energy.astype(np.float64), part.tokens
     present = tokens > 0
     if by is None:
-        energy, tokens = energy.sum("window"), tokens.sum("window")
+        energy, tokens = energy.sum("window", skipna=False), tokens.sum("window")
         present = tokens > 0
     elif by == "length":
-        energy, tokens = energy.cumsum("window"), tokens.cumsum("window")
+        energy, tokens = energy.cumsum("window", skipna=False), tokens.cumsum("window")
     elif by != "window":
         raise ValueError(f"by={by!r}: give 'length', 'window' or nothing.")
     if not bool((present if by is None else present.any("window")).all()):

@@ -161,19 +161,24 @@ def owner_of(folder: Path) -> dict[str, Any]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder named like a claim is one: it has a note, or nothing but its target.
+    """Whether a folder named like a claim is one: a note in it says so, and what it is a claim on.
 
-    (Killed before the note was written, or while threads were still writing after it was gone.)
+    A folder without one may be anybody's, whatever its name.
     """
     if folder.is_symlink() or not folder.is_dir():
         return False
-    if (folder / NOTE).exists():
-        return True
-    target = folder.name[1:].rpartition(".")[0]
-    try:
-        return {path.name for path in folder.iterdir()} <= {target}
-    except OSError:  # it has gone meanwhile, or is closed to us
+    target = owner_of(folder).get("target")
+    return isinstance(target, str) and folder in (
+        beside(folder.with_name(target), WRITING),
+        beside(folder.with_name(target), OLD),
+    )
+
+
+def is_without_note(folder: Path) -> bool:
+    """Whether a claim is empty, or its note is: it was just made, or its process was killed."""
+    if folder.is_symlink() or not folder.is_dir():
         return False
+    return {path.name for path in folder.iterdir()} <= {NOTE} and not owner_of(folder)
 
 
 def is_alive(folder: Path, alone: bool) -> bool:

@@ -32,6 +32,7 @@ from flocking.artifacts.claims import (
     clear,
     is_alive,
     is_ours,
+    is_without_note,
     make,
     remove,
     uninterrupted,
@@ -189,6 +190,10 @@ def _take(claim: Path, place: Path) -> bool:
         _sweep(place.parent, alone)
         old = beside(place, OLD)
         for one in (claim, old):
+            if is_without_note(one):
+                if is_alive(one, alone):
+                    return False
+                clear(one)
             if os.path.lexists(one) and not is_ours(one):
                 raise OSError(f"{one} is in the way, and is not flocking's: move it")
         if os.path.lexists(claim) or os.path.lexists(old):

@@ -117,6 +117,8 @@ def record(
 
     check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
+    if files.count("-") > 1:
+        raise ValueError("- stands for standard input, which can be read once: name it once.")
     texts = [read(name) for name in files]
     known = functools.partial(refuse_existing, overwrite=overwrite)
     with replacing(output, check=known) as partial:
@@ -276,7 +278,8 @@ def generate(
             console.print(name, style="bold")
         clock = Clock(tokenizer, skip_special_tokens=True)
         typer.echo(text, nl=False)
-        subject.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": clock}
+        subject.generate(**inputs, **options, do_sample=False, num_beams=1)
         active = twin.report().active_parameters if subject is twin else loaded.num_parameters()
         add_row(table, name, len(clock.times), clock.speed, f"{active:,}")
     if compare:

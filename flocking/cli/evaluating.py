@@ -15,11 +15,8 @@ def refuse_foreign(out: Path) -> None:
     """Refuse to write over anything but a report of an earlier evaluation, or where one cannot."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder.")
-    there = [out / name for name in report.FILES if (out / name).exists()]
-    if 0 < len(there) < len(report.FILES) and not (out / "cells").is_dir():
-        raise ValueError(
-            f"{there[0]} exists and is not a report of flocking: choose another --out."
-        )
+    for path in report.files_in(out):
+        report.refuse_foreign(path)
     for name in (report.FILES[0], "cells/any.json"):
         refuse_unwritable(out / name)
 

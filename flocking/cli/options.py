@@ -106,8 +106,7 @@ def load(
 
     from flocking.models import reading
 
-    kind = getattr(torch, dtype or "float32", None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+    if dtype not in (None, "float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
     try:
         torch.empty(0, device=device or "cpu")

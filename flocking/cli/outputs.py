@@ -49,9 +49,16 @@ def _not_a_recording(store: Path) -> str | None:
         return f"it has no {lacking[0]}"
     for path in sorted(store.rglob("*")):
         name = path.relative_to(store).as_posix()
-        if path.is_symlink() or (path.is_file() and not _FILES.fullmatch(name)):
+        first, _, rest = name.partition("/")
+        known = _FILES.fullmatch(name) and (not rest or _is_array(store / first))
+        if path.is_symlink() or (path.is_file() and not known):
             return f"there is {name} in it"
     return None
+
+
+def _is_array(folder: Path) -> bool:
+    """Whether a folder in a store is one of its arrays: other folders may have numbers in them."""
+    return (folder / ".zarray").is_file() or (folder / "zarr.json").is_file()
 
 
 def _attributes(store: Path) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from pyarrow.parquet import read_schema
 
 from flocking.artifacts import replacing
-from flocking.drawing import save
+from flocking.drawing import save, titled
 from flocking.evaluation.figures import quality_by_density, quality_by_method, quality_by_prompt
 from flocking.evaluation.summary import by_prompt, footnote, headlines, label, summarise, table
 
 FILES = ("items.parquet", "summary.csv", "tables.md")
 FIGURES = ("quality_by_density", "quality_by_method", "quality_by_prompt")
+_MARKS = {"task", "method", "density"}  # columns of its tables
+_HEADING = ": tasks, methods and densities"
 _PATIENCE = 60.0  # seconds to wait for another run that is writing its report
 _BAND = "Bars are 95% bootstrap intervals over items"
 _CHANCE = (
@@ -38,8 +42,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
     density = _common_density(rows)
     here = rows[(rows["density"] == density) | (rows["method"] == "full")]
     of_same = items[(items["density"] == density) | (items["method"] == "full")]
-    pictures = [f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")]
-    with replacing(*(out / name for name in (*FILES, *pictures)), wait=_PATIENCE) as first:
+    with replacing(*files_in(out), check=refuse_foreign, wait=_PATIENCE) as first:
         partial = first.parent
         items.to_parquet(partial / "items.parquet", index=False)
         rows.to_csv(partial / "summary.csv", index=False, float_format="%.6g")
@@ -52,6 +55,31 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
         for name, (draw, data, caption) in wanted.items():
             data.attrs["caption"] = caption(source["model"], density)
             save(draw(data), partial, name, source["model"], data.attrs["caption"])
+
+
+def files_in(out: Path) -> list[Path]:
+    """All files of a report, in the folder where it is to be."""
+    pictures = [f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")]
+    return [out / name for name in (*FILES, *pictures)]
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise a ValueError if a file is there that is not one of a report."""
+    if os.path.lexists(path) and not _is_ours(path):
+        raise ValueError(f"{path} exists and is not a report of flocking: choose another --out.")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        if path.name == "items.parquet":
+            return set(read_schema(path).names) >= _MARKS
+        if path.suffix == ".csv":
+            return set(path.read_text(encoding="utf-8").partition("\n")[0].split(",")) >= _MARKS
+        if path.suffix == ".md":
+            return _HEADING in path.read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, ValueError):  # it cannot be read as what its name says
+        return False
+    return titled(path, path.stem)
 
 
 def _common_density(rows: pd.DataFrame) -> float:
@@ -91,7 +119,7 @@ def _tables(
     """All of it in Markdown."""
     told = "; ".join(f"{key} {value}" for key, value in source.items())
     parts = [
-        f"# {source['model']}: tasks, methods and densities",
+        f"# {source['model']}{_HEADING}",
         f"({told})",
         "The full model's scores in percent, and differences from them in percentage points, with "
         "95% bootstrap intervals over items; differences are paired, on the same items. "

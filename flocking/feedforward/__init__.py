@@ -13,7 +13,7 @@ from flocking.feedforward.discovery import (
     keeping_blocks,
     set_feedforwards,
 )
-from flocking.feedforward.hooks import anything_is_watched, observe, select_layers
+from flocking.feedforward.hooks import anything_is_watched, is_observed, observe, select_layers
 from flocking.feedforward.moe import Routed, by_interface, row_norms
 from flocking.feedforward.projections import (
     copy_cut,
@@ -39,6 +39,7 @@ __all__ = [
     "fused_rows",
     "inherit",
     "inherit_blocks",
+    "is_observed",
     "is_plain",
     "keeping_blocks",
     "observe",

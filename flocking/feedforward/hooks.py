@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flocking.feedforward.block import FeedForward
 from flocking.feedforward.discovery import feedforwards
 from flocking.feedforward.moe import Routed, is_experts
-from flocking.feedforward.moe_hooks import watching
+from flocking.feedforward.moe_hooks import watched, watching
 from flocking.models import exclusive, require_model
 
 
@@ -81,6 +81,18 @@ def _eager() -> Iterator[None]:
             _eager_users -= 1
             if _eager_users == 0:
                 _eager_stack.close()
+
+
+def is_observed(model: nn.Module) -> bool:
+    """Whether some block of the model is inside of an :func:`observe`."""
+    return any(
+        module in watched
+        or any(
+            isinstance(getattr(hook, "__self__", None), _Watch)
+            for hook in module._forward_pre_hooks.values()
+        )
+        for module in model.modules()
+    )
 
 
 def anything_is_watched() -> bool:

@@ -28,7 +28,7 @@ _NAME = "flocking"
 # rounding.
 _TRANSPARENT = ("grouped_mm", "batched_mm")
 
-_watched: weakref.WeakKeyDictionary[nn.Module, tuple[Callable, str]] = weakref.WeakKeyDictionary()
+watched: weakref.WeakKeyDictionary[nn.Module, tuple[Callable, str]] = weakref.WeakKeyDictionary()
 
 
 class _StandIn:
@@ -102,7 +102,7 @@ def _run_watched(
 ) -> Tensor:
     """The implementation registered here: runs another one and hands out its activations."""
     # A copy that a user made of watched experts is not watched.
-    callback, name = _watched.get(experts, (lambda routed: None, _TRANSPARENT[0]))
+    callback, name = watched.get(experts, (lambda routed: None, _TRANSPARENT[0]))
     count, d_ff = shape(experts)
     tokens, slots = top_k_index.shape
     flat = top_k_index.reshape(-1)
@@ -145,7 +145,7 @@ def watching(experts: nn.Module, callback: Callable[[Routed], Tensor | None]) ->
     RuntimeError
         If these experts are watched already, or are spread over devices.
     """
-    if experts in _watched:
+    if experts in watched:
         raise RuntimeError("these experts are watched already: leave the other `with` first.")
     if getattr(experts, "_is_expert_parallel", False):
         raise RuntimeError("experts that are spread over devices cannot be watched.")
@@ -158,9 +158,9 @@ def watching(experts: nn.Module, callback: Callable[[Routed], Tensor | None]) ->
         name = config._experts_implementation
         config._experts_implementation_internal = _NAME
         instead = overriding(experts, "config", config)
-    _watched[experts] = callback, name if name in _TRANSPARENT else _TRANSPARENT[0]
+    watched[experts] = callback, name if name in _TRANSPARENT else _TRANSPARENT[0]
     try:
         with instead:
             yield
     finally:
-        del _watched[experts]
+        del watched[experts]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_CALLED = ("_forward_pre_hooks", "_forward_hooks")  # hooks that a forward pass calls
 # Methods that accelerate wraps and binds to one model: a copy's would act on the original.
 _WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
@@ -50,9 +51,9 @@ def trial_copy(model: _Module) -> _Module:
 def working_copy(model: _Module) -> _Module:
     """A copy that computes what `model` does now, with all of its hooks.
 
-    Hooks are the same objects as the model's, but those that are methods of a module of the model
-    belong to that module's copy. What is registered or removed later does not matter to the
-    other. Otherwise as :func:`trial_copy`.
+    A hook is called with the module that it was registered on, not with its copy, so that one that
+    tells modules apart, or keeps what it sees by module, does what it does in the model. What is
+    registered or removed later does not matter to the other. Otherwise as :func:`trial_copy`.
 
     Raises
     ------
@@ -73,8 +74,10 @@ def _copied(model: _Module, *, with_hooks: bool) -> _Module:
         _without_overrides(module, mine, memo)
         if with_hooks:
             for name, hooks in _hooks_of(module).items():
-                moved = {key: _moved(hook, copies) for key, hook in hooks.items()}
-                vars(mine)[name].update(moved)
+                called = name in _CALLED
+                vars(mine)[name].update(
+                    {k: _OfOriginal(hook, module) if called else hook for k, hook in hooks.items()}
+                )
     _leave_out_compiled(copied)
     return copied.eval()
 
@@ -105,15 +108,23 @@ def _leave_out_compiled(copied: nn.Module) -> None:
                 delattr(module, name)
 
 
-def _moved(hook: Any, copies: dict[nn.Module, nn.Module]) -> Any:
-    """A hook as it belongs to the copies: a method of a module becomes its copy's."""
-    if isinstance(hook, types.MethodType) and isinstance(hook.__self__, nn.Module):
-        return types.MethodType(hook.__func__, copies.get(hook.__self__, hook.__self__))
-    if isinstance(hook, functools.partial):
-        given = {name: _moved(value, copies) for name, value in hook.keywords.items()}
-        args = (_moved(value, copies) for value in hook.args)
-        return functools.partial(_moved(hook.func, copies), *args, **given)
-    return copies.get(hook, hook) if isinstance(hook, nn.Module) else hook
+class _OfOriginal:
+    """A hook as a copy has it: called with the module that it was registered on.
+
+    Hooks tell modules apart by what they are, and find what belongs to them by it. What a hook
+    computes for its module, as a mask computes a weight, is given to the copy.
+    """
+
+    def __init__(self, hook: Any, original: nn.Module) -> None:
+        self.hook, self.original = hook, original
+        self.__module__ = str(getattr(hook, "__module__", ""))
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = self.hook(self.original, *args, **kwargs)
+        for name, value in vars(self.original).items():
+            if isinstance(value, Tensor):
+                vars(module)[name] = value
+        return result
 
 
 def _refuse_replaced(model: nn.Module) -> None:
@@ -151,16 +162,24 @@ def _hooks_of(module: nn.Module) -> dict[str, dict]:
     return {k: v for k, v in vars(module).items() if "hooks" in k and isinstance(v, dict)}
 
 
-def hooks_on(module: nn.Module) -> list[Any]:
+_NOT_THE_USERS = ("transformers.", "flocking.")
+_OF_WEIGHTS = "torch.nn.utils."  # masks and norms, which compute a weight from others
+
+
+def hooks_on(
+    module: nn.Module, kinds: tuple[str, ...] = _CALLED, *, of_weights: bool = True
+) -> list[Any]:
     """The user's hooks on a module, which a forward pass calls.
 
-    Not transformers' own, which capture outputs that are asked for, nor those of ``observe``.
+    Not transformers' own, which capture outputs that are asked for, nor those of ``observe``; nor,
+    without `of_weights`, those of ``torch.nn.utils``.
     """
+    left_out = _NOT_THE_USERS if of_weights else (*_NOT_THE_USERS, _OF_WEIGHTS)
     return [
         hook
-        for name in ("_forward_pre_hooks", "_forward_hooks")
+        for name in kinds
         for hook in vars(module)[name].values()
-        if not str(getattr(hook, "__module__", "")).startswith(("transformers.", "flocking."))
+        if not str(getattr(hook, "__module__", "")).startswith(left_out)
     ]
 
 

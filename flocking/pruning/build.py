@@ -24,6 +24,7 @@ from flocking.feedforward import (
     copy_with_blocks,
     feedforwards,
     inherit,
+    is_observed,
     is_plain,
 )
 from flocking.models import (
@@ -40,6 +41,7 @@ from flocking.pruning.offloading import offloaded
 from flocking.pruning.selector import Scope, Selector
 from flocking.pruning.state import State
 from flocking.pruning.twin import Twin, twin_class
+from flocking.recording import whole_neurons
 
 
 def griffin(
@@ -135,6 +137,11 @@ def griffin(
     Report(parameters=..., active_parameters=..., ...)
     """
     model = require_model(model)
+    if is_observed(model):
+        raise RuntimeError(
+            "the model is observed, and a twin would be so for good: leave the `with` of "
+            "flocking.observe first."
+        )
     blocks = _prunable(model)
     _check_options(model, blocks, scope, seed, offload)
     firsts = [block for block in blocks if block.call == 0]
@@ -230,12 +237,27 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
         parts = [part for part in (block.up, block.gate, block.down) if part is not None]
         if any(len(holders[id(part)]) > 1 for part in parts):
             raise ValueError(f"{name} cannot be pruned: {block.path} shares a single projection.")
-        if any(map(hooks_on, parts)):
+        if any(map(hooks_on, [*parts, *_between(model, parts)])):
             raise ValueError(
-                f"{name} has a hook on a projection of {block.path}, which would be given the kept "
-                "neurons only: remove it, or register it on the block itself."
+                f"{name} has a hook inside of {block.path}, on a projection or an activation "
+                "function, which would be given the kept neurons only: remove it, or register it "
+                "on the block itself."
             )
     return blocks
+
+
+def _between(model: PreTrainedModel, parts: list[nn.Module]) -> list[nn.Module]:
+    """Modules without weights beside a block's projections, or inside of its experts.
+
+    Activation functions are such modules, and are given the block's neurons.
+    """
+    found: list[nn.Module] = []
+    for parent in model.modules():
+        children = list(parent.children())
+        if parent in parts or any(part is child for part in parts for child in children):
+            beside = (child for child in children if next(child.parameters(), None) is None)
+            found += [inner for child in beside for inner in child.modules()]
+    return found
 
 
 def _why_fixed(block: FeedForward) -> str:
@@ -304,12 +326,17 @@ def _with_reference(
     if not {"layer", "neuron"} == set(reference.dims):
         raise ValueError(f"expected reference (layer, neuron), got dimensions {reference.dims}.")
     layers, widest = [block.layer for block in blocks], max(block.d_ff for block in blocks)
-    if reference.layer.values.tolist() != layers or reference.sizes["neuron"] != widest:
+    reference = whole_neurons(reference)  # in the order of their labels
+    found = reference.layer.values.tolist()
+    if sorted(map(str, found)) != sorted(map(str, layers)) or reference.sizes["neuron"] != widest:
         raise ValueError(
-            f"expected reference of {len(layers)} layers of {widest} neurons, got one of "
-            f"{reference.sizes['layer']} layers of {reference.sizes['neuron']} neurons: make it "
-            "from this model."
+            f"expected reference of {len(layers)} layers, {layers[0]} to {layers[-1]}, of {widest} "
+            f"neurons, got one of {len(found)} layers, {found[0]} to {found[-1]}, of "
+            f"{reference.sizes['neuron']} neurons: make it from this model."
         )
+    if reference.dtype.kind not in "fiu":
+        raise TypeError(f"reference is of {reference.dtype}: give numbers, a statistic.")
+    reference = reference.sel(layer=layers)
     values = reference.transpose("layer", "neuron").values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("reference has values that are not finite: make it from this model.")

@@ -22,6 +22,7 @@ from flocking.models import (
     continued,
     continued_inputs,
     forward,
+    hooks_on,
     is_loaded,
     refuse_long,
     require_model,
@@ -104,7 +105,8 @@ def record(
     ranks : bool
         Also keep the sums of standardised ranks that rank consistency needs (slower).
     batch_size : int
-        Sequences in a forward pass. It changes the speed, and results by rounding only.
+        Sequences in a forward pass. It changes the speed, and results by rounding only. (With hooks
+        of yours on the model, 1: they may look at all that is in a batch.)
     seed : int
         For models with a random forward pass. Global random number generators are not touched.
     progress : bool
@@ -253,6 +255,11 @@ def _checked(model: PreTrainedModel) -> PreTrainedModel:
             "model is a twin, which has the kept neurons of one prompt only: record the original, "
             "or use flocking.observe around the twin's own generate."
         )
+    if model.base_model is not model and hooks_on(model, ("_forward_pre_hooks",)):
+        raise ValueError(
+            f"{type(model).__name__} has a pre-hook of its own, and record runs only what is "
+            "inside of it, without its head: register the hook on model.base_model, or further in."
+        )
     if not all(map(is_loaded, model.modules())):
         raise ValueError(
             f"{type(model).__name__} has weights on the meta device, without values: load them "
@@ -348,6 +355,10 @@ def _read(
     layers = [block.layer for block in collector.blocks]
     lengths = list(map(len, fed.ids))
     ways = with_inputs(model, fed.inputs) if fed.inputs else None
+    if any(hooks_on(module, of_weights=False) for module in model.modules()):
+        # They may look at other tokens, or count from the end: texts alone, and each in one piece.
+        ways = (ways or traits(model))._replace(paddable=False, chunkable=False)
+        batch_size = 1
     ones = [torch.ones_like(row) for row in fed.ids]
     groups = batches(model, lengths, batch_size, ways)
     with (

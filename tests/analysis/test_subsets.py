@@ -235,3 +235,18 @@ def test_selecting_before_is_selecting_after(measure: str, dim: str) -> None:
     after = MEASURES[measure](recording).isel({dim: 1})
     xr.testing.assert_allclose(MEASURES[measure](recording.isel({dim: 1})), after, rtol=1e-12)
     assert set(MEASURES[measure](recording.isel({dim: 1})).coords) == set(after.coords)
+
+
+def test_masked_neurons_give_no_number() -> None:
+    recording = helpers.record(helpers.proved("llama"), helpers.random_ids(30, 20), window=5)
+    masked = recording.copy()
+    for name in ("energy", "mass"):
+        masked[name] = recording[name].where(recording.neuron < 80)
+    for measure in (
+        flocking.consistency,
+        flocking.flocking_score,
+        flocking.effective_neurons,
+        flocking.between_consistency,
+    ):
+        assert bool(measure(masked).isnull().all())
+    assert not bool(flocking.select(flocking.statistic(masked)).any())

@@ -193,7 +193,7 @@ def claim(folder: Path, target: str, kind: str = "writing", **owner: object) -> 
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     note = {"host": claims.platform.node(), "process": child.pid, "process_started": 1.0, **owner}
-    (place / claims.NOTE).write_text(json.dumps(note))
+    (place / claims.NOTE).write_text(json.dumps({"target": target, **note}))
     return place
 
 
@@ -207,12 +207,29 @@ def test_only_what_the_dead_left_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "diary").touch()
     (tmp_path / ".a.writing").write_text("a file")
-    (tmp_path / ".thread.zarr.writing" / "thread.zarr").mkdir(parents=True)  # its note was gone
+    for name in (".book.old", ".draft.writing"):  # as claims are named, with what they would hold
+        (tmp_path / name / name.split(".")[1]).mkdir(parents=True)
+    (tmp_path / ".empty.old").mkdir()
     refuse_unwritable(tmp_path / "other")
-    left = [".a.writing", ".alive.zarr.writing", ".elsewhere.zarr.writing"]
-    assert names(tmp_path) == [*left, ".notes.old", ".notes.writing", ".x.old"]
+    theirs = [".a.writing", ".alive.zarr.writing", ".book.old", ".draft.writing"]
+    theirs += [".elsewhere.zarr.writing", ".empty.old", ".notes.old", ".notes.writing", ".x.old"]
+    assert names(tmp_path) == theirs
+    with pytest.raises(OSError, match=r"draft\.writing is in the way, and is not flocking's"):
+        refuse_unwritable(tmp_path / "draft")
+    assert names(tmp_path) == theirs
     with pytest.raises(BusyError, match=r"on another machine: wait .* remove .*\.writing"):
         refuse_unwritable(tmp_path / "elsewhere.zarr", wait=0)
+
+
+@pytest.mark.parametrize("note", [None, ""])
+def test_a_claim_whose_process_died_before_its_note_is_taken_over(
+    tmp_path: Path, note: str | None
+) -> None:
+    (tmp_path / ".x.zarr.writing").mkdir()
+    if note is not None:
+        (tmp_path / ".x.zarr.writing" / claims.NOTE).write_text(note)
+    refuse_unwritable(tmp_path / "x.zarr")
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("moment", ["noted", "set aside", "replaced"])

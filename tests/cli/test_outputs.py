@@ -38,7 +38,7 @@ def test_a_recording_is_known(
     outputs.refuse_existing(store, overwrite=True)
     with pytest.raises(ValueError, match="exists: choose another name, or pass --overwrite"):
         outputs.refuse_existing(store, overwrite=False)
-    for name in ("notes.txt", "energy/notes.txt", "thesis/chapter1", "energy/0.0.0.0.bak", "12"):
+    for name in ("notes.txt", "energy/notes.txt", "thesis/chapter1", "photos/2024", "12"):
         path = store / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
@@ -108,7 +108,7 @@ def unloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "demo.png").write_bytes(b"mine")
     (tmp_path / ".busy.zarr.writing").mkdir()
-    owner = {"host": "elsewhere", "process": 1, "process_started": 1.0}
+    owner = {"target": "busy.zarr", "host": "elsewhere", "process": 1, "process_started": 1.0}
     (tmp_path / ".busy.zarr.writing" / "flocking-owner.json").write_text(json.dumps(owner))
     return tmp_path
 

@@ -91,3 +91,9 @@ def test_command_refuses_before_a_model_is_loaded(
     (out / "summary.csv").write_text("mine")
     assert "summary.csv exists and is not a report of flocking" in said()
     assert (out / "summary.csv").read_text() == "mine"
+    (out / "summary.csv").unlink()
+    (out / "cells").mkdir()
+    for name in ("tables.md", "items.parquet", "quality_by_method.png", "quality_by_density.svg"):
+        (out / name).write_text("mine")
+        assert f"{name} exists and is not a report of flocking" in said()
+        (out / name).unlink()

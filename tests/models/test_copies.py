@@ -35,7 +35,7 @@ def test_only_working_copies_have_the_hooks() -> None:
     trying(ids)
     assert not seen
     working(ids)
-    assert seen == [working.model.layers[0]]
+    assert seen == [model.model.layers[0]]  # with the module that it was registered on
     handle.remove()  # the copy keeps what was there when it was made
     working(ids)
     assert len(seen) == 2

@@ -67,6 +67,21 @@ def hook_of_a_module(model: tf.PreTrainedModel) -> None:
     layer.register_forward_pre_hook(layer.steering.add)
 
 
+def hook_that_knows_its_module(model: tf.PreTrainedModel) -> None:
+    """One for all layers, which tells by the module itself what to add."""
+    shifts = {layers_of(model)[1]: torch.linspace(-2, 2, 64)}
+
+    def steer(module: nn.Module, args: tuple, output: object) -> object:
+        if module not in shifts:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + shifts[module], *output[1:])
+        return output + shifts[module]
+
+    for layer in layers_of(model):
+        layer.register_forward_hook(steer)
+
+
 def mask(model: tf.PreTrainedModel) -> None:
     torch.manual_seed(1)
     prune.random_unstructured(attention_projection(model), "weight", 0.5)
@@ -99,6 +114,7 @@ CHANGES = {
         forward_hook,
         pre_hook_with_arguments,
         hook_of_a_module,
+        hook_that_knows_its_module,
         mask,
         norm_by_hook,
         parametrization,
@@ -182,14 +198,14 @@ def test_a_users_hook_does_not_fire_in_trials() -> None:
     calls: list[nn.Module] = []
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, args: calls.append(module))
-    for block in flocking.feedforwards(model):
-        for part in (block.up, block.gate, block.down):
-            part._forward_pre_hooks.clear()
+    for layer in model.model.layers:
+        for inside in layer.mlp.children():  # where a hook is refused
+            inside._forward_pre_hooks.clear()
     twin = flocking.griffin(model)
     assert not calls
     twin.generate(torch.tensor(helpers.random_ids(5)), max_new_tokens=2)
+    assert set(calls) <= set(model.modules())  # with the modules that they were registered on
     assert calls
-    assert not set(calls) & set(model.modules())  # they are the copies'
 
 
 @pytest.mark.parametrize("outputs", ["output_hidden_states", "output_attentions"])
@@ -222,11 +238,46 @@ def test_a_hook_that_comes_after_the_twin_is_told_to_act_on_decoding_only() -> N
         greedy(twin, ids)
 
 
-def test_a_hook_on_a_projection_that_is_cut_is_refused_by_name() -> None:
+@pytest.mark.parametrize("name", ["down_proj", "gate_proj", "act_fn"])
+def test_a_hook_that_would_see_the_kept_neurons_only_is_refused(name: str) -> None:
     model = helpers.proved("llama")
-    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: None)
-    with pytest.raises(ValueError, match=r"hook on a projection of model\.layers\.1\.mlp"):
+    inside = model.model.layers[1].mlp.get_submodule(name)
+    inside.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(ValueError, match=r"a hook inside of model\.layers\.1\.mlp"):
         flocking.griffin(model)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gemma2", "mixtral", "falcon"])
+def test_so_is_one_on_an_activation_function_wherever_it_is(architecture: str) -> None:
+    model = helpers.proved(architecture)
+    block = flocking.feedforwards(model)[0]
+    parent = model.get_submodule(block.path)
+    activation = next(
+        m for n, m in parent.named_children() if "act" in n and not list(m.parameters())
+    )
+    activation.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ValueError, match="would be given the kept neurons only"):
+        flocking.griffin(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_no_twin_is_made_of_a_model_that_is_observed(name: str) -> None:
+    model = helpers.proved(name)
+    with flocking.observe(model, lambda block, z: None):
+        with pytest.raises(RuntimeError, match="the model is observed"):
+            flocking.griffin(model)
+        model(torch.tensor(helpers.random_ids(40)))
+
+
+def test_a_continuation_is_observed_as_its_replay_is() -> None:
+    model = helpers.proved("llama")
+    ids = torch.tensor(helpers.random_ids(14))
+    plain = greedy(model, ids)
+    with flocking.observe(model, lambda block, z: 0.3 * z):
+        expected = greedy(model, ids)
+        recording = flocking.record(model, ids, max_new_tokens=NEW, progress=False)
+    assert recording.token_id.values[0].tolist() == expected[:-1]
+    assert expected != plain
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,18 @@ def test_global_statistic_and_what_is_selected_by_it(llama: tf.PreTrainedModel) 
     assert kept.min() >= np.sort(ranks)[-80]
 
 
+def test_a_reference_is_taken_by_its_labels(llama: tf.PreTrainedModel) -> None:
+    texts = random_ids(30, 20)
+    reference = flocking.global_statistic(llama, texts, progress=False)
+    flip = slice(None, None, -1)
+    chosen = []
+    for given in (reference, reference.isel(neuron=flip, layer=flip).transpose()):
+        twin = flocking.griffin(llama, 0.5, method="static", reference=given)
+        generate(twin, tokens(9), 2)
+        chosen.append(twin.selection)
+    assert all(torch.equal(chosen[0][layer], chosen[1][layer]) for layer in (0, 1))
+
+
 def test_the_oracle_is_static_in_hindsight(llama: tf.PreTrainedModel) -> None:
     prompt, later = random_ids(20, 15)
     recording = flocking.record(llama, [prompt + later], window=19, progress=False)
@@ -130,7 +142,7 @@ def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None
     reference = flocking.global_statistic(llama, random_ids(20), progress=False)
     with pytest.raises(
         ValueError,
-        match="expected reference of 2 layers of 160 neurons, got one of 1 layers of 160",
+        match="expected reference of 2 layers, 0 to 1, of 160 neurons, got one of 1 layers",
     ):
         flocking.griffin(llama, method="static", reference=reference.isel(layer=[1]))
     for width in (9, 500):  # also a wider model's, whose first neurons are others

@@ -1,0 +1,54 @@
+"""Hooks that look at more than one token see each text as it is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import helpers
+import pytest
+import torch
+import transformers as tf
+
+import flocking
+from flocking.models import capabilities
+
+
+def centred(module: torch.nn.Module, args: tuple) -> tuple:
+    return (args[0] - args[0].mean(dim=1, keepdim=True), *args[1:])
+
+
+def last_moved(module: torch.nn.Module, args: tuple) -> tuple:
+    moved = args[0].clone()
+    moved[:, -1] += 1
+    return (moved, *args[1:])
+
+
+def of_batch(module: torch.nn.Module, args: tuple) -> tuple:
+    return (args[0] - args[0].mean(dim=0, keepdim=True) / 2, *args[1:])
+
+
+@pytest.mark.parametrize("hook", [centred, last_moved, of_batch])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_batch_gives_what_its_texts_give_alone(
+    name: str, hook: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capabilities, "CHUNK_TOKENS", 8)
+    model = helpers.proved(name)
+    layers = next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    layers[1].register_forward_pre_hook(hook)
+    texts = helpers.random_ids(20, 9, 20)
+    together = flocking.record(model, texts, progress=False)
+    for row, text in enumerate(texts):
+        for layer, z in helpers.activations(model, text).items():
+            expected = torch.linalg.vector_norm(z, dim=-1)
+            got = together.norm.sel(layer=layer).values[row, : len(text)]
+            torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_kwargs", [True, False])
+def test_a_pre_hook_of_the_whole_model_is_refused(
+    llama: tf.PreTrainedModel, with_kwargs: bool
+) -> None:
+    llama.register_forward_pre_hook(lambda *args: None, with_kwargs=with_kwargs)
+    with pytest.raises(ValueError, match=r"pre-hook of its own.*on model\.base_model"):
+        flocking.record(llama, helpers.random_ids(9), progress=False)
