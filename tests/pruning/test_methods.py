@@ -147,7 +147,7 @@ def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None
         flocking.griffin(llama, method="static", reference=reference.isel(layer=[1]))
     for width in (9, 500):  # also a wider model's, whose first neurons are others
         other = reference.reindex(neuron=range(width), fill_value=1.0)
-        with pytest.raises(ValueError, match=f"got one of 2 layers of {width} neurons"):
+        with pytest.raises(ValueError, match=f"(it has|0 to 1, of) {width} neurons"):
             flocking.griffin(llama, method="static", reference=other)
     with pytest.raises(ValueError, match="not finite"):
         flocking.griffin(llama, method="static", reference=reference.where(reference.layer > 0))
