@@ -34,7 +34,7 @@ else:
 
 NOTE = "flocking-owner.json"
 WRITING, OLD = "writing", "old"
-_LONGEST = 255  # bytes in a file's name
+LONGEST = 255  # bytes in a file's name
 _YOUNG = 10.0  # seconds in which a claim without a note may still get one
 _CLOCK = 2.0  # seconds by which the start of a process may seem to move
 
@@ -48,7 +48,7 @@ class BusyError(OSError):
 def beside(place: Path, kind: str) -> Path:
     """The folder beside a target that is a claim on it, or in which the old one is set aside."""
     name = f".{place.name}.{kind}"
-    if len(os.fsencode(name)) > _LONGEST:
+    if len(os.fsencode(name)) > LONGEST:
         name = f".{hashlib.sha256(os.fsencode(place.name)).hexdigest()}.{kind}"
     return place.with_name(name)
 

@@ -14,6 +14,7 @@ What holds after a kill does not hold after a loss of power: nothing is forced t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -23,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flocking.artifacts.claims import (
+    LONGEST,
     NOTE,
     OLD,
     WRITING,
@@ -87,7 +89,8 @@ def replacing(
     # From the first move on, signals wait until the old ones and the claim are gone.
     with ExitStack() as ending, _claimed(path, wait) as claim, ExitStack() as replaced:
         _check(given, check)  # what an interrupted command had set aside may be back
-        yield claim / path.name
+        with _told_of_room(path):
+            yield claim / path.name
         wanted = [one for one in given if overwrite or not os.path.lexists(one)]
         for one in wanted:
             if not (claim / one.name).exists():
@@ -143,6 +146,8 @@ def _claimed(path: Path, wait: float) -> Iterator[Path]:
     with ExitStack() as made:
         try:
             with _said_of(path):
+                if len(os.fsencode(place.name)) > LONGEST:
+                    raise OSError(f"its name is longer than {LONGEST} bytes")
                 _make_parents(place.parent, made)
                 room = shutil.disk_usage(place.parent)
                 if room.total and room.free < _LEAST_ROOM:
@@ -169,6 +174,20 @@ def _said_of(path: Path) -> Iterator[None]:
     except OSError as problem:
         why = problem.strerror or str(problem)
         raise type(problem)(f"{path} cannot be written ({why}): name another place.") from problem
+
+
+@contextmanager
+def _told_of_room(path: Path) -> Iterator[None]:
+    """Let the error of a full disk name what was being written."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            f"{path} cannot be written (no space is left on the disk): make room, or name another "
+            "place."
+        ) from problem
 
 
 def _make_parents(folder: Path, stack: ExitStack) -> None:

@@ -6,6 +6,7 @@ What needs torch is imported inside of the commands, so that help and version ar
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -117,6 +118,8 @@ def record(
 
     check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
+    if re.match(r"[a-z0-9+]{2,}:/", str(output)):
+        raise ValueError(f"--output {output}: name a folder on a disk, since URLs are not written.")
     if files.count("-") > 1:
         raise ValueError("- stands for standard input, which can be read once: name it once.")
     texts = [read(name) for name in files]

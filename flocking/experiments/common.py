@@ -16,6 +16,22 @@ from flocking.recording import record
 WEIGHTS = ["trained", "control"]
 
 
+def names_of(texts: Sequence[str]) -> list[str]:
+    """Names of texts that are to be compared: their own, or their numbers.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two, or names repeat.
+    """
+    if len(texts) < 2:
+        raise ValueError(f"expected two texts or more, to compare them, got {len(texts)}.")
+    names = [getattr(text, "name", str(number)) for number, text in enumerate(texts)]
+    if len(set(names)) < len(names):
+        raise ValueError("two texts have the same name: give each text a different one.")
+    return names
+
+
 def same_length(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,11 +44,7 @@ def same_length(
 ) -> tuple[list[list[int]], list[str]]:
     """Token ids of the texts, cut to one length of a first token and whole windows; their names."""
     texts = [texts] if isinstance(texts, str) else list(texts)
-    if len(texts) < 2:
-        raise ValueError(f"expected two texts or more, to compare them, got {len(texts)}.")
-    names = [getattr(text, "name", str(number)) for number, text in enumerate(texts)]
-    if len(set(names)) < len(names):
-        raise ValueError("two texts have the same name: give each text a different one.")
+    names = names_of(texts)
     # The length is cut below: a warning about the model's context would be wrong here.
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     limit = context(model)

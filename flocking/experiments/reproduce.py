@@ -19,6 +19,7 @@ from flocking.artifacts import (
 )
 from flocking.drawing import save, titled
 from flocking.experiments import activations, losses
+from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
 
@@ -122,6 +123,7 @@ def _keys(
 ) -> dict[str, Key]:
     """Of the figures that are asked for; refuses unknown names, and files that are not ours."""
     names = list(EXPERIMENTS) if only is None else list(only)
+    names_of(texts)  # what they refuse, before a model is loaded
     named = [(getattr(text, "name", ""), str(text)) for text in texts]
     keys = {}
     for name in names:

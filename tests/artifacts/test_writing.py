@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -334,3 +335,20 @@ def test_many_processes_write_one_target_in_turn(tmp_path: Path) -> None:
     assert names(tmp_path) == [*(f"own-{number}" for number in range(4)), "shared"]
     for store in tmp_path.iterdir():
         assert len({path.read_text() for path in store.iterdir()}) == 1
+
+
+def test_a_name_that_is_too_long_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="its name is longer than 255 bytes"):
+        refuse_unwritable(tmp_path / ("y" * 256))
+    with replacing(tmp_path / ("y" * 255)) as partial:
+        partial.write_text("whole")
+    assert names(tmp_path) == ["y" * 255]
+
+
+def test_a_disk_that_fills_up_is_told_with_the_name(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"x\.zarr cannot be written \(no space .* make room"),
+        replacing(tmp_path / "x.zarr"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert names(tmp_path) == []
