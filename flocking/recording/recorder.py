@@ -257,8 +257,8 @@ def _checked(model: PreTrainedModel) -> PreTrainedModel:
         )
     if model.base_model is not model and hooks_on(model, ("_forward_pre_hooks",)):
         raise ValueError(
-            f"{type(model).__name__} has a pre-hook of its own, and record runs only what is "
-            "inside of it, without its head: register the hook on model.base_model, or further in."
+            f"{type(model).__name__} has a pre-hook itself, and record runs only what is "
+            "inside of it, without its head: register the hook on model.base_model, or below."
         )
     if not all(map(is_loaded, model.modules())):
         raise ValueError(

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import flocking
 from flocking.feedforward.moe import Routed, row_norms, shape, take
 from flocking.feedforward.moe_hooks import watching
+from flocking.models import trial_copy
 from flocking.recording import Moments, Windows
 
 SMALL = {
@@ -381,18 +382,18 @@ def test_griffin_on_experts_computed_at_once(llama4: tf.PreTrainedModel) -> None
 
 
 def test_copies_made_while_watching_are_of_the_model_as_it_is(llama4: tf.PreTrainedModel) -> None:
-    """A twin that is made inside of `observe` is not watched and does not write to the weights."""
+    """A twin and a trial's copy are not watched and do not write to the weights."""
     before = {name: value.clone() for name, value in llama4.state_dict().items()}
     ids = torch.tensor(random_ids(9))
-    expected = flocking.griffin(llama4, 0.45).generate(ids, max_new_tokens=4, pad_token_id=0)
     for model in (llama4, build("mixtral")):
+        twin = flocking.griffin(model, 0.45)
+        expected = twin.generate(ids, max_new_tokens=4, pad_token_id=0)
+        logits = model(ids).logits
         with flocking.observe(model, lambda block, z: torch.zeros_like(z)):
-            twin = flocking.griffin(model, 0.45)
+            copied = trial_copy(model)
             model(ids)
-            inside = twin.generate(ids, max_new_tokens=4, pad_token_id=0)
-        assert torch.equal(twin.generate(ids, max_new_tokens=4, pad_token_id=0), inside)
-        if model is llama4:
-            assert torch.equal(inside, expected)
+            assert torch.equal(twin.generate(ids, max_new_tokens=4, pad_token_id=0), expected)
+        assert torch.equal(copied(ids).logits, logits)
     assert all(torch.equal(value, before[name]) for name, value in llama4.state_dict().items())
 
 

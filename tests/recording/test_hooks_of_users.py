@@ -50,5 +50,5 @@ def test_a_pre_hook_of_the_whole_model_is_refused(
     llama: tf.PreTrainedModel, with_kwargs: bool
 ) -> None:
     llama.register_forward_pre_hook(lambda *args: None, with_kwargs=with_kwargs)
-    with pytest.raises(ValueError, match=r"pre-hook of its own.*on model\.base_model"):
+    with pytest.raises(ValueError, match=r"pre-hook itself.*on model\.base_model"):
         flocking.record(llama, helpers.random_ids(9), progress=False)
