@@ -38,6 +38,7 @@ from flocking.artifacts.claims import OLD
 from flocking.cli import app
 from flocking.cli.ending import ended_by_signals
 from flocking.models import embedded
+from flocking.models.origins import _NOTE as ORIGIN
 
 TASKS = Path(__file__).parent / "tasks"
 KILLS_A_RUN = 3  # before the command may end
@@ -249,7 +250,8 @@ def state_of(command: Command) -> str:
 
 def litter(command: Command) -> list[str]:
     """What is in a command's folder and not an output; all of ours begins with a dot."""
-    found = (path for path in command.folder.rglob("*") if path.name.startswith("."))
+    hidden = (path for path in command.folder.rglob("*") if path.name.startswith("."))
+    found = (path for path in hidden if path.name != ORIGIN)  # a note in the copy of the model
     return [str(path) for path in found if not path.name.startswith(".z")]
 
 
