@@ -38,7 +38,7 @@ from flocking.artifacts.claims import OLD
 from flocking.cli import app
 from flocking.cli.ending import ended_by_signals
 from flocking.models import embedded
-from flocking.models.origins import _NOTE as ORIGIN
+from flocking.models.origins import NOTE as ORIGIN
 
 TASKS = Path(__file__).parent / "tasks"
 KILLS_A_RUN = 3  # before the command may end

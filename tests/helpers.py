@@ -110,6 +110,13 @@ def build(name: str, **changes: object) -> tf.PreTrainedModel:
     return model
 
 
+def roberta() -> tf.PreTrainedModel:
+    """A tiny encoder of 40 positions, the first two of which are not a token's."""
+    sizes = _COMMON | {"max_position_embeddings": 40, "pad_token_id": 1}
+    torch.manual_seed(0)
+    return tf.RobertaModel(tf.RobertaConfig(**sizes)).eval()
+
+
 @functools.cache
 def _original(name: str) -> tf.PreTrainedModel:
     return build(name)

@@ -137,7 +137,7 @@ def _refuse_replaced(model: nn.Module) -> None:
             raise ValueError(
                 f"{path or type(model).__name__} has another forward than its class, which holds "
                 "a module of this model, so that a copy would run the model itself: change what "
-                "it computes with register_forward_hook instead."
+                "it computes with a forward hook instead."
             )
 
 

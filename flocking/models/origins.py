@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # Hidden, as a download's notes are: it is no part of the model.
-_NOTE = ".flocking-origin.json"
+NOTE = ".flocking-origin.json"
 
 
 def write_note(folder: Path, digest: str) -> None:
@@ -25,7 +25,7 @@ def write_note(folder: Path, digest: str) -> None:
         for name, path in _files(folder).items()
     }
     content = json.dumps({"converted_from": digest, "files": files}, indent=1)
-    (folder / _NOTE).write_text(content + "\n", encoding="utf-8")
+    (folder / NOTE).write_text(content + "\n", encoding="utf-8")
 
 
 def is_whole(folder: Path, digest: str) -> bool:
@@ -58,7 +58,7 @@ def digest_of(folder: Path) -> str | None:
 
 def _note(folder: Path) -> Any:
     try:
-        return json.loads((folder / _NOTE).read_bytes())
+        return json.loads((folder / NOTE).read_bytes())
     except (OSError, ValueError):
         return None
 

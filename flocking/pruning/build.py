@@ -326,7 +326,10 @@ def _with_reference(
     if not {"layer", "neuron"} == set(reference.dims):
         raise ValueError(f"expected reference (layer, neuron), got dimensions {reference.dims}.")
     layers, widest = [block.layer for block in blocks], max(block.d_ff for block in blocks)
-    reference = whole_neurons(reference)  # in the order of their labels
+    try:
+        reference = whole_neurons(reference)  # in the order of their labels
+    except ValueError as problem:
+        raise ValueError(f"reference: {problem}") from problem
     found = reference.layer.values.tolist()
     if sorted(map(str, found)) != sorted(map(str, layers)) or reference.sizes["neuron"] != widest:
         raise ValueError(

@@ -92,9 +92,9 @@ BROKEN = {
     "weights cut": lambda folder: cut(folder / "model.safetensors"),
     "no config": lambda folder: (folder / "config.json").unlink(),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
-    "no note": lambda folder: (folder / origins._NOTE).unlink(),
-    "note cut": lambda folder: cut(folder / origins._NOTE),
-    "note of nothing": lambda folder: (folder / origins._NOTE).write_text("[1]"),
+    "no note": lambda folder: (folder / origins.NOTE).unlink(),
+    "note cut": lambda folder: cut(folder / origins.NOTE),
+    "note of nothing": lambda folder: (folder / origins.NOTE).write_text("[1]"),
     "a file": lambda folder: shutil.rmtree(folder) or folder.write_text("x"),
 }
 

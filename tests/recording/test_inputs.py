@@ -339,17 +339,7 @@ def test_wrong_values(inputs: dict, problem: type, message: str) -> None:
 
 
 def test_positions_behind_a_padding_index() -> None:
-    config = tf.RobertaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        pad_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = tf.RobertaModel(config).eval()
+    model = helpers.roberta()
     text = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.tensor([[37, 38, 39]])}
     assert_energy(record(model, text), expected(model, **text))
     text["position_ids"] += 1

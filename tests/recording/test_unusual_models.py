@@ -47,16 +47,7 @@ def test_what_cannot_be_padded_is_batched_by_length(
 
 
 def test_positions_that_start_behind_the_padding_index_count(llama: tf.PreTrainedModel) -> None:
-    config = tf.RobertaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        pad_token_id=1,
-    )
-    model = tf.RobertaModel(config).eval()
+    model = helpers.roberta()
     assert record(model, helpers.random_ids(38)).sizes["token"] == 38
     with pytest.raises(ValueError, match="39 tokens, 1 more than the model's context of 38"):
         record(model, helpers.random_ids(39))
