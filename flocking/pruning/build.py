@@ -122,7 +122,9 @@ def griffin(
         cache, or a twin; with
         `offload`, for a model that is not in host memory.
     TypeError
-        If `density` or `seed` is not a number, or `reference` is not a DataArray.
+        If `density` or `seed` is not a number, or `reference` is not a DataArray of numbers.
+    RuntimeError
+        Inside of a :func:`flocking.observe` of `model`.
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
 
@@ -331,7 +333,8 @@ def _with_reference(
     except ValueError as problem:
         raise ValueError(f"reference: {problem}") from problem
     found = reference.layer.values.tolist()
-    if sorted(map(str, found)) != sorted(map(str, layers)) or reference.sizes["neuron"] != widest:
+    same = len(found) == len(layers) and set(found) == set(layers)
+    if not same or reference.sizes["neuron"] != widest:
         raise ValueError(
             f"expected reference of {len(layers)} layers, {layers[0]} to {layers[-1]}, of {widest} "
             f"neurons, got one of {len(found)} layers, {found[0]} to {found[-1]}, of "
