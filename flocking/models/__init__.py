@@ -30,6 +30,7 @@ from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.problems import reading
+from flocking.models.rewinding import Bookmark, rewinds
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tokenization import Prompts, tokenize
@@ -49,6 +50,7 @@ from flocking.models.weights import (
 from flocking.models.wrapping import require_model, unwrap
 
 __all__ = [
+    "Bookmark",
     "PerModel",
     "Prompts",
     "Text",
@@ -86,6 +88,7 @@ __all__ = [
     "replaced",
     "require_model",
     "require_tokenizer",
+    "rewinds",
     "separate",
     "tensor_of",
     "tokenize",

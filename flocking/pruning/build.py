@@ -32,16 +32,18 @@ from flocking.models import (
     is_loaded,
     refuse_forgetful,
     require_model,
+    rewinds,
     traits,
     working_copy,
 )
 from flocking.pruning.compact import Compact
 from flocking.pruning.methods import METHODS, WITH_REFERENCE, Method, by_reference, global_local
 from flocking.pruning.offloading import offloaded
+from flocking.pruning.refreshing import RefreshingTwin
 from flocking.pruning.selector import Scope, Selector
 from flocking.pruning.state import State
 from flocking.pruning.twin import Twin, twin_class
-from flocking.recording import whole_neurons
+from flocking.recording import whole_neurons, whole_number
 
 
 def griffin(
@@ -54,6 +56,7 @@ def griffin(
     weight: float = 0.5,
     seed: int = 0,
     offload: Literal["cpu"] | None = None,
+    refresh: int | None = None,
 ) -> Twin:
     """A twin of `model` whose ``generate`` decodes on the neurons that each prompt selects.
 
@@ -95,23 +98,34 @@ def griffin(
         accelerator, with copies of all weights except the full FF projections', which stay in
         host memory and are copied over, block by block, to read each prompt. Without an
         accelerator nothing moves.
+    refresh : int, optional
+        After how many new tokens to select anew, for long generations. At every such token the
+        full model reads all those since the last time in one piece, in the place of the twin's
+        step: their keys and values replace the twin's in the cache, they are added to the
+        statistic, and the next token is the full model's. With 1, all tokens are. By default
+        neurons are selected once, from the prompt, as in the paper. Refreshes happen in
+        ``generate`` (but not while the twin is the draft of another model),
+        :class:`flocking.Decoder`, :func:`flocking.score` and :func:`flocking.perplexity`. A batch
+        must have ``scope="shared"`` for a beam search.
 
     Returns
     -------
     transformers.PreTrainedModel
-        Of `model`'s class, with two more members: ``selection`` (indices of the kept neurons by
-        layer) and ``report()``. Memory rises by the compact projections, and nothing of `model`
-        is freed. (With `offload`, the accelerator's memory rises by those and by everything that
-        is not an FF projection.) Hooks that `model` has now are the twin's too,
-        when it reads prompts and when it decodes; one that is registered on the twin itself acts
-        on decoding only. Changes of parameter values show in the twin (but not in what it copied
-        before); after any other change of `model` (its dtype, its config, its hooks, replaced
-        parameters), make the twin again. A twin serves one thread at a time.
+        Of `model`'s class, with three more members: ``selection`` (indices of the kept neurons by
+        layer), ``history`` (each selection since the text began, for
+        :func:`flocking.captured_energy`) and ``report()``. Memory rises by the compact projections,
+        and nothing of `model` is freed. (With `offload`, the accelerator's memory rises by those
+        and by everything that is not an FF projection.) Hooks that `model` has now are the twin's
+        too, when it reads prompts and when it decodes; one that is registered on the twin itself
+        acts on decoding only. Changes of parameter values show in the twin (but not in what it
+        copied before); after any other change of `model` (its dtype, its config, its hooks,
+        replaced parameters), make the twin again. A twin serves one thread at a time.
 
         In a second turn on a cache that this twin filled, the statistic is that of the earlier
-        turns and of the new turn's tokens; tokens that were generated, pruned, do not count. On
-        any other cache, on a copy, or on one that was cut to less than its prompt, the selection
-        is made from the new tokens alone.
+        turns and of the new turn's tokens; tokens that were generated, pruned, do not count.
+        (With `refresh`, the full model reads them first, and they do.) On any other cache, on a
+        copy, after a beam search with `refresh`, or on one that was cut to less than its prompt,
+        the selection is made from the new tokens alone.
 
     Raises
     ------
@@ -119,8 +133,8 @@ def griffin(
         For a density outside of (0, 1] or that keeps no neuron, an unknown method or scope, a
         reference that is missing or another model's, weights that are quantised or not in
         memory, hooks on FF projections, a model that does not generate or cannot go on from a
-        cache, or a twin; with
-        `offload`, for a model that is not in host memory.
+        cache, or a twin; with `offload`, for a model that is not in host memory; with `refresh`
+        below 1, or for a model whose cache cannot be taken back.
     TypeError
         If `density` or `seed` is not a number, or `reference` is not a DataArray of numbers.
     RuntimeError
@@ -137,6 +151,15 @@ def griffin(
     {0: 32, 1: 32}
     >>> pruned.report()
     Report(parameters=..., active_parameters=..., ...)
+
+    With selections that are made anew after every four tokens:
+
+    >>> pruned = flocking.griffin(model, density=0.5, refresh=4)
+    >>> sequences = pruned.generate(**prompt, max_new_tokens=9)
+    >>> pruned.report().refreshes, pruned.report().effective_density
+    (2, 0.625)
+    >>> pruned.history.sizes["position"]
+    3
     """
     model = require_model(model)
     if is_observed(model):
@@ -146,6 +169,7 @@ def griffin(
         )
     blocks = _prunable(model)
     _check_options(model, blocks, scope, seed, offload)
+    check_refresh(refresh)
     firsts = [block for block in blocks if block.call == 0]
     counts = [
         kept_count(each, block.d_ff // block.experts)
@@ -153,6 +177,11 @@ def griffin(
     ]
     refuse_forgetful(model)
     known = traits(model)
+    if refresh is not None and not rewinds(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot read tokens again over its cache, as refresh needs: "
+            "leave refresh out."
+        )
     if offload:
         model = offloaded(model)
         blocks = feedforwards(model)
@@ -172,7 +201,13 @@ def griffin(
         inherit(model, twin)
         full = copy_with_blocks(model)
     traits.remember(full, known)
-    return _become_twin(twin, State(full, compacts, selector))
+    base = Twin if refresh is None else RefreshingTwin
+    return _become_twin(twin, State(full, compacts, selector, refresh), base)
+
+
+def check_refresh(refresh: object) -> None:
+    """Refuse what is no refresh of :func:`griffin`; needs no model."""
+    whole_number("refresh", 1 if refresh is None else refresh, 1)
 
 
 def check_scope(scope: object) -> None:
@@ -197,15 +232,16 @@ def _check_options(
         raise ValueError(f"offload={offload!r}: give 'cpu', or leave it out.")
 
 
-def _become_twin(copied: PreTrainedModel, state: State) -> Twin:
+def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twin:
     """Give it a twin's class, also where accelerate keeps the forward of the class before."""
     plain = type(copied)
-    for name in vars(Twin).keys() & vars(copied).keys():
+    added = {name for part in base.__mro__ if issubclass(part, Twin) for name in vars(part)}
+    for name in added & vars(copied).keys():
         raise ValueError(
             f"model.{name} was replaced on this very object, and a twin would go around its own: "
             f"delete it (del model.{name})."
         )
-    copied.__class__ = twin_class(plain)  # type: ignore[arg-type] # a class can be hashed
+    copied.__class__ = twin_class(plain, base)  # type: ignore[arg-type] # a class can be hashed
     for name in ("_old_forward", "forward"):
         if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
             copied.__dict__[name] = copied.__class__.forward.__get__(copied)

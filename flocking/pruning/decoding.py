@@ -36,7 +36,7 @@ from flocking.models import (
     vocabulary_of,
 )
 from flocking.pruning.graphs import CompiledStep
-from flocking.pruning.twin import Twin, full_model, read_prompt, serving
+from flocking.pruning.twin import Twin, full_model, read_prompt, refresh_of, serving
 
 _OTHER_STATES = "it keeps something else than each token's keys and values"
 _LOOK_EVERY = 16  # tokens between two looks at whether all sequences have ended
@@ -52,7 +52,7 @@ class Decoder:
 
     With a twin, each prompt is read by the full model, and neurons are selected from it, as in
     ``generate``; the step is compiled for the twin's compact projections, which do not move in
-    memory.
+    memory. A twin's ``refresh`` happens between steps, on the same cache.
 
     Parameters
     ----------
@@ -92,6 +92,7 @@ class Decoder:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
         self._left = 0  # steps that the last prompt leaves room for
+        self._prompt = self._since = 0  # tokens of the last prompt; steps since a refresh
         with torch.inference_mode(False):  # they outlive any mode that this is called in
             shape = (batch_size, 1)
             self._ids, self._position = self._zeros(*shape), self._zeros(*shape)  # of the next step
@@ -166,6 +167,7 @@ class Decoder:
         )
         self._take(outputs.logits[:, -1])
         self._left = self.max_length - prompt - 1
+        self._prompt, self._since = prompt, 0
         self._compiled.follow_parameters()
 
     @torch.inference_mode(False)
@@ -187,7 +189,40 @@ class Decoder:
         self._left -= 1
         if isinstance(self._model, Twin):
             self._model._griffin.refuse_other_thread()
+        self._since += 1
+        if self._since == refresh_of(self._model):
+            self._refresh()
+            return
         self._compiled()
+        if isinstance(self._model, Twin):
+            self._model._griffin.work.steps += 1
+
+    def _refresh(self) -> None:
+        """Let the full model read the tokens since the last time, and give the next one."""
+        new, state = self._since, cast(Twin, self._model)._griffin
+        order = torch.arange(new, device=self._device)
+        places = self._length - new + order  # in the text
+        ended = (self._text[..., None] == self._ends).any(dim=-1).int()
+        ended[:, : self._prompt] = 0
+        counts = (ended.cumsum(dim=1) == ended)[:, places]  # not behind a token that ends a text
+        more = {"position_ids": self._position + 1 - new + order} if self._takes_positions else {}
+        if "logits_to_keep" in inspect.signature(self._full.forward).parameters:
+            more["logits_to_keep"] = 1
+        outputs = state.reread(
+            lambda: self._full(
+                input_ids=self._text[:, places],
+                attention_mask=self._mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                **more,
+            ),
+            self._cache,
+            new,
+            None if bool(counts.all()) else counts,
+        )
+        self._take(outputs.logits[:, -1])
+        self._position.add_(1)
+        self._since = 0
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._device)
@@ -257,6 +292,8 @@ class Decoder:
             self._cache.reset()
         for fixed, layer in zip(self._cache.layers, layers, strict=True):
             cast(StaticLayer, fixed).update(layer.keys, layer.values)
+        if refresh_of(self._model) is not None:
+            outputs.past_key_values = self._cache  # which is taken back
         self._mask.fill_(1)
         self._mask[:, : ids.shape[1]] = mask
         self._position.copy_(mask.sum(dim=1, keepdim=True))

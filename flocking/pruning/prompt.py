@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from flocking.feedforward import FeedForward, Routed, observe
+from flocking.models import Bookmark
 from flocking.recording import Moments, Windows
 
 
@@ -26,12 +27,36 @@ class Read:
     tokens : Tensor of int64, shape (sequence,)
         Real tokens in the moments.
     end : int
-        Tokens in the cache, padding included, after the last prompt was read.
+        Tokens in the cache, padding included, after the last ones were read.
+    bookmark : Bookmark or None
+        That place in the cache, if the model will read again from there what a twin adds.
+    text, added : Tensor of int64, shape (sequence, token), or None
+        Token ids, for the same: of the text so far, as far as ``generate`` knows it, and of what
+        is in the cache after `end`.
     """
 
     moments: dict[int, Moments]
     tokens: Tensor
     end: int = 0
+    bookmark: Bookmark | None = None
+    text: Tensor | None = None
+    added: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Read:
+        """The same of the sequences `index`, int64, which may come several times."""
+        moments = {
+            layer: replace(
+                each,
+                energy=each.energy[index.to(each.energy.device)],
+                mass=each.mass[index.to(each.mass.device)],
+            )
+            for layer, each in self.moments.items()
+        }
+        return replace(self, moments=moments, tokens=self.tokens[index.to(self.tokens.device)])
+
+    def copy(self) -> Read:
+        """What is not changed when more is read."""
+        return self.rows(torch.arange(len(self.tokens), device="cpu"))
 
     def goes_on(self, past: Any, sequences: int) -> bool:
         """Whether the cache `past` still holds what was read, for the same number of sequences."""
@@ -46,22 +71,40 @@ class Reader:
     full : transformers.PreTrainedModel
     first_run : dict of int to int
         For each layer, the layer of its block's first run; their moments are added up there.
+    again : bool
+        Whether the model will read again what is added to caches after a prompt.
     """
 
-    def __init__(self, full: PreTrainedModel, first_run: dict[int, int]) -> None:
-        self.full, self._first_run = full, first_run
+    def __init__(
+        self, full: PreTrainedModel, first_run: dict[int, int], again: bool = False
+    ) -> None:
+        self.full, self._first_run, self._again = full, first_run, again
         self._by_cache = WeakIdKeyDictionary()
 
     def earlier(self, past: Any, sequences: int) -> Read | None:
-        """What was read into the cache `past`, if it is still there; it is then forgotten here."""
-        read = None if past is None else self._by_cache.pop(past, None)
-        return read if read is not None and read.goes_on(past, sequences) else None
+        """What :meth:`known` gives, which is then forgotten here."""
+        read = self.known(past, sequences)
+        if past is not None:
+            self._by_cache.pop(past, None)
+        return read
 
     def remember(self, read: Read, cache: Any) -> None:
         """Keep what was read for a later turn on this cache (None if the model returned none)."""
         if cache is not None:
             read.end = int(cache.get_seq_length())
+            if self._again:
+                read.bookmark = Bookmark(cache)
             self._by_cache[cache] = read
+
+    def known(self, past: Any, sequences: int) -> Read | None:
+        """What was read into the cache `past`, if it is still there."""
+        read = None if past is None else self._by_cache.get(past)
+        return read if read is not None and read.goes_on(past, sequences) else None
+
+    def forget(self, read: Read) -> None:
+        """Do not go on from what was read in a later turn."""
+        for cache in [cache for cache, other in self._by_cache.items() if other is read]:
+            self._by_cache.pop(cache)
 
     def read(
         self,

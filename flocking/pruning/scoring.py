@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +31,14 @@ from flocking.models import (
     unwrap,
     with_inputs,
 )
-from flocking.pruning.twin import Twin, full_model, read_prompt, serving
+from flocking.pruning.twin import (
+    Twin,
+    full_model,
+    read_prompt,
+    refresh_of,
+    serving,
+    what_was_read,
+)
 from flocking.recording import whole_number
 from flocking.texts import check_string
 
@@ -128,6 +136,8 @@ def score(
     )
     first = len(prompt_ids) - 1
     pruned = np.arange(first, fed) >= cut
+    if (every := refresh_of(model)) is not None:
+        pruned &= (np.arange(first, fed) - cut + 1) % every != 0
     return xr.DataArray(
         values[0, first:].double().cpu().numpy(),
         {
@@ -317,10 +327,11 @@ def side_by_side(
     if first is None:
         return
     logits, past = beginning(first, ids, cut)
+    read = what_was_read(first)
     head = _of_next_tokens(logits, ids, 0)
     for model in itertools.chain([first], remaining):
         if model is not first and isinstance(model, Twin):
-            model._griffin.adopt(cast(Twin, first)._griffin)
+            model._griffin.adopt(read)
         later = rest(model, ids, cut, copy.deepcopy(past))
         yield model, torch.cat([head, _of_next_tokens(later, ids, cut)], dim=1)
 
@@ -342,6 +353,7 @@ def branches(
         Tokens of the beginning, which is run in full, and from which a twin selects.
     size : int
         How many continue together in one forward pass, padded on the right, if the model allows.
+        (One, for a twin that refreshes its selection.)
 
     Returns
     -------
@@ -349,9 +361,13 @@ def branches(
         Log-likelihoods in nats, and which tokens are the likeliest.
     """
     first, past = beginning(model, sequences[0][None, :cut], cut)
+    refreshes = isinstance(model, Twin) and model._griffin.refresh is not None
+    size, read = (1, what_was_read(model)) if refreshes else (size, None)
     found: list[Any] = [None] * len(sequences)
     for group in batches(full_model(model), list(map(len, sequences)), size):
         rows = pad_sequence([sequences[number] for number in group], batch_first=True)
+        if isinstance(model, Twin) and refreshes:  # each continuation has changed the selection
+            model._griffin.adopt(read)
         copied = copy.deepcopy(past)
         if len(group) > 1:  # as beams that all come from the first
             beams = torch.zeros(len(group), dtype=torch.int64, device=first.device)
@@ -405,12 +421,30 @@ def beginning(
 def rest(
     model: PreTrainedModel, ids: Tensor, cut: int, past: Any, inputs: _Inputs | None = None
 ) -> Tensor:
-    """Logits of the tokens from `cut` to the second last; changes the cache `past`."""
+    """Logits of the tokens from `cut` to the second last; changes the cache `past`.
+
+    A twin with ``refresh`` computes as many tokens as in generation before the full model reads
+    them, whose logits replace those of the last one.
+    """
     fed = ids.shape[1] - 1  # the last token predicts none of the text
     if cut == fed:
         return torch.zeros(len(ids), 0, 1, device=device_of(embeddings_of(model)))
+    every = refresh_of(model) or fed
+    logits = []
     with undisturbed(model, seed=0):
-        return _run(model, ids, slice(cut, fed), past, inputs).logits
+        for start in range(cut, fed, every):
+            stop = min(start + every, fed)
+            reread = isinstance(model, Twin) and refresh_of(model) == stop - start
+            if stop - start > reread:
+                logits.append(_run(model, ids, slice(start, stop - reread), past, inputs).logits)
+            if isinstance(model, Twin):
+                model._griffin.work.steps += stop - start - reread
+            if isinstance(model, Twin) and reread:
+                tokens = slice(start, stop)
+                run = functools.partial(_run, model._griffin.full, ids, tokens, past, inputs)
+                outputs = model._griffin.reread(run, past, stop - start)
+                logits.append(outputs.logits[:, -1:])
+    return torch.cat(logits, dim=1)
 
 
 def _run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from flocking.pruning.drafts import Drafts
 from flocking.pruning.prompt import Read, Reader
 from flocking.pruning.selector import Selected, Selector
 from flocking.pruning.stopwatch import Stopwatch
+
+
+@dataclass
+class Work:
+    """How often weights were read since the last prompt.
+
+    Attributes
+    ----------
+    steps, refreshes : int
+        Steps of the twin, and passes of the full model over what the twin had written. (Steps
+        are counted where there can be both.)
+    """
+
+    steps: int = 0
+    refreshes: int = 0
 
 
 class State:
@@ -33,14 +49,30 @@ class State:
         Experts of mixtures that no token of the prompt was routed to.
     watch : Stopwatch or None
         Over the last selection and copy.
+    refresh : int or None
+        After how many new tokens the full model reads them again.
+    history : list of (int, list of Tensor)
+        Each selection of the last text: how many tokens were in the cache when it was made,
+        padding included, and the kept neurons of every compact block.
+    work : Work
+        What the twin and the full model did since the last prompt.
     hooks : set of int
         Ids of the hooks that the twin has from the original.
     """
 
-    def __init__(self, full: PreTrainedModel, compacts: list[Compact], selector: Selector) -> None:
+    def __init__(
+        self,
+        full: PreTrainedModel,
+        compacts: list[Compact],
+        selector: Selector,
+        refresh: int | None = None,
+    ) -> None:
         self.full, self.compacts, self.selector = full, compacts, selector
+        self.refresh = refresh
         first_run = {layer: c.block.layer for c in compacts for layer in c.layers}
-        self.reader, self.drafts = Reader(full, first_run), Drafts()
+        self.reader = Reader(full, first_run, again=refresh is not None)
+        self.drafts, self.work = Drafts(), Work()
+        self.history: list[tuple[int, list[Tensor]]] = []
         self.read: Read | None = None
         self.copies = 1
         self.unreached: list[Tensor] = []
@@ -111,10 +143,56 @@ class State:
             earlier = self.reader.earlier(past, sequences)
             if earlier is None:
                 self.drafts.reset()
+                self.history.clear()
+            self.work = Work()
             outputs, read = self.reader.read(run, sequences, mask, tokens, earlier)
-            self.choose(read)
-            self.reader.remember(read, getattr(outputs, "past_key_values", None))
+            self._go_on_from(read, getattr(outputs, "past_key_values", None))
             return outputs
+
+    def reread(
+        self,
+        run: Callable[[], Any],
+        past: Any,
+        tokens: int,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Any:
+        """Take the cache back to where the full model left it, read on from there, select anew.
+
+        Parameters
+        ----------
+        run : callable
+            One forward pass of ``full`` over the tokens since.
+        past : Cache
+            The cache, which the twin has added tokens to; or a copy.
+        tokens : int
+            Of each sequence, that are read.
+        mask : Tensor, shape (sequence, token), or None
+            1 for those that count; None if all do.
+        rows : Tensor of int64, shape (sequence,), or None
+            Which of the sequences before each one continues; None if they were not reordered.
+        """
+        with self.serving():
+            read = self.read
+            if read is None or read.bookmark is None:
+                refuse()
+            self.forget()
+            read.bookmark.go_back(past, rows)
+            if rows is not None:
+                self.reader.forget(read)
+                read = read.rows(rows)
+            outputs, read = self.reader.read(run, len(read.tokens), mask, tokens, read)
+            self._go_on_from(read, past)
+            self.work.refreshes += 1
+            return outputs
+
+    def _go_on_from(self, read: Read, cache: Any) -> None:
+        """Select from what was read, and remember that it is in this cache."""
+        self.choose(read)
+        self.reader.remember(read, cache)
+        self.history.append(
+            (read.end or int(read.tokens.max()), [compact.kept for compact in self.compacts])
+        )
 
     def expect(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a forward pass without a selection, or of another number of sequences."""
@@ -131,13 +209,12 @@ class State:
                 "its generate, which selects neurons from the prompts."
             )
 
-    def adopt(self, other: State) -> None:
-        """Select from the prompt that `other` read, for another twin of the same model."""
-        if other.read is None:
+    def adopt(self, read: Read | None) -> None:
+        """Select from what was read before, also by another twin of the same model."""
+        if read is None:
             refuse()
-        read = other.read
         self.forget()
-        self.choose(read)
+        self.choose(read.copy())
 
     def forget(self) -> None:
         """Drop the selection: nothing runs until the next one is made."""

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flocking.models import byte_count, hooks_on, warn
+from flocking.models import byte_count, hooks_on, unwrap, warn
+from flocking.pruning.history import drawn_up
+from flocking.pruning.prompt import Read
 from flocking.pruning.state import State
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
         def _prefill(self, *args: Any, **kwargs: Any) -> Any: ...
         def _sample(self, *args: Any, **kwargs: Any) -> Any: ...
+        def _beam_search(self, *args: Any, **kwargs: Any) -> Any: ...
+        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
+        def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any: ...
         def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 else:
     _Generating = object
@@ -44,6 +50,13 @@ class Report:
     unreached_experts : int
         Of mixtures of experts, how many no token of the prompt was routed to, layers and (with
         ``scope="sequence"``) sequences added up: their neurons are selected by their weights.
+    refreshes : int
+        Since the last prompt, how often the full model read again what was generated.
+    effective_density : float
+        Share of the FF weights that were read for a new token, on average: the twin's steps and
+        the passes of refreshes over the number of both. (Without refreshes, the density.)
+    bytes_per_token : int
+        Of all weights that were read for a new token, likewise. What a refresh copies is not in it.
     drafted_tokens, accepted_tokens : int
         As ``assistant_model``: how many tokens the twin proposed since the last prompt, and how
         many of those the full model took. The last proposal is in neither: what became of it is
@@ -58,6 +71,9 @@ class Report:
     compact_bytes: int
     prefilled_tokens: int
     unreached_experts: int
+    refreshes: int
+    effective_density: float
+    bytes_per_token: int
     drafted_tokens: int
     accepted_tokens: int
     selection_seconds: float
@@ -86,6 +102,19 @@ class Twin(_Generating):
         compacts = self._griffin.compacts
         return {layer: c.kept.cpu() for c in compacts for layer in c.layers}
 
+    @property
+    def history(self) -> xr.DataArray:
+        """Each selection since the last text began, and from where on it was used.
+
+        bool, (position, [sequence,] layer, neuron): True for kept neurons, as of
+        :func:`flocking.select`. ``position`` is how many tokens of the text, padding included,
+        came before.
+        """
+        state = self._griffin
+        if state.read is None:
+            raise RuntimeError("this twin has no selection yet: call generate first.")
+        return drawn_up(state.history, state.compacts)
+
     def report(self) -> Report:
         """Parameters, bytes and times: see :class:`Report`."""
         state = self._griffin
@@ -95,17 +124,27 @@ class Twin(_Generating):
         tied = getattr(state.full, "all_tied_weights_keys", {})
         named = dict(state.full.named_parameters())
         selecting, copying = (0.0, 0.0) if state.watch is None else state.watch.seconds()
-        parameters = sum(p.numel() for name, p in named.items() if tied.get(name) not in named)
-        rest = parameters - sum(p.numel() for p in ff.values())
+        held = {name: p for name, p in named.items() if tied.get(name) not in named}
+        parameters = sum(p.numel() for p in held.values())
+        ff_parameters = sum(p.numel() for p in ff.values())
+        ff_bytes = sum(map(byte_count, ff.values()))
+        compact = sum(c.parameters for c in state.compacts)
+        steps, refreshes = state.work.steps, state.work.refreshes
+        pruned_share = steps / (steps + refreshes) if refreshes else 1.0
+        density = pruned_share * compact / ff_parameters + 1 - pruned_share
+        other_bytes = sum(map(byte_count, held.values())) - ff_bytes
         return Report(
             parameters=parameters,
-            active_parameters=rest + sum(c.parameters for c in state.compacts),
-            ff_bytes=sum(map(byte_count, ff.values())),
+            active_parameters=parameters - ff_parameters + compact,
+            ff_bytes=ff_bytes,
             compact_bytes=sum(c.bytes for c in state.compacts),
             prefilled_tokens=(
                 0 if state.read is None else int(state.read.tokens.sum()) // state.copies
             ),
             unreached_experts=sum(map(int, state.unreached)),
+            refreshes=refreshes,
+            effective_density=density,
+            bytes_per_token=other_bytes + round(density * ff_bytes),
             drafted_tokens=state.drafts.proposed,
             accepted_tokens=state.drafts.accepted,
             selection_seconds=selecting,
@@ -262,6 +301,19 @@ def full_model(model: PreTrainedModel) -> PreTrainedModel:
     return model._griffin.full if isinstance(model, Twin) else model
 
 
+def refresh_of(model: PreTrainedModel) -> int | None:
+    """After how many tokens a twin refreshes its selection; None if never, or for other models."""
+    model = unwrap(model)
+    return model._griffin.refresh if isinstance(model, Twin) else None
+
+
+def what_was_read(model: PreTrainedModel) -> Read | None:
+    """What a twin's selection was made from, apart from what is read later; or None."""
+    if not isinstance(model, Twin) or model._griffin.read is None:
+        return None
+    return model._griffin.read.copy()
+
+
 def read_prompt(
     model: PreTrainedModel,
     run: Callable[[], Any],
@@ -292,8 +344,11 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
 
 
 @functools.cache
-def twin_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of the model's class with the same name, which pipelines and configs go by."""
+def twin_class(cls: type[PreTrainedModel], base: type[Twin] = Twin) -> type[PreTrainedModel]:
+    """A subclass of the model's class with the same name, which pipelines and configs go by.
+
+    `base` is what it adds to the model's class.
+    """
     members = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -305,4 +360,4 @@ def twin_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         self._griffin.expect(args, kwargs)
         return cls.forward(self, *args, **kwargs)
 
-    return type(cls.__name__, (Twin, cls), {**members, "forward": forward})
+    return type(cls.__name__, (base, cls), {**members, "forward": forward})

@@ -1,0 +1,165 @@
+"""Taking a cache back to where it was, so that tokens can be read into it once more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    QuantizedLayer,
+    StaticLayer,
+)
+
+from flocking.models.copies import trial_copy
+from flocking.models.memo import PerModel
+from flocking.models.running import forward
+from flocking.models.sandbox import relative_error, tolerance, trial
+from flocking.models.weights import vocabulary_of
+
+_KNOWN = (DynamicLayer, StaticLayer, LinearAttentionCacheLayerMixin, DummyLayer)
+
+
+class Bookmark:
+    """A place in a cache, to which :meth:`go_back` takes it as often as needed.
+
+    Keys and values that more are added to are cut off again. What is overwritten instead, as by
+    sliding windows, convolutions and recurrent layers, is copied here. Also takes back a copy of
+    the cache.
+
+    Parameters
+    ----------
+    cache : transformers.Cache
+
+    Attributes
+    ----------
+    length : int
+        Tokens in the cache, padding included.
+
+    Raises
+    ------
+    ValueError
+        For a cache that cannot be taken back.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        layers = cache.layers if isinstance(cache, Cache) else [cache]
+        for layer in layers:
+            kind = type(layer)
+            if (
+                not isinstance(layer, _KNOWN)
+                or isinstance(layer, QuantizedLayer)
+                or not kind.__module__.startswith("transformers.")
+            ):
+                raise ValueError(
+                    f"{kind.__name__}, in which tokens are cached, cannot be taken back to an "
+                    "earlier token, as refresh needs: use another cache, or leave refresh out."
+                )
+        self.length = int(cache.get_seq_length())
+        self._layers = [_kept_of(layer) for layer in layers]
+
+    def go_back(self, cache: Cache, rows: Tensor | None = None) -> None:
+        """Remove what was added to the cache since, in place.
+
+        Parameters
+        ----------
+        cache : transformers.Cache
+        rows : Tensor of int64, shape (sequence,), optional
+            Which sequence of the bookmark each sequence of the cache continues, if they were
+            reordered since, as in a beam search.
+        """
+        for layer, kept in zip(cache.layers, self._layers, strict=True):
+            values = vars(layer)
+            for name, then in kept.items():
+                values[name] = _back(values[name], then, rows, layer.is_compileable)
+
+
+class _Shape(tuple[int, ...]):
+    """The size of a tensor that more is added to."""
+
+
+def _kept_of(layer: Any) -> dict[str, Any]:
+    """What is needed of a layer, by attribute, to take it back."""
+    grows = isinstance(layer, DynamicLayer | StaticLayer) and not layer.is_sliding
+    kept: dict[str, Any] = {}
+    for name, value in vars(layer).items():
+        if not (grows and isinstance(value, Tensor) and value.ndim > 1):
+            kept[name] = _copied(value)
+        elif isinstance(layer, DynamicLayer):
+            kept[name] = _Shape(value.shape)
+        # What a fixed cache holds behind its length is masked, and written anew.
+    return kept
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return list(map(_copied, value))
+    return value
+
+
+def _back(now: Any, then: Any, rows: Tensor | None, in_place: bool) -> Any:
+    """The value of an attribute as it was; `in_place` where it must not move in memory."""
+    if isinstance(then, _Shape):
+        cut = now[tuple(map(slice, then))]
+        if cut.shape != then:
+            raise RuntimeError(
+                f"the cache is shorter by now than where it should be taken back to: {now.shape}, "
+                f"expected at least {tuple(then)}."
+            )
+        return cut
+    if isinstance(then, dict):
+        return {key: _back(now.get(key), inner, rows, in_place) for key, inner in then.items()}
+    if isinstance(then, list):
+        return [_back(old, inner, rows, in_place) for old, inner in zip(now, then, strict=True)]
+    if not isinstance(then, Tensor):
+        return then
+    if rows is not None and then.ndim > 1:
+        then = then.index_select(0, rows.to(then.device))
+    if in_place and isinstance(now, Tensor) and now.shape == then.shape:
+        return now.copy_(then)
+    return then.clone()
+
+
+@PerModel
+def rewinds(model: PreTrainedModel) -> bool:
+    """Whether tokens can be taken out of the model's own cache, and others be read; by trial.
+
+    On 16 random tokens. Two times, four others are added one by one to the cache and taken out
+    again before the next four are read. What the model then gives must be what it gives without a
+    cache.
+    """
+    copied = trial_copy(model)
+    generator = torch.Generator().manual_seed(0)
+    ids, others = (
+        torch.randint(vocabulary_of(copied), (1, 16), generator=generator, device="cpu")
+        for _ in range(2)
+    )
+    ones = torch.ones_like(ids)
+
+    def read(tokens: Tensor, start: int, stop: int, past: Any) -> Any:
+        return forward(copied, tokens[:, start:stop], ones[:, :stop], past, keep=True)
+
+    with trial(copied):
+        try:
+            whole = forward(copied, ids, ones)[0]
+            output = read(ids, 0, 8, None)
+            states = [output[0]]
+            for start in (8, 12):
+                past = output.past_key_values
+                bookmark = Bookmark(past)
+                for place in range(start, start + 4):
+                    read(others, place, place + 1, past)
+                bookmark.go_back(past)
+                output = read(ids, start, start + 4, past)
+                states.append(output[0])
+            return relative_error(torch.cat(states, dim=1), whole) <= tolerance(whole.dtype)
+        except Exception:  # models without such a cache raise errors of any kind
+            return False
