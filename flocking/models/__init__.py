@@ -30,7 +30,7 @@ from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.problems import reading
-from flocking.models.rewinding import Bookmark, rewinds
+from flocking.models.rewinding import Bookmark, refuse_unknown, rewinds
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tokenization import Prompts, tokenize
@@ -84,6 +84,7 @@ __all__ = [
     "reading",
     "refuse_forgetful",
     "refuse_long",
+    "refuse_unknown",
     "relative_error",
     "replaced",
     "require_model",

@@ -31,6 +31,15 @@ PRIVATE = (
         "_sample", "transformers.generation.utils", "a twin that drafts counts accepted tokens"
     ),
     Private(
+        "_beam_search", "transformers.generation.utils", "a twin forgets which beams it read of"
+    ),
+    Private(
+        "_mask_length",
+        "transformers.generation.utils",
+        "the length of a mask that was dropped since it has no padding",
+        "5.23",
+    ),
+    Private(
         "_assisted_decoding",
         "transformers.generation.utils",
         "refused where a twin is the main model, which has to check drafts unpruned",

@@ -47,20 +47,9 @@ class Bookmark:
     """
 
     def __init__(self, cache: Any) -> None:
-        layers = cache.layers if isinstance(cache, Cache) else [cache]
-        for layer in layers:
-            kind = type(layer)
-            if (
-                not isinstance(layer, _KNOWN)
-                or isinstance(layer, QuantizedLayer)
-                or not kind.__module__.startswith("transformers.")
-            ):
-                raise ValueError(
-                    f"{kind.__name__}, in which tokens are cached, cannot be taken back to an "
-                    "earlier token, as refresh needs: use another cache, or leave refresh out."
-                )
+        refuse_unknown(cache)
         self.length = int(cache.get_seq_length())
-        self._layers = [_kept_of(layer) for layer in layers]
+        self._layers = [_kept_of(layer) for layer in cache.layers]
 
     def go_back(self, cache: Cache, rows: Tensor | None = None) -> None:
         """Remove what was added to the cache since, in place.
@@ -76,6 +65,21 @@ class Bookmark:
             values = vars(layer)
             for name, then in kept.items():
                 values[name] = _back(values[name], then, rows, layer.is_compileable)
+
+
+def refuse_unknown(cache: Any) -> None:
+    """Raise a ValueError for a cache that a :class:`Bookmark` cannot take back."""
+    for layer in cache.layers if isinstance(cache, Cache) else [cache]:
+        kind = type(layer)
+        if (
+            not isinstance(layer, _KNOWN)
+            or isinstance(layer, QuantizedLayer)
+            or not kind.__module__.startswith("transformers.")
+        ):
+            raise ValueError(
+                f"{kind.__name__}, in which tokens are cached, cannot be taken back to an earlier "
+                "token, as refresh needs: use another cache, or leave refresh out."
+            )
 
 
 class _Shape(tuple[int, ...]):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from flocking.models import refuse_unknown
 from flocking.pruning.prompt import Read
-from flocking.pruning.twin import Twin
+from flocking.pruning.twin import Twin, is_whole
 
 
 class RefreshingTwin(Twin):
@@ -102,12 +103,14 @@ class RefreshingTwin(Twin):
                 "from each other: make the twin with scope='shared', or without refresh."
             )
         past = model_kwargs.get("past_key_values")
+        if past is not None:
+            refuse_unknown(past)
         read = None if self._drafts else state.reader.known(past, len(input_ids))
         if read is not None and read.bookmark is not None:
-            mask, added = model_kwargs.get("attention_mask"), int(past.get_seq_length()) - read.end
-            whole = mask is None or mask.shape[1] == input_ids.shape[1]
+            added = int(past.get_seq_length()) - read.end
+            whole = is_whole(input_ids, generation_config, model_kwargs.get("attention_mask"))
             if added and not whole and read.added is not None:
-                # Only what is new was given; what the twin wrote before is read with it.
+                # What the twin wrote in the turn before is read with the new tokens.
                 input_ids = torch.cat((read.added[:, :added].to(input_ids), input_ids), dim=1)
             read.bookmark.go_back(past)
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)

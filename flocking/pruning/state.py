@@ -189,7 +189,11 @@ class State:
     def _go_on_from(self, read: Read, cache: Any) -> None:
         """Select from what was read, and remember that it is in this cache."""
         self.choose(read)
-        self.reader.remember(read, cache)
+        try:
+            self.reader.remember(read, cache)
+        except BaseException:  # a cache that cannot be taken back, or memory that ran out
+            self.forget()
+            raise
         self.history.append(
             (read.end or int(read.tokens.max()), [compact.kept for compact in self.compacts])
         )

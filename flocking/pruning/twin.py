@@ -182,8 +182,9 @@ class Twin(_Generating):
             given = mask.shape[1]
         elif "inputs_embeds" in model_kwargs:
             given = None
-        else:  # the whole conversation, or what is new of it
-            given = input_ids.shape[1] - (length if length < input_ids.shape[1] else 0)
+        else:
+            known = length if is_whole(input_ids, generation_config, None) else 0
+            given = input_ids.shape[1] - known
         state = self._griffin
         full: Any = state.full  # (transformers types generation apart from models)
         return state.prefill(
@@ -299,6 +300,16 @@ class Twin(_Generating):
 def full_model(model: PreTrainedModel) -> PreTrainedModel:
     """The full model that a twin reads prompts with; any other model itself."""
     return model._griffin.full if isinstance(model, Twin) else model
+
+
+def is_whole(input_ids: Tensor, generation_config: Any, mask: Tensor | None) -> bool:
+    """Whether ``generate`` was given all tokens of a conversation, and not the new ones alone.
+
+    It tells so from the mask, which is of all of them, or from what it noted before it dropped
+    a mask without padding.
+    """
+    length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+    return length == input_ids.shape[1]
 
 
 def refresh_of(model: PreTrainedModel) -> int | None:
