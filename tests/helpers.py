@@ -203,6 +203,12 @@ def record(model: tf.PreTrainedModel, text: object, **kwargs: object) -> xr.Data
     return flocking.record(model, text, progress=False, **kwargs)
 
 
+def exact(name: str) -> tf.PreTrainedModel:
+    """A tiny model in float64, where a chunk gives what single steps give; mixtures cannot be."""
+    model = proved(name)
+    return model if name in ("mixtral", "gpt_oss") else model.double()
+
+
 def relative(z: torch.Tensor) -> np.ndarray:
     """Relative activations in float64, (token, neuron)."""
     z = z.double().numpy()
@@ -278,6 +284,16 @@ def select_reached(
             norms = magnitude(block).numpy().reshape(block.experts, -1)
             own[:] = np.where((own == 0).all(-1, keepdims=True), norms, own)
     return flocking.select(values, density).to_numpy()
+
+
+def selected_by_hand(model: tf.PreTrainedModel, ids: list[int]) -> dict[int, np.ndarray]:
+    """Half of each layer's neurons, as masks, from one full pass over a text."""
+    masks = {}
+    for layer, z in activations(model, ids).items():
+        statistic = np.sqrt(np.square(relative(z)).sum(axis=0))
+        kept = np.argsort(-statistic, kind="stable")[: len(statistic) // 2]
+        masks[layer] = np.isin(np.arange(len(statistic)), kept)
+    return masks
 
 
 def as_masks(twin: tf.PreTrainedModel, model: tf.PreTrainedModel) -> np.ndarray:

@@ -246,6 +246,9 @@ def generate(
         str, typer.Option(help="A method of flocking.griffin, such as topk or magnitude.")
     ] = "topk",
     scope: Annotated[str, typer.Option(help="shared or sequence.")] = "shared",
+    refresh: Annotated[
+        int | None, typer.Option(help="Select anew after every so many new tokens.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
     compare: Annotated[bool, typer.Option(help="Show the full model's text as well.")] = False,
     model: Model = None,
@@ -261,6 +264,7 @@ def generate(
     at_least_one(max_new_tokens, "--max-new-tokens")
     kept_count(density, sys.maxsize)  # in range; whether any neuron is left depends on the model
     check_scope(scope)
+    at_least_one(refresh, "--refresh")
     text = read("-") if prompt == "-" else prompt
     if not text:
         raise ValueError("the prompt is empty: give some text to select neurons from.")
@@ -268,10 +272,11 @@ def generate(
         raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
     loaded, tokenizer = load(model, device, dtype)
     known = cast(Literal["shared", "sequence"], scope)
-    twin = flocking.griffin(loaded, density, method=method, scope=known)
+    twin = flocking.griffin(loaded, density, method=method, scope=known, refresh=refresh)
     inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.device)
     refuse_long(loaded, [inputs["input_ids"][0]], max_new_tokens)
-    subjects: dict[str, Any] = {"full model": loaded, f"GRIFFIN, density {density:g}": twin}
+    pruned = f"GRIFFIN, density {density:g}" + (f", anew every {refresh}" if refresh else "")
+    subjects: dict[str, Any] = {"full model": loaded, pruned: twin}
     console = wide_console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("", "new tokens", "tokens a second", "active parameters"):

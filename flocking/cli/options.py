@@ -172,9 +172,9 @@ def listed(text: str) -> list[str]:
     return parts
 
 
-def at_least_one(value: int, option: str) -> None:
-    """Refuse a number of things that is 0 or less."""
-    if value < 1:
+def at_least_one(value: int | None, option: str) -> None:
+    """Refuse a number of things that is 0 or less, if it was given."""
+    if value is not None and value < 1:
         raise ValueError(f"{option} {value}: give 1 or more.")
 
 

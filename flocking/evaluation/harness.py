@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 import xarray as xr
 from lm_eval.api.instance import Instance
@@ -38,8 +39,10 @@ from flocking.pruning import (
     METHODS,
     WITH_REFERENCE,
     Protocol,
+    are_pruned,
     branches,
     calibration_texts,
+    check_refresh,
     cut_of,
     global_statistic,
     griffin,
@@ -64,8 +67,8 @@ class Answered(NamedTuple):
         Cut from the prompt's beginning, since they did not fit the model's context.
     scored, pruned : int
         Tokens whose likelihood was asked for, and how many of them were computed with the kept
-        neurons alone. Both are 0 in generation, where all new tokens but the first are computed
-        so.
+        neurons alone. Both are 0 in generation, where all new tokens but the first (and, with
+        ``refresh``, those after it) are computed so.
     """
 
     task: str
@@ -117,6 +120,9 @@ class GriffinLM(HFLM):
         do not depend on ``batch_size``; with "shared", as in the paper's batches, they do.
     seed : int
         Of the methods that draw.
+    refresh : int, optional
+        After how many new tokens the full model reads them again, as of :func:`flocking.griffin`;
+        continuations are then computed one at a time.
     calibration : path or list of str, optional
         What the static statistic of "static" and "global-local" is made from: a text file, a
         folder of ``.txt`` files, or the texts; the packaged passages by default.
@@ -143,6 +149,7 @@ class GriffinLM(HFLM):
         protocol: Protocol = "context",
         scope: Literal["shared", "sequence"] = "sequence",
         seed: int = 0,
+        refresh: int | None = None,
         calibration: str | Path | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -152,6 +159,7 @@ class GriffinLM(HFLM):
             raise ValueError(f"density={density!r}: give the fraction of neurons to keep.")
         if protocol not in ("context", "last-token"):
             raise ValueError(f"protocol={protocol!r}: give 'context' or 'last-token'.")
+        check_refresh(refresh)
         if "auto" in str(kwargs.get("batch_size")):
             raise ValueError("batch_size='auto' cannot be found out with GRIFFIN: give a number.")
         if isinstance(pretrained, str | os.PathLike):
@@ -168,7 +176,7 @@ class GriffinLM(HFLM):
         )
         super().__init__(pretrained=pretrained, **kwargs)
         self.full = self.model
-        self._protocol, self.scope, self.seed = protocol, scope, seed
+        self._protocol, self.scope, self.seed, self.refresh = protocol, scope, seed, refresh
         self.answered: list[Answered] = []
         self._instances: list[Instance] = []
         self.calibration = texts
@@ -192,6 +200,7 @@ class GriffinLM(HFLM):
                 scope=self.scope,
                 reference=self.reference() if method in WITH_REFERENCE else None,
                 seed=self.seed,
+                refresh=self.refresh,
             )
         self.method, self.density = method, density
         self._point_cache()
@@ -220,7 +229,7 @@ class GriffinLM(HFLM):
         inputs = [
             self._weights,
             backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items()),
-            [self.method, self.density, self.protocol, self.scope, self.seed],
+            [self.method, self.density, self.protocol, self.scope, self.seed, self.refresh],
             self.calibration if self.method in WITH_REFERENCE else None,
             self.batch_size if self.scope == "shared" else None,
             [self.max_length, self.device.type, self._said],
@@ -261,7 +270,8 @@ class GriffinLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes down with the results."""
         settings = {
-            name: getattr(self, name) for name in ("method", "density", "protocol", "scope", "seed")
+            name: getattr(self, name)
+            for name in ("method", "density", "protocol", "scope", "seed", "refresh")
         }
         scored, pruned = Counter[str](), Counter[str]()
         for one in self.answered:
@@ -359,6 +369,9 @@ class GriffinLM(HFLM):
             _, context, later = requests[number]
             fed = len(sequences[number]) - 1
             left_out = len(context) + len(later) - len(sequences[number])
-            pruned = 0 if self.model is self.full else min(len(later), fed - cuts[number])
+            pruned = 0
+            if self.model is not self.full:
+                scored = np.arange(fed - len(later), fed)
+                pruned = int(are_pruned(scored, cuts[number], self.refresh).sum())
             self._note(instance, cuts[number], left_out, len(later), pruned)
         return [answers[number] for number in range(len(requests))]

@@ -297,6 +297,27 @@ def loss_by_batch(data: xr.Dataset, figure: Figure) -> None:
     legend(upper, axes, ncols=3)
 
 
+@in_style
+def loss_by_distance(data: xr.Dataset, figure: Figure) -> None:
+    """Perplexity and agreement by distance, for neurons chosen once and anew."""
+    upper, axes = page(figure, data, 2, data.sizes["prompt_length"], height=4, sharey="row")
+    names = [name for name in data.selection.values if name != "full"]
+    for column, length in zip(axes.T, data.prompt_length.values, strict=True):
+        loss, agreement = column
+        here = data.sel(prompt_length=length)
+        _relative(loss, here.relative)
+        loss.set_title(f"after {length} tokens")
+        for name in names:
+            band(here.agreement.sel(selection=name), agreement, **BY_SELECTION[name])
+        agreement.set(xlabel="tokens after the prompt", ylim=(0, 1), xlim=(0, None))
+        loss.set(xlim=(0, None), xlabel="")
+    for row, label in enumerate([_RELATIVE, "predictions that are\nthe full model's"]):
+        axes[row, 0].set_ylabel(label)
+        for ax in axes[row, 1:]:
+            ax.set_ylabel("")
+    legend(upper, axes, ncols=3)
+
+
 FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
     draw.__name__: draw
     for draw in (
@@ -310,6 +331,7 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
         loss_by_density,
         loss_by_method,
         loss_by_batch,
+        loss_by_distance,
     )
 }
 

@@ -4,14 +4,16 @@ Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` a
 below it; no experiment and no evaluation.
 """
 
-from flocking.pruning.build import check_scope, griffin
+from flocking.pruning.build import check_refresh, check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
 from flocking.pruning.scoring import (
     Protocol,
+    are_pruned,
     branches,
     cut_of,
+    logits_side_by_side,
     perplexity,
     refuse_unscorable,
     score,
@@ -24,13 +26,16 @@ __all__ = [
     "WITH_REFERENCE",
     "Decoder",
     "Protocol",
+    "are_pruned",
     "branches",
     "calibration_texts",
+    "check_refresh",
     "check_scope",
     "cut_of",
     "full_model",
     "global_statistic",
     "griffin",
+    "logits_side_by_side",
     "perplexity",
     "refuse_unscorable",
     "score",

@@ -135,9 +135,7 @@ def score(
         {name: torch.stack(rows) for name, rows in inputs.items()},
     )
     first = len(prompt_ids) - 1
-    pruned = np.arange(first, fed) >= cut
-    if (every := refresh_of(model)) is not None:
-        pruned &= (np.arange(first, fed) - cut + 1) % every != 0
+    pruned = are_pruned(np.arange(first, fed), cut, refresh_of(model))
     return xr.DataArray(
         values[0, first:].double().cpu().numpy(),
         {
@@ -285,6 +283,22 @@ def cut_of(protocol: Protocol, prompt: int, length: int) -> int:
     return cut
 
 
+def are_pruned(places: np.ndarray, cut: int, refresh: int | None) -> np.ndarray:
+    """Which of a sequence's tokens a twin computes pruned, bool.
+
+    Parameters
+    ----------
+    places : ndarray of int64
+        Places of tokens that are fed, from 0.
+    cut : int
+        How many are run in full before neurons are selected.
+    refresh : int or None
+        As of :func:`flocking.griffin`.
+    """
+    pruned = places >= cut
+    return pruned if refresh is None else pruned & ((places - cut + 1) % refresh != 0)
+
+
 def refuse_unscorable(
     model: PreTrainedModel,
     fed: list[Tensor],
@@ -322,18 +336,41 @@ def side_by_side(
         Each model, a twin with its selection, and the log-likelihoods of every token but the
         first, in nats.
     """
+    for model, first, later in _continued_by(models, ids, cut):
+        parts = _of_next_tokens(first, ids, 0), _of_next_tokens(later, ids, cut)
+        yield model, torch.cat(parts, dim=1)
+
+
+def logits_side_by_side(
+    models: Iterable[PreTrainedModel], ids: Tensor, cut: int
+) -> Iterator[tuple[PreTrainedModel, Tensor]]:
+    """Logits that predict the tokens from `cut` on; parameters are those of :func:`side_by_side`.
+
+    Yields
+    ------
+    transformers.PreTrainedModel, Tensor, shape (sequence, token - cut, vocabulary)
+        Each model and its logits, the first of which are the beginning's last.
+    """
+    for model, first, later in _continued_by(models, ids, cut):
+        own = [later] if later.shape[1] else []
+        yield model, torch.cat([first[:, -1:], *own], dim=1)
+
+
+def _continued_by(
+    models: Iterable[PreTrainedModel], ids: Tensor, cut: int
+) -> Iterator[tuple[PreTrainedModel, Tensor, Tensor]]:
+    """Each model, the logits of the beginning, and the model's own of what follows."""
     remaining = map(require_model, models)
     first = next(remaining, None)
     if first is None:
         return
     logits, past = beginning(first, ids, cut)
     read = what_was_read(first)
-    head = _of_next_tokens(logits, ids, 0)
     for model in itertools.chain([first], remaining):
+        copied = copy.deepcopy(past)
         if model is not first and isinstance(model, Twin):
-            model._griffin.adopt(read)
-        later = rest(model, ids, cut, copy.deepcopy(past))
-        yield model, torch.cat([head, _of_next_tokens(later, ids, cut)], dim=1)
+            model._griffin.adopt(read, copied)
+        yield model, logits, rest(model, ids, cut, copied)
 
 
 def branches(
@@ -366,9 +403,9 @@ def branches(
     found: list[Any] = [None] * len(sequences)
     for group in batches(full_model(model), list(map(len, sequences)), size):
         rows = pad_sequence([sequences[number] for number in group], batch_first=True)
-        if isinstance(model, Twin) and refreshes:  # each continuation has changed the selection
-            model._griffin.adopt(read)
         copied = copy.deepcopy(past)
+        if isinstance(model, Twin) and refreshes:  # each continuation has changed the selection
+            model._griffin.adopt(read, copied)
         if len(group) > 1:  # as beams that all come from the first
             beams = torch.zeros(len(group), dtype=torch.int64, device=first.device)
             copied.reorder_cache(beams)

@@ -213,12 +213,14 @@ class State:
                 "its generate, which selects neurons from the prompts."
             )
 
-    def adopt(self, read: Read | None) -> None:
-        """Select from what was read before, also by another twin of the same model."""
+    def adopt(self, read: Read | None, cache: Any) -> None:
+        """Select from what was read into a cache, also by another twin of the same model."""
         if read is None:
             refuse()
         self.forget()
-        self.choose(read.copy())
+        self.history.clear()
+        self.work = Work()
+        self._go_on_from(read.copy(), cache)
 
     def forget(self) -> None:
         """Drop the selection: nothing runs until the next one is made."""

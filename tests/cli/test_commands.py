@@ -199,6 +199,11 @@ def test_generate_prints_the_text_and_compares_when_asked(model: str) -> None:
     loaded, _ = flocking.load(model)
     assert twin.count(f"{loaded.num_parameters():,}") == 2
 
+    every = run("generate", "-", "--compare", "--refresh", 1, *options, stdin="Flocks.")
+    full, _, twin = every.stdout.partition("GRIFFIN, density 0.5, anew every 1")
+    text = full.partition("Flocks.")[2].strip()
+    assert "".join(text.split()) in "".join(twin.split())  # each is the full model's
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -212,6 +217,7 @@ def test_generate_prints_the_text_and_compares_when_asked(model: str) -> None:
         (["x", "--model", "/no/such/folder"], "model /no/such/folder: there is no such folder"),
         (["x", "--scope", "all"], "scope='all': give 'shared' or 'sequence'"),
         (["x", "--max-new-tokens", 0], "--max-new-tokens 0: give 1 or more"),
+        (["x", "--refresh", 0], "--refresh 0: give 1 or more"),
         ([""], "the prompt is empty"),
     ],
     ids=str,

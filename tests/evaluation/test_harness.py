@@ -87,6 +87,28 @@ def test_says_what_share_was_pruned(embedded: tuple) -> None:
     assert last.get_model_info()["pruned_share"] == {"boolq": 1}
 
 
+def test_refreshes_as_score_and_generate_do(embedded: tuple) -> None:
+    """Whatever else is asked with the same context; and it says what was pruned."""
+    model, tokenizer = embedded
+    twin, lm = flocking.griffin(model, refresh=2), griffin_lm(embedded, refresh=2, batch_size=3)
+    context = PAIRS[0][0]
+    pairs = [(context, " one two three four five"), (context, " six seven"), *PAIRS]
+    together = lm.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
+    pruned = total = 0
+    for pair, (got, _) in zip(pairs, together, strict=True):
+        expected = flocking.score(twin, *lm._encode_pair(*pair))
+        assert got == pytest.approx(float(expected.sum()), abs=1e-3)
+        pruned, total = pruned + int(expected.pruned.sum()), total + len(expected)
+    info = lm.get_model_info()
+    assert info["pruned_share"] == {"mine": pytest.approx(pruned / total)}
+    assert info["griffin"]["refresh"] == 2
+    options = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    (written,) = lm.generate_until(asked("generate_until", (context, options)), disable_tqdm=True)
+    ids = tokenizer(context, return_tensors="pt")
+    new = twin.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert written == tokenizer.decode(new, skip_special_tokens=True).partition("\n")[0]
+
+
 def test_a_context_that_is_too_long_loses_its_beginning(embedded: tuple, plain: HFLM) -> None:
     model, tokenizer = embedded
     lm = GriffinLM(pretrained=model, tokenizer=tokenizer, density=1.0, max_length=32)
@@ -127,6 +149,7 @@ def test_generation_is_the_twins_in_any_batch(embedded: tuple) -> None:
         ({"protocol": "last"}, "protocol='last'"),
         ({"method": "best"}, "method='best'"),
         ({"density": 0}, "density=0"),
+        ({"refresh": 0}, "refresh=0: give a whole number from 1 up"),
         ({"batch_size": "auto"}, "give a number"),
     ],
 )

@@ -149,6 +149,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             "loss_by_prompt": ["relative"],
             "loss_by_density": ["relative"],
             "loss_by_batch": ["relative"],
+            "loss_by_distance": ["relative", "agreement"],
         }[name]
 
         def lines(variable: str, interval: int) -> np.ndarray:
@@ -163,7 +164,8 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             for series in estimate.reshape(-1, estimate.shape[-1]):
                 assert any(drawn(ax, series) for ax in axes), (name, variable)
         bands = [c for ax in axes for c in ax.collections]
-        low, high = (lines(panels[0], n)[0] for n in (1, 2))
+        low, high = (lines(panels[0], n) for n in (1, 2))
+        low, high = (values.reshape(-1, values.shape[-1])[0] for values in (low, high))
         spans = [c.get_paths()[0].vertices[:, 1] for c in bands]
         assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in spans)
     plt.close(figure)

@@ -1,0 +1,221 @@
+"""What refreshed selections save: losses by distance from the prompt.
+
+Called and scored as the experiments of :mod:`flocking.experiments.losses`. Here neurons are
+selected once, from the prompt, or anew while the text goes on (``refresh`` of
+:func:`flocking.griffin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking import analysis
+from flocking.analysis import bootstrap, tails
+from flocking.experiments.common import dimension, finished, said, same_length, source_of
+from flocking.experiments.intervals import by_name, perplexities, ratio
+from flocking.experiments.twins import DENSITY, each_text
+from flocking.feedforward import FeedForward
+from flocking.pruning import griffin, logits_side_by_side
+from flocking.recording import record
+
+EVERY = [16, 64, 256]
+_STEP = 64  # tokens that are averaged over; also after how many hindsight selects anew
+_FAR = 256  # tokens after the prompt, from where on shares are of
+_PROMPTS = [17, 257]
+
+
+def loss_by_distance(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    tokens: int = 769,
+    horizon: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Loss, agreement and divergence of the same tokens, where neurons are selected anew.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`flocking.load` returns them.
+    texts : list of str
+        Those with a ``name``, as of :func:`flocking.passages`, are labelled with it.
+    tokens, horizon : int
+        Of each text, and how many of them are scored: the last, after a prompt of the 17 and of
+        the 257 tokens that stand before them.
+    seed : int
+        Not used: nothing is drawn. (All experiments have it.)
+    progress : bool
+        Show progress on standard error.
+
+    Returns
+    -------
+    xarray.Dataset
+        At density 0.5, over 64 tokens around ``distance`` from the prompt's end: ``relative``,
+        the ratio of the perplexity to the full model's, ``agreement``, the share of tokens whose
+        likeliest prediction is the full model's, and ``divergence``, the Kullback-Leibler
+        divergence from the full model's prediction in nats, all (interval, selection,
+        prompt_length, distance). ``perplexity`` (interval, selection, prompt_length) of all
+        scored tokens. ``remaining`` (interval, selection, prompt_length): beyond 256 tokens after
+        the prompt, the loss above the full model's, as a share of that of neurons chosen once.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two texts, or they or `horizon` are too short.
+    """
+    if horizon < 2 * _STEP:
+        raise ValueError(f"horizon={horizon}: give {2 * _STEP} tokens or more, to be scored.")
+    ids, names = same_length(model, tokenizer, texts, tokens, 16, least=17 + 2 * _STEP)
+    total = len(ids[0])
+    horizon = min(horizon, total - _PROMPTS[0]) // _STEP * _STEP
+    lengths = [length for length in _PROMPTS if length + horizon <= total]
+    recording = record(model, ids, tokenizer=tokenizer, window=16, progress=progress)
+    others = analysis.statistic_of_others(analysis.statistic(recording))
+    starts = range(total - horizon, total, _STEP)
+    ahead = xr.concat(
+        [analysis.statistic(recording, start=start, stop=start + _STEP) for start in starts],
+        dimension("position", list(starts)),
+    )
+
+    def measure(number: int) -> xr.Dataset:
+        static, own = others.isel(sequence=number), ahead.isel(sequence=number)
+        rows = [ids[number][total - horizon - length :] for length in lengths]
+        parts = [
+            _measured(model, torch.tensor([row]), length, static, own)
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        return xr.concat(parts, dimension("prompt_length", lengths))
+
+    values = each_text(measure, names, progress)
+    data = _averaged(values)
+    source = source_of(recording)
+    caption = _caption(data, source["model"], len(ids), horizon)
+    return finished(data, source, names, ids, seed, caption, density=DENSITY, horizon=horizon)
+
+
+def _measured(
+    model: PreTrainedModel, ids: Tensor, prompt: int, static: xr.DataArray, ahead: xr.DataArray
+) -> xr.Dataset:
+    """Of one text: ``loss``, ``agreement`` and ``divergence``, (selection, distance)."""
+    twins: dict[str, dict[str, Any]] = {
+        "GRIFFIN": {},
+        "full": {},
+        **{f"every {n}": {"refresh": n} for n in EVERY},
+        "static": {"method": "static", "reference": static},
+        "hindsight 64": {"method": _in_hindsight(ahead), "refresh": _STEP},
+    }
+    made = (
+        model if name == "full" else griffin(model, DENSITY, **options)
+        for name, options in twins.items()
+    )
+    found = logits_side_by_side(made, ids, prompt)
+    (_, first), (_, whole) = next(found), next(found)  # one twin's logits wait for the full model's
+    target, full = ids[0, prompt:], whole[0].double().log_softmax(dim=-1)
+    rows = [_compared(first[0], full, target), _compared(full, full, target)]
+    rows += [_compared(logits[0], full, target) for _, logits in found]
+    labels = {"selection": list(twins), "distance": np.arange(len(target))}
+    data = xr.Dataset(
+        {
+            name: (("selection", "distance"), np.stack([row[name] for row in rows]))
+            for name in rows[0]
+        },
+        labels,
+    )
+    return data.sel(selection=["full", *(name for name in twins if name != "full")])
+
+
+def _compared(logits: Tensor, full: Tensor, target: Tensor) -> dict[str, np.ndarray]:
+    """Of each token, from logits (token, vocabulary) and the full model's log-probabilities."""
+    own = logits.double().log_softmax(dim=-1)
+    divergence = (full.exp() * (full - own)).sum(dim=-1)
+    return {
+        "loss": -own.gather(1, target[:, None].to(own.device))[:, 0].cpu().numpy(),
+        "agreement": (own.argmax(dim=-1) == full.argmax(dim=-1)).double().cpu().numpy(),
+        "divergence": divergence.cpu().numpy(),
+    }
+
+
+def _in_hindsight(ahead: xr.DataArray) -> Callable[..., Tensor]:
+    """A method that selects, each time it is asked, from the next statistic (position, ...)."""
+    asked: dict[int, int] = {}
+
+    def method(statistic: Tensor, k: int, block: FeedForward, generator: object) -> Tensor:
+        number = asked[block.layer] = asked.get(block.layer, -1) + 1
+        # (A refresh at the very end is for tokens that are not scored.)
+        place = min(number, ahead.sizes["position"] - 1)
+        values = ahead.sel(layer=block.layer).isel(position=place).values[: block.d_ff]
+        return torch.from_numpy(values.copy()).to(statistic).view_as(statistic)
+
+    return method
+
+
+def _averaged(values: xr.Dataset) -> xr.Dataset:
+    """Intervals over texts, by distance and beyond 256 tokens."""
+    # The first token is the full model's whatever is selected.
+    far = values.where(values.distance > 0).coarsen(distance=_STEP).mean()
+    data = bootstrap(far[["agreement", "divergence"]])
+    assert isinstance(data, xr.Dataset)
+    data["relative"] = perplexities(far.loss).relative
+    data["perplexity"] = perplexities(values.loss.mean("distance")).perplexity
+    excess = far.loss - far.loss.sel(selection="full")
+    late = excess.where(excess.distance >= min(_FAR, int(excess.distance[-1])), drop=True)
+    data["remaining"] = _share(late.mean("distance").drop_sel(selection="full"), "GRIFFIN")
+    data.agreement.attrs = ratio("predictions that are the full model's")
+    data.divergence.attrs = {"long_name": "divergence from the full model", "units": "nat"}
+    return data.transpose("interval", "selection", "prompt_length", ...)
+
+
+def _share(excess: xr.DataArray, whole: str, resamples: int = 2000) -> xr.DataArray:
+    """Mean over texts, as a share of that of one selection, with intervals.
+
+    Texts are drawn with replacement for both together, with percentiles as of
+    :func:`flocking.bootstrap`.
+    """
+    count = excess.sizes["sequence"]
+    drawn = np.random.default_rng(0).integers(count, size=(resamples, count))
+    means = excess.isel(sequence=xr.DataArray(drawn, dims=("draw", "text"))).mean("text")
+    shares = means / means.sel(selection=whole)
+    low, high = tails(count, 0.95)
+    estimate = excess.mean("sequence")
+    parts = [
+        estimate / estimate.sel(selection=whole),
+        shares.quantile(low, "draw"),
+        shares.quantile(high, "draw"),
+    ]
+    parts = [part.reset_coords(drop=True) for part in parts]
+    values = xr.concat(parts, dimension("interval", ["estimate", "low", "high"]))
+    return values.assign_attrs(ratio("loss beyond 256 tokens, as a share of GRIFFIN's"))
+
+
+def _caption(data: xr.Dataset, name: str, count: int, horizon: int) -> str:
+    shares = []
+    for length in data.prompt_length.values:
+        here = data.remaining.sel(prompt_length=length).drop_sel(selection="GRIFFIN")
+        each = (f"{label} {said(here, label)}" for label in here.selection.values)
+        shares.append(f"after {length}, {', '.join(each)}")
+    absolute = by_name(data.perplexity.isel(prompt_length=0))
+    return (
+        f"{name} at density {DENSITY} on the same {horizon} tokens of {count} texts, after prompts "
+        f"of the {' and '.join(map(str, data.prompt_length.values))} tokens before them: "
+        "perplexity relative to the full model's, and how many of its predictions are the full "
+        f"model's, by distance, in {_STEP} tokens each, without the first, which is computed in "
+        "full; 95% bootstrap bands over texts. GRIFFIN: neurons chosen once, from the prompt. "
+        "Anew every N: the full model reads the last N tokens again, and neurons are selected "
+        "from all so far. Hindsight: the same, from the next 64 tokens. Static: once, from the "
+        f"other texts. Absolute perplexity, after {data.prompt_length.values[0]} tokens: "
+        f"{absolute}. Loss above the full model's beyond {_FAR} tokens, as a share of GRIFFIN's: "
+        f"{'; '.join(shares)}."
+    )
+
+
+EXPERIMENTS: dict[str, Callable[..., xr.Dataset]] = {"loss_by_distance": loss_by_distance}
