@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import psutil
@@ -15,24 +16,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward, feedforwards, observe, select_layers
 from flocking.models import (
+    Chats,
     Prompts,
     Text,
     batches,
+    check_generation,
     chunks,
-    continued,
-    continued_inputs,
     forward,
     hooks_on,
     is_loaded,
     refuse_long,
     require_model,
-    tokenize,
     traits,
     undisturbed,
     warn,
     with_inputs,
 )
 from flocking.recording.collector import Collector
+from flocking.recording.continuations import (
+    Reading,
+    check_continuation,
+    generated,
+    given_texts,
+    refuse_continuing,
+    source_of,
+)
 from flocking.recording.dataset import attributes_of, label, size_in_bytes
 from flocking.recording.windows import Layout, window_counts
 
@@ -41,11 +49,13 @@ _SHARE_OF_MEMORY = 0.8  # of free memory, that a recording may take
 
 def record(
     model: nn.Module,
-    text: Text,
+    text: Text | Chats,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     window: int | None = 64,
     layers: Iterable[int] | None = None,
+    prompt_tokens: int | Sequence[int] | None = None,
+    continuation: Text | None = None,
     max_new_tokens: int = 0,
     max_tokens: int | None = None,
     relative: bool | Iterable[int] = False,
@@ -53,6 +63,7 @@ def record(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
+    **generation: Any,
 ) -> xr.Dataset:
     """Record how a model's feed-forward neurons behave along one or more texts.
 
@@ -183,38 +194,48 @@ def record(
     {'sequence': 12, 'layer': 2, 'window': 2, 'neuron': 64, 'token': 16}
     """
     check_numbers(window, max_new_tokens, max_tokens, batch_size, seed)
+    check_continuation(prompt_tokens, continuation, max_new_tokens)
+    check_generation(generation, max_new_tokens)
     model = _checked(require_model(model))
-    prompts = tokenize(model, text, tokenizer).cut(max_tokens)
-    refuse_long(model, prompts.ids, max_new_tokens, "max_tokens")
-    if max_new_tokens:
-        _refuse_continuing(model, prompts)
+    given = given_texts(
+        model,
+        text,
+        tokenizer,
+        prompt_tokens=prompt_tokens,
+        continuation=continuation,
+        max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
+    )
+    refuse_long(model, given.whole.ids, max_new_tokens, "max_tokens")
+    refuse_continuing(model, given, max_new_tokens)
     blocks = select_layers(feedforwards(model), layers)
     raw = (
         select_layers(blocks, None if relative is True else relative, "relative")
         if relative
         else []
     )
-    _check_memory(prompts.ids, blocks, raw, window, max_new_tokens, ranks, progress)
+    _check_memory(given, blocks, raw, window, max_new_tokens, ranks, progress)
     if model.training:
         warn(
             "The model is in training mode: it is recorded in eval mode (without dropout) and "
             "set back afterwards.",
         )
     with undisturbed(model, seed):
-        fed = prompts
+        fed = given.whole
         if max_new_tokens:
-            fed = _continued(model, prompts, max_new_tokens, progress)
-        layout = Layout.of([len(p) for p in prompts.ids], [len(s) for s in fed.ids], window)
+            fed = generated(model, fed, max_new_tokens, progress, generation, seed)
+        layout = Layout.of(given.prompts, [len(ids) for ids in fed.ids], window)
         collector = Collector(blocks, raw, layout, ranks)
         _read(model, collector, fed, batch_size, progress)
     attributes = attributes_of(
         model,
         blocks[0],
-        special_tokens=prompts.special,
+        special_tokens=fed.special,
         window=window,
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
         seed=seed,
+        generation=source_of(given, max_new_tokens, generation),
     )
     return label(collector, fed.ids, fed.texts, fed.tokenizer).assign_attrs(attributes)
 
@@ -268,24 +289,8 @@ def _checked(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _refuse_continuing(model: PreTrainedModel, prompts: Prompts) -> None:
-    """Raise a ValueError if continuations of these prompts cannot be replayed."""
-    name = type(model).__name__
-    if not (model.can_generate() and traits(model).causal):
-        raise ValueError(
-            f"{name} is not a causal language model, so a continuation cannot be replayed: leave "
-            "out max_new_tokens, or load its causal class."
-        )
-    continued_inputs(prompts.inputs, [len(ids) for ids in prompts.ids])
-    if not with_inputs(model, prompts.inputs).causal:
-        raise ValueError(
-            f"with {' and '.join(prompts.inputs)}, later tokens matter to earlier ones in {name}, "
-            "so a continuation cannot be replayed: leave out max_new_tokens."
-        )
-
-
 def _check_memory(
-    prompts: list[Tensor],
+    given: Reading,
     blocks: list[FeedForward],
     raw: list[FeedForward],
     window: int | None,
@@ -294,10 +299,9 @@ def _check_memory(
     progress: bool,
 ) -> None:
     """Refuse a recording that would not fit in memory; print how large raw activations are."""
-    lengths = [len(prompt) for prompt in prompts]
-    totals = [length + max(0, max_new_tokens - 1) for length in lengths]
+    totals = [length + max(0, max_new_tokens - 1) for length in given.lengths]
     sizes = {
-        "sequence": len(prompts),
+        "sequence": len(totals),
         "layer": len(blocks),
         "neuron": max(block.d_ff for block in blocks),
         "token": max(totals),
@@ -306,7 +310,7 @@ def _check_memory(
     raw_bytes = size_in_bytes(["relative"], {**sizes, "layer": len(raw)})
 
     def size(window: int | None) -> int:
-        windows = 1 + sum(window_counts(lengths, totals, window))
+        windows = 1 + sum(window_counts(given.prompts, totals, window))
         return size_in_bytes(names, {**sizes, "window": windows}) + raw_bytes
 
     room = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY)
@@ -338,14 +342,6 @@ def _readable(size: float) -> str:
 
 # --------------------------------------------------------------------------------------
 # Forward passes
-
-
-def _continued(
-    model: PreTrainedModel, prompts: Prompts, max_new_tokens: int, progress: bool
-) -> Prompts:
-    """The prompts with their continuations."""
-    ids = continued(model, prompts.ids, max_new_tokens, progress, prompts.inputs)
-    return prompts._replace(ids=ids, inputs=continued_inputs(prompts.inputs, list(map(len, ids))))
 
 
 def _read(
