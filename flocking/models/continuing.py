@@ -191,9 +191,10 @@ def _as_told(model: PreTrainedModel, seed: int | None) -> Iterator[None]:
     try:
         with private_randomness(model, seed):
             yield
-    except (TypeError, ValueError) as problem:
+    except (ArithmeticError, TypeError, ValueError) as problem:
         raise ValueError(_of_generate(problem)) from problem
 
 
 def _of_generate(problem: Exception) -> str:
-    return f"transformers' generate cannot use these arguments: {brief(problem)}."
+    what = brief(problem).removeprefix("GenerationConfig is invalid: - ")
+    return f"transformers' generate cannot use these arguments: {what}."

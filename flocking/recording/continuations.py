@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from flocking.models import (
     Chats,
     Prompts,
     Text,
+    check_generation,
     continued,
     continued_inputs,
     conversations,
@@ -50,31 +53,53 @@ class Reading(NamedTuple):
         return [number for number, (prompt, length) in enumerate(pairs) if prompt < length]
 
 
-def check_continuation(prompt_tokens: object, continuation: object, max_new_tokens: int) -> None:
-    """Refuse what says twice where the generation comes from; needs no model."""
-    given = {
-        "max_new_tokens": max_new_tokens or None,
-        "prompt_tokens": prompt_tokens,
-        "continuation": continuation,
-    }
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(
-            f"{' and '.join(names)} were given, and each says on its own what follows the prompt: "
-            "give one of them."
-        )
-    if prompt_tokens is not None:
-        _counts(prompt_tokens)
+class Wanted(NamedTuple):
+    """What the user wants after the prompts: arguments of ``record``.
+
+    Attributes
+    ----------
+    prompt_tokens : int or sequence of int, optional
+    continuation : text in any form, optional
+    max_new_tokens : int
+    arguments : dict
+        Of ``generate``, by name.
+    """
+
+    prompt_tokens: Any
+    continuation: Any
+    max_new_tokens: int
+    arguments: Mapping[str, Any] = MappingProxyType({})
+
+    def check(self) -> None:
+        """Refuse what needs no model to be wrong, such as two sources of a continuation."""
+        given = {
+            "max_new_tokens": self.max_new_tokens or None,
+            "prompt_tokens": self.prompt_tokens,
+            "continuation": self.continuation,
+        }
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise ValueError(
+                f"{' and '.join(names)} were given, and each says on its own what follows the "
+                "prompt: give one of them."
+            )
+        if self.prompt_tokens is not None:
+            _counts(self.prompt_tokens)
+        check_generation(self.arguments, self.max_new_tokens)
+
+    def source(self, reading: Reading) -> str:
+        """Where the generation comes from, in words or as arguments of ``generate``."""
+        if self.max_new_tokens:
+            said = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+            return re.sub(" at 0x[0-9a-f]+", "", said) or "greedy"  # (where objects lie in memory)
+        return "as given" if reading.continued else "none"
 
 
 def given_texts(
     model: PreTrainedModel,
     text: Text | Chats,
     tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    prompt_tokens: object = None,
-    continuation: Text | None = None,
-    max_new_tokens: int = 0,
+    wanted: Wanted,
     max_tokens: int | None = None,
 ) -> Reading:
     """The tokens of all texts, and where each prompt ends, as the arguments say.
@@ -82,39 +107,44 @@ def given_texts(
     Raises
     ------
     TypeError, ValueError
-        If texts or continuations cannot be read, do not match, or one has no token of its own.
+        If texts or continuations cannot be read, do not match, or a prompt leaves nothing after it.
     """
     if isinstance(text, Iterator):
         text = list(text)
     chats = conversations(text)
     if chats is not None:
         reading = Reading(*tokenize_chats(model, chats, tokenizer))
-        if prompt_tokens is not None:
-            raise ValueError(
-                "prompt_tokens was given, and text is a conversation, whose roles say where the "
-                "prompt ends: leave it out."
-            )
-        if reading.continued and (max_new_tokens or continuation is not None):
-            name = "max_new_tokens" if max_new_tokens else "continuation"
-            raise ValueError(
-                f"text {reading.continued[0]} ends in a message of the assistant's, which is its "
-                f"continuation already: leave the message out, or {name}."
-            )
+        _refuse_twice(reading, wanted)
     else:
         whole = tokenize(model, text, tokenizer)
         reading = Reading(whole, [len(ids) for ids in whole.ids])
-    if prompt_tokens is not None:
-        reading = _split(reading, _counts(prompt_tokens))
-    elif continuation is not None:
-        reading = _joined(model, reading, continuation)
+    if wanted.prompt_tokens is not None:
+        reading = _split(reading, _counts(wanted.prompt_tokens))
+    elif wanted.continuation is not None:
+        reading = _joined(model, reading, wanted.continuation)
     return _cut(reading, max_tokens)
 
 
-def _split(reading: Reading, counts: list[int]) -> Reading:
+def _refuse_twice(chats: Reading, wanted: Wanted) -> None:
+    """Refuse arguments that say what a conversation's roles say already."""
+    if wanted.prompt_tokens is not None:
+        raise ValueError(
+            "prompt_tokens was given, and text is a conversation, whose roles say where the "
+            "prompt ends: leave it out."
+        )
+    if chats.continued and (wanted.max_new_tokens or wanted.continuation is not None):
+        name = "max_new_tokens" if wanted.max_new_tokens else "continuation"
+        raise ValueError(
+            f"text {chats.continued[0]} ends in a message of the assistant's, which is its "
+            f"continuation already: leave the message out, or {name}."
+        )
+
+
+def _split(reading: Reading, counts: int | list[int]) -> Reading:
     """The same tokens, of which the first `counts` are each text's prompt."""
     lengths = reading.lengths
-    if len(counts) == 1:
-        counts = counts * len(lengths)
+    if isinstance(counts, int):
+        counts = [counts] * len(lengths)
     if len(counts) != len(lengths):
         raise ValueError(
             f"prompt_tokens has {len(counts)} numbers, and text has {len(lengths)} texts: give one "
@@ -129,17 +159,18 @@ def _split(reading: Reading, counts: list[int]) -> Reading:
     return reading._replace(prompts=counts)
 
 
-def _counts(prompt_tokens: Any) -> list[int]:
-    """Numbers of tokens, one for all or one for each text."""
-    values = np.asarray(prompt_tokens)
-    whole = values.dtype.kind in "iu" and values.ndim <= 1 and values.size > 0
-    if not whole or values.min() < 1:
-        kind = ValueError if values.dtype.kind in "iuf" else TypeError
-        raise kind(
+def _counts(prompt_tokens: Any) -> int | list[int]:
+    """A number of tokens for all texts, or one for each."""
+    try:
+        values = np.asarray(prompt_tokens)
+    except (TypeError, ValueError, RuntimeError):  # lists of different lengths; devices
+        values = np.asarray("nothing whole")
+    if values.dtype.kind not in "iu" or values.ndim > 1 or not values.size or values.min() < 1:
+        raise ValueError(
             f"prompt_tokens={prompt_tokens!r}: give a whole number of tokens from 1 up, or a list "
             "of one for each text."
         )
-    return [int(value) for value in values.reshape(-1)]
+    return int(values) if values.ndim == 0 else [int(value) for value in values]
 
 
 def _joined(model: PreTrainedModel, reading: Reading, continuation: Text) -> Reading:
@@ -208,39 +239,30 @@ def refuse_continuing(model: PreTrainedModel, reading: Reading, max_new_tokens: 
             f"{name} is not a causal language model, so a continuation cannot be replayed: leave "
             f"out {remedy}, or load its causal class."
         )
-    prompts = reading.whole
-    continued_inputs(prompts.inputs, reading.lengths)
-    if not with_inputs(model, prompts.inputs).causal:
+    inputs = reading.whole.inputs
+    if max_new_tokens:
+        continued_inputs(inputs, reading.lengths)
+    if not with_inputs(model, inputs).causal:
         raise ValueError(
-            f"with {' and '.join(prompts.inputs)}, later tokens matter to earlier ones in {name}, "
+            f"with {' and '.join(inputs)}, later tokens matter to earlier ones in {name}, "
             f"so a continuation cannot be replayed: leave out {remedy}."
         )
 
 
 def generated(
-    model: PreTrainedModel,
-    prompts: Prompts,
-    max_new_tokens: int,
-    progress: bool,
-    arguments: Mapping[str, Any],
-    seed: int,
+    model: PreTrainedModel, prompts: Prompts, wanted: Wanted, seed: int, progress: bool
 ) -> Prompts:
-    """The prompts with the continuations that the model writes."""
+    """The prompts with the continuations that the model writes, if any are wanted."""
+    if not wanted.max_new_tokens:
+        return prompts
     ids = continued(
         model,
         prompts.ids,
-        max_new_tokens,
+        wanted.max_new_tokens,
         progress,
         prompts.inputs,
-        arguments=arguments,
+        arguments=wanted.arguments,
         seed=seed,
         tokenizer=prompts.tokenizer,
     )
     return prompts._replace(ids=ids, inputs=continued_inputs(prompts.inputs, list(map(len, ids))))
-
-
-def source_of(reading: Reading, max_new_tokens: int, arguments: Mapping[str, Any]) -> str:
-    """Where the generation of a recording comes from, in words or as arguments of ``generate``."""
-    if max_new_tokens:
-        return ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "greedy"
-    return "as given" if reading.continued else "none"
