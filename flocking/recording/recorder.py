@@ -115,12 +115,12 @@ def record(
         reference. One for each text. Strings are tokenized by themselves and without special
         tokens, as in :func:`flocking.score`. All of it is read.
     max_new_tokens : int
-        If positive, each text is continued, greedily unless `generation` says how, and the continuation is recorded as
-        phase ``"generation"``: the whole text is read again in one pass. Since activations are
-        causal, they are those of the generation up to rounding, except where a rotary embedding
-        depends on the length of the text, as longrope does. Penalties, temperature and the like in
-        the model's generation config are ignored. The last token that was generated was never fed
-        to the model: it has no activations and is not in the recording.
+        If positive, each text is continued, greedily unless `generation` says how, and the
+        continuation is recorded as phase ``"generation"``: the whole text is read again in one
+        pass. Since activations are causal, they are those of the generation up to rounding, except
+        where a rotary embedding depends on the length of the text, as longrope does. Penalties,
+        temperature and the like in the model's generation config are ignored. The last token that
+        was generated was never fed to the model: it has no activations and is not in the recording.
     max_tokens : int or None
         Read at most this many tokens of each text: the first ones, special tokens among them, and
         a continuation that was given. All of them must fit the model's context, and with
