@@ -109,7 +109,7 @@ def given_texts(
     TypeError, ValueError
         If texts or continuations cannot be read, do not match, or a prompt leaves nothing after it.
     """
-    if isinstance(text, Iterator):
+    if isinstance(text, Iterator) and not hasattr(text, "read"):  # (a file is refused as one)
         text = list(text)
     chats = conversations(text)
     if chats is not None:
