@@ -63,6 +63,8 @@ _REFUSED = {
     "max_length": "max_new_tokens says how many tokens are new",
     "synced_gpus": "each process continues its own texts",
 }
+# What transformers raises for values that it does not check, or finds wrong.
+_PROBLEMS = (ArithmeticError, AttributeError, TypeError, ValueError)
 
 
 def check_generation(arguments: Mapping[str, Any], max_new_tokens: int) -> None:
@@ -99,10 +101,12 @@ def check_generation(arguments: Mapping[str, Any], max_new_tokens: int) -> None:
             f"num_return_sequences={config.num_return_sequences!r}: a text has one continuation. "
             "Give the text several times: each is sampled anew."
         )
+    if config.do_sample not in (None, True, False):
+        raise ValueError(f"do_sample={config.do_sample!r}: give True or False.")
     try:
         config.validate(strict=True)
         way = config.get_generation_mode()
-    except (TypeError, ValueError) as problem:
+    except _PROBLEMS as problem:
         raise ValueError(_of_generate(problem)) from problem
     if way not in _WAYS:
         raise ValueError(
@@ -150,7 +154,7 @@ def continued(
     for number, prompt in enumerate(tqdm(prompts, "generating", unit="text", disable=not progress)):
         ids = prompt[None].to(device)
         more = {name: rows[number][None].to(device) for name, rows in (inputs or {}).items()}
-        with _as_told(copied, seeds and seeds[number]):
+        with _as_told(copied, seeds[number] if seeds else None):
             sequence = copied.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -191,7 +195,7 @@ def _as_told(model: PreTrainedModel, seed: int | None) -> Iterator[None]:
     try:
         with private_randomness(model, seed):
             yield
-    except (ArithmeticError, TypeError, ValueError) as problem:
+    except _PROBLEMS as problem:
         raise ValueError(_of_generate(problem)) from problem
 
 

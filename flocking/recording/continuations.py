@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models import (
-    Chats,
     Prompts,
     Text,
     check_generation,
@@ -97,7 +96,7 @@ class Wanted(NamedTuple):
 
 def given_texts(
     model: PreTrainedModel,
-    text: Text | Chats,
+    text: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     wanted: Wanted,
     max_tokens: int | None = None,
@@ -199,14 +198,14 @@ def _joined(model: PreTrainedModel, reading: Reading, continuation: Text) -> Rea
 
 def _warn_of_beginnings(prompts: Prompts, later: Prompts) -> None:
     """Warn of a continuation that begins as a text does, with a special token."""
-    begin = getattr(prompts.tokenizer, "bos_token_id", None)
-    pairs = zip(prompts.ids, later.ids, strict=True)
-    for number, (first, second) in enumerate(pairs):
+    tokenizer: Any = prompts.tokenizer
+    begin = getattr(tokenizer, "bos_token_id", None)
+    for number, (first, second) in enumerate(zip(prompts.ids, later.ids, strict=True)):
         if begin is not None and int(first[0]) == int(second[0]) == begin and len(second) > 1:
             warn(
                 f"the continuation of text {number} begins with the special token "
-                f"{prompts.tokenizer.bos_token}, as its prompt does: to go on from the prompt, "
-                "tokenize it with add_special_tokens=False, or give it as a string."
+                f"{tokenizer.bos_token}, as its prompt does: to go on from the prompt, tokenize it "
+                "with add_special_tokens=False, or give it as a string."
             )
             return
 

@@ -102,6 +102,7 @@ def test_every_form_of_ids(text: object) -> None:
         ({"idx": [0], "content": ["a"]}, ValueError, "such as data['content']"),
         ({}, ValueError, "text is a dict without 'input_ids' (it has nothing)"),
         (ROWS, TypeError, "text 0 is a dict (of text): give a list of its texts"),
+        ([{"messages": MESSAGES, "id": 3}], TypeError, "such as [row['messages'] for row in rows]"),
         ([{"input_ids": [5]}], TypeError, "text 0 is a tokenizer's output: tokenize all texts at"),
         ({"input_ids": ["a"]}, TypeError, "'input_ids' are strings: give the strings alone"),
         (datasets.Dataset.from_list(ROWS), TypeError, "columns, such as dataset['text']"),

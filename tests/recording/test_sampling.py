@@ -128,6 +128,8 @@ REFUSED = {
     "several": ({"num_return_sequences": 2}, ValueError, "Give the text several times"),
     "a draft": ({"prompt_lookup_num_tokens": 3}, ValueError, "ask for assisted generation"),
     "contrast": ({"penalty_alpha": 0.5, "top_k": 4}, ValueError, "cannot use|ask for contrastive"),
+    "a word": ({"do_sample": "no"}, ValueError, "do_sample='no': give True or False"),
+    "a dict": ({"watermarking_config": {"bias": 2.5}}, ValueError, "cannot use these arguments"),
     "unused": ({"temperature": 0.5}, ValueError, "`temperature`: `do_sample` is not set"),
     "cold": ({"do_sample": True, "temperature": -1.0}, ValueError, "strictly positive float"),
     "no beams": ({"num_beams": 0}, ValueError, "generate cannot use these arguments"),
