@@ -78,17 +78,7 @@ def check_generation(arguments: Mapping[str, Any], max_new_tokens: int) -> None:
         For one that is set already, a way of generating whose result is not one text with its
         continuation, or values that transformers refuses; and if there is nothing to continue.
     """
-    config: Any = GenerationConfig()
-    for name, value in arguments.items():
-        if name in _REFUSED:
-            raise ValueError(f"{name} cannot be given: {_REFUSED[name]}.")
-        if name.startswith("_") or name not in (*vars(config), *_BESIDE_CONFIG):
-            raise TypeError(
-                f"record() got an unexpected keyword argument {name!r}: neither it nor "
-                "transformers' generate has one of this name."
-            )
-        if name not in _BESIDE_CONFIG:
-            setattr(config, name, value)
+    config = _config_of(arguments)
     if not arguments:
         return
     if not max_new_tokens:
@@ -113,6 +103,22 @@ def check_generation(arguments: Mapping[str, Any], max_new_tokens: int) -> None:
             f"these arguments ask for {way.value.replace('_', ' ')}, and texts are continued by "
             "greedy search, sampling or beams: leave them out."
         )
+
+
+def _config_of(arguments: Mapping[str, Any]) -> Any:
+    """The config that arguments of ``generate`` make, if all are the user's to give."""
+    config: Any = GenerationConfig()
+    for name, value in arguments.items():
+        if name in _REFUSED:
+            raise ValueError(f"{name} cannot be given: {_REFUSED[name]}.")
+        if name.startswith("_") or name not in (*vars(config), *_BESIDE_CONFIG):
+            raise TypeError(
+                f"record() got an unexpected keyword argument {name!r}: neither it nor "
+                "transformers' generate has one of this name."
+            )
+        if name not in _BESIDE_CONFIG:
+            setattr(config, name, value)
+    return config
 
 
 def continued(
