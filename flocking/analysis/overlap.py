@@ -192,7 +192,8 @@ def prompt_generation_overlap(
     Parameters
     ----------
     recording : xarray.Dataset
-        From ``flocking.record(..., max_new_tokens=...)``.
+        From :func:`flocking.record` with `max_new_tokens`, `prompt_tokens` or `continuation`, or of
+        chats that end in an answer.
     density : float or iterable of float
         Fraction of neurons kept, or one for each layer.
     densities : iterable of float, optional

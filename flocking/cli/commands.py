@@ -18,6 +18,7 @@ import flocking
 from flocking.cli.ending import Ended
 from flocking.cli.options import (
     Calibration,
+    Continuations,
     DataDir,
     Densities,
     Device,
@@ -27,6 +28,7 @@ from flocking.cli.options import (
     Methods,
     Model,
     ModelArgument,
+    PromptTokens,
     ProtocolByTask,
     Tasks,
     at_least_one,
@@ -39,6 +41,7 @@ from flocking.cli.options import (
     one_sentence,
     passage,
     read,
+    read_all,
 )
 from flocking.cli.printing import (
     PrintableErrors,
@@ -99,6 +102,8 @@ def record(
     layers: Annotated[
         str | None, typer.Option(help="Layers, such as 0,5,10-12; all by default.")
     ] = None,
+    prompt_tokens: PromptTokens = None,
+    continuation: Continuations = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Continue each text greedily by at most this many tokens.")
     ] = 0,
@@ -114,15 +119,14 @@ def record(
 
     from flocking.artifacts import replacing
     from flocking.cli.outputs import refuse_existing
-    from flocking.recording import check_numbers
+    from flocking.recording import Wanted, check_numbers
 
     check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
     if re.match(r"[a-z0-9+]{2,}:/", str(output)):
         raise ValueError(f"--output {output}: name a folder on a disk, since URLs are not written.")
-    if files.count("-") > 1:
-        raise ValueError("- stands for standard input, which can be read once: name it once.")
-    texts = [read(name) for name in files]
+    texts, answers = read_all(files, continuation)
+    Wanted(prompt_tokens, answers, max_new_tokens).check()
     known = functools.partial(refuse_existing, overwrite=overwrite)
     with replacing(output, check=known) as partial:
         loaded, tokenizer = load(model, device, dtype)
@@ -132,6 +136,8 @@ def record(
             tokenizer=tokenizer,
             window=window,
             layers=numbers,
+            prompt_tokens=prompt_tokens,
+            continuation=answers,
             max_new_tokens=max_new_tokens,
             max_tokens=max_tokens,
         )

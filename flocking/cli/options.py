@@ -52,6 +52,22 @@ ModelArgument = Annotated[
 Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
 
+# Of `flocking record`.
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="This many tokens of each text are the prompt, and the rest is its continuation."
+    ),
+]
+Continuations = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--continuation",
+        metavar="FILE",
+        help="Text file with what follows a text; repeat it, in the order of the texts.",
+    ),
+]
+
 # Of `flocking evaluate`.
 Tasks = Annotated[
     str,
@@ -138,6 +154,18 @@ def read(name: str) -> str:
     if not text:
         raise ValueError(f"{where} is empty: give some text.")
     return text
+
+
+def read_all(files: list[str], following: list[str] | None) -> tuple[list[str], list[str] | None]:
+    """Texts of files, and of those that follow them; None if none do."""
+    if following and len(following) != len(files):
+        raise ValueError(
+            f"--continuation was given {len(following)} times for {len(files)} texts: give one for "
+            "each."
+        )
+    if [*files, *(following or [])].count("-") > 1:
+        raise ValueError("- stands for standard input, which can be read once: name it once.")
+    return [read(name) for name in files], [read(name) for name in following or []] or None
 
 
 def numbers_of(layers: str | None) -> list[int] | None:

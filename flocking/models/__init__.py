@@ -12,7 +12,9 @@ from flocking.models.capabilities import (
     traits,
     with_inputs,
 )
+from flocking.models.chats import Chats, conversations
 from flocking.models.checkpoints import located, prepared, read_model, trusted
+from flocking.models.continuing import check_generation, continued
 from flocking.models.copies import (
     hooks_on,
     overriding,
@@ -31,9 +33,9 @@ from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.problems import reading
 from flocking.models.rewinding import Bookmark, refuse_unknown, rewinds
-from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
+from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
-from flocking.models.tokenization import Prompts, tokenize
+from flocking.models.tokenization import Prompts, tokenize, tokenize_chats
 from flocking.models.untrained import control
 from flocking.models.weights import (
     byte_count,
@@ -51,17 +53,20 @@ from flocking.models.wrapping import require_model, unwrap
 
 __all__ = [
     "Bookmark",
+    "Chats",
     "PerModel",
     "Prompts",
     "Text",
     "attention",
     "batches",
     "byte_count",
+    "check_generation",
     "chunks",
     "context",
     "continued",
     "continued_inputs",
     "control",
+    "conversations",
     "device_of",
     "embedded",
     "embeddings_of",
@@ -93,6 +98,7 @@ __all__ = [
     "separate",
     "tensor_of",
     "tokenize",
+    "tokenize_chats",
     "tolerance",
     "traits",
     "trial",

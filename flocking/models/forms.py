@@ -138,7 +138,8 @@ def _about_item(item: Any, bare: bool) -> str:
             return "a tokenizer's output: tokenize all texts at once, tokenizer(texts)"
         names = ", ".join(map(str, item))
         return (
-            f"a dict (of {names}): give a list of its texts, such as [row['text'] for row in rows]"
+            f"a dict (of {names}): give a list of its texts, such as "
+            f"[row[{_likely(item)!r}] for row in rows]"
         )
     if isinstance(item, list | tuple) and item:
         if all(isinstance(message, Mapping) and _is_message(message) for message in item):
@@ -166,14 +167,18 @@ def _about_dict(text: Mapping[str, Any]) -> str:
     """What to give instead of a dict without token ids."""
     if _is_message(text):
         return f"text is a chat message: {_TEMPLATE}."
-    names = list(map(str, text))
-    usual = [name for name in ("text", "texts", "content") if name in names]
-    some = (usual or names or ["text"])[0]
-    columns = ", ".join(names) or "nothing"
+    columns = ", ".join(map(str, text)) or "nothing"
     return (
         f"text is a dict without 'input_ids' (it has {columns}): give what a tokenizer returns, or "
-        f"a column of texts alone, such as data[{some!r}]."
+        f"a column of texts alone, such as data[{_likely(text)!r}]."
     )
+
+
+def _likely(row: Mapping[str, Any]) -> str:
+    """The name under which a dict most likely has its text or its conversation."""
+    names = list(map(str, row))
+    usual = [name for name in ("text", "texts", "content", "messages") if name in names]
+    return (usual or names or ["text"])[0]
 
 
 def whole_numbers(values: Any, number: int) -> Tensor:

@@ -180,8 +180,8 @@ def continued_inputs(
         following = PER_TOKEN[name]
         if following is None:
             raise ValueError(
-                f"text has {name!r}, which a continuation would lack: leave out max_new_tokens, or "
-                f"{name}."
+                f"text has {name!r}, which a continuation would lack: give the text without it, "
+                "or without a continuation."
             )
         longer[name] = [
             torch.cat([row, following(row, total - len(row))])

@@ -1,4 +1,4 @@
-"""Running a model: one pass without the head, greedy continuations, and what fits its context."""
+"""Running a model: one pass without the head, and what fits its context."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from flocking.models.copies import working_copy
 from flocking.models.locks import exclusive
 from flocking.models.sandbox import private_randomness
 from flocking.models.weights import device_of, embeddings_of
@@ -161,40 +159,3 @@ def refuse_long(
                 f"text {number} has {len(prompt)} tokens{new}, {len(prompt) + fed - limit} more "
                 f"than the model's context of {limit}: {what}."
             )
-
-
-def continued(
-    model: PreTrainedModel,
-    prompts: list[Tensor],
-    max_new_tokens: int,
-    progress: bool,
-    inputs: Mapping[str, list[Tensor]] | None = None,
-) -> list[Tensor]:
-    """Each prompt with its greedy continuation, without the last token, which is never fed.
-
-    The prompts run one at a time, since some models give other tokens in a batch that is padded
-    on the left, as `generate` requires. They run on a copy, so that the penalties and lengths
-    in the model's generation config do not apply, and `generate` leaves nothing on the model.
-    """
-    copied: Any = working_copy(model)
-    given: Any = model.generation_config
-    eos = given.eos_token_id
-    pad = given.pad_token_id
-    if pad is None:  # nothing is padded, but generate asks for one
-        pad = (eos[0] if isinstance(eos, list) else eos) or 0
-    copied.generation_config = GenerationConfig(
-        bos_token_id=given.bos_token_id, eos_token_id=eos, pad_token_id=pad
-    )
-    device = device_of(embeddings_of(model))
-    sequences = []
-    for number, prompt in enumerate(tqdm(prompts, "generating", unit="text", disable=not progress)):
-        ids = prompt[None].to(device)
-        more = {name: rows[number][None].to(device) for name, rows in (inputs or {}).items()}
-        sequence = copied.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            **more,
-        )[0]
-        sequences.append(sequence[:-1].cpu())
-    return sequences

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models.capabilities import traits
+from flocking.models.chats import Message, templated
 from flocking.models.checkpoints import read_tokenizer, said_of
 from flocking.models.forms import Text, given, require_tokenizer, whole_numbers
 from flocking.models.inputs import check_values, fed, rows_of, starting_again
@@ -47,9 +48,15 @@ class Prompts(NamedTuple):
 
 
 def tokenize(
-    model: PreTrainedModel, text: Text, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    special: bool = True,
 ) -> Prompts:
     """Token ids of `text` in any of its forms, without padding.
+
+    With `special` false, strings are read without the special tokens that the tokenizer adds.
 
     Raises
     ------
@@ -61,15 +68,49 @@ def tokenize(
     """
     tokenizer = require_tokenizer(tokenizer)
     texts, rows, bare, encoding = given(text)
-    if texts is not None:
-        _check_strings(texts)
-        tokenizer = tokenizer or _tokenizer_of(model)
-        rows, encoding = _encoded(texts, tokenizer)
+    if texts is None:
+        ids, inputs = _read(model, rows, bare, encoding, given=True)
+        tokenizer = tokenizer or _tokenizer_for_labels(model)
+        texts = [str(tokenizer.decode(each)) if tokenizer else "" for each in ids]
+        return Prompts(ids, inputs, texts, tokenizer, "as given")
+    _check_strings(texts)
+    tokenizer = tokenizer or _tokenizer_of(model)
+    ids, inputs = _read(model, *_encoded(texts, tokenizer, special), given=False)
+    return Prompts(ids, inputs, texts, tokenizer, _special(tokenizer) if special else "none")
+
+
+def tokenize_chats(
+    model: PreTrainedModel,
+    chats: Sequence[Sequence[Message]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Prompts, list[int]]:
+    """Conversations as the tokenizer's chat template writes them, and the tokens of each prompt.
+
+    The prompt is what comes before the last message, if that is the assistant's; otherwise it is
+    everything, the words that open an assistant's turn included.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`tokenize`; and if the template does not take a conversation.
+    """
+    tokenizer = require_tokenizer(tokenizer) or _tokenizer_of(model)
+    read = [templated(chat, number, tokenizer) for number, chat in enumerate(chats)]
+    rows, encoding = _columns([each.encoding for each in read])
+    ids, inputs = _read(model, rows, False, encoding, given=False)
+    prompts = Prompts(ids, inputs, [each.text for each in read], tokenizer, "chat template")
+    return prompts, [each.prompt or len(row) for each, row in zip(read, ids, strict=True)]
+
+
+def _read(
+    model: PreTrainedModel, rows: list[Any], bare: bool, encoding: dict[str, Any], *, given: bool
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Token ids of each text without padding, and what else the model is fed for them."""
     masks = encoding.pop("attention_mask", None)
     rows = [whole_numbers(row, number) for number, row in enumerate(rows)]
     inputs = {
         name: rows_of(name, value, rows, bare)
-        for name, value in fed(model, encoding, given=texts is None).items()
+        for name, value in fed(model, encoding, given=given).items()
     }
     real = _real(rows, masks, bare)
     ids = [row[place] for row, place in zip(rows, real, strict=True)]
@@ -79,11 +120,7 @@ def tokenize(
     check_values(model, inputs)
     if masks is None:
         _refuse_packed(model, inputs.get("position_ids", []))
-    if texts is not None and tokenizer is not None:
-        return Prompts(ids, inputs, texts, tokenizer, _special(tokenizer))
-    tokenizer = tokenizer or _tokenizer_for_labels(model)
-    texts = [str(tokenizer.decode(each)) if tokenizer else "" for each in ids]
-    return Prompts(ids, inputs, texts, tokenizer, "as given")
+    return ids, inputs
 
 
 def _check_strings(texts: list[str]) -> None:
@@ -97,16 +134,24 @@ def _check_strings(texts: list[str]) -> None:
 
 
 def _encoded(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Token ids of strings, and by name what else the tokenizer returns of all of them."""
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool
+) -> tuple[list[Any], bool, dict[str, list[Any]]]:
+    """Token ids of strings, that they are several, and what else the tokenizer returns by name."""
     # What is too long is refused or cut later: the tokenizer's warning about it would be wrong.
-    quiet: dict[str, Any] = (
+    options: dict[str, Any] = (
         {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
     )
-    encodings: list[Mapping[str, Any]] = [tokenizer(text, **quiet) for text in texts]
+    if not special:
+        options["add_special_tokens"] = False
+    ids, rest = _columns([tokenizer(text, **options) for text in texts])
+    if special:
+        _warn_of_doubled(texts, ids, tokenizer)
+    return ids, False, rest
+
+
+def _columns(encodings: list[Mapping[str, Any]]) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Token ids of each text, and by name what else the tokenizer returned of all of them."""
     ids = [encoding["input_ids"] for encoding in encodings]
-    _warn_of_doubled(texts, ids, tokenizer)
     names = set.intersection(*(set(encoding) for encoding in encodings)) - {"input_ids"}
     return ids, {name: [encoding[name] for encoding in encodings] for name in sorted(names)}
 

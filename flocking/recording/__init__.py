@@ -4,6 +4,7 @@
 from it. Imports ``feedforward`` and ``models``.
 """
 
+from flocking.recording.continuations import Wanted
 from flocking.recording.dataset import (
     COORDINATES,
     FIRST,
@@ -29,6 +30,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "VARIABLES",
     "Moments",
+    "Wanted",
     "Windows",
     "check_numbers",
     "concat",

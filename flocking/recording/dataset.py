@@ -115,6 +115,7 @@ ATTRIBUTES = (
     "max_new_tokens",
     "max_tokens",
     "seed",
+    "generation",  # where it comes from
     "flocking_version",
     "transformers_version",
     "torch_version",
@@ -213,6 +214,7 @@ def attributes_of(
     max_new_tokens: int,
     max_tokens: int | None,
     seed: int,
+    generation: str,
 ) -> dict[str, Any]:
     """A recording's attributes: the model, the versions and the arguments."""
     return {
@@ -226,6 +228,7 @@ def attributes_of(
         "max_new_tokens": max_new_tokens,
         "max_tokens": "all" if max_tokens is None else max_tokens,
         "seed": seed,
+        "generation": generation,
         "flocking_version": FLOCKING_VERSION,
         "transformers_version": transformers.__version__,
         "torch_version": torch.__version__,

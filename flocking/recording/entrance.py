@@ -121,7 +121,9 @@ def require(recording: object, *names: str, phase: str | None = None) -> xr.Data
     """
     whole = canonical(recording, *names).recording
     if phase is not None and not (whole.phase == phase).any():
-        option = "(..., max_new_tokens=...)" if phase == GENERATION else ""
+        option = ""
+        if phase == GENERATION:
+            option = "(..., max_new_tokens=...), or with prompt_tokens or continuation"
         raise ValueError(f"the recording has no phase {phase!r}: make it with record{option}.")
     return cast(xr.Dataset, recording)
 

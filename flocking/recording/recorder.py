@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import psutil
@@ -15,24 +16,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward, feedforwards, observe, select_layers
 from flocking.models import (
+    Chats,
     Prompts,
     Text,
     batches,
     chunks,
-    continued,
-    continued_inputs,
     forward,
     hooks_on,
     is_loaded,
     refuse_long,
     require_model,
-    tokenize,
     traits,
     undisturbed,
     warn,
     with_inputs,
 )
 from flocking.recording.collector import Collector
+from flocking.recording.continuations import (
+    Reading,
+    Wanted,
+    generated,
+    given_texts,
+    refuse_continuing,
+)
 from flocking.recording.dataset import attributes_of, label, size_in_bytes
 from flocking.recording.windows import Layout, window_counts
 
@@ -41,11 +47,13 @@ _SHARE_OF_MEMORY = 0.8  # of free memory, that a recording may take
 
 def record(
     model: nn.Module,
-    text: Text,
+    text: Text | Chats,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     window: int | None = 64,
     layers: Iterable[int] | None = None,
+    prompt_tokens: int | Sequence[int] | None = None,
+    continuation: Text | None = None,
     max_new_tokens: int = 0,
     max_tokens: int | None = None,
     relative: bool | Iterable[int] = False,
@@ -53,6 +61,7 @@ def record(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
+    **generation: Any,
 ) -> xr.Dataset:
     """Record how a model's feed-forward neurons behave along one or more texts.
 
@@ -68,7 +77,7 @@ def record(
         and training flags are not changed. An encoder-decoder gets the text twice: its encoder
         reads it, and its decoder takes it as what it has written so far. Layers are counted
         through both stacks; coordinate ``module`` says which is which.
-    text : str, list of str, token ids, or a tokenizer's output
+    text : str, list of str, token ids, a tokenizer's output, or chats
         Strings are tokenized with the special tokens that the tokenizer adds by default
         (attribute ``special_tokens`` says which) and no chat template. Token ids are one
         sequence, a list of sequences, or a tensor of shape (sequence, token) without padding.
@@ -79,7 +88,14 @@ def record(
         ``token_type_ids`` of nothing but 0 where the model has no types. Anything else is
         refused by name.
 
-        Chats: ``tokenizer.apply_chat_template(messages, return_dict=True)`` is such an output.
+        A chat is a list of messages, dicts with ``role`` and ``content``, and chats are a list of
+        such lists. The tokenizer's own chat template writes them, and no other special tokens are
+        added. If the last message has the role ``"assistant"``, it is the generation, up to the end
+        of its turn as the template writes it, and all before it is the prompt, with the words that
+        open the assistant's turn. Otherwise all is the prompt, with these words at its end, so that
+        `max_new_tokens` or `continuation` answers it. For each answer of a long chat with what came
+        before it as prompt, give the chat up to that answer, for each.
+
         A string with its special tokens already in it, as from a template, would get them
         twice: give ``tokenizer(text, add_special_tokens=False)`` instead of it.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
@@ -88,17 +104,28 @@ def record(
         Tokens in a window. None: the first token's window, and one for each phase.
     layers : iterable of int, optional
         Layers to record; all by default.
+    prompt_tokens : int or sequence of int, optional
+        How many tokens of `text` are the prompt, special tokens among them: the first ones, of all
+        texts, or of each. The others are its continuation, phase ``"generation"``, as with
+        `max_new_tokens`; for the same tokens, with the same values. All tokens given are read. The
+        last one that a model generated was never fed to it: leave it out to have what
+        `max_new_tokens` records.
+    continuation : str, list of str, token ids, or a tokenizer's output, optional
+        What follows each text, as its phase ``"generation"``: an answer that was logged, a
+        reference. One for each text. Strings are tokenized by themselves and without special
+        tokens, as in :func:`flocking.score`. All of it is read.
     max_new_tokens : int
-        If positive, each text is continued greedily, and the continuation is recorded as
-        phase ``"generation"``: the whole text is read again in one pass. Since activations are
-        causal, they are those of the generation up to rounding, except where a rotary embedding
-        depends on the length of the text, as longrope does. Penalties in the model's generation
-        config are ignored. The last token that was generated was never fed to the model: it has
-        no activations and is not in the recording.
+        If positive, each text is continued, greedily unless `generation` says how, and the
+        continuation is recorded as phase ``"generation"``: the whole text is read again in one
+        pass. Since activations are causal, they are those of the generation up to rounding, except
+        where a rotary embedding depends on the length of the text, as longrope does. Penalties,
+        temperature and the like in the model's generation config are ignored. The last token that
+        was generated was never fed to the model: it has no activations and is not in the recording.
     max_tokens : int or None
-        Read at most this many tokens of each text: the first ones, special tokens among them. All
-        of them must fit the model's context, and with `max_new_tokens`, those and the new ones.
-        Coordinate ``text`` has the whole text nevertheless, if it was given as a string.
+        Read at most this many tokens of each text: the first ones, special tokens among them, and
+        a continuation that was given. All of them must fit the model's context, and with
+        `max_new_tokens`, those and the new ones. Coordinate ``text`` has the whole text
+        nevertheless, if it was given as a string.
     relative : bool or iterable of int
         Keep ``r`` itself as float16, for all layers or those listed. This takes much memory:
         with `progress`, its size is printed first.
@@ -108,9 +135,16 @@ def record(
         Sequences in a forward pass. It changes the speed, and results by rounding only. (With hooks
         of yours on the model, 1: they may look at all that is in a batch.)
     seed : int
-        For models with a random forward pass. Global random number generators are not touched.
+        For models with a random forward pass, and for sampling. Global random number generators
+        are not touched.
     progress : bool
         Show progress on standard error.
+    **generation
+        With `max_new_tokens`: arguments of the model's own ``generate``, such as
+        ``do_sample=True, temperature=0.7`` or ``num_beams=4``, with transformers' defaults for the
+        rest (``top_k=50`` among them). What is recorded is the continuation that they give. A text
+        is sampled with its own random numbers, whatever texts are beside it; one that is given
+        several times is sampled anew each time.
 
     Returns
     -------
@@ -143,7 +177,8 @@ def record(
         ``prompt_tokens`` (sequence) the number of its tokens before any generation, ``module``
         (layer) the path of each FF block. Attributes name the schema's version, which every
         measure checks (recordings from before it was there are read as version 1), the model, its
-        revision and dtype, the versions and the arguments.
+        revision and dtype, the versions and the arguments; ``generation`` is ``"none"``,
+        ``"greedy"``, the arguments of ``generate``, or ``"as given"``.
 
     Raises
     ------
@@ -152,10 +187,12 @@ def record(
     ValueError
         For an empty text, an input that cannot be fed, an unknown layer, a window below 1, a text
         longer than the model's context, weights on the meta device, or activations that are not
-        finite.
+        finite; for a prompt that leaves nothing for its continuation, continuations that do not
+        match the texts or come from two sources, a chat that the template does not take, and
+        arguments that ``generate`` cannot use here.
     TypeError
         If `model` is not a transformers model, `tokenizer` is no tokenizer, or `text` or a list
-        of layers has another form.
+        of layers has another form; for an argument that neither this nor ``generate`` knows.
     MemoryError
         If the arrays of the result would not fit in memory. This is checked first.
 
@@ -176,6 +213,20 @@ def record(
     >>> recording["rank"].dims
     ('sequence', 'layer', 'window', 'neuron')
 
+    An answer that was logged, and a chat:
+
+    >>> recording = flocking.record(
+    ...     model, "Birds of a feather", continuation=" flock together.", progress=False
+    ... )
+    >>> recording.prompt_tokens.item(), recording.sizes["token"]
+    (4, 7)
+    >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    >>> recording = flocking.record(model, chat, progress=False)
+    >>> recording.phase.values.tolist()
+    ['first', 'prompt', 'generation']
+    >>> flocking.prompt_generation_overlap(recording).dims
+    ('sequence', 'layer')
+
     Of long texts, the beginning:
 
     >>> recording = flocking.record(model, flocking.passages(), max_tokens=16, progress=False)
@@ -183,38 +234,34 @@ def record(
     {'sequence': 12, 'layer': 2, 'window': 2, 'neuron': 64, 'token': 16}
     """
     check_numbers(window, max_new_tokens, max_tokens, batch_size, seed)
+    wanted = Wanted(prompt_tokens, continuation, max_new_tokens, generation)
+    wanted.check()
     model = _checked(require_model(model))
-    prompts = tokenize(model, text, tokenizer).cut(max_tokens)
-    refuse_long(model, prompts.ids, max_new_tokens, "max_tokens")
-    if max_new_tokens:
-        _refuse_continuing(model, prompts)
+    given = given_texts(model, text, tokenizer, wanted, max_tokens)
+    refuse_long(model, given.whole.ids, max_new_tokens, "max_tokens")
+    refuse_continuing(model, given, max_new_tokens)
     blocks = select_layers(feedforwards(model), layers)
     raw = (
         select_layers(blocks, None if relative is True else relative, "relative")
         if relative
         else []
     )
-    _check_memory(prompts.ids, blocks, raw, window, max_new_tokens, ranks, progress)
-    if model.training:
-        warn(
-            "The model is in training mode: it is recorded in eval mode (without dropout) and "
-            "set back afterwards.",
-        )
+    _check_memory(given, blocks, raw, window, max_new_tokens, ranks, progress)
+    _warn_of_training(model)
     with undisturbed(model, seed):
-        fed = prompts
-        if max_new_tokens:
-            fed = _continued(model, prompts, max_new_tokens, progress)
-        layout = Layout.of([len(p) for p in prompts.ids], [len(s) for s in fed.ids], window)
+        fed = generated(model, given.whole, wanted, seed, progress)
+        layout = Layout.of(given.prompts, [len(ids) for ids in fed.ids], window)
         collector = Collector(blocks, raw, layout, ranks)
         _read(model, collector, fed, batch_size, progress)
     attributes = attributes_of(
         model,
         blocks[0],
-        special_tokens=prompts.special,
+        special_tokens=fed.special,
         window=window,
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
         seed=seed,
+        generation=wanted.source(given),
     )
     return label(collector, fed.ids, fed.texts, fed.tokenizer).assign_attrs(attributes)
 
@@ -268,24 +315,16 @@ def _checked(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _refuse_continuing(model: PreTrainedModel, prompts: Prompts) -> None:
-    """Raise a ValueError if continuations of these prompts cannot be replayed."""
-    name = type(model).__name__
-    if not (model.can_generate() and traits(model).causal):
-        raise ValueError(
-            f"{name} is not a causal language model, so a continuation cannot be replayed: leave "
-            "out max_new_tokens, or load its causal class."
-        )
-    continued_inputs(prompts.inputs, [len(ids) for ids in prompts.ids])
-    if not with_inputs(model, prompts.inputs).causal:
-        raise ValueError(
-            f"with {' and '.join(prompts.inputs)}, later tokens matter to earlier ones in {name}, "
-            "so a continuation cannot be replayed: leave out max_new_tokens."
+def _warn_of_training(model: PreTrainedModel) -> None:
+    if model.training:
+        warn(
+            "The model is in training mode: it is recorded in eval mode (without dropout) and "
+            "set back afterwards.",
         )
 
 
 def _check_memory(
-    prompts: list[Tensor],
+    given: Reading,
     blocks: list[FeedForward],
     raw: list[FeedForward],
     window: int | None,
@@ -294,10 +333,9 @@ def _check_memory(
     progress: bool,
 ) -> None:
     """Refuse a recording that would not fit in memory; print how large raw activations are."""
-    lengths = [len(prompt) for prompt in prompts]
-    totals = [length + max(0, max_new_tokens - 1) for length in lengths]
+    totals = [length + max(0, max_new_tokens - 1) for length in given.lengths]
     sizes = {
-        "sequence": len(prompts),
+        "sequence": len(totals),
         "layer": len(blocks),
         "neuron": max(block.d_ff for block in blocks),
         "token": max(totals),
@@ -306,7 +344,7 @@ def _check_memory(
     raw_bytes = size_in_bytes(["relative"], {**sizes, "layer": len(raw)})
 
     def size(window: int | None) -> int:
-        windows = 1 + sum(window_counts(lengths, totals, window))
+        windows = 1 + sum(window_counts(given.prompts, totals, window))
         return size_in_bytes(names, {**sizes, "window": windows}) + raw_bytes
 
     room = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY)
@@ -338,14 +376,6 @@ def _readable(size: float) -> str:
 
 # --------------------------------------------------------------------------------------
 # Forward passes
-
-
-def _continued(
-    model: PreTrainedModel, prompts: Prompts, max_new_tokens: int, progress: bool
-) -> Prompts:
-    """The prompts with their continuations."""
-    ids = continued(model, prompts.ids, max_new_tokens, progress, prompts.inputs)
-    return prompts._replace(ids=ids, inputs=continued_inputs(prompts.inputs, list(map(len, ids))))
 
 
 def _read(

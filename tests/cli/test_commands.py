@@ -72,6 +72,41 @@ def test_record_reads_the_beginning_of_each_text(tmp_path: Path, model: str, tex
     )
 
 
+def test_record_takes_continuations_that_are_there(
+    tmp_path: Path, model: str, text: str, embedded: tuple
+) -> None:
+    out, answer = tmp_path / "out.zarr", tmp_path / "answer.txt"
+    answer.write_text(" Starlings do.", encoding="utf-8")
+    options = ("--model", model, "-o", out)
+    result = run("record", text, *options, "--continuation", answer)
+    assert result.exit_code == 0, result.output
+    with xr.open_zarr(out) as recording:
+        cut = recording.prompt_tokens.values.item()
+        words = recording.token_text.values[0]
+        assert "".join(words[:cut]) == "Birds of a feather flock together."
+        assert "".join(words[cut:]) == " Starlings do."
+        assert recording.phase.values.tolist() == ["first", "prompt", "generation"]
+    result = run("record", text, *options, "--prompt-tokens", 3, "--overwrite")
+    assert result.exit_code == 0, result.output
+    with xr.open_zarr(out) as recording:
+        assert recording.prompt_tokens.values.tolist() == [3]
+        assert recording.tokens.values.tolist() == [[1, 2, len(words[:cut]) - 3]]
+
+
+def test_what_follows_is_checked_before_the_model_is_loaded(tmp_path: Path, text: str) -> None:
+    for options, message in (
+        (["--prompt-tokens", 0], "prompt_tokens=0: give a whole number"),
+        (["--continuation", text, "--max-new-tokens", 3], "continuation were given, and each"),
+        (["--continuation", text, "--continuation", text], "given 2 times for 1 texts"),
+        (["--continuation", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--continuation", "-", "-"], "- stands for standard input"),
+    ):
+        files = [text, *options] if "-" not in options else ["-", "--continuation", "-"]
+        result = run("record", *files, "-o", tmp_path / "o.zarr", "--model", "no/such-model")
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+
+
 def test_an_existing_output_is_only_replaced_when_told(
     tmp_path: Path, model: str, text: str
 ) -> None:

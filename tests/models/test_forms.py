@@ -96,14 +96,13 @@ def test_every_form_of_ids(text: object) -> None:
 @pytest.mark.parametrize(
     ("text", "problem", "message"),
     [
-        (MESSAGES, TypeError, "text 0 is a chat message: apply the model's chat template first"),
-        ([MESSAGES, MESSAGES], TypeError, "a conversation, .*apply_chat_template(messages, ret"),
         (MESSAGES[0], ValueError, "text is a chat message"),
         ([{"from": "human", "value": "Hi"}], TypeError, "text 0 is a chat message"),
         ({"text": ["a"], "label": [0]}, ValueError, "(it has text, label): .*such as data['text']"),
         ({"idx": [0], "content": ["a"]}, ValueError, "such as data['content']"),
         ({}, ValueError, "text is a dict without 'input_ids' (it has nothing)"),
         (ROWS, TypeError, "text 0 is a dict (of text): give a list of its texts"),
+        ([{"messages": MESSAGES, "id": 3}], TypeError, "such as [row['messages'] for row in rows]"),
         ([{"input_ids": [5]}], TypeError, "text 0 is a tokenizer's output: tokenize all texts at"),
         ({"input_ids": ["a"]}, TypeError, "'input_ids' are strings: give the strings alone"),
         (datasets.Dataset.from_list(ROWS), TypeError, "columns, such as dataset['text']"),
@@ -158,6 +157,11 @@ def test_what_is_advised_works() -> None:
     chat = tokenizer.apply_chat_template(MESSAGES, return_dict=True)
     one = record(model, chat, tokenizer=tokenizer)
     assert one.token_id.to_numpy()[0].tolist() == chat["input_ids"]
+    for text in (MESSAGES, [MESSAGES, MESSAGES]):  # where chats are not read as such
+        with pytest.raises(TypeError, match=r"apply the .*apply_chat_template\(messages, return_d"):
+            flocking.perplexity(
+                model, text, tokenizer=tokenizer, prompt_length=1, continuation_length=1
+            )
     chats = tokenizer.apply_chat_template([MESSAGES, MESSAGES[:1]], return_dict=True)
     two = record(model, chats, tokenizer=tokenizer)
     shorter = chats["input_ids"][1]
