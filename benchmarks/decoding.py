@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/decoding.py [--model NAME] [--pairs 15] [--batch 1 2 4 8]
         [--compiled 1] [--dtype float32 bfloat16] [--density 0.5] [--prompt 256]
-        [--new-tokens 24]
+        [--new-tokens 24] [--refresh 16 64 256] [--long 256] [--only speed refreshed memory]
 
 Every round lets each contestant decode once, in random order, so that whatever else the machine
 does slows all equally; printed are the medians of the rounds' ratios, with quartiles. The bound is
@@ -12,6 +12,10 @@ are looked up, not read, unless they are the output matrix as well). Where arith
 reading, as for small batches on some processors, a twin can exceed it. Batches named after
 --compiled are also decoded by flocking.Decoder. Memory is what a separate process has gained by
 loading and generating. Selection and copy are the shared twin's, in steps of the full model.
+
+The second table is of selections that are made anew (``refresh``), batch 1, and of the twin as the
+full model's draft: mean time of --long new tokens, refreshes included, the prompt's pass and the
+first token not; in ``generate``, and in flocking.Decoder without the draft.
 """
 
 from __future__ import annotations
@@ -114,6 +118,69 @@ def speed(name: str | None, dtype: str, options: argparse.Namespace) -> None:
         print(f"{dtype:>9}  batch {batch}  selection and copy: {quartiles(steps)} full steps")
 
 
+def long_seconds(model, ids, new_tokens: int, **options) -> float:
+    """Mean time of a new token in ``generate``, after the first, whatever a step is."""
+    clock = Clock()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens + 1,
+        min_new_tokens=new_tokens + 1,
+        do_sample=False,
+        streamer=clock,
+        pad_token_id=0,
+        **options,
+    )
+    return (clock.times[-1] - clock.times[1]) / new_tokens
+
+
+def compiled_long_seconds(decoder: flocking.Decoder, ids, new_tokens: int) -> float:
+    """Mean time of a step of a :class:`flocking.Decoder`, refreshes included."""
+    decoder.read(ids, max_new_tokens=new_tokens + 1)
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        decoder.step()
+    return (time.perf_counter() - start) / new_tokens
+
+
+def refreshed(name: str | None, dtype: str, options: argparse.Namespace) -> None:
+    """Print the speed-ups of long generations, with and without refreshes, and as a draft."""
+    model, tokenizer = flocking.load(name, dtype=dtype)
+    ids = tokenizer(flocking.passages()[0], return_tensors="pt")["input_ids"][:, : options.prompt]
+    every = {"once": None, **{f"anew every {n}": n for n in options.refresh}}
+    twins = {kind: flocking.griffin(model, options.density, refresh=n) for kind, n in every.items()}
+    draft = flocking.griffin(model, options.density)
+    contestants = {"full": lambda: long_seconds(model, ids, options.long)}
+    for kind, twin in twins.items():
+        contestants[kind] = lambda twin=twin: long_seconds(twin, ids, options.long)
+    contestants["drafted"] = lambda: long_seconds(model, ids, options.long, assistant_model=draft)
+    if 1 in options.compiled:
+        for kind, subject in {"full": model, **twins}.items():
+            decoder = flocking.Decoder(subject, options.prompt + options.long + 1)
+            contestants[f"{kind}, compiled"] = lambda decoder=decoder: compiled_long_seconds(
+                decoder, ids, options.long
+            )
+    found = interleaved(contestants, options.pairs)
+    for kind in list(contestants)[1:]:
+        gain = quartiles(ratios(found, "full", kind))
+        print(f"{dtype:>9}  {kind:>24}: {gain} times the speed of the full model's generate")
+        base = "once, compiled" if kind.endswith(", compiled") else "once"
+        if kind.startswith("anew"):
+            print(f"{'':>35}: {quartiles(ratios(found, base, kind))} times that of {base}")
+        if kind.startswith(("once", "anew")) and kind.endswith(", compiled"):
+            gain = quartiles(ratios(found, "full, compiled", kind))
+            print(f"{'':>35}: {gain} times the full model's, compiled")
+    for kind, twin in twins.items():
+        report = twin.report()
+        print(
+            f"{dtype:>9}  {kind:>24}: {report.refreshes} refreshes, effective density "
+            f"{report.effective_density:.3f}, {report.bytes_per_token / 1e6:.0f} MB a token"
+        )
+    report = draft.report()
+    share = report.accepted_tokens / max(1, report.drafted_tokens)
+    print(f"{dtype:>9}  {'drafted':>24}: {share:.2f} of {report.drafted_tokens} proposals taken")
+
+
 def resident(name: str | None, dtype: str, density: float, scope: str, batch: int, queue) -> None:
     """Put what this fresh process holds after generating, in MiB, into the queue."""
     process = psutil.Process()
@@ -156,11 +223,19 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--refresh", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--long", type=int, default=256)
+    tables = ["speed", "refreshed", "memory"]
+    parser.add_argument("--only", nargs="+", choices=tables, default=tables)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for dtype in options.dtype:
-        speed(options.model, dtype, options)
-        memory(options.model, dtype, options.density)
+        if "speed" in options.only:
+            speed(options.model, dtype, options)
+        if "refreshed" in options.only:
+            refreshed(options.model, dtype, options)
+        if "memory" in options.only:
+            memory(options.model, dtype, options.density)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,9 @@ class Decoder:
         ended = (self._text[..., None] == self._ends).any(dim=-1).int()
         ended[:, : self._prompt] = 0
         counts = (ended.cumsum(dim=1) == ended)[:, places]  # not behind a token that ends a text
-        more = {"position_ids": self._position + 1 - new + order} if self._takes_positions else {}
+        more: dict[str, Any] = {}
+        if self._takes_positions:
+            more["position_ids"] = self._position + 1 - new + order
         if "logits_to_keep" in inspect.signature(self._full.forward).parameters:
             more["logits_to_keep"] = 1
         outputs = state.reread(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from torch import Tensor
@@ -25,7 +27,7 @@ def drawn_up(history: list[tuple[int, list[Tensor]]], compacts: list[Compact]) -
     for mask, (_, selections) in zip(kept, history, strict=True):
         for row, (_, number) in enumerate(rows):
             np.put_along_axis(mask[..., row, :], selections[number].cpu().numpy(), True, axis=-1)
-    coords = {
+    coords: dict[str, Any] = {
         "position": ("position", [place for place, _ in history], {"units": "tokens"}),
         "layer": [layer for layer, _ in rows],
         "d_ff": ("layer", widths),

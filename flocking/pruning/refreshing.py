@@ -34,7 +34,8 @@ class RefreshingTwin(Twin):
         the present order of the beams.
         """
         state = self._griffin
-        past, self._reread = kwargs.get("past_key_values"), None
+        self._reread = None
+        past: Any = kwargs.get("past_key_values")
         read = None if self._drafts else state.reader.known(past, len(input_ids))
         if read is None or read is not state.read or state.refresh is None:
             return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
@@ -102,7 +103,7 @@ class RefreshingTwin(Twin):
                 "a beam search cannot refresh a selection for each sequence, since beams go on "
                 "from each other: make the twin with scope='shared', or without refresh."
             )
-        past = model_kwargs.get("past_key_values")
+        past: Any = model_kwargs.get("past_key_values")
         if past is not None:
             refuse_unknown(past)
         read = None if self._drafts else state.reader.known(past, len(input_ids))

@@ -314,8 +314,8 @@ def is_whole(input_ids: Tensor, generation_config: Any, mask: Tensor | None) -> 
 
 def refresh_of(model: PreTrainedModel) -> int | None:
     """After how many tokens a twin refreshes its selection; None if never, or for other models."""
-    model = unwrap(model)
-    return model._griffin.refresh if isinstance(model, Twin) else None
+    inner = unwrap(model)
+    return inner._griffin.refresh if isinstance(inner, Twin) else None
 
 
 def what_was_read(model: PreTrainedModel) -> Read | None:
