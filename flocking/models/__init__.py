@@ -23,7 +23,7 @@ from flocking.models.copies import (
     with_forward,
     working_copy,
 )
-from flocking.models.forms import Text, require_tokenizer
+from flocking.models.forms import Text, require_tokenizer, unreadable
 from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, identity, load
 from flocking.models.locks import exclusive
@@ -95,6 +95,7 @@ __all__ = [
     "trial_copy",
     "trusted",
     "undisturbed",
+    "unreadable",
     "unwrap",
     "vocabulary_of",
     "warn",

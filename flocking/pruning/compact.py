@@ -99,7 +99,7 @@ class Compact:
 
     def __init__(self, twin: nn.Module, block: FeedForward, paths: dict[int, str], k: int) -> None:
         self.block, self.k, self.layers = block, k, [block.layer]
-        self.kept = torch.empty(0, dtype=torch.int64)
+        self.kept = torch.empty(0, dtype=torch.int64, device="cpu")
         self.parts = _parts(block)
         # Where they stand in the twin, as the module that holds each and its name there. (A
         # reference to the twin would be a cycle, and memory would wait for the garbage collector.)

@@ -33,6 +33,7 @@ from flocking.models import (
     tolerance,
     trial,
     trial_copy,
+    unreadable,
     vocabulary_of,
 )
 from flocking.pruning.graphs import CompiledStep
@@ -198,14 +199,20 @@ class Decoder:
         if len(self._ends) != len(ends):
             self._ends = self._zeros(len(ends))
             self._compiled.forget_graph()  # it reads the memory before
-        self._ends.copy_(torch.tensor(ends, dtype=torch.int64))
+        self._ends.copy_(torch.tensor(ends, dtype=torch.int64, device="cpu"))
         self._pad.fill_(pad)
 
     def _checked(
         self, ids: Tensor, mask: Tensor | None, max_new_tokens: int
     ) -> tuple[Tensor, Tensor]:
         """The prompts and their mask on the model's device, or an error."""
-        if not isinstance(ids, Tensor) or ids.is_floating_point():
+        for name, values in (("input_ids", ids), ("attention_mask", mask)):
+            if problem := unreadable(values):
+                raise TypeError(f"{name} is {problem}.")
+        whole = isinstance(ids, Tensor) and not (
+            ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+        )
+        if not whole:
             kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(
                 f"input_ids is {kind}: give token ids as a tensor, as a tokenizer gives them with "
@@ -222,6 +229,10 @@ class Decoder:
                 f"{ids.shape[1]} and {max_new_tokens} new ones: give at least one new token, or "
                 "make a decoder with a larger max_length."
             )
+        ids = ids.long()
+        if mask is not None and (not isinstance(mask, Tensor) or mask.is_complex()):
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"attention_mask is {kind}: give a tensor of zeros and ones.")
         mask = torch.ones_like(ids) if mask is None else mask.long()
         if mask.shape != ids.shape or not bool((mask.diff(dim=1) >= 0).all() & mask[:, -1].all()):
             raise ValueError(
