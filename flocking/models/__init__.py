@@ -23,6 +23,7 @@ from flocking.models.copies import (
     with_forward,
     working_copy,
 )
+from flocking.models.following import Original, settings
 from flocking.models.forms import Text, require_tokenizer, unreadable
 from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, identity, load
@@ -49,6 +50,7 @@ from flocking.models.weights import (
 from flocking.models.wrapping import require_model, unwrap
 
 __all__ = [
+    "Original",
     "PerModel",
     "Prompts",
     "Text",
@@ -87,6 +89,7 @@ __all__ = [
     "require_model",
     "require_tokenizer",
     "separate",
+    "settings",
     "tensor_of",
     "tokenize",
     "tolerance",

@@ -28,6 +28,7 @@ from flocking.feedforward import (
     is_plain,
 )
 from flocking.models import (
+    Original,
     hooks_on,
     is_loaded,
     refuse_forgetful,
@@ -153,6 +154,7 @@ def griffin(
     ]
     refuse_forgetful(model)
     known = traits(model)
+    given = model
     if offload:
         model = offloaded(model)
         blocks = feedforwards(model)
@@ -164,15 +166,17 @@ def griffin(
         int(seed),
     )
     with torch.inference_mode(False), torch.no_grad():  # it outlives the mode of the moment
-        twin = working_copy(model)
+        twin, full = working_copy(model), copy_with_blocks(model)
+        origin = Original(given, twin, full)
         paths = {id(module): path for path, module in model.named_modules()}
         compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
         for compact in compacts:
             compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
         inherit(model, twin)
-        full = copy_with_blocks(model)
     traits.remember(full, known)
-    return _become_twin(twin, State(full, compacts, selector))
+    state = State(full, compacts, selector)
+    state.origin = origin
+    return _become_twin(twin, state)
 
 
 def check_scope(scope: object) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.models import Original
 from flocking.pruning.compact import Compact, refuse
 from flocking.pruning.drafts import Drafts
 from flocking.pruning.prompt import Read, Reader
@@ -35,6 +36,8 @@ class State:
         Over the last selection and copy.
     hooks : set of int
         Ids of the hooks that the twin has from the original.
+    origin : Original or None
+        What the twin and the full model follow.
     """
 
     def __init__(self, full: PreTrainedModel, compacts: list[Compact], selector: Selector) -> None:
@@ -46,6 +49,7 @@ class State:
         self.unreached: list[Tensor] = []
         self.watch: Stopwatch | None = None
         self.hooks: set[int] = set()
+        self.origin: Original | None = None
         self._requests = threading.RLock()  # held while one is served
         self._thread: int | None = None  # that made the selection
 
@@ -108,6 +112,7 @@ class State:
         with self.serving():
             self.copies = copies
             self.forget()
+            self._follow()
             earlier = self.reader.earlier(past, sequences)
             if earlier is None:
                 self.drafts.reset()
@@ -137,7 +142,13 @@ class State:
             refuse()
         read = other.read
         self.forget()
+        self._follow()
         self.choose(read)
+
+    def _follow(self) -> None:
+        """Bring changes of the original to the twin and the full model, or refuse them."""
+        if self.origin is not None:
+            self.origin.follow()
 
     def forget(self) -> None:
         """Drop the selection: nothing runs until the next one is made."""
