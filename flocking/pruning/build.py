@@ -69,7 +69,8 @@ def griffin(
     model : transformers.PreTrainedModel
         A decoder-only model that can generate. Convert it (dtype, device) before, not after.
     density : float or sequence of float
-        Fraction of neurons to keep, in (0, 1]: one number, or one for each FF block, in order.
+        Fraction of neurons to keep, in (0, 1]: one number, or one for each FF block, in order, or
+        by label from what names its layers, as :func:`flocking.select` takes it.
         (A block that runs several times in a forward pass counts once: all runs have the same
         selection.)
     method : str or callable
@@ -148,9 +149,10 @@ def griffin(
     blocks = _prunable(model)
     _check_options(model, blocks, scope, seed, offload)
     firsts = [block for block in blocks if block.call == 0]
+    shares = density_by_layer(density, len(firsts), [block.layer for block in firsts])
     counts = [
         kept_count(each, block.d_ff // block.experts)
-        for each, block in zip(density_by_layer(density, len(firsts)), firsts, strict=True)
+        for each, block in zip(shares, firsts, strict=True)
     ]
     refuse_forgetful(model)
     known = traits(model)
