@@ -15,6 +15,7 @@ from flocking.models.capabilities import (
 from flocking.models.checkpoints import located, prepared, read_model, trusted
 from flocking.models.copies import (
     hooks_on,
+    hooks_on_everything,
     overriding,
     put,
     replaced,
@@ -69,6 +70,7 @@ __all__ = [
     "forcing",
     "forward",
     "hooks_on",
+    "hooks_on_everything",
     "identity",
     "is_loaded",
     "load",

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -216,6 +217,17 @@ def hooks_on(
         for hook in vars(module)[name].values()
         if not str(getattr(hook, "__module__", "")).startswith(left_out)
         and getattr(hook, "is_in_force", True)
+    ]
+
+
+def hooks_on_everything() -> list[Any]:
+    """The user's hooks on all modules, of whatever model."""
+    registered = (*_global_forward_pre_hooks.values(), *_global_forward_hooks.values())
+    modules = (str(getattr(hook, "__module__", "")) for hook in registered)
+    return [
+        hook
+        for hook, name in zip(registered, modules, strict=True)
+        if not name.startswith(_NOT_THE_USERS)
     ]
 
 

@@ -104,12 +104,16 @@ class _Part:
         """Parameters and buffers that are not as they were: the dict that holds each, and names."""
         if _is_offloaded(module):  # they come and go as the model runs
             return []
-        holders = vars(module)
-        return [
-            (kind, name)
-            for (kind, name), seen in self.tensors.items()
-            if not seen.is_same(holders[kind].get(name))
-        ]
+        holders, found = vars(module), []
+        for (kind, name), seen in self.tensors.items():
+            tensor = holders[kind].get(name)
+            if seen.is_same(tensor):
+                continue
+            if kind == "_buffers" and not seen.shared and not seen.is_it(tensor):
+                seen.look(tensor)  # the module made it anew as it ran
+            else:
+                found.append((kind, name))
+        return found
 
     def changed_values(self, module: nn.Module) -> list[tuple[int, dict[str, Any]]]:
         """Plain values that are not as they were, all of one dict, with the number of the dict."""
@@ -193,10 +197,14 @@ class _Seen:
     def is_same(self, tensor: Tensor | None) -> bool:
         """Whether this is the tensor; where the copies have their own, it must be unchanged."""
         return (
-            tensor is _referent(self._reference)
+            self.is_it(tensor)
             and _form(tensor) == self._form
             and self._state(tensor) == self._written
         )
+
+    def is_it(self, tensor: Tensor | None) -> bool:
+        """Whether this is the very tensor, changed or not."""
+        return tensor is _referent(self._reference)
 
     def can_become(self, tensor: Tensor | None, kind: str) -> bool:
         """Whether another tensor can take its place in the copies, too."""
@@ -212,7 +220,7 @@ class _Seen:
                 return f"is in {tensor.dtype} now"
             if tensor.device != device:
                 return f"is on {tensor.device} now"
-        return "was changed" if tensor is _referent(self._reference) else "was replaced"
+        return "was changed" if self.is_it(tensor) else "was replaced"
 
     def of_copy(self, tensor: Tensor | None) -> Tensor | None:
         """What a copy gets where the model has this tensor."""
@@ -269,20 +277,21 @@ class _Same:
 def _plain(module: nn.Module, with_config: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Plain values of a module and of its configs, each with the dict that they are from.
 
-    Of a model's own modules, what begins with an underscore is left out, and so are tensors: they
-    keep there what they need as they run.
+    Of a model's own modules, what they may keep as they run is left out: all tensors, names with
+    an underscore, and everything beside buffers that are not saved, as in rotary embeddings.
     """
     own, attributes = has_own_state(module), vars(module)
     chosen: dict[str, Any] = {}
-    for name in attributes.keys() - _OF_TORCH:
+    names = () if own and module._non_persistent_buffers_set else attributes.keys() - _OF_TORCH
+    for name in names:
         value = attributes[name]
+        if own and (isinstance(value, Tensor) or name.startswith("_")):
+            continue
         if isinstance(value, _SINGLE):
-            if not (own and name.startswith("_")):
-                chosen[name] = value
+            chosen[name] = value
         elif isinstance(value, Tensor):
-            if not own:
-                chosen[name] = _Same(value)
-        elif _is_plain(value) and not (own and name.startswith("_")):
+            chosen[name] = _Same(value)
+        elif _is_plain(value):
             chosen[name] = copy.deepcopy(value)
     yield chosen, attributes
     if with_config:

@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from flocking.models.copies import working_copy
+from flocking.models.copies import hooks_on, hooks_on_everything, trial_copy, working_copy
 from flocking.models.locks import exclusive
-from flocking.models.sandbox import private_randomness
+from flocking.models.memo import PerModel
+from flocking.models.sandbox import private_randomness, trial
 from flocking.models.weights import device_of, embeddings_of
 
 
@@ -97,6 +98,9 @@ def forward(
         What else the model takes for each of `ids`, by name, on any device.
     """
     base = model.base_model
+    # Hooks on it fire only where they do with the head, too.
+    hooked = base is not model and (hooks_on(base) or hooks_on_everything())
+    run = base.forward if hooked and not _calls_base(model) else base
     device = device_of(embeddings_of(model))
     fed: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     accepted = inspect.signature(base.forward).parameters
@@ -111,7 +115,32 @@ def forward(
         fed["use_cache"] = keep or past is not None
     if not getattr(model.config, "return_dict", True):
         fed["return_dict"] = True
-    return base(**fed)
+    return run(**fed)
+
+
+@PerModel
+def _calls_base(model: PreTrainedModel) -> bool:
+    """Whether the model with its head calls its base model; OPT calls what is inside of that."""
+    copied = trial_copy(model)
+    base: Any = copied.base_model
+    calls = []
+
+    class Noted(type(base)):  # type: ignore[misc]  # a class that is known only here
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(self)
+            return super().__call__(*args, **kwargs)
+
+    base.__class__ = Noted
+    ids = torch.ones((1, 2), dtype=torch.int64, device=device_of(embeddings_of(copied)))
+    fed = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        fed["decoder_input_ids"] = ids
+    try:
+        with trial(copied):
+            copied(**fed)
+    except Exception:  # of any kind: a model that cannot be run like this is taken for a usual one
+        return True
+    return bool(calls)
 
 
 def context(model: PreTrainedModel) -> int | None:
@@ -175,7 +204,13 @@ def continued(
     The prompts run one at a time, since some models give other tokens in a batch that is padded
     on the left, as `generate` requires. They run on a copy, so that the penalties and lengths
     in the model's generation config do not apply, and `generate` leaves nothing on the model.
+
+    Raises
+    ------
+    RuntimeError
+        If a hook removes itself meanwhile, so that the text would be read again without it.
     """
+    before = _all_hooks(model)
     copied: Any = working_copy(model)
     given: Any = model.generation_config
     eos = given.eos_token_id
@@ -197,4 +232,14 @@ def continued(
             **more,
         )[0]
         sequences.append(sequence[:-1].cpu())
+        if _all_hooks(model) != before:
+            raise RuntimeError(
+                "a hook on the model was removed or registered while a continuation was written, "
+                "which is then read again without or with it: leave out max_new_tokens, or keep "
+                "hooks as they are meanwhile."
+            )
     return sequences
+
+
+def _all_hooks(model: PreTrainedModel) -> list[Any]:
+    return [hook for module in model.modules() for hook in hooks_on(module)]

@@ -27,6 +27,7 @@ from flocking.models import (
     device_of,
     embeddings_of,
     hooks_on,
+    hooks_on_everything,
     refuse_forgetful,
     relative_error,
     require_model,
@@ -411,12 +412,22 @@ def _check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -
 
 def _refuse_hooks(model: PreTrainedModel) -> None:
     """Raise a ValueError if a module has hooks, which what is compiled already would leave out."""
+    if hooks := hooks_on_everything():
+        raise ValueError(
+            f"there is a hook on all modules ({_name(hooks[0])}), as of "
+            "torch.nn.modules.module.register_module_forward_hook, which a compiled step would not "
+            "call if it changed: remove it, or use generate, which calls it."
+        )
     for path, module in model.named_modules():
         if hooks_on(module) or hasattr(module, "_hf_hook"):  # accelerate's
             raise ValueError(
                 f"{path or type(model).__name__} has a hook, which a compiled step would not call "
                 "if it changed: remove it, or use generate, which calls it."
             )
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
 
 
 def _special_tokens(model: Any) -> tuple[list[int], int]:
