@@ -91,7 +91,9 @@ PRIVATE = (
         "torch.nn.modules.module",
         "which buffers a model may compute anew as it runs",
     ),
-    Private("_version", "torch.autograd", "whether a tensor that a copy does not share changed"),
+    Private(
+        "_version", "torch.autograd.graph", "whether a tensor that a copy does not share changed"
+    ),
     Private("_apply", "torch.nn.modules.module", "refused on a twin, which shares parameters"),
     Private("_orig_mod", "torch._dynamo.eval_frame", "the model inside of a compiled one"),
     Private(

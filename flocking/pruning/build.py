@@ -105,10 +105,12 @@ def griffin(
         layer) and ``report()``. Memory rises by the compact projections, and nothing of `model`
         is freed. (With `offload`, the accelerator's memory rises by those and by everything that
         is not an FF projection.) Hooks that `model` has now are the twin's too,
-        when it reads prompts and when it decodes; one that is registered on the twin itself acts
-        on decoding only. Changes of parameter values show in the twin (but not in what it copied
-        before); after any other change of `model` (its dtype, its config, its hooks, replaced
-        parameters), make the twin again. A twin serves one thread at a time.
+        when it reads prompts and when it decodes, until they are removed from `model`; one that is
+        registered on the twin itself acts on decoding only. From the next prompt on, the twin
+        follows changes of `model`: of values, of parameters and buffers that are replaced by
+        others of the same shape, of numbers and flags such as which adapter is active. It refuses
+        a prompt after any other (modules, hooks, dtype, device). A twin serves one thread at a
+        time.
 
         In a second turn on a cache that this twin filled, the statistic is that of the earlier
         turns and of the new turn's tokens; tokens that were generated, pruned, do not count. On
@@ -126,7 +128,8 @@ def griffin(
     TypeError
         If `density` or `seed` is not a number, or `reference` is not a DataArray of numbers.
     RuntimeError
-        Inside of a :func:`flocking.observe` of `model`.
+        Inside of a :func:`flocking.observe` of `model`. By the twin's ``generate``, if `model` was
+        changed in a way that the twin does not follow.
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
 

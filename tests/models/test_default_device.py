@@ -20,6 +20,8 @@ from flocking.pruning import graphs
 
 IDS = helpers.random_ids(20, 20)
 LATER = helpers.random_ids(5, seed=1)[0]
+METHODS = ("topk", "half-sampled", "static")
+SCOPES = ("sequence", "shared", "shared")
 
 
 @contextmanager
