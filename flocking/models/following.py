@@ -48,6 +48,11 @@ class Original:
             seen.add(id(config))
             self._parts.append(_Part(path, module, mine, is_first))
 
+    def put_aside(self, paths: set[str]) -> None:
+        """Say of modules that others stand in their place in a copy, with values of their own."""
+        for part in self._parts:
+            part.is_replaced = part.path in paths
+
     def follow(self) -> None:
         """Let the copies have what was changed in the model since the last time.
 
@@ -65,7 +70,7 @@ class Original:
             if (module := part.module()) is None:
                 continue
             tensors, values = part.changed_tensors(module), part.changed_values(module)
-            if problem := part.problem(module, tensors):
+            if problem := part.problem(module, tensors, values):
                 raise RuntimeError(
                     f"the model was changed since this twin was made ({problem}): make the twin "
                     "again."
@@ -93,9 +98,10 @@ class _Part:
         self.kind, self.forward = type(module), id(forward_of(module))
         self.children = {name: _reference(child) for name, child in module._modules.items()}
         self.hooks = hook_keys(module)
+        self.is_replaced = False
         self.values = [values for values, _ in _plain(module, with_config)]
         self.tensors = {
-            (kind, name): _Seen(tensor, [vars(each)[kind].get(name) for each in copies])
+            (kind, name): _Seen(tensor, [vars(each)[kind].get(name) for each in copies], kind)
             for kind in _TENSORS
             for name, tensor in vars(module)[kind].items()
         }
@@ -120,7 +126,12 @@ class _Part:
         found = zip(_plain(module, self.with_config), self.values, strict=False)
         return [(number, now) for number, ((now, _), then) in enumerate(found) if now != then]
 
-    def problem(self, module: nn.Module, tensors: list[tuple[str, str]]) -> str:
+    def problem(
+        self,
+        module: nn.Module,
+        tensors: list[tuple[str, str]],
+        values: list[tuple[int, dict[str, Any]]],
+    ) -> str:
         """What was changed that the copies cannot follow; empty if there is nothing."""
         named = self.path or "the model itself"
         if type(module) is not self.kind:
@@ -134,6 +145,8 @@ class _Part:
                 return self._what(name, was_there, is_there)
         if hook_keys(module) - self.hooks:
             return f"a hook was registered on {named}"
+        if values and self.is_replaced:
+            return f"an attribute of {named} was changed"
         return self._problem_of(module, tensors)
 
     def _problem_of(self, module: nn.Module, tensors: list[tuple[str, str]]) -> str:
@@ -186,12 +199,16 @@ class _Seen:
         Whether the copies have this very tensor; else each has its own.
     """
 
-    def __init__(self, tensor: Tensor | None, of_copies: list[Tensor | None]) -> None:
+    def __init__(self, tensor: Tensor | None, of_copies: list[Tensor | None], kind: str) -> None:
         self.shared = all(each is tensor for each in of_copies)
+        self._weak = kind == "_buffers" and not self.shared
         self.look(tensor)
 
     def look(self, tensor: Tensor | None) -> None:
-        self._reference, self._written = _reference(tensor), self._state(tensor)
+        # A shared one lives as long as the copies, so that its id is its own. (torch does not swap
+        # parameters to which there are weak references.)
+        self._reference = _reference(tensor) if self._weak else None
+        self._id, self._written = id(tensor), self._state(tensor)
         self._form = _form(tensor)
 
     def is_same(self, tensor: Tensor | None) -> bool:
@@ -204,7 +221,7 @@ class _Seen:
 
     def is_it(self, tensor: Tensor | None) -> bool:
         """Whether this is the very tensor, changed or not."""
-        return tensor is _referent(self._reference)
+        return tensor is _referent(self._reference) if self._weak else id(tensor) == self._id
 
     def can_become(self, tensor: Tensor | None, kind: str) -> bool:
         """Whether another tensor can take its place in the copies, too."""

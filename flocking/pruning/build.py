@@ -177,6 +177,7 @@ def griffin(
         compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
         for compact in compacts:
             compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
+        origin.put_aside({paths[id(part.original)] for each in compacts for part in each.parts})
         inherit(model, twin)
     traits.remember(full, known)
     state = State(full, compacts, selector)

@@ -228,6 +228,24 @@ def test_parameters_of_down_projections_are_those_of_the_moment(architecture: st
             torch.testing.assert_close(logits(twin), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_numbers_of_experts_are_refused() -> None:
+    """In a twin, others stand in the place of the experts."""
+    model = helpers.proved("gpt_oss")
+    twin = flocking.griffin(model, 1.0)
+    model.model.layers[0].mlp.experts.alpha = 0.1
+    with pytest.raises(RuntimeError, match=r"an attribute of model\.layers\.0\.mlp\.experts was"):
+        logits(twin)
+
+
+def test_parameters_may_be_swapped_in_place() -> None:
+    """As torch does where it converts quantised weights; it refuses where there are references."""
+    model = helpers.proved("llama")
+    twin = flocking.griffin(model, 1.0)
+    weight = attention(model).q_proj.weight
+    torch.utils.swap_tensors(weight, fresh(weight))
+    torch.testing.assert_close(logits(twin), logits(model))
+
+
 @pytest.mark.parametrize("run", ["call", "train", "record", "hidden", "compile", "observe"])
 def test_what_changes_nothing_is_not_refused(run: str) -> None:
     model = helpers.proved("llama")
