@@ -108,7 +108,10 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
         return [tokenizer(t)["input_ids"][:n] for t, n in zip(some, _LENGTHS, strict=True)]
     vocabulary = vocabulary_of(model)
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in _LENGTHS]
+    return [
+        torch.randint(vocabulary, (n,), generator=generator, device="cpu").tolist()
+        for n in _LENGTHS
+    ]
 
 
 def _device(model: PreTrainedModel) -> torch.device:

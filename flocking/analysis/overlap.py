@@ -213,7 +213,7 @@ def prompt_generation_overlap(
     >>> flocking.prompt_generation_overlap(recording, densities=[0.25, 0.5]).dims
     ('density', 'sequence', 'layer')
     """
-    density = density_by_layer(density, recording.sizes["layer"])
+    density = density_by_layer(density, recording.sizes["layer"], recording.layer.values.tolist())
     densities = None if densities is None else several_densities(densities)
     prompt = select(statistic(recording, phase="prompt"), density, densities=densities)
     generation = select(statistic(recording, phase="generation"), density, densities=densities)
@@ -264,7 +264,7 @@ def between_sequence_overlap(
     half = len(windows) // 2
     if half == 0:
         raise ValueError("expected two windows or more, got 1: record with a smaller window.")
-    density = density_by_layer(density, recording.sizes["layer"])
+    density = density_by_layer(density, recording.sizes["layer"], recording.layer.values.tolist())
     selections = []
     for part in (windows[:half], windows[half : 2 * half]):
         energy = recording.energy.isel(window=part).sum("window", dtype=np.float64, skipna=False)
@@ -371,7 +371,7 @@ def drift(
     counts = [edge_at("prompt_lengths", length, edges) for length in cuts]
     if not counts or not all(0 < count < len(windows) for count in counts):
         raise ValueError(f"prompt_lengths={cuts}: each must leave a prompt and a window after it.")
-    by_layer = density_by_layer(density, part.sizes["layer"])
+    by_layer = density_by_layer(density, part.sizes["layer"], part.layer.values.tolist())
     sizes = part.sizes["sequence"], part.sizes["layer"], len(cuts), len(windows) - min(counts)
     result = {name: np.full(sizes, np.nan) for name in _DRIFT}
     for number in range(part.sizes["sequence"]):  # one at a time, to limit the memory

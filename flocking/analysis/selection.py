@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any, Literal
 
 import numpy as np
@@ -208,7 +208,8 @@ def select(
     values : xarray.DataArray, (..., neuron)
         A statistic, such as :func:`statistic` gives.
     density : float or iterable of float
-        Fraction of neurons kept, in (0, 1]; or one for each layer of `values`, in order.
+        Fraction of neurons kept, in (0, 1]; or one for each layer of `values`, in order, or by
+        label from what names its layers (a DataArray along ``layer``, a Series, a dict).
     densities : iterable of float, optional
         Several densities to compare, instead of `density`, each for all layers. The result has
         them along a leading dimension ``density``.
@@ -225,7 +226,7 @@ def select(
         If `values` is not a DataArray.
     ValueError
         If a density is not in (0, 1], or keeps no neuron; if there are as many as neither one
-        nor the layers; if `values` has a part of the neurons.
+        nor the layers, or they are of other layers; if `values` has a part of the neurons.
 
     Examples
     --------
@@ -250,7 +251,7 @@ def select(
     by_layer = values if "layer" in values.dims else values.expand_dims("layer")
     by_layer = by_layer.transpose("layer", ..., "neuron")
     layers = len(by_layer)
-    shares = density_by_layer(density, layers)
+    shares = density_by_layer(density, layers, _labels(values))
     widths = np.broadcast_to(
         values.d_ff if "d_ff" in values.coords else values.sizes["neuron"], layers
     )
@@ -269,6 +270,11 @@ def select(
         .rename("selection")
         .assign_attrs(long_name="selected neurons")
     )
+
+
+def _labels(values: xr.DataArray) -> list[Any] | None:
+    """The layers' labels, if they have any."""
+    return np.atleast_1d(values["layer"].values).tolist() if "layer" in values.coords else None
 
 
 def _largest(values: np.ndarray, density: float, experts: int) -> np.ndarray:
@@ -297,30 +303,66 @@ def several_densities(densities: Iterable[float]) -> list[float]:
     return each
 
 
-def density_by_layer(density: float | Iterable[float], layers: int) -> list[float]:
+def density_by_layer(
+    density: float | Iterable[float], layers: int, labels: Iterable[object] | None = None
+) -> list[float]:
     """The density of each layer, from one number for all or one for each.
+
+    What names its layers (a DataArray with coordinate ``layer``, a Series, a dict) counts by
+    `labels`, everything else in order.
 
     Raises
     ------
     ValueError
-        If there are as many numbers as neither one nor the layers.
+        If there are as many numbers as neither one nor the layers, or they are of other layers.
     TypeError
         If `density` is not a number, or several.
     """
-    several = isinstance(density, Iterable) and getattr(density, "ndim", 1) > 0
-    numbers: list[Any] = list(density) if several else [density]  # type: ignore[arg-type]  # by above
-    try:
-        each = [float(value) for value in numbers]
-    except (TypeError, ValueError):
-        each = []
-    if isinstance(density, str) or (not each and layers):
-        raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
-    if not several:
-        return each * layers
+    if not (isinstance(density, Iterable) and getattr(density, "ndim", 1) > 0):
+        return _numbers(density, [density], layers) * layers
+    named, values = _named(density)
+    each = _numbers(density, values, layers)
     if len(each) != layers:
         raise ValueError(
             f"density: expected one number, or one for each of {layers} layers, got {len(each)}."
         )
+    if named is None or labels is None:
+        return each
+    wanted = list(labels)
+    if len({*named}) < len(named) or {*named} != {*wanted}:
+        raise ValueError(
+            f"density is for layers {', '.join(map(str, named))}, and the layers here are "
+            f"{', '.join(map(str, wanted))}: give one for each of these."
+        )
+    by_label = dict(zip(named, each, strict=True))
+    return [by_label[label] for label in wanted]
+
+
+def _named(density: Any) -> tuple[list[Any] | None, list[Any]]:
+    """Labels of the layers that several densities are for, if they name them, and the densities."""
+    if isinstance(density, xr.DataArray):
+        if density.dims != ("layer",):
+            dims = ", ".join(map(str, density.dims))
+            raise ValueError(
+                f"density has dimensions ({dims}): give one number for each layer, along 'layer'."
+            )
+        labels = density["layer"].values.tolist() if "layer" in density.coords else None
+        return labels, density.values.tolist()
+    if isinstance(density, Set | xr.Dataset):
+        return None, [None]  # without an order, or of several things
+    if hasattr(density, "items"):  # a dict, or a Series
+        pairs = list(density.items())
+        return [label for label, _ in pairs], [value for _, value in pairs]
+    return None, list(density)
+
+
+def _numbers(density: object, values: list[Any], layers: int) -> list[float]:
+    try:
+        each = [float(value) for value in values]
+    except (TypeError, ValueError):
+        each = []
+    if isinstance(density, str) or (not each and layers):
+        raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
     return each
 
 

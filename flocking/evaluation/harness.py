@@ -353,7 +353,7 @@ class GriffinLM(HFLM):
                 numbers = list(group)
                 found = branches(
                     self.model,
-                    [torch.tensor(sequences[number]) for number in numbers],
+                    [torch.tensor(sequences[number], device="cpu") for number in numbers],
                     [len(requests[number][2]) for number in numbers],
                     len(tokens),
                     self.batch_size,

@@ -369,7 +369,7 @@ def loss_by_batch(
         groupings = _GROUPINGS if 1 < size < count else 1
         for _ in range(groupings):
             for batch in random.permutation(count).reshape(-1, size):
-                rows = torch.tensor([ids[number] for number in batch])
+                rows = torch.tensor([ids[number] for number in batch], device="cpu")
                 ((_, scored),) = side_by_side([twin], rows, prompt)
                 values[batch] -= scored[:, prompt - 1 :].double().mean(dim=1).cpu().numpy()
         labels = {"selection": ["GRIFFIN"], "sequence": names}

@@ -61,7 +61,9 @@ def losses_of(
     """
     made = (griffin(model, **options) for options in twins.values())
     losses = []
-    for subject, values in side_by_side(chain(made, [model]), torch.tensor(ids), prompt):
+    for subject, values in side_by_side(
+        chain(made, [model]), torch.tensor(ids, device="cpu"), prompt
+    ):
         losses.append(-values[:, prompt - 1 :].double().cpu())
         look(subject)
     values = torch.stack([losses[-1], *losses[:-1]])

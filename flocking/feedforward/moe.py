@@ -79,6 +79,13 @@ def _axes(experts: nn.Module) -> Iterator[tuple[str, int, bool]]:
     yield "down_proj", 1 if layout.is_transposed else 2, False
 
 
+def _whole(experts: nn.Module) -> list[str]:
+    """The other parameters, which are the same whatever neurons are kept."""
+    cut = {name for name, *_ in _axes(experts)}
+    present = (name for name, value in experts._parameters.items() if value is not None)
+    return [name for name in present if name not in cut]
+
+
 def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> nn.Module:
     """A copy of experts with some of their neurons; or `out`, filled again.
 
@@ -95,7 +102,13 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
         What :func:`take` returned for the same number of neurons.
     """
     with loaded(experts):
-        return _take(experts, neurons, out)
+        compact = _take(experts, neurons, out)
+    if out is not None:
+        for name in _whole(experts):
+            value = parameter_of(experts, name)
+            if not value.is_meta:  # as of experts that are loaded for each run
+                compact._parameters[name] = value
+    return compact
 
 
 def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Module:
@@ -173,8 +186,6 @@ class BySequence(nn.Module):
                 if value is not None:
                     whole = parameter_of(original, name).detach()
                     room = whole.new_empty(sequences * self.count, *value.shape[1:])
-                    if value.shape == whole.shape:  # the down-projections' biases, whole
-                        room.copy_(whole.repeat(sequences, *[1] * (whole.ndim - 1)))
                     self.all._parameters[name] = nn.Parameter(room, requires_grad=False)
 
     def fill(self, row: int, original: nn.Module, neurons: Tensor) -> None:
@@ -186,6 +197,10 @@ class BySequence(nn.Module):
             for name, value in self.all._parameters.items()
         }
         take(original, neurons, out=mine)
+        with loaded(original):
+            for name in _whole(original):  # the down-projections' biases
+                room = parameter_of(self.all, name).detach()
+                room[here].copy_(parameter_of(original, name).detach())
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output, (token, hidden), for the sequences' tokens one after another."""

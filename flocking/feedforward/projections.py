@@ -104,11 +104,16 @@ def copy_cut(
     outputs: Tensor | None = None,
     inputs: Tensor | None = None,
 ) -> None:
-    """Copy what :func:`cut` would keep of `projection` into tensors that are there already."""
+    """Copy what :func:`cut` would keep of `projection` into tensors that are there already.
+
+    A bias that is kept whole is copied, too, if `bias` is given.
+    """
     room = {"weight": weight, "bias": bias}
     with loaded(projection):
         for name, axis, index in _taken(projection, outputs, inputs):
             _take(parameter_of(projection, name).detach(), axis, index, out=room[name])
+        if outputs is None and bias is not None:
+            bias.copy_(parameter_of(projection, "bias").detach())
 
 
 def _taken(

@@ -17,6 +17,7 @@ from flocking.models.checkpoints import located, prepared, read_model, trusted
 from flocking.models.continuing import check_generation, continued
 from flocking.models.copies import (
     hooks_on,
+    hooks_on_everything,
     overriding,
     put,
     replaced,
@@ -25,7 +26,8 @@ from flocking.models.copies import (
     with_forward,
     working_copy,
 )
-from flocking.models.forms import Text, require_tokenizer
+from flocking.models.following import Original, settings
+from flocking.models.forms import Text, require_tokenizer, unreadable
 from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, identity, load
 from flocking.models.locks import exclusive
@@ -54,6 +56,7 @@ from flocking.models.wrapping import require_model, unwrap
 __all__ = [
     "Bookmark",
     "Chats",
+    "Original",
     "PerModel",
     "Prompts",
     "Text",
@@ -74,6 +77,7 @@ __all__ = [
     "forcing",
     "forward",
     "hooks_on",
+    "hooks_on_everything",
     "identity",
     "is_loaded",
     "load",
@@ -96,6 +100,7 @@ __all__ = [
     "require_tokenizer",
     "rewinds",
     "separate",
+    "settings",
     "tensor_of",
     "tokenize",
     "tokenize_chats",
@@ -105,6 +110,7 @@ __all__ = [
     "trial_copy",
     "trusted",
     "undisturbed",
+    "unreadable",
     "unwrap",
     "vocabulary_of",
     "warn",

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
-from flocking.models.copies import working_copy
+from flocking.models.copies import hooks_on, working_copy
 from flocking.models.problems import brief
 from flocking.models.sandbox import private_randomness
 from flocking.models.weights import device_of, embeddings_of
@@ -141,7 +141,15 @@ def continued(
     Without `arguments`, which :func:`check_generation` has passed, the continuation is greedy. With
     them, each prompt has its own random numbers, which depend on nothing but `seed`, its tokens
     and how often it came before, so that others in the list make no difference to it.
+
+    Raises
+    ------
+    RuntimeError
+        If a hook removes itself meanwhile, so that the text would be read again without it.
+    ValueError
+        For arguments that transformers refuses only now.
     """
+    before = _all_hooks(model)
     copied: Any = working_copy(model)
     given: Any = model.generation_config
     eos = given.eos_token_id
@@ -174,7 +182,17 @@ def continued(
                 f"not this text's: leave out {', '.join(options) or 'max_new_tokens'}."
             )
         sequences.append(sequence[:-1])
+        if _all_hooks(model) != before:
+            raise RuntimeError(
+                "a hook on the model was removed or registered while a continuation was written, "
+                "which is then read again without or with it: leave out max_new_tokens, or keep "
+                "hooks as they are meanwhile."
+            )
     return sequences
+
+
+def _all_hooks(model: PreTrainedModel) -> list[Any]:
+    return [hook for module in model.modules() for hook in hooks_on(module)]
 
 
 def _seeds(seed: int, prompts: list[Tensor]) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -52,8 +53,10 @@ def working_copy(model: _Module) -> _Module:
     """A copy that computes what `model` does now, with all of its hooks.
 
     A hook is called with the module that it was registered on, not with its copy, so that one that
-    tells modules apart, or keeps what it sees by module, does what it does in the model. What is
-    registered or removed later does not matter to the other. Otherwise as :func:`trial_copy`.
+    tells modules apart, or keeps what it sees by module, does what it does in the model. It is no
+    longer called once it was removed there, by itself for example; one that is registered later
+    does not matter to the other. Buffers are shared, too, but for those that transformers' modules
+    do not save, which they may compute anew as they run. Otherwise as :func:`trial_copy`.
 
     Raises
     ------
@@ -68,6 +71,8 @@ def working_copy(model: _Module) -> _Module:
 def _copied(model: _Module, *, with_hooks: bool) -> _Module:
     _refuse_replaced(model)
     memo = _kept_as_they_are(model)
+    if with_hooks:
+        memo |= {id(tensor): tensor for tensor in _followed(model)}
     copied = copy.deepcopy(model, memo)
     copies = dict(zip(model.modules(), copied.modules(), strict=True))
     for module, mine in copies.items():
@@ -76,7 +81,10 @@ def _copied(model: _Module, *, with_hooks: bool) -> _Module:
             for name, hooks in _hooks_of(module).items():
                 called = name in _CALLED
                 vars(mine)[name].update(
-                    {k: _OfOriginal(hook, module) if called else hook for k, hook in hooks.items()}
+                    {
+                        key: _OfOriginal(hook, module, name, key) if called else hook
+                        for key, hook in hooks.items()
+                    }
                 )
     _leave_out_compiled(copied)
     return copied.eval()
@@ -97,6 +105,24 @@ def _kept_as_they_are(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
+def _followed(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors beside parameters whose values a working copy is to have at any time."""
+    for module in model.modules():
+        own, unsaved = has_own_state(module), module._non_persistent_buffers_set
+        tensors = [b for name, b in module._buffers.items() if not (own and name in unsaved)]
+        if not own:
+            tensors += vars(module).values()
+        yield from (t for t in tensors if isinstance(t, Tensor) and t.grad_fn is None)
+
+
+def has_own_state(module: nn.Module) -> bool:
+    """Whether a module is of a model's own code, and may keep there what it needs as it runs.
+
+    Others are torch's, an adapter's or the user's.
+    """
+    return type(module).__module__.startswith(("transformers.", "transformers_modules."))
+
+
 def _leave_out_compiled(copied: nn.Module) -> None:
     """Delete what is bound to the original model: wrapped methods, and compiled calls."""
     for name in _WRAPPED:
@@ -115,11 +141,20 @@ class _OfOriginal:
     computes for its module, as a mask computes a weight, is given to the copy.
     """
 
-    def __init__(self, hook: Any, original: nn.Module) -> None:
+    def __init__(self, hook: Any, original: nn.Module, kind: str, key: int) -> None:
         self.hook, self.original = hook, original
+        self._kind, self._key = kind, key
         self.__module__ = str(getattr(hook, "__module__", ""))
 
+    @property
+    def is_in_force(self) -> bool:
+        """Whether the original still has the hook."""
+        hook = vars(self.original)[self._kind].get(self._key)
+        return hook is self.hook and getattr(hook, "is_in_force", True)
+
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_in_force:
+            return None
         result = self.hook(self.original, *args, **kwargs)
         for name, value in vars(self.original).items():
             if isinstance(value, Tensor):
@@ -171,8 +206,9 @@ def hooks_on(
 ) -> list[Any]:
     """The user's hooks on a module, which a forward pass calls.
 
-    Not transformers' own, which capture outputs that are asked for, nor those of ``observe``; nor,
-    without `of_weights`, those of ``torch.nn.utils``.
+    A copy has those of its original that are still registered there. Left out are transformers'
+    own, which capture outputs that are asked for, and those of ``observe``; without `of_weights`,
+    also those of ``torch.nn.utils``.
     """
     left_out = _NOT_THE_USERS if of_weights else (*_NOT_THE_USERS, _OF_WEIGHTS)
     return [
@@ -180,7 +216,37 @@ def hooks_on(
         for name in kinds
         for hook in vars(module)[name].values()
         if not str(getattr(hook, "__module__", "")).startswith(left_out)
+        and getattr(hook, "is_in_force", True)
     ]
+
+
+def hooks_on_everything() -> list[Any]:
+    """The user's hooks on all modules, of whatever model."""
+    registered = (*_global_forward_pre_hooks.values(), *_global_forward_hooks.values())
+    modules = (str(getattr(hook, "__module__", "")) for hook in registered)
+    return [
+        hook
+        for hook, name in zip(registered, modules, strict=True)
+        if not name.startswith(_NOT_THE_USERS)
+    ]
+
+
+def hook_keys(module: nn.Module) -> set[int]:
+    """Numbers that torch gave the user's hooks on a module."""
+    if not any(vars(module)[kind] for kind in _CALLED):
+        return set()
+    users = set(map(id, hooks_on(module)))
+    registered = [pair for kind in _CALLED for pair in vars(module)[kind].items()]
+    return {key for key, hook in registered if id(hook) in users}
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The ``forward`` of this very object; None if it has that of its class, maybe compiled."""
+    values = _overridden.get(module, {}) if _overridden else {}
+    function = values["forward"] if "forward" in values else vars(module).get("forward")
+    if function is _ABSENT or hasattr(function, "_torchdynamo_orig_callable"):
+        return None
+    return function
 
 
 def separate(module: _Module) -> _Module:

@@ -58,7 +58,7 @@ def given(text: Any) -> Given:
         text = text["input_ids"]
     if isinstance(text, str):
         text = [text]
-    if problem := _about_container(text):
+    if problem := _about_container(text) or unreadable(text):
         raise TypeError(f"text is {problem}.")
     items = _listed(text)
     if len(items) == 0:
@@ -75,6 +75,8 @@ def _sequences(items: Any) -> tuple[list[Any], bool]:
     """Token ids of each text, and whether there was one sequence without a list around it."""
     if not isinstance(items, list):
         return ([items], True) if items.ndim == 1 else (list(items), False)
+    if not isinstance(items[0], list | tuple) and any(item is np.ma.masked for item in items):
+        raise TypeError(f"text is {_MASKED}.")
     bare = isinstance(items[0], int | np.integer)
     # (A string is odd among ids only; among strings, the other is.)
     for number, item in sorted(enumerate(items), key=lambda pair: isinstance(pair[1], str)):
@@ -129,7 +131,7 @@ def _about_bytes_and_paths(value: Any) -> str:
 
 def _about_item(item: Any, bare: bool) -> str:
     """Why this one of several is no sequence of token ids; empty if it is one."""
-    if problem := _about_bytes_and_paths(item):
+    if problem := _about_bytes_and_paths(item) or unreadable(item):
         return problem
     if isinstance(item, Mapping):
         if _is_message(item):
@@ -181,11 +183,36 @@ def _likely(row: Mapping[str, Any]) -> str:
     return (usual or names or ["text"])[0]
 
 
+_MASKED = "a masked array, whose mask would be lost: give its values, and attention_mask"
+
+
+def unreadable(values: Any) -> str:
+    """Why a tensor or array has no plain values to read, as the rest of a sentence; or nothing."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        return _MASKED
+    if isinstance(values, np.ndarray) and values.dtype.kind in "mMV":
+        return f"an array of dtype {values.dtype}: give whole numbers"
+    if not isinstance(values, Tensor):
+        return ""
+    if isinstance(values, torch.masked.MaskedTensor):
+        return _MASKED
+    if values.is_nested:
+        return "a nested tensor: give a list of tensors, its .unbind()"
+    if values.layout != torch.strided:
+        return f"a sparse tensor ({values.layout}): give its .to_dense()"
+    if values.is_quantized:
+        return f"a quantised tensor ({values.dtype}): give whole numbers, such as int64"
+    if values.is_meta:
+        return "a tensor on the meta device, without values: make it on the CPU"
+    return ""
+
+
 def whole_numbers(values: Any, number: int) -> Tensor:
     """Token ids of text `number` as int64 (token,) on the CPU; a TypeError if they are not."""
     try:
         # (A copy: torch warns of arrays that cannot be written to, such as those of tables.)
-        tensor = torch.as_tensor(np.array(values) if isinstance(values, np.ndarray) else values)
+        plain = np.array(values) if isinstance(values, np.ndarray) else values
+        tensor = torch.as_tensor(plain, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as problem:
         raise TypeError(
             f"text {number} is neither a string nor a sequence of token ids (and the two cannot "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.models.forms import unreadable
 from flocking.models.running import context, first_position
 from flocking.models.weights import vocabulary_of
 
@@ -87,7 +88,7 @@ def fed(model: PreTrainedModel, encoding: Mapping[str, Any], *, given: bool) -> 
 def _empty(name: str, value: Any) -> bool:
     """Whether these are token types that tell no token from another."""
     try:
-        values = [torch.as_tensor(row) for row in value]
+        values = [torch.as_tensor(row, device="cpu") for row in value]
     except (TypeError, ValueError, RuntimeError):
         return False
     return str(name).endswith("token_type_ids") and not any(bool(row.any()) for row in values)
@@ -107,13 +108,19 @@ def rows_of(name: str, value: Any, ids: Sequence[Tensor], bare: bool) -> list[Te
     bare : bool
         Whether `value` lacks the dimension of sequences.
     """
+    if problem := unreadable(value):
+        raise TypeError(f"{name} is {problem}.")
     rows = _split(value, len(ids[0]), bare) if hasattr(value, "__len__") else []
     if len(rows) != len(ids):
         raise ValueError(f"{name} has {len(rows)} rows, input_ids has {len(ids)}: give as many.")
     found = []
     for number, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
+        if problem := unreadable(row):
+            raise TypeError(f"{name} of text {number} is {problem}.")
         try:
-            tensor = row if isinstance(row, Tensor) else torch.as_tensor(np.array(row))
+            tensor = (
+                row if isinstance(row, Tensor) else torch.as_tensor(np.array(row), device="cpu")
+            )
             whole = not tensor.is_complex() and bool((tensor.isfinite() & (tensor % 1 == 0)).all())
         except (TypeError, ValueError, RuntimeError):
             whole = False

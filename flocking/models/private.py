@@ -92,7 +92,17 @@ PRIVATE = (
     Private("_forward_pre_hooks", "torch.nn.modules.module", "hooks of the user's"),
     Private("_modules", "torch.nn.modules.module", "one module of a copy is replaced"),
     Private("_parameters", "torch.nn.modules.module", "a module's parameters, not an adapter's"),
-    Private("_buffers", "torch.nn.modules.module", "moved for a model in host memory"),
+    Private(
+        "_buffers", "torch.nn.modules.module", "moved for a model in host memory; twins follow them"
+    ),
+    Private(
+        "_non_persistent_buffers_set",
+        "torch.nn.modules.module",
+        "which buffers a model may compute anew as it runs",
+    ),
+    Private(
+        "_version", "torch.autograd.graph", "whether a tensor that a copy does not share changed"
+    ),
     Private("_apply", "torch.nn.modules.module", "refused on a twin, which shares parameters"),
     Private("_orig_mod", "torch._dynamo.eval_frame", "the model inside of a compiled one"),
     Private(

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flocking.models.copies import hooks_on, hooks_on_everything, trial_copy
 from flocking.models.locks import exclusive
-from flocking.models.sandbox import private_randomness
+from flocking.models.memo import PerModel
+from flocking.models.sandbox import private_randomness, trial
 from flocking.models.weights import device_of, embeddings_of
 
 
@@ -95,6 +97,9 @@ def forward(
         What else the model takes for each of `ids`, by name, on any device.
     """
     base = model.base_model
+    # Hooks on it fire only where they do with the head, too.
+    hooked = base is not model and (hooks_on(base) or hooks_on_everything())
+    run = base.forward if hooked and not _calls_base(model) else base
     device = device_of(embeddings_of(model))
     fed: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     accepted = inspect.signature(base.forward).parameters
@@ -109,7 +114,32 @@ def forward(
         fed["use_cache"] = keep or past is not None
     if not getattr(model.config, "return_dict", True):
         fed["return_dict"] = True
-    return base(**fed)
+    return run(**fed)
+
+
+@PerModel
+def _calls_base(model: PreTrainedModel) -> bool:
+    """Whether the model with its head calls its base model; OPT calls what is inside of that."""
+    copied = trial_copy(model)
+    base: Any = copied.base_model
+    calls = []
+
+    class Noted(type(base)):  # type: ignore[misc]  # a class that is known only here
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(self)
+            return super().__call__(*args, **kwargs)
+
+    base.__class__ = Noted
+    ids = torch.ones((1, 2), dtype=torch.int64, device=device_of(embeddings_of(copied)))
+    fed = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        fed["decoder_input_ids"] = ids
+    try:
+        with trial(copied):
+            copied(**fed)
+    except Exception:  # of any kind: a model that cannot be run like this is taken for a usual one
+        return True
+    return bool(calls)
 
 
 def context(model: PreTrainedModel) -> int | None:

@@ -28,6 +28,7 @@ from flocking.feedforward import (
     is_plain,
 )
 from flocking.models import (
+    Original,
     hooks_on,
     is_loaded,
     refuse_forgetful,
@@ -71,7 +72,8 @@ def griffin(
     model : transformers.PreTrainedModel
         A decoder-only model that can generate. Convert it (dtype, device) before, not after.
     density : float or sequence of float
-        Fraction of neurons to keep, in (0, 1]: one number, or one for each FF block, in order.
+        Fraction of neurons to keep, in (0, 1]: one number, or one for each FF block, in order, or
+        by label from what names its layers, as :func:`flocking.select` takes it.
         (A block that runs several times in a forward pass counts once: all runs have the same
         selection.)
     method : str or callable
@@ -116,10 +118,11 @@ def griffin(
         :func:`flocking.captured_energy`) and ``report()``. Memory rises by the compact projections,
         and nothing of `model` is freed. (With `offload`, the accelerator's memory rises by those
         and by everything that is not an FF projection.) Hooks that `model` has now are the twin's
-        too, when it reads prompts and when it decodes; one that is registered on the twin itself
-        acts on decoding only. Changes of parameter values show in the twin (but not in what it
-        copied before); after any other change of `model` (its dtype, its config, its hooks,
-        replaced parameters), make the twin again. A twin serves one thread at a time.
+        too, when it reads prompts and when it decodes, until they are removed from `model`; one
+        that is registered on the twin itself acts on decoding only. From the next prompt on, the
+        twin follows changes of `model`: of values, of parameters and buffers that are replaced by
+        others of the same shape, of numbers and flags such as which adapter is active. It refuses a
+        prompt after any other (modules, hooks, dtype, device). A twin serves one thread at a time.
 
         In a second turn on a cache that this twin filled, the statistic is that of the earlier
         turns and of the new turn's tokens; tokens that were generated, pruned, do not count.
@@ -138,7 +141,8 @@ def griffin(
     TypeError
         If `density` or `seed` is not a number, or `reference` is not a DataArray of numbers.
     RuntimeError
-        Inside of a :func:`flocking.observe` of `model`.
+        Inside of a :func:`flocking.observe` of `model`. By the twin's ``generate``, if `model` was
+        changed in a way that the twin does not follow.
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
 
@@ -171,9 +175,10 @@ def griffin(
     _check_options(model, blocks, scope, seed, offload)
     check_refresh(refresh)
     firsts = [block for block in blocks if block.call == 0]
+    shares = density_by_layer(density, len(firsts), [block.layer for block in firsts])
     counts = [
         kept_count(each, block.d_ff // block.experts)
-        for each, block in zip(density_by_layer(density, len(firsts)), firsts, strict=True)
+        for each, block in zip(shares, firsts, strict=True)
     ]
     refuse_forgetful(model)
     known = traits(model)
@@ -182,6 +187,7 @@ def griffin(
             f"{type(model).__name__} cannot read tokens again over its cache, as refresh needs: "
             "leave refresh out."
         )
+    given = model
     if offload:
         model = offloaded(model)
         blocks = feedforwards(model)
@@ -193,16 +199,18 @@ def griffin(
         int(seed),
     )
     with torch.inference_mode(False), torch.no_grad():  # it outlives the mode of the moment
-        twin = working_copy(model)
+        twin, full = working_copy(model), copy_with_blocks(model)
+        origin = Original(given, twin, full)
         paths = {id(module): path for path, module in model.named_modules()}
         compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
         for compact in compacts:
             compact.layers = [b.layer for b in blocks if b.down is compact.block.down]
+        origin.put_aside({paths[id(part.original)] for each in compacts for part in each.parts})
         inherit(model, twin)
-        full = copy_with_blocks(model)
     traits.remember(full, known)
-    base = Twin if refresh is None else RefreshingTwin
-    return _become_twin(twin, State(full, compacts, selector, refresh), base)
+    state = State(full, compacts, selector, refresh)
+    state.origin = origin
+    return _become_twin(twin, state, Twin if refresh is None else RefreshingTwin)
 
 
 def check_refresh(refresh: object) -> None:

@@ -48,11 +48,18 @@ class _Projection:
         return _BySequence(self.original, compact, sequences)
 
     def fill(self, compact: nn.Module, kept: Tensor, row: int | None = None) -> None:
-        weight, whole_bias = compact.get_parameter("weight").detach(), compact._parameters["bias"]
-        bias = None if whole_bias is None else whole_bias.detach()
+        indices = self._indices(kept)
+        values = (compact._parameters[name] for name in ("weight", "bias"))
+        weight, bias = (None if each is None else each.detach() for each in values)
         if row is not None:
-            weight, bias = weight[row], None if bias is None else bias[row]
-        copy_cut(self.original, weight, bias, **self._indices(kept))
+            weight, bias = (None if each is None else each[row] for each in (weight, bias))
+        elif "inputs" in indices:  # a down-projection's bias stays whole, and the original's own
+            whole = self.original._parameters["bias"]
+            if whole is not None and not whole.is_meta:
+                compact._parameters["bias"] = whole
+            bias = None
+        assert weight is not None
+        copy_cut(self.original, weight, bias, **indices)
 
 
 class _Mixture:
@@ -99,7 +106,7 @@ class Compact:
 
     def __init__(self, twin: nn.Module, block: FeedForward, paths: dict[int, str], k: int) -> None:
         self.block, self.k, self.layers = block, k, [block.layer]
-        self.kept = torch.empty(0, dtype=torch.int64)
+        self.kept = torch.empty(0, dtype=torch.int64, device="cpu")
         self.parts = _parts(block)
         # Where they stand in the twin, as the module that holds each and its name there. (A
         # reference to the twin would be a cycle, and memory would wait for the garbage collector.)
@@ -130,19 +137,7 @@ class Compact:
         ----------
         kept : Tensor of int64, shape (neuron,) or (sequence, neuron)
             Ascending. One selection for all sequences, or one for each.
-
-        Raises
-        ------
-        RuntimeError
-            If the original was converted since the compact projections were made.
         """
-        for part, compact in zip(self.parts, self._shared, strict=True):
-            now, then = (next(m.parameters()).dtype for m in (part.original, compact))
-            if now != then:
-                raise RuntimeError(
-                    f"the original is in {now} by now, and this twin in {then}: make the twin "
-                    "again."
-                )
         self.kept = kept
         if kept.ndim == 1:
             for part, compact in zip(self.parts, self._shared, strict=True):
@@ -218,10 +213,7 @@ class _BySequence(nn.Module):
             for name in ("weight", "bias"):
                 value = getattr(compact, name, None)
                 if value is not None:
-                    whole = getattr(original, name)
-                    room = whole.new_empty(sequences, *value.shape)
-                    if value.shape == whole.shape:  # a down-projection's bias, whatever is kept
-                        room.copy_(whole.detach())
+                    room = getattr(original, name).new_empty(sequences, *value.shape)
                     value = nn.Parameter(room, requires_grad=False)
                 self.register_parameter(name, value)
 

@@ -27,12 +27,14 @@ from flocking.models import (
     device_of,
     embeddings_of,
     hooks_on,
+    hooks_on_everything,
     refuse_forgetful,
     relative_error,
     require_model,
     tolerance,
     trial,
     trial_copy,
+    unreadable,
     vocabulary_of,
 )
 from flocking.pruning.graphs import CompiledStep
@@ -235,14 +237,20 @@ class Decoder:
         if len(self._ends) != len(ends):
             self._ends = self._zeros(len(ends))
             self._compiled.forget_graph()  # it reads the memory before
-        self._ends.copy_(torch.tensor(ends, dtype=torch.int64))
+        self._ends.copy_(torch.tensor(ends, dtype=torch.int64, device="cpu"))
         self._pad.fill_(pad)
 
     def _checked(
         self, ids: Tensor, mask: Tensor | None, max_new_tokens: int
     ) -> tuple[Tensor, Tensor]:
         """The prompts and their mask on the model's device, or an error."""
-        if not isinstance(ids, Tensor) or ids.is_floating_point():
+        for name, values in (("input_ids", ids), ("attention_mask", mask)):
+            if problem := unreadable(values):
+                raise TypeError(f"{name} is {problem}.")
+        whole = isinstance(ids, Tensor) and not (
+            ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+        )
+        if not whole:
             kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(
                 f"input_ids is {kind}: give token ids as a tensor, as a tokenizer gives them with "
@@ -259,6 +267,10 @@ class Decoder:
                 f"{ids.shape[1]} and {max_new_tokens} new ones: give at least one new token, or "
                 "make a decoder with a larger max_length."
             )
+        ids = ids.long()
+        if mask is not None and (not isinstance(mask, Tensor) or mask.is_complex()):
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"attention_mask is {kind}: give a tensor of zeros and ones.")
         mask = torch.ones_like(ids) if mask is None else mask.long()
         if mask.shape != ids.shape or not bool((mask.diff(dim=1) >= 0).all() & mask[:, -1].all()):
             raise ValueError(
@@ -439,12 +451,22 @@ def _check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -
 
 def _refuse_hooks(model: PreTrainedModel) -> None:
     """Raise a ValueError if a module has hooks, which what is compiled already would leave out."""
+    if hooks := hooks_on_everything():
+        raise ValueError(
+            f"there is a hook on all modules ({_name(hooks[0])}), as of "
+            "torch.nn.modules.module.register_module_forward_hook, which a compiled step would not "
+            "call if it changed: remove it, or use generate, which calls it."
+        )
     for path, module in model.named_modules():
         if hooks_on(module) or hasattr(module, "_hf_hook"):  # accelerate's
             raise ValueError(
                 f"{path or type(model).__name__} has a hook, which a compiled step would not call "
                 "if it changed: remove it, or use generate, which calls it."
             )
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
 
 
 def _special_tokens(model: Any) -> tuple[list[int], int]:

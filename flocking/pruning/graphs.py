@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flocking.feedforward import anything_is_watched
-from flocking.models import attention, parts
+from flocking.models import attention, parts, settings
 
 _COMPILER = "inductor"
 _WARM_UP = 3  # runs before a graph is captured
@@ -46,7 +46,7 @@ class CompiledStep:
         self._compiled = _compiled(step)
         self._has_run = False
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._reads: tuple[int, ...] = ()  # addresses that the graph reads
+        self._reads: tuple[Any, ...] = ()  # addresses that the graph reads, and settings
         self._side: torch.cuda.Stream | None = None  # where steps are run and captured
         self._warm = 0  # steps that ran without a graph
 
@@ -73,14 +73,17 @@ class CompiledStep:
         self._graph, self._warm = None, 0
 
     def follow_parameters(self) -> None:
-        """Warm up and capture again if a parameter of the model moved."""
-        if (reads := self.addresses()) != self._reads:
+        """Warm up and capture again if a parameter or buffer of the model moved.
+
+        Or if a plain value of a module changed, such as which adapter is active.
+        """
+        if (reads := (self.addresses(), settings(self._model))) != self._reads:
             self._reads = reads
             self.forget_graph()
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the parameters are that a graph reads."""
-        weights = (p.detach() for p in self._model.parameters())
+        """Where the parameters and buffers are that a graph reads."""
+        weights = [each.detach() for each in (*self._model.parameters(), *self._model.buffers())]
         return tuple(part.data_ptr() for weight in weights for part in parts(weight))
 
     def _warm_up(self) -> None:

@@ -49,7 +49,7 @@ def half_sampled(
 def uniformly(statistic: Tensor, k: int, block: FeedForward, generator: torch.Generator) -> Tensor:
     """Every neuron with the same probability: the control of every other method."""
     # Drawn on the CPU, so that a seed gives the same selection on every device.
-    uniform = torch.rand(statistic.shape, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(statistic.shape, generator=generator, dtype=torch.float64, device="cpu")
     return uniform.clamp_min(torch.finfo(torch.float64).tiny).to(
         statistic.device, non_blocking=True
     )

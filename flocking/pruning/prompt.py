@@ -199,7 +199,7 @@ def window_numbers(
     def number(start: int, tokens: int) -> Tensor:
         if mask is not None:
             return everything[:, start : start + tokens]
-        window = torch.ones(sequences, tokens, dtype=torch.int64)
+        window = torch.ones(sequences, tokens, dtype=torch.int64, device="cpu")
         if first and start == 0:
             window[:, 0] = 0
         return window

@@ -113,7 +113,9 @@ def score(
             raise ValueError("continuation is text: give tokenizer as well, or token ids.")
         check_string(continuation, "continuation")
         continuation = prompts.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    elif not isinstance(continuation, Mapping) and any(isinstance(x, str) for x in continuation):
+    elif not isinstance(continuation, Mapping | Tensor) and any(
+        isinstance(x, str) for x in continuation
+    ):
         raise TypeError("continuation is a list of strings: give one string, or token ids.")
     prompt_ids = prompts.ids[0].tolist()
     later = _one("continuation", model, continuation)
@@ -126,11 +128,11 @@ def score(
     # All is fed but the last token; `cut` of it in full, under a twin.
     fed = len(prompt_ids) + len(later_ids) - 1
     inputs = continued_inputs(prompts.inputs, [fed + 1])
-    refuse_unscorable(model, [torch.tensor(prompt_ids + later_ids[:-1])], inputs)
+    refuse_unscorable(model, [torch.tensor(prompt_ids + later_ids[:-1], device="cpu")], inputs)
     cut = cut_of(protocol, len(prompt_ids), fed + 1)
     values = _log_likelihoods(
         model,
-        torch.tensor([prompt_ids + later_ids]),
+        torch.tensor([prompt_ids + later_ids], device="cpu"),
         cut,
         {name: torch.stack(rows) for name, rows in inputs.items()},
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.models import Original
 from flocking.pruning.compact import Compact, refuse
 from flocking.pruning.drafts import Drafts
 from flocking.pruning.prompt import Read, Reader
@@ -58,6 +59,8 @@ class State:
         What the twin and the full model did since the last prompt.
     hooks : set of int
         Ids of the hooks that the twin has from the original.
+    origin : Original or None
+        What the twin and the full model follow.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class State:
         self.unreached: list[Tensor] = []
         self.watch: Stopwatch | None = None
         self.hooks: set[int] = set()
+        self.origin: Original | None = None
         self._requests = threading.RLock()  # held while one is served
         self._thread: int | None = None  # that made the selection
 
@@ -140,6 +144,7 @@ class State:
         with self.serving():
             self.copies = copies
             self.forget()
+            self._follow()
             earlier = self.reader.earlier(past, sequences)
             if earlier is None:
                 self.drafts.reset()
@@ -218,9 +223,15 @@ class State:
         if read is None:
             refuse()
         self.forget()
+        self._follow()
         self.history.clear()
         self.work = Work()
         self._go_on_from(read.copy(), cache)
+
+    def _follow(self) -> None:
+        """Bring changes of the original to the twin and the full model, or refuse them."""
+        if self.origin is not None:
+            self.origin.follow()
 
     def forget(self) -> None:
         """Drop the selection: nothing runs until the next one is made."""

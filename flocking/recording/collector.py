@@ -168,7 +168,7 @@ def _check_energy(energy: Tensor, norm: Tensor, batch: _Batch, block: FeedForwar
     all zero does not count. Other sums mean that passes were mixed up.
     """
     window = batch.layout.window[batch.rows][:, : norm.shape[1]]
-    counts = torch.zeros(energy.shape[:2], dtype=torch.float64)
+    counts = torch.zeros(energy.shape[:2], dtype=torch.float64, device="cpu")
     counts.scatter_add_(1, window.clamp_min(0), ((norm > 0) & batch.real).double())
     sums = energy.sum(dim=-1, dtype=torch.float64).cpu()
     if bool(((sums - counts).abs() > 1e-2 * counts).any()):

@@ -23,6 +23,7 @@ from flocking.models import (
     chunks,
     forward,
     hooks_on,
+    hooks_on_everything,
     is_loaded,
     refuse_long,
     require_model,
@@ -385,7 +386,8 @@ def _read(
     layers = [block.layer for block in collector.blocks]
     lengths = list(map(len, fed.ids))
     ways = with_inputs(model, fed.inputs) if fed.inputs else None
-    if any(hooks_on(module, of_weights=False) for module in model.modules()):
+    everywhere = hooks_on_everything()
+    if everywhere or any(hooks_on(module, of_weights=False) for module in model.modules()):
         # They may look at other tokens, or count from the end: texts alone, and each in one piece.
         ways = (ways or traits(model))._replace(paddable=False, chunkable=False)
         batch_size = 1

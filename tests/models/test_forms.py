@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ import xarray as xr
 from helpers import letters, record
 
 import flocking
+from flocking.pruning import graphs
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 ROWS = [{"text": "a"}, {"text": "b"}]
@@ -93,6 +95,9 @@ def test_every_form_of_ids(text: object) -> None:
     assert ids.tolist() == [[5, 6, 7], [8, 9, -1]]
 
 
+MASKED = np.ma.masked_array([[5, 6]], mask=[[False, True]])
+
+
 @pytest.mark.parametrize(
     ("text", "problem", "message"),
     [
@@ -136,6 +141,17 @@ def test_every_form_of_ids(text: object) -> None:
         (["a", "", "b"], ValueError, "text 1 is empty"),
         (None, TypeError, "text is of type NoneType"),
         (tf.PreTrainedTokenizerFast, TypeError, "text is of type type"),
+        (torch.ones(1, 3).to_sparse(), TypeError, "text is a sparse tensor (torch.sparse_coo)"),
+        ([torch.ones(3, dtype=int).to_sparse()], TypeError, "text 0 is a sparse tensor"),
+        (torch.ones(3, dtype=int, device="meta"), TypeError, "on the meta device, without values"),
+        (torch.ones(1, 3, dtype=torch.complex64), TypeError, "dtype torch.complex64"),
+        (torch.ones(1, 3, dtype=torch.bool), TypeError, "dtype torch.bool"),
+        (MASKED, TypeError, "text is a masked array, whose mask would be lost"),
+        ([MASKED[0], MASKED[0]], TypeError, "text 0 is a masked array"),
+        (list(MASKED[0]), TypeError, "text is a masked array"),
+        ({"input_ids": [[5, 6]], "attention_mask": MASKED}, TypeError, "attention_mask is a"),
+        (np.array([[5, 6]], "M8[s]"), TypeError, "text is an array of dtype datetime64[s]"),
+        ([np.array([5, 6], "m8[s]")], TypeError, "text 0 is an array of dtype timedelta64[s]"),
         (["a", "b\ud800c"], ValueError, "text 1 has a lone surrogate at character 1, half of a"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value[:20],
@@ -222,3 +238,36 @@ def test_the_tokenizer_of_a_processor() -> None:
 
     mine = record(model, "rook", tokenizer=Processor())
     assert mine.equals(record(model, "rook", tokenizer=tokenizer))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize|The PyTorch API of nested")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda ids: ids.to_sparse(), "a sparse tensor"),
+        (lambda ids: torch.nested.nested_tensor(list(ids)), "a nested tensor"),
+        (lambda ids: torch.quantize_per_tensor(ids.float(), 1, 0, torch.quint8), "a quantised"),
+        (lambda ids: ids > 50, "torch.bool"),
+        (lambda ids: ids.to(torch.complex64), "torch.complex64"),
+        (lambda ids: ids.to("meta"), "on the meta device"),
+    ],
+)
+def test_tensors_without_whole_numbers_are_refused_everywhere(
+    make: Callable[[torch.Tensor], torch.Tensor], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "_COMPILER", "eager")
+    model, ids = helpers.proved("llama"), torch.tensor(helpers.random_ids(9))
+    odd = make(ids)
+    decoder = flocking.Decoder(model, max_length=16)
+    for entry in (
+        lambda: flocking.record(model, odd, progress=False),
+        lambda: flocking.global_statistic(model, odd, progress=False),
+        lambda: flocking.score(model, odd, ids),
+        lambda: flocking.score(model, ids, odd),
+        lambda: flocking.perplexity(
+            model, odd, prompt_length=3, continuation_length=2, progress=False
+        ),
+        lambda: decoder.generate(odd, max_new_tokens=2),
+    ):
+        with pytest.raises(TypeError, match=message):
+            entry()

@@ -88,8 +88,11 @@ def test_hooks_act_where_they_were_put(llama: tf.PreTrainedModel) -> None:
     assert torch.equal(generate(other, ids), full)
     for handle in handles:
         handle.remove()
-    llama.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, output: output * 0)
+    handle = llama.model.layers[0].mlp.register_forward_hook(lambda m, args, output: output * 0)
     assert not torch.equal(generate(llama, ids), full)
+    with pytest.raises(RuntimeError, match=r"a hook was registered on model\.layers\.0\.mlp\)"):
+        generate(other, ids)
+    handle.remove()
     assert torch.equal(generate(other, ids), full)
     seen = []
     with flocking.observe(twin, lambda block, z: seen.append(z.shape[-1])):
@@ -148,7 +151,7 @@ def test_a_new_twin_is_of_the_model_as_it_is_now(change: str) -> None:
 def test_of_a_model_converted_since(llama: tf.PreTrainedModel) -> None:
     twin = flocking.griffin(llama, 0.5)
     llama.to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"original is in torch\.bfloat16 by now"):
+    with pytest.raises(RuntimeError, match=r"weight is in torch\.bfloat16 now\): make the twin"):
         generate(twin, tokens(20))
 
 
