@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+
+from flocking.models.suspects import Suspect
+
+# What Python says of an argument that a function does not have.
+_OF_ARGUMENTS = re.compile(r"(unexpected|multiple values for|missing .* required) .*argument")
+# Before what a check of transformers' configs says.
+_OF_CHECKS = re.compile(r"^(Class validation error|Validation error) for \w+ '\w+': \w+: ")
+_LONGEST_VALUE = 60  # characters of a field's value that an error shows
 
 
 @contextmanager
@@ -57,18 +66,34 @@ def told(name: str, what: str, problem: Exception) -> Exception:
         return FileNotFoundError(f"{name}: {brief(problem)}: get its files again.")
     if isinstance(problem, OSError) and not os.path.isdir(name):
         return OSError(_of_the_hub(name, problem))
-    if isinstance(problem, TypeError) and what == "model":  # an argument of the user's
-        return TypeError(f"{name}: {brief(problem)}")
+    if isinstance(problem, TypeError) and _OF_ARGUMENTS.search(text):  # the user's
+        return TypeError(f"{name}: {brief(problem)}.")
     if what == "tokenizer":
         return _of_tokenizers(name, problem)
     kind = OSError if isinstance(problem, OSError) else ValueError
-    return kind(f"{name} cannot be loaded: {brief(problem)}")
+    return kind(
+        f"{name} cannot be loaded: {brief(problem)}: get its files again, or try another version "
+        "of transformers."
+    )
+
+
+def of_suspect(folder: str | os.PathLike[str], found: Suspect, problem: Exception) -> ValueError:
+    """An error that names the file, and the field of it, that another one comes from."""
+    file = Path(folder) / found.file
+    if not found.field:
+        return ValueError(f"{file} cannot be used ({brief(problem)}): get it again.")
+    value = repr(found.value)
+    value = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]} ..."
+    return ValueError(
+        f"{file}: {found.field} is {value}, which cannot be used ({brief(problem)}): correct it, "
+        "or get the file again."
+    )
 
 
 def brief(problem: Exception, length: int = 200) -> str:
     """The first sentence or so of an error, in one line and without a full stop."""
     first = str(problem).strip().split("\n\n")[0].split(". ")[0]
-    text = " ".join(first.split()) or type(problem).__name__
+    text = _OF_CHECKS.sub("", " ".join(first.split())) or type(problem).__name__
     if isinstance(problem, KeyError | ZeroDivisionError | AttributeError):
         text = f"{type(problem).__name__}: {text}"
     text = text.rstrip(".")
