@@ -130,7 +130,9 @@ def read_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     trust = kwargs.pop("trust_remote_code")
 
     def read(place: object) -> Any:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust, **kwargs)
+        found = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, **kwargs)
+        found("a")  # what is wrong with some comes up no earlier
+        return found
 
     try:
         with reading(name, "tokenizer"):

@@ -38,6 +38,14 @@ _OBJECTS = (
 )
 # Ends of names of files that make a model or its tokenizer.
 _ENDS = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja")
+# Settings for generating that are numbers, which nothing checks before they are computed with.
+_NUMBERS = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
+    *("eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "length_penalty"),
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "num_beams"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences"),
+    *("guidance_scale", "penalty_alpha", "num_beam_groups", "diversity_penalty"),
+)
 # Each layer is a Python object: more would take hours and all memory before any weight is read.
 _MOST_LAYERS = 10_000
 # A model may have more parameters than its files have numbers, where layers share them.
@@ -340,14 +348,15 @@ def _check_generation(folder: Path) -> None:
         return
     for name, value in read_json(file).items():
         several = value if isinstance(value, list) else [value]
-        token = name.endswith("_token_id") and not all(
-            one is None or type(one) is int for one in several
-        )
-        if token or (isinstance(value, str) and _is_number(value) and "version" not in name):
-            raise ValueError(
-                f"{file}: {name} is {value!r}: it has to be a number. Correct it, or get the file "
-                "again."
-            )
+        kinds = (int,) if name.endswith("_token_id") else (int, float, bool)
+        if name.endswith("_token_id") or name in _NUMBERS:
+            if any(one is not None and type(one) not in kinds for one in several):
+                raise ValueError(
+                    f"{file}: {name} is {value!r}: it has to be a number. Correct it, or get the "
+                    "file again."
+                )
+            if any(isinstance(one, int) and abs(one) >= 2**63 for one in several):
+                raise ValueError(f"{file}: {name} is {value}: it has to be below 2 ** 63.")
     try:
         GenerationConfig.from_pretrained(folder)
     except Exception as problem:  # it raises whatever reading a value of another kind does
@@ -355,11 +364,3 @@ def _check_generation(folder: Path) -> None:
         if suspect is not None:
             raise of_suspect(folder, suspect, problem) from problem
         raise ValueError(f"{file} cannot be used ({brief(problem)}): get it again.") from problem
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

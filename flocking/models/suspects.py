@@ -49,7 +49,8 @@ def find_suspect(
             return None
         there = [name for name in files if (Path(place) / name).exists()]
         found = next((found for name in there if (found := trial.field_of(name))), None)
-        return found or next((Suspect(name) for name in there if trial.helps_without(name)), None)
+        found = found or next((Suspect(name) for name in there if trial.helps_without(name)), None)
+        return found or next((Suspect(name) for name in there if trial.is_enough(name)), None)
 
 
 class _Trial:
@@ -68,6 +69,12 @@ class _Trial:
             return self._attempt() is None
         finally:
             file.write_bytes(content)
+
+    def is_enough(self, name: str) -> bool:
+        """Whether the error comes up with that file alone."""
+        with tempfile.TemporaryDirectory() as place:
+            shutil.copyfile(self.folder / name, Path(place) / name)
+            return self._attempt(Path(place)) == self.error
 
     def field_of(self, name: str) -> Suspect | None:
         """A field of a JSON file without which the error does not come up."""
@@ -108,7 +115,7 @@ class _Trial:
                 deeper = isinstance(inner[key], dict) and self._path(file, content, path)
                 return deeper or path
             # With two faults, the other one's error comes up without the first.
-            if error != self.error and self._speaks_of(key, inner[key]):
+            if not above and error != self.error and self._speaks_of(key, inner[key]):
                 others = others or path
         return others
 
@@ -117,9 +124,9 @@ class _Trial:
         words = set(_words(self.error or ""))
         return key in words or (isinstance(value, str | int | float) and str(value) in words)
 
-    def _attempt(self) -> str | None:
+    def _attempt(self, folder: Path | None = None) -> str | None:
         try:
-            self.read(self.folder)
+            self.read(folder or self.folder)
         except Exception as problem:  # of whatever kind: that is why this is here
             return f"{type(problem).__name__}: {problem}"
         return None
