@@ -348,9 +348,9 @@ def _check_generation(folder: Path) -> None:
         return
     for name, value in read_json(file).items():
         several = value if isinstance(value, list) else [value]
-        kinds = (int,) if name.endswith("_token_id") else (int, float, bool)
-        if name.endswith("_token_id") or name in _NUMBERS:
-            if any(one is not None and type(one) not in kinds for one in several):
+        if (token := name.endswith("_token_id")) or name in _NUMBERS:
+            kinds = (int, type(None)) if token else (int, float, bool, type(None))
+            if any(type(one) not in kinds for one in (several if token else [value])):
                 raise ValueError(
                     f"{file}: {name} is {value!r}: it has to be a number. Correct it, or get the "
                     "file again."

@@ -131,7 +131,7 @@ def of_suspect(folder: str | os.PathLike[str], found: Suspect, problem: Exceptio
 
 def brief(problem: Exception, length: int = 200) -> str:
     """The first sentence or so of an error, in one line and without a full stop."""
-    first = str(problem).strip().split("\n\n")[0].split(". ")[0]
+    first = str(problem).strip().split("\n\n")[0].split(". ")[0].split("Exception raised from")[0]
     text = _OF_CHECKS.sub("", " ".join(first.split())) or type(problem).__name__
     if isinstance(problem, KeyError | ZeroDivisionError | AttributeError):
         text = f"{type(problem).__name__}: {text}"
