@@ -148,10 +148,27 @@ def _convert(gguf: Path, folder: Path, name: str, digest: str) -> None:
             return  # another process converted it meanwhile
         if folder.exists():  # broken, or of a version that left no note of what it wrote
             shutil.rmtree(folder)
+        _refuse_without_room(partial.parent, _size_of(gguf))
         model, tokenizer = _dequantised(gguf)
         model.save_pretrained(partial / name)
         tokenizer.save_pretrained(partial / name)
         origins.write_note(partial / name, digest)
+
+
+def _size_of(gguf: Path) -> int:
+    """Bytes that the weights in a GGUF file take in float32; 0 if they cannot be told."""
+    from gguf import GGUFReader
+
+    try:
+        return sum(4 * int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
+    except Exception:  # of whichever kind: what is wrong is told where it is converted
+        return 0
+
+
+def _refuse_without_room(folder: Path, size: int) -> None:
+    room = shutil.disk_usage(folder)
+    if room.total and room.free < size:  # (some file systems do not tell)
+        raise OSError(f"{size / 1e6:.0f} MB are needed, and {room.free / 1e6:.0f} MB are free")
 
 
 def _dequantised(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
