@@ -17,7 +17,7 @@ import typer
 import flocking
 from flocking.cli.ending import ended_by_signals
 from flocking.cli.printing import USAGE_ERROR, complain
-from flocking.texts import decoded, expanded, read_bytes, why_no_file
+from flocking.texts import dangling, decoded, expanded, read_bytes, why_no_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,10 +54,15 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _usable(name: str, value: object) -> object:
-    """An option's value, with ``~`` expanded in paths; numbers of more than 64 bits are refused."""
+    """An option's value, with ``~`` expanded in paths; what cannot be a value is refused."""
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{name}={value}: give a number below 2 ** 63.")
-    return expanded(value) if isinstance(value, Path) else value
+    if not isinstance(value, Path):
+        return value
+    path = expanded(value)
+    if why := dangling(path):
+        raise ValueError(f"{path} {why}: name another place, or make what the link names.")
+    return path
 
 
 def _of_the_system(problem: Exception) -> str:
@@ -76,8 +81,8 @@ def _unforeseen(problem: Exception) -> str:
     ) as file:
         file.writelines(traceback.format_exception(problem))
     return (
-        f"{said} (not foreseen; {file.name} has the traceback): check the model's files, and "
-        "report it with that file if they are right."
+        f"{said} (not foreseen; {file.name} has the traceback): check what you gave and the "
+        "model's files, and report it with that file if they are right."
     )
 
 

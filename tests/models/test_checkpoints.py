@@ -289,10 +289,19 @@ def test_more_than_all_memory_is_refused(
             flocking.load(name, **options)
 
 
-@pytest.mark.parametrize("place", ["meta", torch.device("meta"), {"": "meta"}, "meta:0"])
-def test_the_device_without_values_is_refused(place: object, folder: Path) -> None:
-    with pytest.raises(ValueError, match="device meta, which holds no values"):
-        flocking.load(folder, device_map=place)
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"device_map": "meta"}, "device_map names the device meta, which holds no values"),
+        ({"device_map": torch.device("meta")}, "device_map names the device meta"),
+        ({"device_map": {"": "meta:0"}}, "device_map names the device meta"),
+        ({"dtype": "nope"}, "dtype='nope': give float32, bfloat16 or float16"),
+        ({"torch_dtype": "float31"}, "torch_dtype='float31': give float32"),
+    ],
+)
+def test_places_and_dtypes_that_there_are_not(options: dict, match: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        flocking.load(folder, **options)
 
 
 def test_a_tilde_is_the_users_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
