@@ -24,7 +24,7 @@ from transformers import (
 
 from flocking.models.folders import check_config, check_folder, other_shapes
 from flocking.models.notices import warn
-from flocking.models.problems import listed, of_suspect, reading
+from flocking.models.problems import UnexplainedError, listed, of_suspect, reading
 from flocking.models.suspects import find_suspect
 from flocking.texts import dangling, expanded
 
@@ -138,10 +138,11 @@ def read_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         with reading(name, "tokenizer"):
             return read(name)
-    except ValueError as error:
-        if error.__cause__ is None or not os.path.isdir(name) or trust or "subfolder" in kwargs:
-            raise
+    except UnexplainedError as error:
         problem = error.__cause__
+        # (Code in a folder is not run again and again to find out.)
+        if not os.path.isdir(name) or trust or kwargs.get("subfolder"):
+            raise
         found = find_suspect(Path(name), _TOKENIZER_FILES, read)
         if found is None or not isinstance(problem, Exception):
             raise

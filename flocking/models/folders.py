@@ -341,6 +341,10 @@ def _check_memory(folder: Path, model: PreTrainedModel, kwargs: Mapping[str, Any
         )
 
 
+def _generation_of(folder: Path) -> GenerationConfig:
+    return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+
+
 def _check_generation(folder: Path) -> None:
     """Refuse settings for generating that cannot be read, or that nothing can be done with."""
     file = folder / "generation_config.json"
@@ -348,7 +352,7 @@ def _check_generation(folder: Path) -> None:
         return
     for name, value in read_json(file).items():
         several = value if isinstance(value, list) else [value]
-        if (token := name.endswith("_token_id")) or name in _NUMBERS:
+        if (token := name.endswith("token_id")) or name in _NUMBERS:
             kinds = (int, type(None)) if token else (int, float, bool, type(None))
             if any(type(one) not in kinds for one in (several if token else [value])):
                 raise ValueError(
@@ -358,9 +362,9 @@ def _check_generation(folder: Path) -> None:
             if any(isinstance(one, int) and abs(one) >= 2**63 for one in several):
                 raise ValueError(f"{file}: {name} is {value}: it has to be below 2 ** 63.")
     try:
-        GenerationConfig.from_pretrained(folder)
+        _generation_of(folder)
     except Exception as problem:  # it raises whatever reading a value of another kind does
-        suspect = find_suspect(folder, [file.name], GenerationConfig.from_pretrained)
+        suspect = find_suspect(folder, [file.name], _generation_of)
         if suspect is not None:
             raise of_suspect(folder, suspect, problem) from problem
         raise ValueError(f"{file} cannot be used ({brief(problem)}): get it again.") from problem

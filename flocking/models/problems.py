@@ -21,6 +21,10 @@ _OF_CHECKS = re.compile(r"^(Class validation error|Validation error) for \w+ '\w
 _LONGEST_VALUE = 60  # characters of a field's value that an error shows
 
 
+class UnexplainedError(ValueError):
+    """That files cannot be read, without a word about which of them."""
+
+
 @contextmanager
 def reading(name: str, what: str = "model") -> Iterator[None]:
     """Tell in one sentence what fails inside; `what` is read from `name`, a folder or hub id."""
@@ -169,6 +173,6 @@ def _of_tokenizers(name: str, problem: Exception) -> Exception:
         return FileNotFoundError(
             f"{name} has no tokenizer: save it there with tokenizer.save_pretrained({name!r})."
         )
-    return ValueError(
+    return UnexplainedError(
         f"{name}: its tokenizer cannot be read ({brief(problem)}): get its files again."
     )
