@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import os
+import stat
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
+
+_Path = TypeVar("_Path", str, Path)
 
 
 class Passage(str):
@@ -88,8 +93,54 @@ def decoded(raw: bytes, where: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a file in UTF-8, with any line endings; a ValueError names it if it is not text."""
-    return decoded(path.read_bytes(), str(path)).replace("\r\n", "\n")
+    """Read a file in UTF-8, with any line endings; an error names it if it is not text."""
+    return decoded(read_bytes(path), str(path)).replace("\r\n", "\n")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in a file; a ValueError or OSError says in a sentence why it cannot be read."""
+    if why := why_no_file(path):
+        raise ValueError(f"{path} {why}: name a text file.")
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise OSError(
+            f"{path} cannot be read ({problem.strerror or problem}): name a text file."
+        ) from problem
+
+
+def why_no_file(path: str | Path) -> str:
+    """Why nothing can be read from a path as from a file; empty if nothing speaks against it."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return dangling(path) or "does not exist"
+    except (OSError, ValueError) as problem:
+        return f"cannot be read ({getattr(problem, 'strerror', None) or problem})"
+    if stat.S_ISDIR(mode):
+        return "is a folder"
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        return "is a device or socket, which may never end"
+    return "" if os.access(path, os.R_OK) else "cannot be read (Permission denied)"
+
+
+def dangling(path: str | Path) -> str:
+    """Which link on the way to a path leads nowhere; empty if none does."""
+    for one in (Path(path), *Path(path).parents):
+        if os.path.islink(one) and not os.path.exists(one):
+            what = "is" if one == Path(path) else f"is below {one},"
+            return f"{what} a link to {os.readlink(one)}, which is not there"
+    return ""
+
+
+def expanded(path: _Path) -> _Path:
+    """A path with the user's folder in place of ``~``, unless something of that name is there.
+
+    A shell does this itself, but not within ``--out=~/x`` or quotes.
+    """
+    if os.path.lexists(path):
+        return path
+    return type(path)(os.path.expanduser(path))
 
 
 def check_string(text: str, where: str) -> None:

@@ -31,6 +31,7 @@ from flocking.cli.options import (
     PromptTokens,
     ProtocolByTask,
     Tasks,
+    argument,
     at_least_one,
     by_task,
     listed,
@@ -264,23 +265,26 @@ def generate(
     """Continue a prompt greedily with GRIFFIN: the prompt in full, the rest with kept neurons."""
     from flocking.analysis import kept_count
     from flocking.cli.streaming import Clock
-    from flocking.models import refuse_long
+    from flocking.models import refuse_long, tokenize
     from flocking.pruning import METHODS, check_scope
 
     at_least_one(max_new_tokens, "--max-new-tokens")
     kept_count(density, sys.maxsize)  # in range; whether any neuron is left depends on the model
     check_scope(scope)
     at_least_one(refresh, "--refresh")
-    text = read("-") if prompt == "-" else prompt
+    text = read("-") if prompt == "-" else argument(prompt, "the prompt")
     if not text:
         raise ValueError("the prompt is empty: give some text to select neurons from.")
     if method not in METHODS:
         raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
     loaded, tokenizer = load(model, device, dtype)
+    prompts = tokenize(loaded, text, tokenizer)
+    refuse_long(loaded, prompts.ids, max_new_tokens)
     known = cast(Literal["shared", "sequence"], scope)
     twin = flocking.griffin(loaded, density, method=method, scope=known, refresh=refresh)
-    inputs = tokenizer(text, return_tensors="pt", verbose=False).to(loaded.device)
-    refuse_long(loaded, [inputs["input_ids"][0]], max_new_tokens)
+    rows = {name: each[0] for name, each in prompts.inputs.items()} | {"input_ids": prompts.ids[0]}
+    inputs: dict[str, Any] = {name: row[None].to(loaded.device) for name, row in rows.items()}
+    inputs["attention_mask"] = inputs["input_ids"].new_ones(inputs["input_ids"].shape)
     pruned = f"GRIFFIN, density {density:g}" + (f", anew every {refresh}" if refresh else "")
     subjects: dict[str, Any] = {"full model": loaded, pruned: twin}
     console = wide_console()

@@ -6,6 +6,8 @@ import functools
 import importlib
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -14,8 +16,8 @@ import typer
 
 import flocking
 from flocking.cli.ending import ended_by_signals
-from flocking.cli.printing import complain
-from flocking.texts import decoded
+from flocking.cli.printing import USAGE_ERROR, complain
+from flocking.texts import dangling, decoded, expanded, read_bytes, why_no_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,22 +28,62 @@ _Number = TypeVar("_Number", int, float, str)
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
     """Let bad input end in one sentence and exit code 2, and an interruption in its exit code.
 
-    In either case what the command began to write is removed, and no traceback is shown.
+    In either case what the command began to write is removed, and no traceback is shown: that of
+    an error that nobody foresaw is in a file, which the sentence names. A ``~`` in paths stands for
+    the user's folder.
     """
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
         try:
             with ended_by_signals():
-                command(*args, **kwargs)
+                command(*args, **{name: _usable(name, value) for name, value in kwargs.items()})
         except (ValueError, OSError, MemoryError) as problem:
-            complain(problem)
+            complain(_of_the_system(problem) or problem)
+            raise typer.Exit(2) from None
+        except (typer.Exit, typer.Abort, USAGE_ERROR):
+            raise
+        except Exception as problem:
+            complain(_unforeseen(problem))
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             complain("interrupted.")
             raise typer.Exit(130) from None
 
     return run
+
+
+def _usable(name: str, value: object) -> object:
+    """An option's value, with ``~`` expanded in paths; what cannot be a value is refused."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name}={value}: give a number below 2 ** 63.")
+    if not isinstance(value, Path):
+        return value
+    path = expanded(value)
+    if why := dangling(path):
+        raise ValueError(f"{path} {why}: name another place, or make what the link names.")
+    return path
+
+
+def _of_the_system(problem: Exception) -> str:
+    """What to say of an error as the system raises it, with a number and a name."""
+    if isinstance(problem, OSError) and problem.errno is not None:
+        where = f"{problem.filename}: " if problem.filename is not None else ""
+        return f"{where}{problem.strerror}: name another file or place, or make room for it there."
+    return ""
+
+
+def _unforeseen(problem: Exception) -> str:
+    """What to say of an error that is a fault of ours, or of a library."""
+    said = f"{type(problem).__name__}: {problem}"
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="flocking-", suffix=".txt", encoding="utf-8", errors="replace", delete=False
+    ) as file:
+        file.writelines(traceback.format_exception(problem))
+    return (
+        f"{said} (not foreseen; {file.name} has the traceback): check what you gave and the "
+        "model's files, and report it with that file if they are right."
+    )
 
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub id; the embedded model by default.")]
@@ -125,12 +167,14 @@ def load(
     if dtype not in (None, "float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
     try:
-        torch.empty(0, device=device or "cpu")
-    except (RuntimeError, AssertionError) as problem:
+        tried = torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError, ImportError) as problem:
         raise ValueError(
             f"--device {device} cannot be used here: give cpu, or cuda or cuda:1 with a GPU and a "
             "build of torch for it."
         ) from problem
+    if tried.is_meta:
+        raise ValueError(f"--device {device} holds no values: give cpu or cuda.")
     loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
     with reading(model or "the embedded model"):
         # (Decorated by transformers such that mypy does not see a method.)
@@ -140,15 +184,18 @@ def load(
 
 def read(name: str) -> str:
     """Text of a file, or of standard input, which is ``-``."""
-    path = Path(name)
     if name == "-":
         raw = sys.stdin.buffer.read()
-    elif not path.exists():
-        raise ValueError(f"{name} does not exist: name text files, or - for standard input.")
-    elif path.is_dir():
-        raise ValueError(f"{name} is a folder: name the text files in it.")
+    elif not name:
+        raise ValueError("the name of a text file is empty: name text files, or - for stdin.")
     else:
-        raw = path.read_bytes()
+        path = expanded(Path(name))
+        why = why_no_file(path)
+        if why == "is a folder":
+            raise ValueError(f"{name} is a folder: name the text files in it.")
+        if why:
+            raise ValueError(f"{name} {why}: name text files, or - for standard input.")
+        raw = read_bytes(path)
     where = "standard input" if name == "-" else name
     text = decoded(raw, where)
     if not text:
@@ -166,6 +213,11 @@ def read_all(files: list[str], following: list[str] | None) -> tuple[list[str], 
     if [*files, *(following or [])].count("-") > 1:
         raise ValueError("- stands for standard input, which can be read once: name it once.")
     return [read(name) for name in files], [read(name) for name in following or []] or None
+
+
+def argument(text: str, what: str) -> str:
+    """Text that was given as an argument; bytes that are no characters are refused."""
+    return decoded(text.encode("utf-8", "surrogatepass"), what)
 
 
 def numbers_of(layers: str | None) -> list[int] | None:
@@ -209,9 +261,12 @@ def at_least_one(value: int | None, option: str) -> None:
 def number(text: str, option: str, kind: type[_Number]) -> _Number:
     """The number that an option's text stands for; with `kind` str, the text."""
     try:
-        return kind(text)
+        found = kind(text)
     except ValueError:
         raise ValueError(f"{option}: {text!r} is not a number.") from None
+    if isinstance(found, int) and abs(found) >= 2**63:
+        raise ValueError(f"{option} {text}: give a number below 2 ** 63.")
+    return found
 
 
 def by_task(text: str, option: str, kind: type[_Number]) -> dict[str, _Number]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flocking.texts import passages
+from flocking.texts import dangling, passages
 
 # Variables that every recording has, and attributes that tell its store from any other.
 _VARIABLES = ("energy", "mass", "tokens")
@@ -21,6 +21,7 @@ _FILES = re.compile(
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Replace only a recording, and only if asked to."""
+    _refuse_dangling(path)
     if (why := _not_a_recording(path)) is not None:
         raise ValueError(f"{path} exists and is not a recording ({why}): choose another name.")
     if not overwrite:
@@ -29,6 +30,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 def refuse_other_than_demos(path: Path) -> None:
     """Replace only what an earlier ``flocking demo`` wrote."""
+    _refuse_dangling(path)
     why = _not_of_demo(path) if path.suffix == ".png" else _not_a_recording(path)
     if why is None and path.suffix != ".png" and not _is_of_passages(path):
         why = "it is a recording of other texts"
@@ -36,6 +38,11 @@ def refuse_other_than_demos(path: Path) -> None:
         raise ValueError(
             f"{path} exists and is not from flocking demo ({why}): choose another --out."
         )
+
+
+def _refuse_dangling(path: Path) -> None:
+    if why := dangling(path):
+        raise ValueError(f"{path} {why}: choose another name, or make what the link names.")
 
 
 def _not_a_recording(store: Path) -> str | None:

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 _HARMLESS = "\u200c\u200d"
 _UNPRINTABLE = ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp")
 # Of click, or of the copy of it that newer versions of typer bring.
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 _LONGEST = 2000  # characters of an error
 
 
@@ -52,7 +52,7 @@ class PrintableErrors(TyperGroup):
 def _printable_errors() -> Iterator[None]:
     try:
         yield
-    except _USAGE_ERROR as problem:
+    except USAGE_ERROR as problem:
         problem.message = printable(problem.message)  # type: ignore[attr-defined]
         raise
 

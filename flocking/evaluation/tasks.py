@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from flocking.evaluation.definitions import DEFINITIONS, Definition
-from flocking.texts import read_text
+from flocking.texts import read_text, why_no_file
 
 PROMPT_LENGTHS = (16, 64, 256, 1024)
 CONTINUATION_LENGTHS = (64, 256)
@@ -218,8 +219,9 @@ def _unusable(value: object, deepest: int) -> str | None:
 
 
 def _file(data_dir: Path, name: str, suffix: str) -> Path:
-    if not data_dir.is_dir():
-        raise ValueError(f"--data-dir {data_dir}: this folder does not exist.")
+    if not os.path.isdir(data_dir):
+        why = why_no_file(data_dir) or "is a file"
+        raise ValueError(f"--data-dir {data_dir}: this folder {why}.")
     named = re.compile(rf"{name}([^a-zA-Z].*)?\.{suffix}")
     there = [path for path in sorted(data_dir.iterdir()) if named.fullmatch(path.name)]
     if len(there) != 1:

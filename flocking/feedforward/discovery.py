@@ -24,7 +24,7 @@ from flocking.feedforward.candidates import Candidate, candidates_in, candidates
 from flocking.feedforward.moe import foreign_experts
 from flocking.feedforward.projections import width
 from flocking.feedforward.search import UNTIMELY, Findings, prove_all
-from flocking.models import PerModel, require_model, warn, working_copy
+from flocking.models import PerModel, require_model, warn, why_not_finite, working_copy
 
 Locate = Mapping[str, Iterable[str]] | Callable[[PreTrainedModel], Mapping[str, Iterable[str]]]
 
@@ -206,15 +206,19 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
 
     if not found.any:
         raise UnsupportedModelError(
-            f"{name} has no feed-forward block that flocking can prove: it needs an up-projection "
-            "(with or without a gate), an activation function and a down-projection, as Linear or "
-            f"Conv1D modules, around one tensor. It looked at:\n{_describe(model, found)}"
+            why_not_finite(model)
+            or f"{name} has no feed-forward block that flocking can prove: it needs an "
+            "up-projection (with or without a gate), an activation function and a "
+            "down-projection, as Linear or Conv1D modules, around one tensor. It looked at:\n"
+            f"{_describe(model, found)}"
         )
     if given.located:  # all that a user names must be there
         expected = {path: {c.down for c in each} for path, each in candidates.items()}
     else:
         expected = _expected(model, candidates, found)
     problems = _left_out(found, expected)
+    if problems and not given.allow_partial and (why := why_not_finite(model)):
+        raise UnsupportedModelError(why)
     _refuse(name, problems, given)
     _warn_of_gaps(name, candidates, found, problems)
     return _assemble(model, found)

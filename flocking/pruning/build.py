@@ -35,6 +35,7 @@ from flocking.models import (
     require_model,
     rewinds,
     traits,
+    why_not_finite,
     working_copy,
 )
 from flocking.pruning.compact import Compact
@@ -272,8 +273,9 @@ def _prunable(model: PreTrainedModel) -> list[FeedForward]:
         )
     if fixed := [b for b in blocks if not b.prunable or b.offset is not None]:
         raise ValueError(
-            f"{name} cannot be pruned, only recorded: in {len(fixed)} FF blocks ({fixed[0].path}, "
-            f"...) {_why_fixed(fixed[0])}."
+            why_not_finite(model)
+            or f"{name} cannot be pruned, only recorded: in {len(fixed)} FF blocks "
+            f"({fixed[0].path}, ...) {_why_fixed(fixed[0])}."
         )
     holders: dict[int, set[tuple[int, str]]] = {}
     for module in model.modules():

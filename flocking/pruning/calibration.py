@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking.analysis import named, statistic
 from flocking.models import Text
 from flocking.recording import record
-from flocking.texts import passages, read_text
+from flocking.texts import expanded, passages, read_text, why_no_file
 
 
 def global_statistic(
@@ -103,9 +103,10 @@ def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[
     if not isinstance(source, str | Path):
         texts = list(source)
     else:
-        path = Path(source)
-        if not path.exists():
-            raise ValueError(f"calibration: {path} does not exist: give a text file or a folder.")
+        path = expanded(Path(source))
+        why = why_no_file(path)
+        if why and why != "is a folder":
+            raise ValueError(f"calibration: {path} {why}: give a text file or a folder.")
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         texts = [read_text(file) for file in files]
     if not any(texts):

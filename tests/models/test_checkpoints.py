@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
 from helpers import ARCHITECTURES, build
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from stored import configured, in_shards
 
 import flocking
-from flocking.models import checkpoints
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> tf.PreTrainedTokenizerBase:
-    words = Tokenizer(WordLevel({"birds": 0, "flock": 1}, unk_token="birds"))
-    return tf.PreTrainedTokenizerFast(tokenizer_object=words)
-
-
-@pytest.fixture(scope="module")
-def whole(tokenizer: tf.PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    build("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-def configured(folder: Path, **changes: object) -> None:
-    file = folder / "config.json"
-    content = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: v for key, v in content.items() if v != "left out"}))
-
-
-def in_shards(folder: Path) -> list[Path]:
-    (folder / "model.safetensors").unlink()
-    build("llama").save_pretrained(folder, max_shard_size="100KB")
-    return sorted(folder.glob("model-*.safetensors"))
-
+from flocking.models import checkpoints, folders
 
 # --------------------------------------------------------------------------------------
 # Whole or not
@@ -251,21 +217,25 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "text": (change(hidden_size="64"), ValueError, f"hidden_size is '64': it {SIZE}"),
     "a fraction": (change(hidden_size=64.5), ValueError, f"hidden_size is 64.5: it {SIZE}"),
     "true": (change(vocab_size=True), ValueError, f"vocab_size is True: it {SIZE}"),
-    "nothing": (change(hidden_size=None), ValueError, r"config\.json describes no model"),
-    "odd heads": (change(head_dim="x"), ValueError, r"config\.json describes no model"),
+    "nothing": (change(hidden_size=None), ValueError, r"config\.json: hidden_size is None, which"),
+    "odd heads": (change(head_dim="x"), ValueError, r"config\.json: head_dim is 'x', which cannot"),
     "missing": (change(num_hidden_layers="left out"), ValueError, "sizes are missing in it"),
     "layers": (change(num_hidden_layers=10**12), ValueError, "no model has more than 10,000"),
     "many layers": (change(num_hidden_layers=500), ValueError, "a model of .* the files hold"),
     "d_ff": (change(intermediate_size=10**12), ValueError, "a model of .* the files hold"),
     "hidden": (change(hidden_size=10**6), ValueError, "a model of .* the files hold"),
-    "overflow": (change(hidden_size=10**12), ValueError, r"config\.json describes"),
+    "overflow": (change(hidden_size=10**12), ValueError, r"config\.json"),
     "vocabulary": (change(vocab_size=10**12), ValueError, "a model of .* the files hold"),
-    "endless": (change(vocab_size=10**30), ValueError, r"config\.json describes"),
+    "endless": (change(vocab_size=10**30), ValueError, r"config\.json: vocab_size is 10000000000"),
     "unknown kind": (change(model_type="x"), ValueError, "model type `x`.*newer transformers"),
     "no kind": (change(model_type="left out"), ValueError, "has no model_type"),
     "no causal one": (change(model_type="t5"), ValueError, r"T5Config.*newer transformers"),
     "kind a list": (change(model_type=[1]), ValueError, "has no model_type"),
-    "tokenizer not JSON": (write("tokenizer.json", b"{x"), ValueError, "its tokenizer cannot be"),
+    "tokenizer not JSON": (
+        write("tokenizer.json", b"{x"),
+        ValueError,
+        r"tokenizer\.json is not JSON",
+    ),
     "no tokenizer": (
         remove("tokenizer.json", "tokenizer_config.json"),
         FileNotFoundError,
@@ -286,6 +256,68 @@ def test_what_cannot_be_read_is_told_in_a_sentence(case: str, folder: Path) -> N
     assert len(message) < 250 + 2 * len(str(folder))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_more_than_all_memory_is_refused(
+    cached: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is read, also for a hub id whose config is in the cache."""
+    name, options = str(folder), {}
+    if cached:
+        repository = tmp_path / "cache" / "models--some--model"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        shutil.copytree(folder, snapshot)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        name, options = "some/model", {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    there = sum(p.numel() for p in build("llama").parameters()) * 4
+    monkeypatch.setattr(folders.psutil, "swap_memory", lambda: SimpleNamespace(total=0))
+    for total, dtypes in ((there, ["float32"]), (there - 1, ["bfloat16", torch.float16])):
+        memory = SimpleNamespace(total=total)
+        monkeypatch.setattr(folders.psutil, "virtual_memory", lambda memory=memory: memory)
+        for dtype in dtypes:
+            flocking.load(name, dtype=dtype, **options)
+    with pytest.raises(MemoryError, match=r"config\.json describes a model that takes 0 GiB"):
+        flocking.load(name, **options)
+    if cached:
+        configured(snapshot, intermediate_size=10**12)
+        with pytest.raises(
+            MemoryError, match=r"config\.json describes a model that takes 1,430,511 GiB"
+        ):
+            flocking.load(name, **options)
+        configured(snapshot, intermediate_size=-1)
+        with pytest.raises(ValueError, match=r"intermediate_size is -1: it has to be"):
+            flocking.load(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"device_map": "meta"}, "device_map names the device meta, which holds no values"),
+        ({"device_map": torch.device("meta")}, "device_map names the device meta"),
+        ({"device_map": {"": "meta:0"}}, "device_map names the device meta"),
+        ({"dtype": "nope"}, "dtype='nope': give float32, bfloat16 or float16"),
+        ({"torch_dtype": "float31"}, "torch_dtype='float31': give float32"),
+    ],
+)
+def test_places_and_dtypes_that_there_are_not(options: dict, match: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        flocking.load(folder, **options)
+
+
+def test_a_tilde_is_the_users_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert flocking.load("~/model")[0].name_or_path == str(folder)
+    assert flocking.load(Path("~/model"))[0].name_or_path == str(folder)
+    with pytest.raises(FileNotFoundError, match=rf"model {folder.parent}/none: there is no such"):
+        flocking.load("~/none")
+    (folder.parent / "link").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match="link is a link to nowhere, which is not there"):
+        flocking.load("~/link")
+    monkeypatch.chdir(folder.parent)
+    shutil.copytree(folder, "~/model")  # a folder of that very name comes first
+    assert flocking.load("~/model")[0].name_or_path == "~/model"
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "match"),
     [
@@ -293,6 +325,8 @@ def test_what_cannot_be_read_is_told_in_a_sentence(case: str, folder: Path) -> N
         ("./none/of/it", FileNotFoundError, "there is no such folder"),
         ("", FileNotFoundError, "there is no such folder"),
         ("two words", FileNotFoundError, "there is no such folder"),
+        ("/" + "x" * 300, FileNotFoundError, "there is no such folder"),
+        ("a\0b", FileNotFoundError, "there is no such folder"),
         ("{}/config.json", NotADirectoryError, "is a file: give the folder that it is in"),
         ("some/model", OSError, "is no folder here, and the Hugging Face hub cannot be reached"),
         ("gpt2", OSError, "is no folder here, and the Hugging Face hub cannot be reached"),

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import helpers
+import numpy as np
 import platformdirs
 import pytest
 import torch
@@ -166,6 +167,35 @@ def test_a_full_disk_says_so(
     with pytest.raises(OSError, match=r"540 MB.*(No|no) space.*make room .*XDG_CACHE_HOME"):
         flocking.load()
     assert not list((tmp_path / "cache").rglob("*"))
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_room_is_asked_for_before_anything_is_converted(
+    short: int,
+    fake_wheel: Path,
+    conversions: list[bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(fake_wheel, "llama")
+    writer.add_tensor("a", np.zeros((500, 700), dtype=np.float16))
+    writer.add_tensor("b", np.zeros(3000, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    needed = 4 * (500 * 700 + 3000)  # in float32
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=needed - short))
+    if short:
+        with pytest.raises(OSError, match=r"\(1 MB are needed, and 1 MB are free\): make room"):
+            flocking.load()
+        assert not list((tmp_path / "cache").rglob("*"))
+    else:
+        flocking.load()
+    assert len(conversions) == 1 - short
 
 
 def test_without_wheel_and_network_both_remedies_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,11 @@ def pipeline() -> object:
 
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
-    "a name": (lambda: "my/model", r"is a str: give a model, such as flocking\.load\('my/model'\)"),
-    "a path": (lambda: Path("my-model"), r"flocking\.load\('my-model'\) gives first"),
+    "a name": (
+        lambda: "my/model",
+        r"is a str: load it first, with model, tokenizer = flocking\.load\('my/model'\)\.",
+    ),
+    "a path": (lambda: Path("my-model"), r"Path: load it first, .* = flocking\.load\('my-model'\)"),
     "none": (lambda: None, "is a NoneType: give a transformers model"),
     "a tokenizer": (tokenizer, "Backend: give the model before its tokenizer"),
     "what load gives": (
