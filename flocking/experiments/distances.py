@@ -91,7 +91,7 @@ def loss_by_distance(
         static, own = others.isel(sequence=number), ahead.isel(sequence=number)
         rows = [ids[number][total - horizon - length :] for length in lengths]
         parts = [
-            _measured(model, torch.tensor([row]), length, static, own)
+            _measured(model, torch.tensor([row], device="cpu"), length, static, own)
             for row, length in zip(rows, lengths, strict=True)
         ]
         return xr.concat(parts, dimension("prompt_length", lengths))
