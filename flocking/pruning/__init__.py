@@ -4,6 +4,7 @@ Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` a
 below it; no experiment and no evaluation.
 """
 
+from flocking.pruning.allocation import allocate, first_runs, layer_harms, spread
 from flocking.pruning.build import check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
@@ -24,15 +25,19 @@ __all__ = [
     "WITH_REFERENCE",
     "Decoder",
     "Protocol",
+    "allocate",
     "branches",
     "calibration_texts",
     "check_scope",
     "cut_of",
+    "first_runs",
     "full_model",
     "global_statistic",
     "griffin",
+    "layer_harms",
     "perplexity",
     "refuse_unscorable",
     "score",
     "side_by_side",
+    "spread",
 ]
