@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from flocking.drawing import (
     BLUE,
+    BY_ALLOCATION,
     BY_SELECTION,
     BY_WEIGHTS,
     CONTROL,
@@ -255,6 +256,27 @@ def loss_by_density(data: xr.Dataset, figure: Figure) -> None:
 
 
 @in_style
+def loss_by_allocation(data: xr.Dataset, figure: Figure) -> None:
+    """Loss by density with one for all layers and with allocated ones; the allocated ones."""
+    upper, axes = page(figure, data, 2, 1, height=4, height_ratios=[1.2, 1])
+    by_density, by_depth = axes[:, 0]
+    for name in data.allocation.values:
+        band(data.excess.sel(allocation=name), by_density, **BY_ALLOCATION[name])
+    guide(0, by_density, "full model")
+    by_density.set(xlabel="density (fraction kept)")
+    by_density.set_ylabel("loss above the full model's\n(nats; linear up to 0.1)")
+    by_density.set_yscale("symlog", linthresh=0.1)
+    by_density.yaxis.set_major_formatter(ScalarFormatter())
+    shades = sns.light_palette(BLUE, data.sizes["density"] + 1)[1:]
+    for shade, density in zip(shades, data.density.values, strict=True):
+        here = data.share.sel(allocation="allocated", density=density)
+        band(here, by_depth, color=shade, label=f"allocated, {density} in all")
+    by_depth.set(ylabel="density of the layer", ylim=(0, 1.05))
+    by_layer([by_depth])
+    legend(upper, axes, ncols=2)
+
+
+@in_style
 def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     """Perplexity by method; loss against captured energy."""
     _, axes = page(figure, data, 2, 1, height=4, height_ratios=[1, 1.2])
@@ -308,6 +330,7 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
         text_kinds,
         loss_by_prompt,
         loss_by_density,
+        loss_by_allocation,
         loss_by_method,
         loss_by_batch,
     )

@@ -4,7 +4,7 @@ Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` a
 below it; no experiment and no evaluation.
 """
 
-from flocking.pruning.allocation import allocate, first_runs, layer_harms, spread
+from flocking.pruning.allocation import MEASURED, allocate, first_runs, layer_harms, spread
 from flocking.pruning.build import check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
@@ -21,6 +21,7 @@ from flocking.pruning.scoring import (
 from flocking.pruning.twin import full_model
 
 __all__ = [
+    "MEASURED",
     "METHODS",
     "WITH_REFERENCE",
     "Decoder",
