@@ -41,7 +41,7 @@ def loss_by_allocation(
     """Loss under GRIFFIN with one density for all layers, and with allocated ones, by density.
 
     Parameters are those of :func:`flocking.experiments.losses.loss_by_prompt`; the first two
-    thirds of `tokens` are the prompt, and half of the rest is what harms are measured on. `seed` is
+    thirds of `tokens` are the prompt, and harms are measured on a quarter of the rest. `seed` is
     that of the shuffled densities.
 
     Returns
@@ -64,7 +64,7 @@ def loss_by_allocation(
     prompt = 1 + (len(ids[0]) - 1) * 2 // (3 * _WINDOW) * _WINDOW
     recording = record(model, ids, tokenizer=tokenizer, window=_WINDOW, progress=progress)
     statistics = statistic(recording, stop=prompt)
-    sizes = {"prompt_length": prompt, "continuation_length": (len(ids[0]) - prompt) // 2}
+    sizes = {"prompt_length": prompt, "continuation_length": (len(ids[0]) - prompt) // 4}
     harms = {
         "allocated": pruning.layer_harms(model, tokenize(model, ids), **sizes, progress=progress),
         "by block error": _block_errors(model, ids, prompt, statistics, progress),
@@ -155,11 +155,13 @@ def _block_errors(
 
 
 def _caption(data: xr.Dataset, name: str, texts: int, prompt: int, scored: int) -> str:
-    def differences(allocation: str) -> str:
+    def differences(allocation: str, densities: list[float]) -> str:
         values = data.over_one.sel(allocation=allocation)
-        return ", ".join(f"{said(values, density)} at {density}" for density in DENSITIES)
+        return ", ".join(f"{said(values, density)} at {density}" for density in densities)
 
-    first, *others = ALLOCATIONS
+    first, own, *others = ALLOCATIONS
+    told = [f"{own} {differences(own, DENSITIES)}"]
+    told += [f"{name} {differences(name, [0.3, 0.5, 0.8])}" for name in others]
     absolute = data.excess.sel(allocation=first)
     return (
         f"Loss of {name} under GRIFFIN above the full model's, in nats a token, on the "
@@ -168,7 +170,7 @@ def _caption(data: xr.Dataset, name: str, texts: int, prompt: int, scored: int) 
         "on the other texts. With one density for all: "
         f"{', '.join(f'{said(absolute, density)} at {density}' for density in DENSITIES)}. "
         "Differences from it on the same texts: "
-        f"{'; '.join(f'{name} {differences(name)}' for name in others)}. Allocated: by the "
+        f"{'; '.join(told)}. Allocated: by the "
         "divergence of the model's output where one layer alone is pruned, as flocking.allocate; "
         "by block error: by the relative squared error of the block's output instead; shuffled: "
         "the allocated densities in random order (chance). Below: the allocated densities, mean "

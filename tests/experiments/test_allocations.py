@@ -35,7 +35,7 @@ def excess(model, row: list[int], density: object) -> float:
 def test_each_text_has_densities_from_the_others(subject: tuple, data, rows) -> None:
     model = subject[0]
     assert data.attrs["prompt"] == 65
-    sizes = {"prompt_length": 65, "continuation_length": 16, "progress": False}
+    sizes = {"prompt_length": 65, "continuation_length": 8, "progress": False}
     for density in (0.3, 0.8):
         found = [
             flocking.allocate(model, rows[:n] + rows[n + 1 :], density, **sizes)
