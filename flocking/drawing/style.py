@@ -43,6 +43,14 @@ BY_SELECTION = {
 BY_ALLOCATION = {
     "one for all": {**_DOT, "color": ORANGE, "ls": "--", "marker": "o", "label": "one for all"},
     "allocated": {**_DOT, "color": BLUE, "ls": "-", "marker": "s", "label": "allocated"},
+    "first layer": {
+        **_DOT,
+        "color": GREEN,
+        "ls": (0, (5, 1, 1, 1)),
+        "marker": "v",
+        "label": "first layer whole",
+    },
+    "lower floor": {**_DOT, "color": SKY, "ls": (0, (3, 1)), "marker": "<", "label": "lower floor"},
     "by block error": {
         **_DOT,
         "color": PURPLE,

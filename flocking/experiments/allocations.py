@@ -24,8 +24,15 @@ from flocking.feedforward import FeedForward, dense, observe
 from flocking.models import forward, tokenize, undisturbed
 from flocking.recording import record
 
-DENSITIES = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
-ALLOCATIONS = ["one for all", "allocated", "by block error", "shuffled"]
+DENSITIES = [0.3, 0.5, 0.8]
+ALLOCATIONS = [
+    "one for all",
+    "allocated",
+    "first layer",
+    "lower floor",
+    "by block error",
+    "shuffled",
+]
 _WINDOW = 16
 
 
@@ -51,9 +58,11 @@ def loss_by_allocation(
         token, without the first token after the prompt, which is computed in full;
         ``over_one`` (interval, allocation, density), the differences from one density for all, on
         the same texts; ``share`` (interval, allocation, density, layer), the densities. The
-        allocations: "allocated" as :func:`flocking.allocate` does; "by block error", by the
-        relative squared error of each block's output instead of the model's divergence;
-        "shuffled", the allocated densities in random order, the chance level.
+        allocations: "allocated" as :func:`flocking.allocate` does; "first layer", as if the first
+        layer alone mattered; "lower floor", as allocated, but with a floor of half of the
+        density; "by block error", by the relative squared error of each block's output instead of
+        the model's divergence; "shuffled", the allocated densities in random order, the chance
+        level.
 
     Raises
     ------
@@ -69,6 +78,7 @@ def loss_by_allocation(
         "allocated": pruning.layer_harms(model, tokenize(model, ids), **sizes, progress=progress),
         "by block error": _block_errors(model, ids, prompt, statistics, progress),
     }
+    harms["first layer"] = _first_alone(harms["allocated"])
     random = np.random.default_rng(seed)
 
     def measure(number: int) -> xr.Dataset:
@@ -106,6 +116,7 @@ def _scored(
     """Loss above the full model's, and densities by layer, of one text under each allocation."""
     found = {name: pruning.spread(each, density) for name, each in harms.items()}
     allocated = found["allocated"]
+    found["lower floor"] = pruning.spread(harms["allocated"], density, density / 2)
     found["one for all"] = xr.full_like(allocated, density)
     found["shuffled"] = allocated.copy(data=random.permutation(allocated.values))
     twins = {name: {"density": found[name].values} for name in ALLOCATIONS}
@@ -154,14 +165,19 @@ def _block_errors(
     return errors.assign_attrs(long_name="relative squared error of the block's output")
 
 
-def _caption(data: xr.Dataset, name: str, texts: int, prompt: int, scored: int) -> str:
-    def differences(allocation: str, densities: list[float]) -> str:
-        values = data.over_one.sel(allocation=allocation)
-        return ", ".join(f"{said(values, density)} at {density}" for density in densities)
+def _first_alone(harms: xr.DataArray) -> xr.DataArray:
+    """Harms that only the first layer's neurons do; the others share what it leaves evenly."""
+    weight = xr.DataArray(np.where(np.arange(harms.sizes["layer"]) == 0, 1e6, 1.0), dims="layer")
+    return xr.zeros_like(harms) + weight * (1 - harms.measured) ** 2
 
-    first, own, *others = ALLOCATIONS
-    told = [f"{own} {differences(own, DENSITIES)}"]
-    told += [f"{name} {differences(name, [0.3, 0.5, 0.8])}" for name in others]
+
+def _caption(data: xr.Dataset, name: str, texts: int, prompt: int, scored: int) -> str:
+    def differences(allocation: str) -> str:
+        values = data.over_one.sel(allocation=allocation)
+        return ", ".join(f"{said(values, density)} at {density}" for density in DENSITIES)
+
+    first, *others = ALLOCATIONS
+    told = "; ".join(f"{allocation} {differences(allocation)}" for allocation in others)
     absolute = data.excess.sel(allocation=first)
     return (
         f"Loss of {name} under GRIFFIN above the full model's, in nats a token, on the "
@@ -170,10 +186,12 @@ def _caption(data: xr.Dataset, name: str, texts: int, prompt: int, scored: int) 
         "on the other texts. With one density for all: "
         f"{', '.join(f'{said(absolute, density)} at {density}' for density in DENSITIES)}. "
         "Differences from it on the same texts: "
-        f"{'; '.join(told)}. Allocated: by the "
-        "divergence of the model's output where one layer alone is pruned, as flocking.allocate; "
-        "by block error: by the relative squared error of the block's output instead; shuffled: "
-        "the allocated densities in random order (chance). Below: the allocated densities, mean "
+        f"{told}. Allocated: by the divergence "
+        "of the model's output where one layer alone is pruned, as flocking.allocate, no layer "
+        "below 0.9 times the density; first layer: as much of it as that allows, the others the "
+        "same; lower floor: as allocated, but down to half of the density; by block error: by the "
+        "relative squared error of the block's output; shuffled: the allocated densities in "
+        "random order (chance). Below: the allocated densities, mean "
         "over texts, with bands."
     )
 

@@ -267,10 +267,8 @@ def loss_by_allocation(data: xr.Dataset, figure: Figure) -> None:
     by_density.set_ylabel("loss above the full model's\n(nats; linear up to 0.1)")
     by_density.set_yscale("symlog", linthresh=0.1)
     by_density.yaxis.set_major_formatter(ScalarFormatter())
-    shown = data.density.values[::2]
-    for shade, marker, density in zip(
-        sns.light_palette(BLUE, len(shown) + 1)[1:], "os^", shown, strict=True
-    ):
+    shades = sns.light_palette(BLUE, data.sizes["density"] + 1)[1:]
+    for shade, marker, density in zip(shades, "os^", data.density.values, strict=True):
         style = {"color": shade, "marker": marker, "ms": 2.5, "label": f"allocated, {density}"}
         band(data.share.sel(allocation="allocated", density=density), by_depth, **style)
     by_depth.set(ylabel="density of the layer", ylim=(0, 1.05))

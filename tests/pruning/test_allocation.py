@@ -79,7 +79,7 @@ def test_total_is_that_of_one_density(generating: tf.PreTrainedModel) -> None:
         kept = [kept_count(share, d) for share, d in zip(found.values, each, strict=True)]
         assert sum(kept) == sum(kept_count(density, d) for d in each)
         assert (found.values * each == kept).all()
-        assert min(kept) >= kept_count(floor or density / 2, each[0])
+        assert min(kept) >= kept_count(floor or 0.9 * density, each[0])
         twin = flocking.griffin(generating, density=found)
         generate(twin, tokens(24), 2)
         selected = [len(twin.selection[b.layer]) for b in blocks]
@@ -168,7 +168,7 @@ def test_texts_together_are_the_mean_of_texts_alone(llama: tf.PreTrainedModel) -
     for number, row in enumerate(texts):
         np.testing.assert_array_equal(together[number], harms_of(llama, [row])[0])
     found = allocate(llama, texts)
-    xr.testing.assert_identical(found, spread(together.mean("sequence"), 0.5, 0.25))
+    xr.testing.assert_identical(found, spread(together.mean("sequence"), 0.5, 0.45))
     xr.testing.assert_identical(found, allocate(llama, [row[:29] for row in texts]))
 
 
