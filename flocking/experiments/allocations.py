@@ -88,7 +88,9 @@ def loss_by_allocation(
         return xr.concat(parts, dimension("density", DENSITIES))
 
     values = each_text(measure, names, progress)
-    data = bootstrap(values.assign(over_one=values.excess - values.excess.isel(allocation=0)))
+    data = bootstrap(
+        values.assign(over_one=values.excess - values.excess.isel(allocation=0, drop=True))
+    )
     assert isinstance(data, xr.Dataset)
     data = data.transpose("interval", "allocation", "density", "layer")
     for name, about in _ABOUT.items():
@@ -162,7 +164,7 @@ def _block_errors(
     for number, row in enumerate(tqdm(ids, desc="measuring", unit="text", disable=not progress)):
         with undisturbed(model, seed=0), observe(model, partial(look, number)):
             forward(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64))
-    return errors.assign_attrs(long_name="relative squared error of the block's output")
+    return errors
 
 
 def _first_alone(harms: xr.DataArray) -> xr.DataArray:

@@ -26,6 +26,7 @@ from flocking.recording import coordinates_of, whole_number
 
 MEASURED = [0.0, 0.25, 0.5, 0.75]  # densities at which a layer's harm is measured; 0 at 1
 _FLOOR = 0.9  # of the density of all: lowest density of a layer, by default
+_ABOUT = {"long_name": "divergence of the output with one layer pruned", "units": "nat"}
 _STEPS = 64  # in which a layer goes from all of its neurons to none
 
 
@@ -219,7 +220,7 @@ def layer_harms(
         {**labels, "sequence": np.arange(len(values)), "measured": [*MEASURED, 1.0]},
         ("sequence", "layer", "measured"),
         "harm",
-        {"long_name": "divergence of the output with one layer pruned", "units": "nat"},
+        _ABOUT,
     )
 
 
@@ -297,9 +298,8 @@ def spread(harms: xr.DataArray, density: float, floor: float | None = None) -> x
     )
     found = harms.isel(measured=0, drop=True).copy(data=counts / widths)
     at = np.array([curve[count] for curve, count in zip(curves, counts, strict=True)])
-    about = {"long_name": harms.attrs["long_name"], "units": "nat"}
     found = named(found, "density", "fraction of neurons kept")
-    return found.assign_coords(harm=("layer", at, about))
+    return found.assign_coords(harm=("layer", at, _ABOUT))
 
 
 def _curve(values: np.ndarray, measured: np.ndarray, width: int) -> np.ndarray:

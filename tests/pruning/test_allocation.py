@@ -105,7 +105,7 @@ def test_all_neurons_are_all_ones(llama: tf.PreTrainedModel) -> None:
 
 def curves(rows: list[list[float]], width: int) -> xr.DataArray:
     labels = {"d_ff": ("layer", [width] * len(rows)), "measured": [0, 0.25, 0.5, 0.75, 1]}
-    return xr.DataArray(rows, labels, ("layer", "measured"), "harm", {"long_name": "harm"})
+    return xr.DataArray(rows, labels, ("layer", "measured"), "harm")
 
 
 @pytest.mark.parametrize("seed", range(20))
