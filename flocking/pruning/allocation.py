@@ -49,7 +49,7 @@ def allocate(
     0, 25, 50 and 75% of a layer's neurons, averaged over tokens and texts, and its root is
     interpolated between these. From all neurons, steps of 1/64 of a layer's neurons are then
     removed where that costs least, until the total is met: greedily, as TEAL does with the
-    projections inside of a block (Liu et al. 2024, arXiv 2408.14690, algorithm 1).
+    projections inside of a block (Liu et al. 2024, arXiv 2408.14690).
 
     Parameters
     ----------
