@@ -187,7 +187,7 @@ def _caption(data: xr.Dataset, name: str, texts: int, prompt: int, scored: int) 
         f"layers together; {texts} texts with 95% bootstrap bands, each with densities allocated "
         "on the other texts. With one density for all: "
         f"{', '.join(f'{said(absolute, density)} at {density}' for density in DENSITIES)}. "
-        "Differences from it on the same texts: "
+        "Differences from it on the same texts (above): "
         f"{told}. Allocated: by the divergence "
         "of the model's output where one layer alone is pruned, as flocking.allocate, no layer "
         "below 0.9 times the density; first layer: as much of it as that allows, the others the "

@@ -261,12 +261,9 @@ def loss_by_allocation(data: xr.Dataset, figure: Figure) -> None:
     upper, axes = page(figure, data, 2, 1, height=4, height_ratios=[1.2, 1])
     by_density, by_depth = axes[:, 0]
     for name in data.allocation.values:
-        band(data.excess.sel(allocation=name), by_density, **BY_ALLOCATION[name])
-    guide(0, by_density, "full model")
+        band(data.over_one.sel(allocation=name), by_density, **BY_ALLOCATION[name])
     by_density.set(xlabel="density (fraction kept)")
-    by_density.set_ylabel("loss above the full model's\n(nats; linear up to 0.1)")
-    by_density.set_yscale("symlog", linthresh=0.1)
-    by_density.yaxis.set_major_formatter(ScalarFormatter())
+    by_density.set_ylabel("loss above that with\none density for all (nats)")
     shades = sns.light_palette(BLUE, data.sizes["density"] + 1)[1:]
     for shade, marker, density in zip(shades, "os^", data.density.values, strict=True):
         style = {"color": shade, "marker": marker, "ms": 2.5, "label": f"allocated, {density}"}

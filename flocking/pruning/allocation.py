@@ -51,6 +51,11 @@ def allocate(
     removed where that costs least, until the total is met: greedily, as TEAL does with the
     projections inside of a block (Liu et al. 2024, arXiv 2408.14690).
 
+    On the embedded model the loss of held-out texts is lower than with one density for all, by
+    0.26 nats a token [0.18, 0.34] of 1.01 at density 0.5 (``figures/loss_by_allocation.json``).
+    Most of that comes from the first layer; the error of each block's own output, and a floor of
+    half of the density, do not do.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel
@@ -62,8 +67,7 @@ def allocate(
         Fraction of all FF neurons to keep, in (0, 1].
     floor : float, optional
         Lowest density of a layer; by default 0.9 times `density`, and one neuron at least. Layers
-        that are harmless when pruned alone are not so together: with half of `density`, much of
-        the gain is lost (``figures/loss_by_allocation.png``).
+        that are harmless when pruned alone are not so together.
     prompt_length, continuation_length : int
         In tokens.
     tokenizer : transformers.PreTrainedTokenizerBase, optional

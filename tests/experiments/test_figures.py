@@ -148,7 +148,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             "drift": ["jaccard", "captured"],
             "loss_by_prompt": ["relative"],
             "loss_by_density": ["relative"],
-            "loss_by_allocation": ["excess"],
+            "loss_by_allocation": ["over_one"],
             "loss_by_batch": ["relative"],
         }[name]
 
