@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         set_feedforwards,
     )
     from flocking.models import control, load
-    from flocking.pruning import Decoder, global_statistic, griffin, perplexity, score
+    from flocking.pruning import Decoder, allocate, global_statistic, griffin, perplexity, score
     from flocking.recording import Moments, concat, record
     from flocking.texts import Passage, passages
 
@@ -50,6 +50,7 @@ __all__ = [
     "Moments",
     "Passage",
     "UnsupportedModelError",
+    "allocate",
     "between_consistency",
     "between_sequence_overlap",
     "bootstrap",
@@ -89,6 +90,7 @@ _ROOMS = {
     "Moments": "flocking.recording",
     "Passage": "flocking.texts",
     "UnsupportedModelError": "flocking.feedforward",
+    "allocate": "flocking.pruning",
     "between_consistency": "flocking.analysis",
     "between_sequence_overlap": "flocking.analysis",
     "bootstrap": "flocking.analysis",

@@ -44,6 +44,26 @@ BY_SELECTION = {
     "random": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "random (chance)"},
     "magnitude": {**MAGNITUDE, **_DOT, "marker": "P"},
 }
+BY_ALLOCATION = {
+    "one for all": {**_DOT, "color": ORANGE, "ls": "--", "marker": "o", "label": "one for all"},
+    "allocated": {**_DOT, "color": BLUE, "ls": "-", "marker": "s", "label": "allocated"},
+    "first layer": {
+        **_DOT,
+        "color": GREEN,
+        "ls": (0, (5, 1, 1, 1)),
+        "marker": "v",
+        "label": "first layer whole",
+    },
+    "lower floor": {**_DOT, "color": SKY, "ls": (0, (3, 1)), "marker": "<", "label": "lower floor"},
+    "by block error": {
+        **_DOT,
+        "color": PURPLE,
+        "ls": "-.",
+        "marker": "D",
+        "label": "by block error",
+    },
+    "shuffled": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "shuffled (chance)"},
+}
 
 _WIDTH = 3.5  # inches: a column of a two-column page
 STYLE = mpl.RcParams(

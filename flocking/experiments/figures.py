@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from flocking.drawing import (
     BLUE,
+    BY_ALLOCATION,
     BY_SELECTION,
     BY_WEIGHTS,
     CONTROL,
@@ -255,6 +256,24 @@ def loss_by_density(data: xr.Dataset, figure: Figure) -> None:
 
 
 @in_style
+def loss_by_allocation(data: xr.Dataset, figure: Figure) -> None:
+    """Loss by density with one for all layers and with allocated ones; the allocated ones."""
+    upper, axes = page(figure, data, 2, 1, height=4, height_ratios=[1.2, 1])
+    by_density, by_depth = axes[:, 0]
+    for name in data.allocation.values:
+        band(data.over_one.sel(allocation=name), by_density, **BY_ALLOCATION[name])
+    by_density.set(xlabel="density (fraction kept)")
+    by_density.set_ylabel("loss above that with\none density for all (nats)")
+    shades = sns.light_palette(BLUE, data.sizes["density"] + 1)[1:]
+    for shade, marker, density in zip(shades, "os^", data.density.values, strict=True):
+        style = {"color": shade, "marker": marker, "ms": 2.5, "label": f"allocated, {density}"}
+        band(data.share.sel(allocation="allocated", density=density), by_depth, **style)
+    by_depth.set(ylabel="density of the layer", ylim=(0, 1.05))
+    by_layer([by_depth])
+    legend(upper, axes, ncols=2)
+
+
+@in_style
 def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     """Perplexity by method; loss against captured energy."""
     _, axes = page(figure, data, 2, 1, height=4, height_ratios=[1, 1.2])
@@ -329,6 +348,7 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
         text_kinds,
         loss_by_prompt,
         loss_by_density,
+        loss_by_allocation,
         loss_by_method,
         loss_by_batch,
         loss_by_distance,

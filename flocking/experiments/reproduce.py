@@ -18,12 +18,14 @@ from flocking.artifacts import (
     to_json,
 )
 from flocking.drawing import save, titled
-from flocking.experiments import activations, distances, losses
+from flocking.experiments import activations, allocations, distances, losses
 from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
 
-EXPERIMENTS = activations.EXPERIMENTS | losses.EXPERIMENTS | distances.EXPERIMENTS
+EXPERIMENTS = (
+    activations.EXPERIMENTS | losses.EXPERIMENTS | allocations.EXPERIMENTS | distances.EXPERIMENTS
+)
 _SUFFIXES = (".json", ".png", ".svg")
 
 

@@ -318,7 +318,7 @@ def _plain(module: nn.Module, with_config: bool) -> Iterator[tuple[dict[str, Any
 
 
 def _configs(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    yield vars(config)
+    yield config.__dict__
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
             yield from _configs(value)

@@ -4,6 +4,7 @@ Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` a
 below it; no experiment and no evaluation.
 """
 
+from flocking.pruning.allocation import MEASURED, allocate, first_runs, layer_harms, spread
 from flocking.pruning.build import check_refresh, check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
@@ -22,22 +23,27 @@ from flocking.pruning.scoring import (
 from flocking.pruning.twin import full_model
 
 __all__ = [
+    "MEASURED",
     "METHODS",
     "WITH_REFERENCE",
     "Decoder",
     "Protocol",
+    "allocate",
     "are_pruned",
     "branches",
     "calibration_texts",
     "check_refresh",
     "check_scope",
     "cut_of",
+    "first_runs",
     "full_model",
     "global_statistic",
     "griffin",
+    "layer_harms",
     "logits_side_by_side",
     "perplexity",
     "refuse_unscorable",
     "score",
     "side_by_side",
+    "spread",
 ]

@@ -148,6 +148,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             "drift": ["jaccard", "captured"],
             "loss_by_prompt": ["relative"],
             "loss_by_density": ["relative"],
+            "loss_by_allocation": ["over_one"],
             "loss_by_batch": ["relative"],
             "loss_by_distance": ["relative", "agreement"],
         }[name]
@@ -155,7 +156,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         def lines(variable: str, interval: int) -> np.ndarray:
             """A row for each line; the full model, in units of itself, is not drawn."""
             values = np.atleast_2d(np.array(numbers[variable]["data"][interval], float))
-            return values[1:] if name.startswith("loss") else values
+            return values[1:] if variable == "relative" else values
 
         for variable in panels:
             dims = numbers[variable]["dims"]
