@@ -203,16 +203,20 @@ def test_a_second_turn_on_a_changed_cache_selects_afresh(pair: tuple) -> None:
     assert twin.report().prefilled_tokens == 40 + 12
 
 
-def test_a_second_turn_of_new_tokens_alone(llama: tf.PreTrainedModel) -> None:
-    """With a cache, `generate` takes the whole conversation, or what is new of it."""
+@pytest.mark.parametrize("new", [6, 20])
+def test_a_second_turn_of_new_tokens_alone(llama: tf.PreTrainedModel, new: int) -> None:
+    """With a cache, `generate` takes the whole conversation, or what is new of it.
+
+    Whether that is less than the cache holds, or more.
+    """
     twin = flocking.griffin(llama)
-    ids, later = tokens(12), tokens(6)
+    ids, later = tokens(12), tokens(new)
     results = []
     for alone in (False, True):
         first = twin.generate(ids, max_new_tokens=1, return_dict_in_generate=True, pad_token_id=0)
         cache = first.past_key_values
         fed = later if alone else torch.cat((ids, later), dim=1)
-        mask = torch.ones(1, 18, dtype=torch.int64)
+        mask = torch.ones(1, 12 + new, dtype=torch.int64)
         output = twin.generate(
             fed,
             attention_mask=mask,
@@ -223,7 +227,7 @@ def test_a_second_turn_of_new_tokens_alone(llama: tf.PreTrainedModel) -> None:
         )
         results.append((output[0, -4:].tolist(), twin.report().prefilled_tokens))
     assert results[0] == results[1]
-    assert results[0][1] == 18
+    assert results[0][1] == 12 + new
 
 
 # --------------------------------------------------------------------------------------
