@@ -27,7 +27,6 @@ from flocking.recording import record
 
 EVERY = [16, 64, 256]
 _STEP = 64  # tokens that are averaged over; also after how many hindsight selects anew
-_FAR = 256  # tokens after the prompt, from where on shares are of
 _PROMPTS = [17, 257]
 
 
@@ -65,8 +64,9 @@ def loss_by_distance(
         likeliest prediction is the full model's, and ``divergence``, the Kullback-Leibler
         divergence from the full model's prediction in nats, all (interval, selection,
         prompt_length, distance). ``perplexity`` (interval, selection, prompt_length) of all
-        scored tokens. ``remaining`` (interval, selection, prompt_length): beyond 256 tokens after
-        the prompt, the loss above the full model's, as a share of that of neurons chosen once.
+        scored tokens. ``remaining`` (interval, selection, prompt_length): in the second half of
+        the scored tokens, the loss above the full model's, as a share of that of neurons chosen
+        once.
 
     Raises
     ------
@@ -160,7 +160,7 @@ def _in_hindsight(ahead: xr.DataArray) -> Callable[..., Tensor]:
 
 
 def _averaged(values: xr.Dataset) -> xr.Dataset:
-    """Intervals over texts, by distance and beyond 256 tokens."""
+    """Intervals over texts, by distance and in the second half."""
     # The first token is the full model's whatever is selected.
     far = values.where(values.distance > 0).coarsen(distance=_STEP).mean()
     data = bootstrap(far[["agreement", "divergence"]])
@@ -168,7 +168,7 @@ def _averaged(values: xr.Dataset) -> xr.Dataset:
     data["relative"] = perplexities(far.loss).relative
     data["perplexity"] = perplexities(values.loss.mean("distance")).perplexity
     excess = far.loss - far.loss.sel(selection="full")
-    late = excess.where(excess.distance >= min(_FAR, int(excess.distance[-1])), drop=True)
+    late = excess.where(excess.distance >= values.sizes["distance"] // 2, drop=True)
     data["remaining"] = _share(late.mean("distance").drop_sel(selection="full"), "GRIFFIN")
     data.agreement.attrs = ratio("predictions that are the full model's")
     data.divergence.attrs = {"long_name": "divergence from the full model", "units": "nat"}
@@ -194,7 +194,7 @@ def _share(excess: xr.DataArray, whole: str, resamples: int = 2000) -> xr.DataAr
     ]
     parts = [part.reset_coords(drop=True) for part in parts]
     values = xr.concat(parts, dimension("interval", ["estimate", "low", "high"]))
-    return values.assign_attrs(ratio("loss beyond 256 tokens, as a share of GRIFFIN's"))
+    return values.assign_attrs(ratio("loss in the second half, as a share of GRIFFIN's"))
 
 
 def _caption(data: xr.Dataset, name: str, count: int, horizon: int) -> str:
@@ -213,7 +213,7 @@ def _caption(data: xr.Dataset, name: str, count: int, horizon: int) -> str:
         "Anew every N: the full model reads the last N tokens again, and neurons are selected "
         "from all so far. Hindsight: the same, from the next 64 tokens. Static: once, from the "
         f"other texts. Absolute perplexity, after {data.prompt_length.values[0]} tokens: "
-        f"{absolute}. Loss above the full model's beyond {_FAR} tokens, as a share of GRIFFIN's: "
+        f"{absolute}. Loss above the full model's beyond {horizon // 2} tokens, as a share of GRIFFIN's: "
         f"{'; '.join(shares)}."
     )
 

@@ -23,11 +23,8 @@ from transformers.cache_utils import (
 
 from flocking.models import (
     attention,
-    context,
     device_of,
     embeddings_of,
-    hooks_on,
-    hooks_on_everything,
     refuse_forgetful,
     relative_error,
     require_model,
@@ -36,6 +33,12 @@ from flocking.models import (
     trial_copy,
     unreadable,
     vocabulary_of,
+)
+from flocking.pruning.decodable import (
+    check_arguments,
+    faster_attention,
+    refuse_hooks,
+    special_tokens,
 )
 from flocking.pruning.graphs import CompiledStep
 from flocking.pruning.twin import Twin, full_model, read_prompt, refresh_of, serving
@@ -85,8 +88,8 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, max_length: int, *, batch_size: int = 1) -> None:
         model = require_model(model)
-        _check_arguments(model, max_length, batch_size)
-        _refuse_hooks(model)
+        check_arguments(model, max_length, batch_size)
+        refuse_hooks(model)
         self._model, self._full = model, full_model(model)
         refuse_forgetful(self._full)
         self.max_length, self.batch_size = max_length, batch_size
@@ -102,7 +105,7 @@ class Decoder:
             self._mask, self._text = (self._zeros(batch_size, max_length) for _ in range(2))
             self._length = self._zeros(1)  # tokens of the text that are written
             self._ends, self._pad = self._zeros(0), self._zeros(1)
-        implementation = self._proved(_faster_attention(model, self._device))
+        implementation = self._proved(faster_attention(model, self._device))
         self._compiled = CompiledStep(self._step, model, self._device, implementation)
 
     @torch.inference_mode(False)
@@ -153,7 +156,7 @@ class Decoder:
         adds a token, up to `max_length` in all.
         """
         ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
-        _refuse_hooks(self._model)
+        refuse_hooks(self._model)
         prompt = ids.shape[1]
         self._set_special_tokens()
         self._text.copy_(self._pad.expand_as(self._text))
@@ -233,7 +236,7 @@ class Decoder:
 
     def _set_special_tokens(self) -> None:
         """From the generation config as it is now, into the memory that steps read."""
-        ends, pad = _special_tokens(self._model)
+        ends, pad = special_tokens(self._model)
         if len(self._ends) != len(ends):
             self._ends = self._zeros(len(ends))
             self._compiled.forget_graph()  # it reads the memory before
@@ -426,67 +429,3 @@ class Decoder:
         if self.batch_size > 1:
             mask[0, : max(1, total - 2) // 4] = 0
         return ids, mask
-
-
-def _check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -> None:
-    for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: give a whole number.")
-    if max_length < 2 or batch_size < 1:
-        raise ValueError(
-            f"max_length={max_length}, batch_size={batch_size}: give at least two tokens and "
-            "one sequence."
-        )
-    if (limit := context(model)) and max_length > limit:
-        raise ValueError(
-            f"max_length={max_length} is more than the model's context of {limit}: give less."
-        )
-    devices = sorted({str(p.device) for p in model.parameters()})
-    if len(devices) > 1 or devices == ["meta"]:
-        raise ValueError(
-            f"{type(model).__name__} lies on {', '.join(devices)}: a step in fixed shapes "
-            "needs all of it on one device; use generate."
-        )
-
-
-def _refuse_hooks(model: PreTrainedModel) -> None:
-    """Raise a ValueError if a module has hooks, which what is compiled already would leave out."""
-    if hooks := hooks_on_everything():
-        raise ValueError(
-            f"there is a hook on all modules ({_name(hooks[0])}), as of "
-            "torch.nn.modules.module.register_module_forward_hook, which a compiled step would not "
-            "call if it changed: remove it, or use generate, which calls it."
-        )
-    for path, module in model.named_modules():
-        if hooks_on(module) or hasattr(module, "_hf_hook"):  # accelerate's
-            raise ValueError(
-                f"{path or type(model).__name__} has a hook, which a compiled step would not call "
-                "if it changed: remove it, or use generate, which calls it."
-            )
-
-
-def _name(hook: Any) -> str:
-    return str(getattr(hook, "__qualname__", type(hook).__name__))
-
-
-def _special_tokens(model: Any) -> tuple[list[int], int]:
-    """The tokens that end a text, and the one that fills up what has ended."""
-    config = model.generation_config
-    ends = config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    pad = config.pad_token_id
-    return ends, (ends[0] if ends else 0) if pad is None else pad
-
-
-def _faster_attention(model: PreTrainedModel, device: torch.device) -> str | None:
-    """The attention implementation to prefer to the model's own; None to keep that.
-
-    If heads share keys and values, sdpa with a mask writes them out for every head; compiled,
-    transformers' eager attention reads them where they are.
-    """
-    config = model.config.get_text_config(decoder=True)
-    heads, shared = (
-        getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
-    )
-    repeats = config._attn_implementation == "sdpa" and shared is not None and shared < heads
-    return "eager" if device.type == "cuda" and repeats else None

@@ -284,7 +284,7 @@ def test_refuses_prompts(llama: tf.PreTrainedModel) -> None:
 
 def test_refuses_other_kinds(llama: tf.PreTrainedModel) -> None:
     for arguments, message in (
-        (("llama", 64), "model is a str: give a model, such as"),
+        (("llama", 64), "model is a str: load it first, with"),
         ((llama, "64"), "max_length='64': give a whole number"),
     ):
         with pytest.raises(TypeError, match=message):

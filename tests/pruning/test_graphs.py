@@ -77,7 +77,7 @@ def test_eager_attention_gives_the_same_tokens_and_leaves_the_config(
         ids = torch.tensor(random_ids(12))
         expected = greedy(model, ids)
         with monkeypatch.context() as patch:
-            patch.setattr(decoding, "_faster_attention", lambda model, device: "eager")
+            patch.setattr(decoding, "faster_attention", lambda model, device: "eager")
             decoder = flocking.Decoder(model, 32)
         used: list[str] = []
         attention = model.model.layers[0].self_attn
@@ -106,14 +106,14 @@ def test_eager_attention_gives_the_same_tokens_and_leaves_the_config(
 )
 def test_which_attention_is_preferred(device: str, changes: dict, expected: str | None) -> None:
     model = build("llama", **changes)
-    assert decoding._faster_attention(model, torch.device(device)) == expected
+    assert decoding.faster_attention(model, torch.device(device)) == expected
 
 
 def test_an_attention_that_fails_the_trial_is_not_used(
     llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "_COMPILER", "eager")
-    monkeypatch.setattr(decoding, "_faster_attention", lambda model, device: "nonsense")
+    monkeypatch.setattr(decoding, "faster_attention", lambda model, device: "nonsense")
     ids = torch.tensor(random_ids(12))
     decoder = flocking.Decoder(llama, 32)
     assert torch.equal(decoder.generate(ids, max_new_tokens=8), greedy(llama, ids))
