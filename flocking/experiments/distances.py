@@ -213,8 +213,8 @@ def _caption(data: xr.Dataset, name: str, count: int, horizon: int) -> str:
         "Anew every N: the full model reads the last N tokens again, and neurons are selected "
         "from all so far. Hindsight: the same, from the next 64 tokens. Static: once, from the "
         f"other texts. Absolute perplexity, after {data.prompt_length.values[0]} tokens: "
-        f"{absolute}. Loss above the full model's beyond {horizon // 2} tokens, as a share of GRIFFIN's: "
-        f"{'; '.join(shares)}."
+        f"{absolute}. Loss above the full model's beyond {horizon // 2} tokens, as a share of "
+        f"GRIFFIN's: {'; '.join(shares)}."
     )
 
 
