@@ -85,6 +85,52 @@ def scores(data: xr.Dataset, figure: Figure) -> None:
 
 
 @in_style
+def token_order(data: xr.Dataset, figure: Figure) -> None:
+    """Scores by layer of texts in order, permuted and drawn; their differences; overlaps."""
+    upper, axes = page(figure, data, 4, 2, height=5.6, sharex=True)
+    styles = dict(zip(data.order.values, (TRAINED, OTHERS, CONTROL), strict=True))
+    readings = {
+        "in order": {**styles["in order"], "label": "text in order"},
+        "permuted": {**styles["permuted"], "label": "its tokens permuted"},
+        "drawn": {**styles["drawn"], "label": "tokens drawn at random"},
+    }
+    steps = {
+        "order": {**MAGNITUDE, "label": "order (in order $-$ permuted)"},
+        "words": {**HINDSIGHT, "label": "words (permuted $-$ drawn)"},
+    }
+    compared = {
+        "permuted": readings["permuted"],
+        "drawn": readings["drawn"],
+        "another text": {"color": "0.35", "ls": (0, (4, 1)), "label": "another text in order"},
+    }
+    rows = (
+        ("flocking_score", "order", readings),
+        ("flocking_score_change", "step", steps),
+        ("rank_consistency", "order", readings),
+        ("overlap", "compared", compared),
+    )
+    titles = {"trained": "trained", "control": "random weights (control)"}
+    for panels, (name, dim, looks) in zip(axes, rows, strict=True):
+        for ax, weights in zip(panels, data.weights.values, strict=True):
+            here = data[name].sel(weights=weights)
+            for label, style in looks.items():
+                band(here.sel({dim: label}), ax, **style)
+            guide(data.attrs["chance"] if name == "overlap" else 0, ax)
+    for ax, weights in zip(axes[0], data.weights.values, strict=True):
+        ax.set_title(titles[weights])
+    labels = (
+        "flocking score",
+        "its paired\ndifferences",
+        "rank consistency",
+        "overlap with\nthe text's",
+    )
+    for ax, label in zip(axes[:, 0], labels, strict=True):
+        ax.set_ylabel(label)
+    by_layer(axes[-1])
+    legend(upper, axes[:, :1], ncols=2)
+
+
+@in_style
 def sequence_overlap(data: xr.Dataset, figure: Figure) -> None:
     """Overlap of kept neurons within and between sequences, and specificity, by layer."""
     upper, axes = page(figure, data, 2, 1, height=3.9, sharex=True)
@@ -302,6 +348,7 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
     for draw in (
         heatmaps,
         scores,
+        token_order,
         sequence_overlap,
         generation,
         drift,

@@ -31,6 +31,7 @@ from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.problems import reading
 from flocking.models.running import attention, context, continued, forward, refuse_long, undisturbed
+from flocking.models.sampling import opening_token, require_writer, sampled
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tokenization import Prompts, tokenize
 from flocking.models.untrained import control
@@ -72,6 +73,7 @@ __all__ = [
     "load",
     "loaded",
     "located",
+    "opening_token",
     "overriding",
     "parameter_of",
     "parts",
@@ -86,6 +88,8 @@ __all__ = [
     "replaced",
     "require_model",
     "require_tokenizer",
+    "require_writer",
+    "sampled",
     "separate",
     "tensor_of",
     "tokenize",
