@@ -17,6 +17,7 @@ from flocking.drawing.pieces import (
 )
 from flocking.drawing.style import (
     BLUE,
+    BY_REFERENCE,
     BY_SELECTION,
     BY_WEIGHTS,
     CONTROL,
@@ -32,6 +33,7 @@ from flocking.drawing.style import (
 
 __all__ = [
     "BLUE",
+    "BY_REFERENCE",
     "BY_SELECTION",
     "BY_WEIGHTS",
     "CONTROL",

@@ -160,7 +160,7 @@ class GriffinLM(HFLM):
             prepared(AutoModelForCausalLM, pretrained, kwargs)
         else:
             require_model(pretrained)
-        texts = calibration_texts(calibration)
+        texts: Sequence[str] | Sequence[list[int]] = calibration_texts(calibration)
         self._said = sorted(
             f"{name}={value!r}"
             for name, value in kwargs.items()
@@ -247,11 +247,23 @@ class GriffinLM(HFLM):
         finally:
             self.AUTO_MODEL_CLASS = auto
 
+    def calibrate(self, texts: Sequence[str] | Sequence[list[int]]) -> bool:
+        """Take other texts, or their token ids, for the static statistic; whether they are others.
+
+        :meth:`prune` makes a twin by them.
+        """
+        if changed := list(texts) != list(self.calibration):
+            self.calibration, self._reference = texts, None
+        return changed
+
     def reference(self) -> xr.DataArray:
         """The static statistic, of the beginnings of the texts that fit the model's context."""
         if self._reference is None:
             # The length is cut here: a warning about it would be wrong.
-            ids = [self.tokenizer(text, verbose=False)["input_ids"] for text in self.calibration]
+            ids = [
+                self.tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text
+                for text in self.calibration
+            ]
             ids = [row[: self.max_length] for row in ids]
             self._reference = global_statistic(
                 self.full, ids, tokenizer=self.tokenizer, batch_size=1

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from flocking.drawing import (
     BLUE,
+    BY_REFERENCE,
     BY_SELECTION,
     BY_WEIGHTS,
     CONTROL,
@@ -333,6 +334,22 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
 
 
 @in_style
+def loss_by_reference(data: xr.Dataset, figure: Figure) -> None:
+    """Perplexity by what a selection is made from, after short and long prompts."""
+    _, axes = page(figure, data, 1, data.sizes["prompt_length"], height=2.4, sharey=True)
+    names = [name for name in BY_REFERENCE if name in data.selection.values]
+    for ax, length in zip(axes[0], data.prompt_length.values, strict=True):
+        for row, name in enumerate(names):
+            estimate, low, high = data.relative.sel(selection=name, prompt_length=length).values
+            style = {"ls": "none", "ms": 3, "lw": 1, **BY_REFERENCE[name]}
+            ax.errorbar(estimate, row, xerr=[[estimate - low], [high - estimate]], **style)
+        ax.axvline(1, color="0.35", ls=":", lw=1)
+        ax.set(xscale="log", title=f"after {length} tokens", xlabel="times the full model's")
+    axes[0, 0].set_yticks(np.arange(len(names)), [BY_REFERENCE[name]["label"] for name in names])
+    axes[0, 0].invert_yaxis()
+
+
+@in_style
 def loss_by_batch(data: xr.Dataset, figure: Figure) -> None:
     """Perplexity of shared selections by batch size."""
     upper, axes = page(figure, data, 1, 1, height=2.6)
@@ -356,6 +373,7 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
         loss_by_prompt,
         loss_by_density,
         loss_by_method,
+        loss_by_reference,
         loss_by_batch,
     )
 }

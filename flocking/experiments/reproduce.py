@@ -18,12 +18,14 @@ from flocking.artifacts import (
     to_json,
 )
 from flocking.drawing import save, titled
-from flocking.experiments import activations, losses, orders
+from flocking.experiments import activations, losses, orders, references
 from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
 
-EXPERIMENTS = activations.EXPERIMENTS | orders.EXPERIMENTS | losses.EXPERIMENTS
+EXPERIMENTS = (
+    activations.EXPERIMENTS | orders.EXPERIMENTS | losses.EXPERIMENTS | references.EXPERIMENTS
+)
 _SUFFIXES = (".json", ".png", ".svg")
 
 
