@@ -32,6 +32,7 @@ from flocking.drawing import (
     in_style,
     known,
     legend,
+    logarithmic,
     page,
     powers_of_two,
 )
@@ -344,7 +345,8 @@ def loss_by_reference(data: xr.Dataset, figure: Figure) -> None:
             style = {"ls": "none", "ms": 3, "lw": 1, **BY_REFERENCE[name]}
             ax.errorbar(estimate, row, xerr=[[estimate - low], [high - estimate]], **style)
         ax.axvline(1, color="0.35", ls=":", lw=1)
-        ax.set(xscale="log", title=f"after {length} tokens", xlabel="times the full model's")
+        ax.set(xlabel="times the full model's", title=f"after {length} tokens")
+        logarithmic(ax, ax.xaxis)
     axes[0, 0].set_yticks(np.arange(len(names)), [BY_REFERENCE[name]["label"] for name in names])
     axes[0, 0].invert_yaxis()
 

@@ -14,7 +14,7 @@ from matplotlib.legend import Legend
 
 import flocking
 from flocking import artifacts
-from flocking.drawing import BY_SELECTION, heatmap
+from flocking.drawing import BY_REFERENCE, BY_SELECTION, heatmap
 from flocking.experiments import activations, reproduce
 from flocking.experiments.figures import FIGURES
 
@@ -103,7 +103,11 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         if at is not None and name != "heatmaps":  # not a colour bar; axes share their labels
             assert ax.get_xlabel() or not at.is_last_row()
             texts = [label.get_text() for label in ax.get_yticklabels()]
-            named = {"hindsight: scored tokens", *(data.text.values if "text" in data.dims else ())}
+            named = {
+                "hindsight: scored tokens",
+                "global-local: own beginning",
+                *(data.text.values if "text" in data.dims else ()),
+            }
             assert ax.get_ylabel() or not at.is_first_col() or texts[0] in named
     (caption,) = figure.subfigs[1].texts
     assert caption.get_text().replace("\n", " ") == data.attrs["caption"]
@@ -140,9 +144,26 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             np.testing.assert_allclose(line.get_xdata(), x[..., column].ravel())
             np.testing.assert_allclose(line.get_ydata(), y[..., column].ravel())
         assert len(points) == x.shape[-1] - 1
+    elif name == "loss_by_reference":
+        assert numbers["relative"]["dims"] == ["interval", "selection", "prompt_length"]
+        values = np.array(numbers["relative"]["data"][0])
+        selections = content["coords"]["selection"]["data"]
+        expected = [selections.index(name) for name in BY_REFERENCE]
+        for ax, column in zip(axes, values.T, strict=True):
+            shown = [line.get_xdata().item() for line in ax.lines if len(line.get_xdata()) == 1]
+            assert shown == pytest.approx(column[expected].tolist())
+        labels = [label.get_text() for label in axes[0].get_yticklabels()]
+        assert labels == [style["label"] for style in BY_REFERENCE.values()]
+        assert len(expected) == len(selections) - 1  # the full model is the line at 1
     else:
         panels = {
             "scores": ["flocking_score", "rank_consistency", "effective_neurons"],
+            "token_order": [
+                "flocking_score",
+                "flocking_score_change",
+                "rank_consistency",
+                "overlap",
+            ],
             "sequence_overlap": ["within", "between", "specificity", "different_tokens"],
             "generation": ["jaccard_mean", "captured_mean"],
             "drift": ["jaccard", "captured"],
