@@ -160,7 +160,7 @@ class GriffinLM(HFLM):
             prepared(AutoModelForCausalLM, pretrained, kwargs)
         else:
             require_model(pretrained)
-        texts: Sequence[str] | Sequence[list[int]] = calibration_texts(calibration)
+        texts = calibration_texts(calibration)
         self._said = sorted(
             f"{name}={value!r}"
             for name, value in kwargs.items()
@@ -171,7 +171,7 @@ class GriffinLM(HFLM):
         self._protocol, self.scope, self.seed = protocol, scope, seed
         self.answered: list[Answered] = []
         self._instances: list[Instance] = []
-        self.calibration = texts
+        self.calibration: Sequence[str] | Sequence[list[int]] = texts
         self._reference: xr.DataArray | None = None
         self.prune(method, density)
 

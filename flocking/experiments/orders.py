@@ -138,7 +138,8 @@ def _overlap(*parts: xr.Dataset) -> xr.DataArray:
         own.roll(sequence=step).assign_coords(sequence=own.sequence) for step in range(1, count)
     ]
     pairs = [analysis.jaccard(own, other) for other in (*others, *shifted)]
-    another = sum(pairs[len(others) :]) / len(shifted)
+    first, *rest = pairs[len(others) :]
+    another = sum(rest, start=first) / len(shifted)
     return xr.concat([*pairs[: len(others)], another], dimension("compared", COMPARED))
 
 
@@ -183,15 +184,19 @@ def _caption(data: xr.Dataset, name: str, ids: list[list[int]], chance: float) -
         f" random weights: {each('flocking_score', 'control')}. Paired differences on the same "
         "texts, order: in order - permuted, words: permuted - drawn. Trained: "
         f"{each('flocking_score_change')}; random weights: "
-        f"{each('flocking_score_change', 'control')}. So of the trained model's score on text, "
-        f"{order:+.0%} comes with the order and {words:+.0%} with the words (their repetition "
-        f"included: {_identical(ids):.1%} of a text's pairs of tokens are identical); {alone:.0%} "
-        "is there for random tokens too, which leaves only the model. Trained minus random "
+        f"{each('flocking_score_change', 'control')}. So, of the trained model's score on text, "
+        f"the order {_adds(order)}, and the choice of words {_adds(words)} (their repetition "
+        f"included: {_identical(ids):.1%} of a text's pairs of tokens are identical); random "
+        f"tokens, where only the model is left, have {alone:.0%} of it. Trained minus random "
         f"weights: {over}. Rank consistency, trained: "
         f"{each('rank_consistency')}, differences {each('rank_consistency_change')}. Overlap of "
         f"the text's selection at density {_DENSITY} with the others', trained: "
         f"{each('overlap')}; random weights: {each('overlap', 'control')}; chance {chance:.2f}."
     )
+
+
+def _adds(share: float) -> str:
+    return f"{'adds' if share > 0 else 'takes away'} {abs(share):.0%}"
 
 
 def _identical(ids: list[list[int]]) -> float:

@@ -6,6 +6,7 @@ Called as the experiments of :mod:`flocking.experiments.losses`, and scored as t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -119,22 +120,14 @@ def loss_by_reference(
     )
 
     def measure(number: int) -> xr.DataArray:
-        references = {
+        references: dict[str | None, xr.DataArray | None] = {
             "others": others.isel(sequence=number),
             "one": own.isel(sequence=(number + 1) % len(ids)),
             "domain": own.isel(sequence=number),
             "sampled": drawn,
             None: None,
         }
-        twins = {
-            name: {
-                "density": DENSITY,
-                "method": method,
-                "reference": references[which],
-                "seed": seed + number,
-            }
-            for name, (method, which) in SELECTIONS.items()
-        }
+        twins = _twins(references, seed + number)
         parts = [
             losses_of(model, twins, [ids[number][start - length :]], length) for length in lengths
         ]
@@ -148,6 +141,21 @@ def loss_by_reference(
     return finished(
         data, source, names, ids, seed, caption, density=DENSITY, beginning=begin, horizon=horizon
     )
+
+
+def _twins(
+    references: dict[str | None, xr.DataArray | None], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Arguments of :func:`flocking.griffin` for each of ``SELECTIONS``."""
+    return {
+        name: {
+            "density": DENSITY,
+            "method": method,
+            "reference": references[which],
+            "seed": seed,
+        }
+        for name, (method, which) in SELECTIONS.items()
+    }
 
 
 def _paired(losses: xr.DataArray) -> dict[str, xr.DataArray]:

@@ -111,4 +111,5 @@ def test_differences_add_up(data: xr.Dataset) -> None:
     words = change.sel(weights="trained", step="words") / score.sel(
         weights="trained", order="in order"
     )
-    assert f"and {words.item():+.0%} with the words" in data.attrs["caption"]
+    told = f"the choice of words {'adds' if words > 0 else 'takes away'} {abs(words.item()):.0%} ("
+    assert told in data.attrs["caption"]
