@@ -108,7 +108,7 @@ def readings(
     ids: list[list[int]],
     seed: int,
 ) -> dict[str, list[list[int]]]:
-    """Each text in each of ``ORDERS``, of the same length; each has random numbers of its own."""
+    """Each text in each of ``ORDERS``, of the same length; each has its own random numbers."""
     special = set(tokenizer.all_special_ids)
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     known = set(tokenizer.get_vocab().values()) - special

@@ -47,7 +47,7 @@ def sampled(
     """Texts that begin with `prompt`, int64 (token,), and go on with `tokens` drawn ones.
 
     Tokens are drawn from the softmax of the logits over `temperature`, by the inverse of its
-    distribution function, in float64 on the CPU. Each text has random numbers of its own, so that
+    distribution function, in float64 on the CPU. Each text has its own random numbers, so that
     the global generators are left alone and texts do not depend on `batch_size`, but for rounding.
     A token that ends a text is one like any other: the model goes on after it, as it was trained
     on texts in a row, and all texts have the same length. The model's own generation config does
