@@ -32,7 +32,6 @@ from flocking.drawing import (
     in_style,
     known,
     legend,
-    logarithmic,
     page,
     powers_of_two,
 )
@@ -337,18 +336,23 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
 @in_style
 def loss_by_reference(data: xr.Dataset, figure: Figure) -> None:
     """Perplexity by what a selection is made from, after short and long prompts."""
-    _, axes = page(figure, data, 1, data.sizes["prompt_length"], height=2.4, sharey=True)
-    names = [name for name in BY_REFERENCE if name in data.selection.values]
-    for ax, length in zip(axes[0], data.prompt_length.values, strict=True):
-        for row, name in enumerate(names):
-            estimate, low, high = data.relative.sel(selection=name, prompt_length=length).values
-            style = {"ls": "none", "ms": 3, "lw": 1, **BY_REFERENCE[name]}
-            ax.errorbar(estimate, row, xerr=[[estimate - low], [high - estimate]], **style)
-        ax.axvline(1, color="0.35", ls=":", lw=1)
-        ax.set(xlabel="times the full model's", title=f"after {length} tokens")
-        logarithmic(ax, ax.xaxis)
-    axes[0, 0].set_yticks(np.arange(len(names)), [BY_REFERENCE[name]["label"] for name in names])
+    columns = data.sizes["prompt_length"]
+    _, axes = page(figure, data, 2, columns, height=2.9, sharey="row", height_ratios=[8, 1])
+    useful = [name for name in BY_REFERENCE if name != "random"]
+    # Chance is hundreds of times higher: on another scale.
+    for panels, names in zip(axes, (useful, ["random"]), strict=True):
+        for ax, length in zip(panels, data.prompt_length.values, strict=True):
+            for row, name in enumerate(names):
+                estimate, low, high = data.relative.sel(selection=name, prompt_length=length).values
+                style = {"ls": "none", "ms": 3, "lw": 1, **BY_REFERENCE[name]}
+                ax.errorbar(estimate, row, xerr=[[estimate - low], [high - estimate]], **style)
+        panels[0].set_yticks(np.arange(len(names)), [BY_REFERENCE[name]["label"] for name in names])
     axes[0, 0].invert_yaxis()
+    for ax, length in zip(axes[0], data.prompt_length.values, strict=True):
+        ax.axvline(1, color="0.35", ls=":", lw=1)
+        ax.set(title=f"after {length} tokens", xlim=(0, None))
+    for ax in axes[1]:
+        ax.set(xlabel="$\\times$ full model's", xlim=(0, None))
 
 
 @in_style

@@ -106,6 +106,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             named = {
                 "hindsight: scored tokens",
                 "global-local: own beginning",
+                "random (chance)",
                 *(data.text.values if "text" in data.dims else ()),
             }
             assert ax.get_ylabel() or not at.is_first_col() or texts[0] in named
@@ -149,10 +150,12 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         values = np.array(numbers["relative"]["data"][0])
         selections = content["coords"]["selection"]["data"]
         expected = [selections.index(name) for name in BY_REFERENCE]
-        for ax, column in zip(axes, values.T, strict=True):
-            shown = [line.get_xdata().item() for line in ax.lines if len(line.get_xdata()) == 1]
+        columns = values.shape[1]
+        for upper, lower, column in zip(axes[:columns], axes[columns:], values.T, strict=True):
+            lines = [*upper.lines, *lower.lines]
+            shown = [line.get_xdata().item() for line in lines if len(line.get_xdata()) == 1]
             assert shown == pytest.approx(column[expected].tolist())
-        labels = [label.get_text() for label in axes[0].get_yticklabels()]
+        labels = [label.get_text() for ax in axes[::columns] for label in ax.get_yticklabels()]
         assert labels == [style["label"] for style in BY_REFERENCE.values()]
         assert len(expected) == len(selections) - 1  # the full model is the line at 1
     else:
@@ -177,14 +180,14 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             values = np.atleast_2d(np.array(numbers[variable]["data"][interval], float))
             return values[1:] if name.startswith("loss") else values
 
-        for variable in panels:
+        for variable in reversed(panels):
             dims = numbers[variable]["dims"]
             assert dims[0] == "interval"
             estimate = lines(variable, 0)
             for series in estimate.reshape(-1, estimate.shape[-1]):
                 assert any(drawn(ax, series) for ax in axes), (name, variable)
         bands = [c for ax in axes for c in ax.collections]
-        low, high = (lines(panels[0], n)[0] for n in (1, 2))
+        low, high = (lines(panels[0], n).reshape(-1, estimate.shape[-1])[0] for n in (1, 2))
         spans = [c.get_paths()[0].vertices[:, 1] for c in bands]
         assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in spans)
     plt.close(figure)
