@@ -178,16 +178,17 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         def lines(variable: str, interval: int) -> np.ndarray:
             """A row for each line; the full model, in units of itself, is not drawn."""
             values = np.atleast_2d(np.array(numbers[variable]["data"][interval], float))
-            return values[1:] if name.startswith("loss") else values
+            values = values[1:] if name.startswith("loss") else values
+            return values.reshape(-1, values.shape[-1])
 
-        for variable in reversed(panels):
+        for variable in panels:
             dims = numbers[variable]["dims"]
             assert dims[0] == "interval"
             estimate = lines(variable, 0)
-            for series in estimate.reshape(-1, estimate.shape[-1]):
+            for series in estimate:
                 assert any(drawn(ax, series) for ax in axes), (name, variable)
         bands = [c for ax in axes for c in ax.collections]
-        low, high = (lines(panels[0], n).reshape(-1, estimate.shape[-1])[0] for n in (1, 2))
+        low, high = (lines(panels[0], n)[0] for n in (1, 2))
         spans = [c.get_paths()[0].vertices[:, 1] for c in bands]
         assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in spans)
     plt.close(figure)
