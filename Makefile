@@ -85,8 +85,8 @@ browser: env  ## run the notebooks in JupyterLab in headless Chromium, keep pict
 results: env  ## evaluate the embedded model on the paper's tasks into docs/results (hours; goes on where it was)
 	$(BIN)/flocking evaluate $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out docs/results --batch-size 4 \
 		--tasks hellaswag,piqa,arc_easy,copa,boolq,xsum,cnn_dailymail,wikitext \
-		--methods topk@0.5,static@0.5,magnitude@0.5,global-local@0.5,topk@0.25,topk@0.75 \
-		--limit 400,copa=100,boolq=150,xsum=30,cnn_dailymail=30,wikitext=16 \
+		--methods topk@0.5,static@0.5,static-domain@0.5,magnitude@0.5,global-local@0.5,topk@0.25,topk@0.75 \
+		--limit 400,copa=80,boolq=150,xsum=30,cnn_dailymail=30,wikitext=16 \
 		--protocol context,boolq=last-token
 
 benchmark: env  ## what recording costs and what GRIFFIN saves, in time and memory

@@ -119,7 +119,8 @@ Methods = Annotated[
     str,
     typer.Option(
         help="Methods of flocking.griffin, such as topk,static,magnitude, each at all densities or "
-        "at one, as in topk@0.25. The full model comes first."
+        "at one, as in topk@0.25; or static-domain, static from each task's own documents beyond "
+        "those scored. The full model comes first."
     ),
 ]
 Densities = Annotated[str, typer.Option(help="Fractions of FF neurons kept.")]

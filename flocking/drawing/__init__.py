@@ -18,6 +18,7 @@ from flocking.drawing.pieces import (
 from flocking.drawing.style import (
     BLUE,
     BY_ALLOCATION,
+    BY_REFERENCE,
     BY_SELECTION,
     BY_WEIGHTS,
     CONTROL,
@@ -34,6 +35,7 @@ from flocking.drawing.style import (
 __all__ = [
     "BLUE",
     "BY_ALLOCATION",
+    "BY_REFERENCE",
     "BY_SELECTION",
     "BY_WEIGHTS",
     "CONTROL",

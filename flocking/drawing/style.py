@@ -34,6 +34,13 @@ BY_SELECTION = {
         "label": "global-local",
     },
     "static": {**OTHERS, **_DOT, "marker": "s"},
+    "static-domain": {
+        **_DOT,
+        "color": "0.15",
+        "ls": (0, (4, 1, 1, 1)),
+        "marker": "p",
+        "label": "static: same domain",
+    },
     "GRIFFIN": {**_DOT, "color": BLUE, "ls": "-", "marker": "o", "label": "GRIFFIN"},
     "every 16": {**_DOT, "color": RED, "ls": "-", "marker": "^", "label": "anew every 16"},
     "every 64": {**_DOT, "color": SKY, "ls": "-", "marker": "D", "label": "anew every 64"},
@@ -63,6 +70,18 @@ BY_ALLOCATION = {
         "label": "by block error",
     },
     "shuffled": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "shuffled (chance)"},
+}
+# By what static and global-local are made from.
+BY_REFERENCE = {
+    "global-local-domain": {"color": ORANGE, "marker": "p", "label": "global-local: own beginning"},
+    "global-local-sampled": {"color": ORANGE, "marker": "*", "label": "global-local: sampled"},
+    "global-local": {"color": ORANGE, "marker": "s", "label": "global-local: other texts"},
+    "static-domain": {"color": PURPLE, "marker": "p", "label": "static: own beginning"},
+    "static-sampled": {"color": PURPLE, "marker": "*", "label": "static: sampled"},
+    "static": {"color": PURPLE, "marker": "s", "label": "static: other texts"},
+    "static-one": {"color": PURPLE, "marker": "v", "label": "static: one other text"},
+    "GRIFFIN": {"color": BLUE, "marker": "o", "label": "GRIFFIN"},
+    "random": {"color": "0.5", "marker": "x", "label": "random (chance)"},
 }
 
 _WIDTH = 3.5  # inches: a column of a two-column page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.artifacts import Key, UnreadableError, checksum, read_content, replacing, set_aside
+from flocking.evaluation.domain import OF_DOMAIN, documents
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.items import article_losses, ask
 from flocking.evaluation.plan import Question, Variant
@@ -81,21 +82,39 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One task, asked of one variant."""
+    """One task, asked of one variant.
+
+    Attributes
+    ----------
+    question : Question
+    variant : Variant
+    key : Key
+        What it has when it is computed now.
+    folder : Path, optional
+        Where it is kept.
+    calibration : list of str or of list of int
+        What a static statistic is made from: the plan's texts, or the task's own documents.
+    """
 
     question: Question
     variant: Variant
     key: Key
     folder: Path | None
+    calibration: Sequence[str] | Sequence[list[int]] = ()
 
     @classmethod
     def of(cls, lm: GriffinLM, question: Question, variant: Variant, cells: Cells | None) -> Cell:
         """A cell with the key that it has when it is computed now."""
+        calibration: Sequence[str] | Sequence[list[int]] = lm.calibration
+        if of_domain := variant.method in OF_DOMAIN:
+            calibration = documents(
+                question.name, question.task, question.limit, lm.tokenizer, lm.max_length
+            )
         inputs = [
             cells and cells.identity,
             question.digest(),
             variant,
-            lm.calibration if variant.method in WITH_REFERENCE else None,
+            calibration if of_domain or variant.method in WITH_REFERENCE else None,
             str(lm.full.dtype),
             lm.full.device.type,
             lm.seed,
@@ -104,7 +123,8 @@ class Cell:
             inputs.append(_tokenizer_digest(lm.tokenizer))  # the model's identity has its own
         packages = ["lm-eval", "tokenizers", "rouge-score"]
         key = Key.of("flocking.evaluation.items", inputs, packages)
-        return cls(question, variant, key, None if cells is None else Path(cells.folder))
+        folder = None if cells is None else Path(cells.folder)
+        return cls(question, variant, key, folder, calibration)
 
     @property
     def _stem(self) -> str:
@@ -153,8 +173,15 @@ class Cell:
         with replacing(self._path, wait=_PATIENCE) as partial:
             partial.write_text(json.dumps(content), encoding="utf-8")
 
+    def prune(self, lm: GriffinLM) -> None:
+        """Make `lm` answer as the variant does, unless it does already."""
+        method = OF_DOMAIN.get(self.variant.method, self.variant.method)
+        changed = lm.calibrate(self.calibration) and method in WITH_REFERENCE
+        if changed or (lm.method, lm.density) != (method, self.variant.density):
+            lm.prune(method, self.variant.density)
+
     def run(self, lm: GriffinLM, say: Callable[[str], None]) -> pd.DataFrame:
-        """Compute rows of ``COLUMNS``."""
+        """Compute rows of ``COLUMNS``, with `lm` as :meth:`prune` leaves it."""
         asked = self.question
         if isinstance(asked.task, Articles):
             rows = article_losses(lm, asked.task, asked.limit)

@@ -15,6 +15,7 @@ _FULL = {"color": "0.15", "ls": "-", "lw": 1, "label": "full model"}
 _BY_METHOD = {name: style for name, style in BY_SELECTION.items() if name != "hindsight"}
 _BY_METHOD = {"topk" if name == "GRIFFIN" else name: style for name, style in _BY_METHOD.items()}
 _BY_METHOD["static"] = _BY_METHOD["static"] | {"label": "static: calibration texts"}
+_BY_METHOD["static-domain"] = _BY_METHOD["static-domain"] | {"label": "static: the task's others"}
 _MEANS = ["estimate", "low", "high"]
 _DIFFERENCES = ["difference", "difference_low", "difference_high"]
 

@@ -179,7 +179,7 @@ class GriffinLM(HFLM):
         self._protocol, self.scope, self.seed, self.refresh = protocol, scope, seed, refresh
         self.answered: list[Answered] = []
         self._instances: list[Instance] = []
-        self.calibration = texts
+        self.calibration: Sequence[str] | Sequence[list[int]] = texts
         self._reference: xr.DataArray | None = None
         self.prune(method, density)
 
@@ -256,11 +256,23 @@ class GriffinLM(HFLM):
         finally:
             self.AUTO_MODEL_CLASS = auto
 
+    def calibrate(self, texts: Sequence[str] | Sequence[list[int]]) -> bool:
+        """Take other texts, or their token ids, for the static statistic; whether they are others.
+
+        :meth:`prune` makes a twin by them.
+        """
+        if changed := list(texts) != list(self.calibration):
+            self.calibration, self._reference = texts, None
+        return changed
+
     def reference(self) -> xr.DataArray:
         """The static statistic, of the beginnings of the texts that fit the model's context."""
         if self._reference is None:
             # The length is cut here: a warning about it would be wrong.
-            ids = [self.tokenizer(text, verbose=False)["input_ids"] for text in self.calibration]
+            ids = [
+                self.tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text
+                for text in self.calibration
+            ]
             ids = [row[: self.max_length] for row in ids]
             self._reference = global_statistic(
                 self.full, ids, tokenizer=self.tokenizer, batch_size=1

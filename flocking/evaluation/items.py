@@ -12,6 +12,7 @@ import pandas as pd
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
 
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.tasks import CONTINUATION_LENGTHS, PROMPT_LENGTHS, Articles, quiet
@@ -108,6 +109,16 @@ def _chances(task: Task, sample: dict[str, Any], later: dict[str, Any]) -> dict[
     return {}
 
 
+def long_articles(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int | None
+) -> list[tuple[int, list[int]]]:
+    """The articles that are scored: their numbers in `texts`, and as many tokens as are read."""
+    needed = max(PROMPT_LENGTHS) + max(CONTINUATION_LENGTHS)
+    # (The length is cut here: a warning about it would be wrong.)
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    return [(number, row[:needed]) for number, row in enumerate(ids) if len(row) >= needed][:limit]
+
+
 def article_losses(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[str, Any]]:
     """Losses of the same tokens of each article, whatever the prompt before them.
 
@@ -139,12 +150,7 @@ def article_losses(lm: GriffinLM, articles: Articles, limit: int | None) -> list
     # A token that opens every text, where the tokenizer has one, counts as one of the prompt.
     tokenizer = lm.tokenizer
     opening = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
-    # (The length is cut here: a warning about it would be wrong.)
-    ids = [
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for text in articles.texts
-    ]
-    ids = [row[: most + farthest] for row in ids if len(row) >= most + farthest][:limit]
+    ids = [row for _, row in long_articles(tokenizer, articles.texts, limit)]
     if not ids:
         raise ValueError(f"wikitext: no article has {most + farthest} tokens: give longer ones.")
     losses = -perplexity(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lm_eval.api.task import Task
 
+from flocking.evaluation.domain import OF_DOMAIN, refuse_none_left
 from flocking.evaluation.harness import CHOICES
 from flocking.evaluation.summary import label
 from flocking.evaluation.tasks import Articles, find
@@ -84,7 +85,8 @@ class Plan:
     tasks : list of str
         See :func:`flocking.evaluation.tasks.find`.
     methods : list of str
-        Of :func:`flocking.griffin`, at each of `densities`, or at one density as in "topk@0.25".
+        Of :func:`flocking.griffin`, at each of `densities`, or at one density as in "topk@0.25";
+        or "static-domain", static from each task's own documents beyond those that are scored.
         The full model always comes first.
     densities : list of float
     protocol : {"context", "last-token"} or dict of str to str
@@ -133,8 +135,8 @@ class Plan:
         Raises
         ------
         ValueError
-            For an unknown task, documents that cannot be read, or settings for a task that is not
-            asked.
+            For an unknown task, documents that cannot be read, settings for a task that is not
+            asked, or "static-domain" where all documents of a task are scored.
         """
         return self._questions
 
@@ -147,7 +149,11 @@ class Plan:
             raise ValueError(
                 f"{name} has a limit or protocol and is not one of the tasks: {', '.join(found)}."
             )
-        return [self._question(name, groups[group][name], group) for name, group in found.items()]
+        asked = [self._question(name, groups[group][name], group) for name, group in found.items()]
+        if any(variant.method in OF_DOMAIN for variant in self.variants):
+            for question in asked:
+                refuse_none_left(question.name, question.task, question.limit)
+        return asked
 
     def _question(self, name: str, task: Task | Articles, group: str) -> Question:
         # Generation has a prompt and continues it, whatever the protocol of likelihoods.
@@ -171,8 +177,8 @@ def variants_of(methods: Iterable[str], densities: Iterable[float]) -> list[Vari
     found = [FULL]
     for text in methods:
         name, at, own = text.partition("@")
-        if name not in CHOICES:
-            raise ValueError(f"there is no method {name!r}: choose from {', '.join(CHOICES)}.")
+        if name not in (known := (*CHOICES, *OF_DOMAIN)):
+            raise ValueError(f"there is no method {name!r}: choose from {', '.join(known)}.")
         try:
             wanted = [float(own)] if at else densities
         except ValueError:

@@ -11,6 +11,7 @@ from pyarrow.parquet import read_schema
 
 from flocking.artifacts import replacing
 from flocking.drawing import save, titled
+from flocking.evaluation.domain import MOST_TOKENS, OF_DOMAIN
 from flocking.evaluation.figures import quality_by_density, quality_by_method, quality_by_prompt
 from flocking.evaluation.summary import by_prompt, footnote, headlines, label, summarise, table
 
@@ -125,7 +126,7 @@ def _tables(
         "95% bootstrap intervals over items; differences are paired, on the same items. "
         "Perplexities: the full model's, and the ratios of the others' to it.",
         table(rows),
-        *filter(None, [footnote(items)]),
+        *filter(None, [_of_domain(rows), footnote(items)]),
     ]
     own = label("topk", density)
     others = rows[(rows["density"] == density) & ~rows["method"].isin(["full", "topk"])]
@@ -150,6 +151,16 @@ def _tables(
         lines.append(f"| {one.task} | {one.protocol} | {share} | {one.items_cut} of {one.items} |")
     parts.append("\n".join(lines) + "\n")
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _of_domain(rows: pd.DataFrame) -> str:
+    """What static-domain is made from; empty without it."""
+    if not rows["method"].isin(list(OF_DOMAIN)).any():
+        return ""
+    return (
+        "static-domain is static from the task's own documents beyond those that are scored, as "
+        f"the model is shown them, without answers: the first {MOST_TOKENS:,} tokens at most."
+    )
 
 
 def _against(items: pd.DataFrame, own: str, others: list[str]) -> str:

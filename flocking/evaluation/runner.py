@@ -88,8 +88,7 @@ def evaluate(
             name = f"{cell.variant} on {cell.question.name}"
             say(f"[{len(tables)}/{len(wanted)}] {name}: another run has finished it meanwhile.")
             continue
-        if (lm.method, lm.density) != cell.variant:
-            lm.prune(*cell.variant)
+        cell.prune(lm)
         started = time.monotonic()
         table = cell.run(lm, say)
         took = seconds[cell.question.name] = time.monotonic() - started

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from flocking.drawing import (
     BLUE,
     BY_ALLOCATION,
+    BY_REFERENCE,
     BY_SELECTION,
     BY_WEIGHTS,
     CONTROL,
@@ -83,6 +84,52 @@ def scores(data: xr.Dataset, figure: Figure) -> None:
     axes[2, 0].set_yscale("log")
     by_layer(axes[-1])
     legend(upper, axes[[0, 2]])
+
+
+@in_style
+def token_order(data: xr.Dataset, figure: Figure) -> None:
+    """Scores by layer of texts in order, permuted and drawn; their differences; overlaps."""
+    upper, axes = page(figure, data, 4, 2, height=5.6, sharex=True)
+    styles = dict(zip(data.order.values, (TRAINED, OTHERS, CONTROL), strict=True))
+    readings = {
+        "in order": {**styles["in order"], "label": "text in order"},
+        "permuted": {**styles["permuted"], "label": "its tokens permuted"},
+        "drawn": {**styles["drawn"], "label": "tokens drawn at random"},
+    }
+    steps = {
+        "order": {**MAGNITUDE, "label": "order (in order $-$ permuted)"},
+        "words": {**HINDSIGHT, "label": "words (permuted $-$ drawn)"},
+    }
+    compared = {
+        "permuted": readings["permuted"],
+        "drawn": readings["drawn"],
+        "another text": {"color": "0.35", "ls": (0, (4, 1)), "label": "another text in order"},
+    }
+    rows = (
+        ("flocking_score", "order", readings),
+        ("flocking_score_change", "step", steps),
+        ("rank_consistency", "order", readings),
+        ("overlap", "compared", compared),
+    )
+    titles = {"trained": "trained", "control": "random weights (control)"}
+    for panels, (name, dim, looks) in zip(axes, rows, strict=True):
+        for ax, weights in zip(panels, data.weights.values, strict=True):
+            here = data[name].sel(weights=weights)
+            for label, style in looks.items():
+                band(here.sel({dim: label}), ax, **style)
+            guide(data.attrs["chance"] if name == "overlap" else 0, ax)
+    for ax, weights in zip(axes[0], data.weights.values, strict=True):
+        ax.set_title(titles[weights])
+    labels = (
+        "flocking score",
+        "its paired\ndifferences",
+        "rank consistency",
+        "overlap with\nthe text's",
+    )
+    for ax, label in zip(axes[:, 0], labels, strict=True):
+        ax.set_ylabel(label)
+    by_layer(axes[-1])
+    legend(upper, axes[:, :1], ncols=2)
 
 
 @in_style
@@ -306,6 +353,28 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
 
 
 @in_style
+def loss_by_reference(data: xr.Dataset, figure: Figure) -> None:
+    """Perplexity by what a selection is made from, after short and long prompts."""
+    columns = data.sizes["prompt_length"]
+    _, axes = page(figure, data, 2, columns, height=2.9, sharey="row", height_ratios=[8, 1])
+    useful = [name for name in BY_REFERENCE if name != "random"]
+    # Chance is hundreds of times higher: on another scale.
+    for panels, names in zip(axes, (useful, ["random"]), strict=True):
+        for ax, length in zip(panels, data.prompt_length.values, strict=True):
+            for row, name in enumerate(names):
+                estimate, low, high = data.relative.sel(selection=name, prompt_length=length).values
+                style = {"ls": "none", "ms": 3, "lw": 1, **BY_REFERENCE[name]}
+                ax.errorbar(estimate, row, xerr=[[estimate - low], [high - estimate]], **style)
+        panels[0].set_yticks(np.arange(len(names)), [BY_REFERENCE[name]["label"] for name in names])
+    axes[0, 0].invert_yaxis()
+    for ax, length in zip(axes[0], data.prompt_length.values, strict=True):
+        ax.axvline(1, color="0.35", ls=":", lw=1)
+        ax.set(title=f"after {length} tokens", xlim=(0, None))
+    for ax in axes[1]:
+        ax.set(xlabel="$\\times$ full model's", xlim=(0, None))
+
+
+@in_style
 def loss_by_batch(data: xr.Dataset, figure: Figure) -> None:
     """Perplexity of shared selections by batch size."""
     upper, axes = page(figure, data, 1, 1, height=2.6)
@@ -342,6 +411,7 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
     for draw in (
         heatmaps,
         scores,
+        token_order,
         sequence_overlap,
         generation,
         drift,
@@ -350,6 +420,7 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
         loss_by_density,
         loss_by_allocation,
         loss_by_method,
+        loss_by_reference,
         loss_by_batch,
         loss_by_distance,
     )

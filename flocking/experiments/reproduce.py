@@ -18,13 +18,18 @@ from flocking.artifacts import (
     to_json,
 )
 from flocking.drawing import save, titled
-from flocking.experiments import activations, allocations, distances, losses
+from flocking.experiments import activations, allocations, distances, losses, orders, references
 from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
 
 EXPERIMENTS = (
-    activations.EXPERIMENTS | losses.EXPERIMENTS | allocations.EXPERIMENTS | distances.EXPERIMENTS
+    activations.EXPERIMENTS
+    | orders.EXPERIMENTS
+    | losses.EXPERIMENTS
+    | references.EXPERIMENTS
+    | allocations.EXPERIMENTS
+    | distances.EXPERIMENTS
 )
 _SUFFIXES = (".json", ".png", ".svg")
 

@@ -36,6 +36,7 @@ from flocking.models.notices import warn
 from flocking.models.problems import reading
 from flocking.models.rewinding import Bookmark, refuse_unknown, rewinds
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
+from flocking.models.sampling import opening_token, require_writer, sampled
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tokenization import Prompts, tokenize, tokenize_chats
 from flocking.models.untrained import control
@@ -84,6 +85,7 @@ __all__ = [
     "load",
     "loaded",
     "located",
+    "opening_token",
     "overriding",
     "parameter_of",
     "parts",
@@ -99,7 +101,9 @@ __all__ = [
     "replaced",
     "require_model",
     "require_tokenizer",
+    "require_writer",
     "rewinds",
+    "sampled",
     "separate",
     "settings",
     "tensor_of",

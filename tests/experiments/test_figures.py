@@ -14,7 +14,7 @@ from matplotlib.legend import Legend
 
 import flocking
 from flocking import artifacts
-from flocking.drawing import BY_SELECTION, heatmap
+from flocking.drawing import BY_REFERENCE, BY_SELECTION, heatmap
 from flocking.experiments import activations, reproduce
 from flocking.experiments.figures import FIGURES
 
@@ -103,7 +103,12 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         if at is not None and name != "heatmaps":  # not a colour bar; axes share their labels
             assert ax.get_xlabel() or not at.is_last_row()
             texts = [label.get_text() for label in ax.get_yticklabels()]
-            named = {"hindsight: scored tokens", *(data.text.values if "text" in data.dims else ())}
+            named = {
+                "hindsight: scored tokens",
+                "global-local: own beginning",
+                "random (chance)",
+                *(data.text.values if "text" in data.dims else ()),
+            }
             assert ax.get_ylabel() or not at.is_first_col() or texts[0] in named
     (caption,) = figure.subfigs[1].texts
     assert caption.get_text().replace("\n", " ") == data.attrs["caption"]
@@ -140,9 +145,28 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             np.testing.assert_allclose(line.get_xdata(), x[..., column].ravel())
             np.testing.assert_allclose(line.get_ydata(), y[..., column].ravel())
         assert len(points) == x.shape[-1] - 1
+    elif name == "loss_by_reference":
+        assert numbers["relative"]["dims"] == ["interval", "selection", "prompt_length"]
+        values = np.array(numbers["relative"]["data"][0])
+        selections = content["coords"]["selection"]["data"]
+        expected = [selections.index(name) for name in BY_REFERENCE]
+        columns = values.shape[1]
+        for upper, lower, column in zip(axes[:columns], axes[columns:], values.T, strict=True):
+            lines = [*upper.lines, *lower.lines]
+            shown = [line.get_xdata().item() for line in lines if len(line.get_xdata()) == 1]
+            assert shown == pytest.approx(column[expected].tolist())
+        labels = [label.get_text() for ax in axes[::columns] for label in ax.get_yticklabels()]
+        assert labels == [style["label"] for style in BY_REFERENCE.values()]
+        assert len(expected) == len(selections) - 1  # the full model is the line at 1
     else:
         panels = {
             "scores": ["flocking_score", "rank_consistency", "effective_neurons"],
+            "token_order": [
+                "flocking_score",
+                "flocking_score_change",
+                "rank_consistency",
+                "overlap",
+            ],
             "sequence_overlap": ["within", "between", "specificity", "different_tokens"],
             "generation": ["jaccard_mean", "captured_mean"],
             "drift": ["jaccard", "captured"],
@@ -156,17 +180,17 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         def lines(variable: str, interval: int) -> np.ndarray:
             """A row for each line; the full model, in units of itself, is not drawn."""
             values = np.atleast_2d(np.array(numbers[variable]["data"][interval], float))
-            return values[1:] if variable == "relative" else values
+            values = values[1:] if variable in ("relative", "agreement") else values
+            return values.reshape(-1, values.shape[-1])
 
         for variable in panels:
             dims = numbers[variable]["dims"]
             assert dims[0] == "interval"
             estimate = lines(variable, 0)
-            for series in estimate.reshape(-1, estimate.shape[-1]):
+            for series in estimate:
                 assert any(drawn(ax, series) for ax in axes), (name, variable)
         bands = [c for ax in axes for c in ax.collections]
-        low, high = (lines(panels[0], n) for n in (1, 2))
-        low, high = (values.reshape(-1, values.shape[-1])[0] for values in (low, high))
+        low, high = (lines(panels[0], n)[0] for n in (1, 2))
         spans = [c.get_paths()[0].vertices[:, 1] for c in bands]
         assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in spans)
     plt.close(figure)
