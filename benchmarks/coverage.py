@@ -50,7 +50,7 @@ MAPPINGS = {
     ),
 }
 VOCABULARY = 128
-SECONDS = 90  # for one type
+SECONDS = 300  # for one type
 
 # --------------------------------------------------------------------------------------
 # Shrinking: what a whole number in a config is set to, by the name it has there

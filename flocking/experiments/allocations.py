@@ -163,7 +163,8 @@ def _block_errors(
 
     for number, row in enumerate(tqdm(ids, desc="measuring", unit="text", disable=not progress)):
         with undisturbed(model, seed=0), observe(model, partial(look, number)):
-            forward(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.int64))
+            tokens = torch.tensor([row], device="cpu")
+            forward(model, tokens, torch.ones_like(tokens))
     return errors
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -167,7 +166,7 @@ def _paired(losses: xr.DataArray) -> dict[str, xr.DataArray]:
     labels = [f"{one} / {other}" for one, other in PAIRS]
     over = exponential(bootstrap(xr.concat(differences, dimension("pair", labels))))
     over.attrs = ratio("ratio of perplexities on the same texts")
-    by_text = np.exp(differences[0]).rename(sequence="text")
+    by_text = exponential(differences[0]).rename(sequence="text")
     by_text.attrs = ratio(f"perplexity, {labels[0]}")
     return {"over": over.transpose("interval", "pair", ...), "over_by_text": by_text}
 

@@ -189,7 +189,7 @@ def _written(
         )
     written = sampled(
         model,
-        torch.tensor(ids),
+        torch.tensor(ids, device="cpu"),
         sequences,
         tokens or min(_TOKENS, room or _TOKENS),
         temperature=float(temperature),
