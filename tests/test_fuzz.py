@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -226,3 +227,50 @@ def test_a_twin_computes_what_the_masked_model_does(
             handle.remove()
     note(f"largest difference {float((got - expected).abs().max())}")
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@given(
+    name=st.sampled_from(DENSE),
+    prompt=st.integers(2, 20),
+    new=st.integers(1, 24),
+    refresh=st.integers(1, 12),
+    density=st.floats(0.05, 1),
+    seed=st.integers(0, 99),
+)
+def test_a_refreshed_twin_computes_what_masked_steps_do(
+    name: str, prompt: int, new: int, refresh: int, density: float, seed: int
+) -> None:
+    """A full pass over all text at each refresh, and single steps under masks between them."""
+    model = helpers.exact(name)
+    text = helpers.random_ids(prompt + new, seed=seed)[0]
+    twin = flocking.griffin(model, density, refresh=refresh)
+    scored = flocking.score(twin, text[:prompt], text[prompt:]).values
+    history = twin.history
+    positions = list(range(prompt, prompt + new, refresh))
+    assert history.position.values.tolist() == positions
+    for position, kept in zip(positions, history.values, strict=True):
+        for mask, r in zip(kept, relative_of(model, text[:position]), strict=True):
+            assert_largest(mask, np.sqrt((r**2).sum(0)), density)
+
+    def masked(module: torch.nn.Module, args: tuple, layer: int, masks: np.ndarray) -> tuple:
+        return (args[0] * torch.from_numpy(masks[layer]).to(args[0].dtype), *args[1:])
+
+    blocks = flocking.feedforwards(model)
+    expected, output = [], None
+    for step in range(new):
+        end, (number, since) = prompt + step, divmod(step, refresh)
+        handles = [
+            block.down.register_forward_pre_hook(
+                functools.partial(masked, layer=layer, masks=history.values[number])
+            )
+            for layer, block in enumerate(blocks)
+            if since
+        ]
+        fed = text[end - 1 : end] if since else text[:end]
+        past = {"past_key_values": output.past_key_values} if since else {}
+        with torch.no_grad():
+            output = model(torch.tensor([fed]), use_cache=True, **past)
+        for handle in handles:
+            handle.remove()
+        expected.append(float(output.logits[0, -1].log_softmax(-1)[text[end]]))
+    np.testing.assert_allclose(scored, expected, rtol=1e-5, atol=1e-5)
