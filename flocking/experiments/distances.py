@@ -169,7 +169,7 @@ def _averaged(values: xr.Dataset) -> xr.Dataset:
     data["perplexity"] = perplexities(values.loss.mean("distance")).perplexity
     excess = far.loss - far.loss.sel(selection="full")
     late = excess.where(excess.distance >= values.sizes["distance"] // 2, drop=True)
-    data["remaining"] = _share(late.mean("distance").drop_sel(selection="full"), "GRIFFIN")
+    data["remaining"] = _share(late.mean("distance"), "GRIFFIN")
     data.agreement.attrs = ratio("predictions that are the full model's")
     data.divergence.attrs = {"long_name": "divergence from the full model", "units": "nat"}
     return data.transpose("interval", "selection", "prompt_length", ...)
@@ -200,7 +200,7 @@ def _share(excess: xr.DataArray, whole: str, resamples: int = 2000) -> xr.DataAr
 def _caption(data: xr.Dataset, name: str, count: int, horizon: int) -> str:
     shares = []
     for length in data.prompt_length.values:
-        here = data.remaining.sel(prompt_length=length).drop_sel(selection="GRIFFIN")
+        here = data.remaining.sel(prompt_length=length).drop_sel(selection=["full", "GRIFFIN"])
         each = (f"{label} {said(here, label)}" for label in here.selection.values)
         shares.append(f"after {length}, {', '.join(each)}")
     absolute = by_name(data.perplexity.isel(prompt_length=0))

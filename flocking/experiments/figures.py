@@ -403,7 +403,7 @@ def loss_by_distance(data: xr.Dataset, figure: Figure) -> None:
         axes[row, 0].set_ylabel(label)
         for ax in axes[row, 1:]:
             ax.set_ylabel("")
-    legend(upper, axes, ncols=3)
+    legend(upper, axes, ncols=2)
 
 
 FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {

@@ -34,7 +34,7 @@ from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.problems import reading
-from flocking.models.rewinding import Bookmark, refuse_unknown, rewinds
+from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sampling import opening_token, require_writer, sampled
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
@@ -61,6 +61,7 @@ __all__ = [
     "Original",
     "PerModel",
     "Prompts",
+    "Seal",
     "Text",
     "attention",
     "batches",

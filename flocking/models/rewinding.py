@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
@@ -80,6 +81,49 @@ def refuse_unknown(cache: Any) -> None:
                 f"{kind.__name__}, in which tokens are cached, cannot be taken back to an earlier "
                 "token, as refresh needs: use another cache, or leave refresh out."
             )
+
+
+class Seal:
+    """Tells whether anything was written to a cache since, or its sequences were reordered.
+
+    Cutting tokens off its end does not break the seal.
+
+    Parameters
+    ----------
+    cache : transformers.Cache
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._parts = list(map(_identity, _tensors_of(cache)))
+
+    def holds(self, cache: Any) -> bool:
+        """Whether the cache is still as it was, or shorter."""
+        parts = list(map(_identity, _tensors_of(cache)))
+        return len(parts) == len(self._parts) and all(
+            # (A storage that is referred to weakly keeps its address to itself.)
+            one[0].cdata == other[0].cdata and one[1] == other[1]
+            for one, other in zip(parts, self._parts, strict=True)
+        )
+
+
+def _identity(tensor: Tensor) -> tuple[StorageWeakRef, int | None]:
+    version = None if tensor.is_inference() else tensor._version
+    return StorageWeakRef(tensor.untyped_storage()), version
+
+
+def _tensors_of(cache: Any) -> list[Tensor]:
+    """All tensors that a cache holds."""
+    found: list[Tensor] = []
+    rest = [vars(layer) for layer in cache.layers] if isinstance(cache, Cache) else [cache]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            rest.extend(value.values())
+        elif isinstance(value, list | tuple):
+            rest.extend(value)
+    return found
 
 
 class _Shape(tuple[int, ...]):

@@ -98,6 +98,7 @@ class Decoder:
         self._cache: Cache | None = None
         self._left = 0  # steps that the last prompt leaves room for
         self._prompt = self._since = 0  # tokens of the last prompt; steps since a refresh
+        self._read_last: Any = None  # what the twin's selection was made from
         with torch.inference_mode(False):  # they outlive any mode that this is called in
             shape = (batch_size, 1)
             self._ids, self._position = self._zeros(*shape), self._zeros(*shape)  # of the next step
@@ -173,6 +174,7 @@ class Decoder:
         self._take(outputs.logits[:, -1])
         self._left = self.max_length - prompt - 1
         self._prompt, self._since = prompt, 0
+        self._note_selection()
         self._compiled.follow_parameters()
 
     @torch.inference_mode(False)
@@ -194,13 +196,21 @@ class Decoder:
         self._left -= 1
         if isinstance(self._model, Twin):
             self._model._griffin.refuse_other_thread()
+            if self._model._griffin.read is not self._read_last:
+                raise RuntimeError(
+                    "the twin was given another prompt since, elsewhere: read the prompt again, "
+                    "or make a twin for each decoder."
+                )
         self._since += 1
-        if self._since == refresh_of(self._model):
+        if self._since == refresh_of(self._model) and not bool(self._done.all()):
             self._refresh()
             return
         self._compiled()
         if isinstance(self._model, Twin):
             self._model._griffin.work.steps += 1
+
+    def _note_selection(self) -> None:
+        self._read_last = self._model._griffin.read if isinstance(self._model, Twin) else None
 
     def _refresh(self) -> None:
         """Let the full model read the tokens since the last time, and give the next one."""
@@ -230,6 +240,7 @@ class Decoder:
         self._take(outputs.logits[:, -1])
         self._position.add_(1)
         self._since = 0
+        self._note_selection()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._device)

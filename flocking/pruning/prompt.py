@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from flocking.feedforward import FeedForward, Routed, observe
-from flocking.models import Bookmark
+from flocking.models import Bookmark, Seal
 from flocking.recording import Moments, Windows
 
 
@@ -33,6 +33,11 @@ class Read:
     text, added : Tensor of int64, shape (sequence, token), or None
         Token ids, for the same: of the text so far, as far as ``generate`` knows it, and of what
         is in the cache after `end`.
+    seal : Seal or None
+        On the cache, as a twin left it.
+    history : list of (int, list of Tensor)
+        Each selection of this text: `end` when it was made, and the kept neurons of every compact
+        block.
     """
 
     moments: dict[int, Moments]
@@ -41,6 +46,8 @@ class Read:
     bookmark: Bookmark | None = None
     text: Tensor | None = None
     added: Tensor | None = None
+    seal: Seal | None = None
+    history: list[tuple[int, list[Tensor]]] = field(default_factory=list)
 
     def rows(self, index: Tensor) -> Read:
         """The same of the sequences `index`, int64, which may come several times."""
@@ -52,15 +59,20 @@ class Read:
             )
             for layer, each in self.moments.items()
         }
-        return replace(self, moments=moments, tokens=self.tokens[index.to(self.tokens.device)])
+        tokens = self.tokens[index.to(self.tokens.device)]
+        return replace(self, moments=moments, tokens=tokens, history=list(self.history))
 
     def copy(self) -> Read:
         """What is not changed when more is read."""
         return self.rows(torch.arange(len(self.tokens), device="cpu"))
 
     def goes_on(self, past: Any, sequences: int) -> bool:
-        """Whether the cache `past` still holds what was read, for the same number of sequences."""
-        return len(self.tokens) == sequences and past.get_seq_length() >= self.end
+        """Whether the cache `past` is as a twin left it, down to the end of what was read.
+
+        It may have been cut behind that, but not be written, reordered or filled anew.
+        """
+        same = len(self.tokens) == sequences and past.get_seq_length() >= self.end
+        return same and self.seal is not None and self.seal.holds(past)
 
 
 class Reader:
@@ -89,17 +101,30 @@ class Reader:
         return read
 
     def remember(self, read: Read, cache: Any) -> None:
-        """Keep what was read for a later turn on this cache (None if the model returned none)."""
+        """Keep what was read into this cache (None if the model returned none).
+
+        A later turn goes on from it after :meth:`seal`.
+        """
         if cache is not None:
-            read.end = int(cache.get_seq_length())
+            read.end, read.seal = int(cache.get_seq_length()), None
             if self._again:
                 read.bookmark = Bookmark(cache)
             self._by_cache[cache] = read
 
+    def seal(self, read: Read) -> None:
+        """Note how the caches are that this was read into, as a twin leaves them."""
+        for cache, other in self._by_cache.items():
+            if other is read:
+                read.seal = Seal(cache)
+
     def known(self, past: Any, sequences: int) -> Read | None:
         """What was read into the cache `past`, if it is still there."""
-        read = None if past is None else self._by_cache.get(past)
+        read = self.into(past)
         return read if read is not None and read.goes_on(past, sequences) else None
+
+    def into(self, past: Any) -> Read | None:
+        """What was read into the cache `past`, whatever has happened to it since."""
+        return None if past is None else self._by_cache.get(past)
 
     def forget(self, read: Read) -> None:
         """Do not go on from what was read in a later turn."""
@@ -142,7 +167,9 @@ class Reader:
                 f"{fed}: it added, dropped or repeated tokens, so no neurons can be selected."
             )
         real = (number(0, fed) >= 0).sum(dim=1)
-        return outputs, Read(moments, real if earlier is None else earlier.tokens + real)
+        if earlier is None:
+            return outputs, Read(moments, real)
+        return outputs, Read(moments, earlier.tokens + real, history=earlier.history)
 
 
 class _Adder:

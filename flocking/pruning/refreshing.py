@@ -36,7 +36,7 @@ class RefreshingTwin(Twin):
         state = self._griffin
         self._reread = None
         past: Any = kwargs.get("past_key_values")
-        read = None if self._drafts else state.reader.known(past, len(input_ids))
+        read = None if self._drafts else state.reader.into(past)
         if read is None or read is not state.read or state.refresh is None:
             return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         new = int(past.get_seq_length()) + 1 - read.end
@@ -57,7 +57,7 @@ class RefreshingTwin(Twin):
         outputs = state.reread(run, past, new, self._unended(input_ids, new), rows)
         if state.read is not None:
             state.read.text = input_ids
-        self._reread = inputs["input_ids"], outputs
+        self._reread = inputs["input_ids"], _last_of(outputs, new)
         return inputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,10 +110,13 @@ class RefreshingTwin(Twin):
         if read is not None and read.bookmark is not None:
             added = int(past.get_seq_length()) - read.end
             whole = is_whole(input_ids, generation_config, model_kwargs.get("attention_mask"))
-            if added and not whole and read.added is not None:
+            if added and not whole:
                 # What the twin wrote in the turn before is read with the new tokens.
+                _refuse_cut(model_kwargs, input_ids.shape[1])
+                assert read.added is not None
                 input_ids = torch.cat((read.added[:, :added].to(input_ids), input_ids), dim=1)
             read.bookmark.go_back(past)
+            state.reader.seal(read)
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         if state.read is not None and not self._drafts:
             state.read.text = input_ids
@@ -153,14 +156,38 @@ class _Ends(StoppingCriteriaList):
         return done
 
 
+def _refuse_cut(inputs: dict[str, Any], new: int) -> None:
+    """Refuse inputs of the new tokens alone, where the full model reads earlier ones again."""
+    for name in ("position_ids", "token_type_ids"):
+        given = inputs.get(name)
+        if isinstance(given, Tensor) and given.shape[-1] == new:
+            raise ValueError(
+                f"{name} is of the new tokens alone, and the full model also reads again what was "
+                f"generated before: give the whole conversation and its {name}, or leave {name} "
+                "out."
+            )
+
+
+def _last_of(outputs: Any, tokens: int) -> Any:
+    """Outputs whose hidden states and attentions are of the last token, as in any other step."""
+    for name, dim in (("hidden_states", 1), ("attentions", 2)):
+        layers = getattr(outputs, name, None)
+        if isinstance(layers, tuple) and all(
+            isinstance(x, Tensor) and x.ndim > dim and x.shape[dim] == tokens for x in layers
+        ):
+            outputs[name] = tuple(x.narrow(dim, tokens - 1, 1) for x in layers)
+    return outputs
+
+
 def _origins(read: Read, text: Tensor, copies: int) -> Tensor:
     """Which sequence that was read each row of `text` continues: one of the same beam search.
 
     Rows that were the same text then have the same statistic: any of them will do.
     """
     assert read.text is not None
-    before = read.text.view(-1, copies, read.text.shape[1])
-    now = text[:, : read.text.shape[1]].view_as(before)
+    width = read.text.shape[1]  # 0 where all of the prompt was embeddings
+    before = read.text.view(len(text) // copies, copies, width)
+    now = text[:, :width].reshape(before.shape)
     same = (now[:, :, None] == before[:, None]).all(dim=-1)  # (prompt, row, row before)
     if not bool(same.any(dim=-1).all()):
         raise RuntimeError("a beam does not continue any beam that was read before.")

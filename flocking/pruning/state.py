@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,6 @@ class State:
         Over the last selection and copy.
     refresh : int or None
         After how many new tokens the full model reads them again.
-    history : list of (int, list of Tensor)
-        Each selection of the last text: how many tokens were in the cache when it was made,
-        padding included, and the kept neurons of every compact block.
     work : Work
         What the twin and the full model did since the last prompt.
     hooks : set of int
@@ -75,7 +72,6 @@ class State:
         first_run = {layer: c.block.layer for c in compacts for layer in c.layers}
         self.reader = Reader(full, first_run, again=refresh is not None)
         self.drafts, self.work = Drafts(), Work()
-        self.history: list[tuple[int, list[Tensor]]] = []
         self.read: Read | None = None
         self.copies = 1
         self.unreached: list[Tensor] = []
@@ -83,17 +79,34 @@ class State:
         self.hooks: set[int] = set()
         self.origin: Original | None = None
         self._requests = threading.RLock()  # held while one is served
+        self._is_serving = False
         self._thread: int | None = None  # that made the selection
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Serve one request; refuse another thread's in the meantime.
+        """Serve one request; refuse others in the meantime.
 
         Raises
         ------
         RuntimeError
-            In a second thread.
+            In a second thread, or inside of another request.
         """
+        with self._locked():
+            if self._is_serving:
+                raise RuntimeError(
+                    "this twin is busy with another prompt, inside of whose generation it was "
+                    "called: make another twin for this one."
+                )
+            self._is_serving = True
+            try:
+                yield
+                if self.read is not None:
+                    self.reader.seal(self.read)
+            finally:
+                self._is_serving = False
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         if not self._requests.acquire(blocking=False):
             raise RuntimeError(
                 "this twin is busy in another thread, with the neurons of another prompt: wait "
@@ -141,14 +154,13 @@ class State:
         copies : int
             How often each sequence is in the batch.
         """
-        with self.serving():
+        with self._locked():
             self.copies = copies
             self.forget()
             self._follow()
             earlier = self.reader.earlier(past, sequences)
             if earlier is None:
                 self.drafts.reset()
-                self.history.clear()
             self.work = Work()
             outputs, read = self.reader.read(run, sequences, mask, tokens, earlier)
             self._go_on_from(read, getattr(outputs, "past_key_values", None))
@@ -177,14 +189,14 @@ class State:
         rows : Tensor of int64, shape (sequence,), or None
             Which of the sequences before each one continues; None if they were not reordered.
         """
-        with self.serving():
+        with self._locked():
             read = self.read
             if read is None or read.bookmark is None:
                 refuse()
             self.forget()
+            self.reader.forget(read)  # until all of this has succeeded
             read.bookmark.go_back(past, rows)
             if rows is not None:
-                self.reader.forget(read)
                 read = read.rows(rows)
             outputs, read = self.reader.read(run, len(read.tokens), mask, tokens, read)
             self._go_on_from(read, past)
@@ -199,7 +211,7 @@ class State:
         except BaseException:  # a cache that cannot be taken back, or memory that ran out
             self.forget()
             raise
-        self.history.append(
+        read.history.append(
             (read.end or int(read.tokens.max()), [compact.kept for compact in self.compacts])
         )
 
@@ -224,9 +236,8 @@ class State:
             refuse()
         self.forget()
         self._follow()
-        self.history.clear()
         self.work = Work()
-        self._go_on_from(read.copy(), cache)
+        self._go_on_from(replace(read.copy(), history=[]), cache)
 
     def _follow(self) -> None:
         """Bring changes of the original to the twin and the full model, or refuse them."""

@@ -94,6 +94,10 @@ class Twin(_Generating):
     is_twin = True
     _griffin: State  # imported for real: transformers evaluates its subclasses' annotations
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """A step's inputs, as of the model."""
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     @property
     def selection(self) -> dict[int, Tensor]:
         """Indices of the kept neurons by layer, ascending: int64 (k,), or (sequence, k)."""
@@ -113,7 +117,7 @@ class Twin(_Generating):
         state = self._griffin
         if state.read is None:
             raise RuntimeError("this twin has no selection yet: call generate first.")
-        return drawn_up(state.history, state.compacts)
+        return drawn_up(state.read.history, state.compacts)
 
     def report(self) -> Report:
         """Parameters, bytes and times: see :class:`Report`."""
@@ -371,4 +375,9 @@ def twin_class(cls: type[PreTrainedModel], base: type[Twin] = Twin) -> type[PreT
         self._griffin.expect(args, kwargs)
         return cls.forward(self, *args, **kwargs)
 
-    return type(cls.__name__, (base, cls), {**members, "forward": forward})
+    @functools.wraps(cls.prepare_inputs_for_generation)  # whose parameters generate looks at
+    def prepare(self: Twin, *args: Any, **kwargs: Any) -> Any:
+        return base.prepare_inputs_for_generation(self, *args, **kwargs)
+
+    members |= {"forward": forward, "prepare_inputs_for_generation": prepare}
+    return type(cls.__name__, (base, cls), members)

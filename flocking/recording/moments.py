@@ -164,7 +164,10 @@ class Moments:
 
     def _places(self, windows: Windows) -> Tensor:
         """Number, over all sequences, of each token's window, shape (sequence, token, 1)."""
-        window = windows.first + windows.weights.argmax(dim=1)
+        weights = windows.weights
+        if weights.shape[1] == 0:  # padding alone is in no window, and adds nothing to any
+            weights = weights.new_zeros(len(weights), 1, weights.shape[2])
+        window = windows.first + weights.argmax(dim=1)
         sequence = torch.arange(len(window), device=window.device)[:, None]
         return (sequence * self.energy.shape[1] + window)[..., None]
 

@@ -58,6 +58,8 @@ def test_losses_are_those_of_perplexity(
         assert got.remaining == pytest.approx(share, rel=1e-3)
     assert (data.sel(selection="full").relative == 1).all()
     assert (data.sel(selection="full").agreement == 1).all()
+    assert (data.sel(selection="full").remaining == 0).all()
+    assert "nan" not in data.attrs["caption"]
 
 
 def test_predictions_are_compared_with_the_full_models(
