@@ -106,6 +106,7 @@ class RefreshingTwin(Twin):
         past: Any = model_kwargs.get("past_key_values")
         if past is not None:
             refuse_unknown(past)
+        text = input_ids  # as generate goes on from it
         read = None if self._drafts else state.reader.known(past, len(input_ids))
         if read is not None and read.bookmark is not None:
             added = int(past.get_seq_length()) - read.end
@@ -119,7 +120,7 @@ class RefreshingTwin(Twin):
             state.reader.seal(read)
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         if state.read is not None and not self._drafts:
-            state.read.text = input_ids
+            state.read.text = text
         return outputs
 
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
