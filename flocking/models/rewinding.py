@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    LinearAttentionCacheLayerMixin,
-    QuantizedLayer,
-    StaticLayer,
-)
+from transformers import Cache, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
 
 from flocking.models.copies import trial_copy
 from flocking.models.memo import PerModel
@@ -22,7 +16,13 @@ from flocking.models.running import forward
 from flocking.models.sandbox import relative_error, tolerance, trial
 from flocking.models.weights import vocabulary_of
 
-_KNOWN = (DynamicLayer, StaticLayer, LinearAttentionCacheLayerMixin, DummyLayer)
+# (Older versions have not all of them.)
+_OTHERS = ("LinearAttentionCacheLayerMixin", "DummyLayer")
+_KNOWN = (
+    DynamicLayer,
+    StaticLayer,
+    *(getattr(cache_utils, name) for name in _OTHERS if hasattr(cache_utils, name)),
+)
 
 
 class Bookmark:

@@ -22,6 +22,7 @@ from helpers import (
     selected_by_hand,
     tokens,
 )
+from packaging.version import parse
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
@@ -309,15 +310,14 @@ def test_a_second_turn_reads_what_was_not_read(
 
 def test_a_draft_does_not_refresh(some: tf.PreTrainedModel) -> None:
     twin, ids = flocking.griffin(some, 0.5, refresh=2), tokens(20)
-    some.generation_config.pad_token_id = 0
-    drafted = some.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        assistant_model=twin,
-        max_new_tokens=24,
-        do_sample=False,
-        eos_token_id=None,
-    )
+    other = exact("llama")  # whose drafts are not taken
+    try:
+        generate(some, ids, 24, assistant_model=other)
+    except RuntimeError as problem:
+        if parse(tf.__version__) >= parse("5.23"):  # as in test_generation.py
+            raise
+        pytest.skip(f"transformers itself cannot draft for this model: {problem}")
+    drafted = generate(some, ids, 24, assistant_model=twin)
     assert torch.equal(drafted, generate(some, ids, 24))
     assert twin.report().refreshes == 0
     assert twin.report().drafted_tokens > 0
