@@ -192,6 +192,30 @@ def test_selection_waits_for_the_device_once() -> None:
     assert waits(2) == waits(6) <= 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("scope", ["shared", "sequence"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_refreshes_are_in_no_graph(name: str, scope: str) -> None:
+    """In generate, with its compiled steps too, and between the decoder's replayed ones."""
+    model = build(name)
+    here = flocking.griffin(model, 0.5, scope=scope, refresh=5)
+    due = generated(here, prompts(2, 20, 6, "cpu"), 24)
+    twin = flocking.griffin(there(model), 0.5, scope=scope, refresh=5)
+    twin.generation_config.eos_token_id = None
+    decoder = flocking.Decoder(twin, 64, batch_size=2)
+    prompt = prompts(2, 20, 6)
+    for write in (
+        lambda: generated(twin, prompt, 24),
+        lambda: generated(twin, prompt, 24, cache_implementation="static"),
+        lambda: decoder.generate(**prompt, max_new_tokens=24),
+        lambda: decoder.generate(**prompt, max_new_tokens=24),
+    ):
+        assert torch.equal(write().cpu(), due)
+        assert twin.report().refreshes == 4
+    assert decoder._compiled._graph is not None
+
+
 # --------------------------------------------------------------------------------------
 # Memory
 
