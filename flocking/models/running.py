@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flocking.models.attributes import noting_changes
 from flocking.models.copies import hooks_on, hooks_on_everything, trial_copy
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
@@ -24,7 +25,13 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
     Another thread that wants the same for this model waits until then.
     """
-    with exclusive(model), _in_eval_mode(model), torch.no_grad(), private_randomness(model, seed):
+    with (
+        exclusive(model),
+        noting_changes(model),
+        _in_eval_mode(model),
+        torch.no_grad(),
+        private_randomness(model, seed),
+    ):
         yield
 
 

@@ -201,7 +201,7 @@ def griffin(
     )
     with torch.inference_mode(False), torch.no_grad():  # it outlives the mode of the moment
         twin, full = working_copy(model), copy_with_blocks(model)
-        origin = Original(given, twin, full)
+        origin = Original(given, twin, full, check=lambda: _check_changed(full))
         paths = {id(module): path for path, module in model.named_modules()}
         compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
         for compact in compacts:
@@ -258,6 +258,12 @@ def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twi
     twin._griffin = state
     state.hooks = {id(hook) for module in twin.modules() for hook in hooks_on(module)}
     return twin
+
+
+def _check_changed(full: PreTrainedModel) -> None:
+    """Refuse a full model that :func:`griffin` would not take as it has become."""
+    _prunable(full)
+    refuse_forgetful(full)
 
 
 def _prunable(model: PreTrainedModel) -> list[FeedForward]:
