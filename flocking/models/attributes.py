@@ -33,6 +33,8 @@ _QUICK = frozenset(_SINGLE)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 # What refers to nothing that a copy would have another of.
 _ALONE = (*_SINGLE, Enum, np.generic, np.ndarray, Tensor, type, types.ModuleType, weakref.ref)
+_VALUES = (*_SINGLE, Enum)
+_IDENTITIES = (*_ALONE, types.FunctionType, nn.Module, PreTrainedConfig, GenerationConfig)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 _DEPTH, _LENGTH = 4, 256  # how far down, and how long a container, is compared by what is in it
 
@@ -137,25 +139,30 @@ def mark(value: Any, *, objects: bool = True, depth: int = 0) -> Any:
     Numbers, strings, flags and containers of these are compared by value, everything else by what
     it is; with `objects`, also by what is in its attributes.
     """
-    if type(value) in _QUICK or isinstance(value, (*_SINGLE, Enum)):
+    kind = type(value)
+    if kind in _QUICK:
+        return value
+    if isinstance(value, _CONTAINERS):
+        if depth > _DEPTH or len(value) > _LENGTH:
+            return Same(value)
+        within = [mark(each, objects=objects, depth=depth + 1) for each in value]
+        if isinstance(value, dict):
+            values = value.values()
+            return kind, within, [mark(each, objects=objects, depth=depth + 1) for each in values]
+        return kind, within
+    if isinstance(value, _VALUES):
         return value
     if isinstance(value, np.generic):
         return value.dtype, value.tobytes()
-    further = functools.partial(mark, objects=objects, depth=depth + 1)
     if isinstance(value, types.MethodType):
         return Same(value.__func__), Same(value.__self__)
-    if depth > _DEPTH or isinstance(value, (*_ALONE, nn.Module, PreTrainedConfig)):
+    if depth > _DEPTH or isinstance(value, _IDENTITIES):
         return Same(value)
+    further = functools.partial(mark, objects=objects, depth=depth + 1)
     if isinstance(value, functools.partial):
         return further(value.func), further(value.args), further(value.keywords)
-    if isinstance(value, _CONTAINERS):
-        if len(value) > _LENGTH:
-            return Same(value)
-        if isinstance(value, dict):
-            return type(value), [(further(k), further(v)) for k, v in value.items()]
-        return type(value), list(map(further, value))
     attributes = getattr(value, "__dict__", None)
-    if objects and isinstance(attributes, dict) and not isinstance(value, types.FunctionType):
+    if objects and isinstance(attributes, dict):
         return Same(value), further(attributes)
     return Same(value)
 
@@ -192,7 +199,13 @@ def _nested(
 # --------------------------------------------------------------------------------------
 # What changes as a model runs
 
+# By module; a module and its copies have the same set.
 _changing: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def share_changing(module: nn.Module, copied: nn.Module) -> None:
+    """Let what is noted of a module hold for a copy of it, and the other way round."""
+    _changing[copied] = _changing.setdefault(module, set())
 
 
 @contextmanager

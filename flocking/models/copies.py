@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves
 
-from flocking.models.attributes import WRAPPED, has_own_state, holds_modules, kept, overridden
+from flocking.models.attributes import (
+    WRAPPED,
+    has_own_state,
+    holds_modules,
+    kept,
+    overridden,
+    share_changing,
+)
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -78,6 +85,7 @@ def _copied(model: _Module, *, with_hooks: bool) -> _Module:
     copies = dict(zip(model.modules(), copied.modules(), strict=True))
     for module, mine in copies.items():
         _without_overrides(module, mine, memo)
+        share_changing(module, mine)
         if with_hooks:
             for name, hooks in _hooks_of(module).items():
                 called = name in _CALLED

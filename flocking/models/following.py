@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from flocking.models.attributes import (
     Same,
+    changing,
     configs,
     has_own_state,
     holds_modules,
@@ -34,7 +35,7 @@ _TENSORS = ("_parameters", "_buffers")
 _GENERATION = ("generation_config",)
 _GONE = object()
 _LITTLE = 1024  # elements
-_SHALLOW = 99  # of an object that is shared, what it is counts, and not what is in it
+_SINGLE = (bool, int, float, complex, str, bytes, type(None))  # have no identity
 
 
 class Original:
@@ -57,9 +58,7 @@ class Original:
         self, model: nn.Module, *copies: nn.Module, check: Callable[[], object] = lambda: None
     ) -> None:
         self._check, self._is_checked = check, True
-        rows = list(
-            zip(model.named_modules(), *(each.modules() for each in copies), strict=True)
-        )
+        rows = list(zip(model.named_modules(), *(each.modules() for each in copies), strict=True))
         self._parts, self._settings = [], []
         seen: set[int] = set()  # configs
         for (path, module), *mine in rows:
@@ -108,7 +107,7 @@ class Original:
         for part, module, tensors, values in news:
             part.follow(module, tensors, values, self._counterparts)
         followed = [each.follow() for each in self._settings]
-        if any(followed) or any(values for _, _, _, values in news):
+        if any(followed) or any(values.keys() - changing(m) for _, m, _, values in news):
             self._is_checked = False
         if not self._is_checked:
             self._check()
@@ -244,9 +243,9 @@ class _Part:
         )
 
     def _look(self, module: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
-        """Marks of what the module keeps: what the copies share is what it is."""
+        """What the module keeps, as it is now."""
         return {
-            name: _Kept.of(value, before.get(name), self.is_own)
+            name: _Kept(value, before.get(name), self.is_own)
             for name, value in kept(module).items()
         }
 
@@ -327,7 +326,7 @@ class _Part:
             mine._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         for kind, name in tensors:
             self._look_at(kind, name, module)
-        self.values = self._look(module, {})
+        self.values = self._look(module, self.values)
 
     def _is_unsaved(self, module: nn.Module, name: str) -> bool:
         return self.is_own and name in module._non_persistent_buffers_set
@@ -342,21 +341,17 @@ class _Kept:
         Whether the copies are to have this very object, and with it all that is done to it.
     """
 
-    def __init__(self, value: Any, shared: bool) -> None:
-        self.shared = shared
-        self._it = Same(value, hold=shared)
-        self._mark = mark(value, objects=False)
-        if shared:
-            self._mark = mark(value, depth=_SHALLOW)
+    def __init__(self, value: Any, before: _Kept | None, is_own: bool) -> None:
+        if before is not None and before._it.is_it(value) and not is_own:
+            self.shared, self._it = before.shared, before._it
+        else:
+            self.shared = not is_own and not holds_modules(value)
+            self._it = Same(value, hold=self.shared)
+        self._mark = mark(value, objects=not is_own)
+        if self.shared and not isinstance(value, _SINGLE):
+            self._mark = (self._it, self._mark)
         elif isinstance(value, Tensor):
             self._mark = (self._it, _written(value))
-
-    @classmethod
-    def of(cls, value: Any, before: _Kept | None, is_own: bool) -> _Kept:
-        """What is known of a value, if it is shared and was there at the last look, too."""
-        if before is not None and before.shared and before._it.is_it(value):
-            return before
-        return cls(value, not is_own and not holds_modules(value))
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Kept) and self._mark == other._mark)
