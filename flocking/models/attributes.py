@@ -86,7 +86,7 @@ def holds_modules(value: Any, depth: int = 0) -> bool:
 
     What is deeper than is looked counts as such.
     """
-    if isinstance(value, _ALONE) or isinstance(value, types.FunctionType):
+    if isinstance(value, (*_ALONE, types.FunctionType)):
         return False
     if isinstance(value, nn.Module | PreTrainedConfig | GenerationConfig) or depth > _DEPTH:
         return True
@@ -123,6 +123,7 @@ class Same:
         return id(value) == self._id and (self._reference is None or self._reference() is value)
 
     def __eq__(self, other: object) -> bool:
+        """Whether both are of the same object, which is still there."""
         if not isinstance(other, Same) or self._id != other._id:
             return False
         if self._reference is None or other._reference is None:
@@ -133,11 +134,12 @@ class Same:
     __hash__ = None  # type: ignore[assignment]  # it is never a key
 
 
-def mark(value: Any, *, objects: bool = True, depth: int = 0) -> Any:
+def mark(value: Any, *, objects: bool = True, alike: bool = False, depth: int = 0) -> Any:
     """What two values have in common if, and as far as can be told, nothing has changed.
 
     Numbers, strings, flags and containers of these are compared by value, everything else by what
-    it is; with `objects`, also by what is in its attributes.
+    it is; with `objects`, also by what is in its attributes. Tensors and arrays are `alike` if they
+    are of one kind.
     """
     kind = type(value)
     if kind in _QUICK:
@@ -145,20 +147,23 @@ def mark(value: Any, *, objects: bool = True, depth: int = 0) -> Any:
     if isinstance(value, _CONTAINERS):
         if depth > _DEPTH or len(value) > _LENGTH:
             return Same(value)
-        within = [mark(each, objects=objects, depth=depth + 1) for each in value]
-        if isinstance(value, dict):
-            values = value.values()
-            return kind, within, [mark(each, objects=objects, depth=depth + 1) for each in values]
-        return kind, within
+        every = (*value, *value.values()) if isinstance(value, dict) else value
+        return kind, [mark(each, objects=objects, alike=alike, depth=depth + 1) for each in every]
     if isinstance(value, _VALUES):
         return value
+    if alike and isinstance(value, Tensor | np.ndarray):
+        return kind, value.dtype, getattr(value, "device", None)
+    return _mark_of_object(value, objects, alike, depth)
+
+
+def _mark_of_object(value: Any, objects: bool, alike: bool, depth: int) -> Any:
     if isinstance(value, np.generic):
         return value.dtype, value.tobytes()
     if isinstance(value, types.MethodType):
         return Same(value.__func__), Same(value.__self__)
     if depth > _DEPTH or isinstance(value, _IDENTITIES):
         return Same(value)
-    further = functools.partial(mark, objects=objects, depth=depth + 1)
+    further = functools.partial(mark, objects=objects, alike=alike, depth=depth + 1)
     if isinstance(value, functools.partial):
         return further(value.func), further(value.args), further(value.keywords)
     attributes = getattr(value, "__dict__", None)
@@ -167,15 +172,18 @@ def mark(value: Any, *, objects: bool = True, depth: int = 0) -> Any:
     return Same(value)
 
 
-def settings(model: nn.Module) -> list[dict[str, Any]]:
-    """What all modules of a model keep, to be compared with what they keep later."""
-    return [_marks(module) for module in model.modules()]
+def settings(model: nn.Module, *, alike: bool = False) -> list[dict[str, Any]]:
+    """What all modules of a model keep, to be compared with what they keep later.
+
+    Tensors and arrays are `alike` if they are of one kind.
+    """
+    return [_marks(module, alike) for module in model.modules()]
 
 
-def _marks(module: nn.Module) -> dict[str, Any]:
+def _marks(module: nn.Module, alike: bool = False) -> dict[str, Any]:
     objects = not has_own_state(module)
     return {
-        name: value if type(value) in _QUICK else mark(value, objects=objects)
+        name: value if type(value) in _QUICK else mark(value, objects=objects, alike=alike)
         for name, value in kept(module).items()
     }
 
@@ -209,9 +217,9 @@ def share_changing(module: nn.Module, copied: nn.Module) -> None:
 
 
 @contextmanager
-def noting_changes(model: nn.Module) -> Iterator[None]:
+def noting_changes(*modules: nn.Module) -> Iterator[None]:
     """Note what modules change by themselves as they run inside of the ``with``: a counter."""
-    before = [(module, _marks(module)) for module in model.modules()]
+    before = [(module, _marks(module)) for module in modules]
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from flocking.models.attributes import (
     has_own_state,
     holds_modules,
     kept,
+    noting_changes,
     overridden,
     share_changing,
 )
@@ -158,7 +159,8 @@ class _OfOriginal:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.is_in_force:
             return None
-        result = self.hook(self.original, *args, **kwargs)
+        with noting_changes(self.original):
+            result = self.hook(self.original, *args, **kwargs)
         for name, value in vars(self.original).items():
             if isinstance(value, Tensor):
                 vars(module)[name] = value

@@ -205,7 +205,7 @@ class _Part:
             tensors = [
                 (kind, name)
                 for kind in _TENSORS
-                for name in {**self._names(kind), **vars(module)[kind]}
+                for name in {**vars(module)[kind], **self._names(kind)}
                 if not self._is_as_it_was(kind, name, vars(module)[kind].get(name, _GONE))
             ]
         now = self._look(module, self.values)

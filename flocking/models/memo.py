@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
@@ -43,7 +44,7 @@ class PerModel(Generic[_Found]):
     def __call__(self, model: PreTrainedModel) -> _Found:
         """What is known of the model as it is, or else what the function finds now."""
         with exclusive(model):
-            state = _state_of(model)
+            state = _settled.get(model) or _state_of(model)
             for then, found in self._known.get(model, ()):
                 if _is_same(model, then, state):
                     return found
@@ -66,6 +67,22 @@ class PerModel(Generic[_Found]):
         self._known[model] = [(state, found), *before[: _STATES - 1]]
 
 
+_settled: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Take the model for what it is now inside of the ``with``, whatever its hooks note in it."""
+    if model in _settled:
+        yield
+        return
+    _settled[model] = _state_of(model)
+    try:
+        yield
+    finally:
+        del _settled[model]
+
+
 class _State(NamedTuple):
     modules: list[tuple[object, ...]]
     others: tuple[object, ...]
@@ -78,7 +95,7 @@ def _state_of(model: nn.Module) -> _State:
     for path, module in model.named_modules():
         mine, of_class = forward_of(module), type(module).forward
         modules.append((path, id(module), type(module), tuple(module._parameters)))
-        values.append(None if mine is None else mark(mine))
+        values.append(None if mine is None else mark(mine, alike=True))
         values.append(Same(of_class))
         for _, config in configs(module):
             if id(config) not in read:
@@ -89,7 +106,7 @@ def _state_of(model: nn.Module) -> _State:
     return _State(
         modules,
         (kinds, getattr(model, "name_or_path", None), values),
-        settings(model),
+        settings(model, alike=True),
     )
 
 

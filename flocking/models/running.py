@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flocking.models.attributes import noting_changes
 from flocking.models.copies import hooks_on, hooks_on_everything, trial_copy
 from flocking.models.locks import exclusive
-from flocking.models.memo import PerModel
+from flocking.models.memo import PerModel, settled
 from flocking.models.sandbox import private_randomness, trial
 from flocking.models.weights import device_of, embeddings_of
 
@@ -27,7 +27,8 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """
     with (
         exclusive(model),
-        noting_changes(model),
+        settled(model),
+        noting_changes(*model.modules()),
         _in_eval_mode(model),
         torch.no_grad(),
         private_randomness(model, seed),

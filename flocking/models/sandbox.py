@@ -130,7 +130,7 @@ def trial(copied: nn.Module) -> Iterator[None]:
     No gradients, a fixed seed, torch's usual settings, and weights that are read only.
     """
     with (
-        noting_changes(copied),
+        noting_changes(*copied.modules()),
         _usual_settings(copied),
         private_randomness(copied, 0),
         _ReadOnly(copied.parameters()),
