@@ -11,7 +11,7 @@ from flocking.models import context, hooks_on, hooks_on_everything
 
 
 def check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -> None:
-    """Refuse sizes that are none or too large, and a model on several devices."""
+    """Refuse sizes that are none or too large, and models on several devices or that train."""
     for name, value in (("max_length", max_length), ("batch_size", batch_size)):
         if not isinstance(value, int):
             raise TypeError(f"{name}={value!r}: give a whole number.")
@@ -19,6 +19,11 @@ def check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) ->
         raise ValueError(
             f"max_length={max_length}, batch_size={batch_size}: give at least two tokens and "
             "one sequence."
+        )
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is in training mode with gradient checkpointing, and keeps no "
+            "keys and values: call model.eval() first."
         )
     if (limit := context(model)) and max_length > limit:
         raise ValueError(
