@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flocking.models import context, hooks_on, hooks_on_everything
+from flocking.pruning.twin import Twin
 
 
 def check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -> None:
@@ -59,6 +60,8 @@ def _name(hook: Any) -> str:
 
 def special_tokens(model: Any) -> tuple[list[int], int]:
     """The tokens that end a text, and the one that fills up what has ended."""
+    if isinstance(model, Twin):
+        model._griffin.origin.follow_generation()
     config = model.generation_config
     ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import helpers
 import pytest
@@ -122,7 +122,7 @@ def test_neurons_that_have_come_to_depend_on_each_other_are_seen() -> None:
 
 
 @pytest.fixture
-def proofs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+def proofs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """A list that grows with each proof of traits."""
     proved: list[object] = []
     find = traits._find
@@ -132,9 +132,10 @@ def proofs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
         return find(model)
 
     monkeypatch.setattr(traits, "_find", counted)
-    yield proved
+    return proved
 
 
+@pytest.mark.filterwarnings("ignore:The model is in training mode:UserWarning")
 def test_it_is_proved_once_whatever_it_keeps_as_it_runs(proofs: list[object]) -> None:
     """Counters, also a hook's, dynamic rotary embeddings, training mode and adapters' weights."""
 
