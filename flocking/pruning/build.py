@@ -122,8 +122,9 @@ def griffin(
         too, when it reads prompts and when it decodes, until they are removed from `model`; one
         that is registered on the twin itself acts on decoding only. From the next prompt on, the
         twin follows changes of `model`: of values, of parameters and buffers that are replaced by
-        others of the same shape, of numbers and flags such as which adapter is active. It refuses a
-        prompt after any other (modules, hooks, dtype, device). A twin serves one thread at a time.
+        others of the same shape, of whatever else its modules keep, such as which adapter is
+        active, and of its configs, ``generation_config`` among them. It refuses a prompt after any
+        other (modules, hooks, dtype, device). A twin serves one thread at a time.
 
         In a second turn on a cache that this twin filled, the statistic is that of the earlier
         turns and of the new turn's tokens; tokens that were generated, pruned, do not count.

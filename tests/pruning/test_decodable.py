@@ -18,7 +18,7 @@ def test_a_model_that_trains_with_checkpointing_is_refused_with_the_true_reason(
 ) -> None:
     monkeypatch.setattr(graphs, "_COMPILER", "eager")
     model = helpers.proved("llama")
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     flocking.Decoder(model, max_length=40)
     model.train()
     with pytest.raises(ValueError, match=r"training mode with gradient checkpointing.*eval\(\)"):
