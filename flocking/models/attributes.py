@@ -26,7 +26,7 @@ WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 _NOT_KEPT = (
     frozenset(vars(nn.Module()))
     | {"forward", "config", "generation_config", "warnings_issued", "gradient_checkpointing"}
-    | {"_hf_hook", "_old_forward", "_compiled_call_impl", *WRAPPED}
+    | {"_hf_hook", "_old_forward", *WRAPPED}
 )
 _SINGLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _QUICK = frozenset(_SINGLE)

@@ -200,14 +200,15 @@ class _Part:
 
         Parameters and buffers are the dict that holds each, and its name.
         """
-        tensors: list[tuple[str, str]] = []
-        if not _is_offloaded(module):  # else they come and go as the model runs
-            tensors = [
-                (kind, name)
-                for kind in _TENSORS
-                for name in {**vars(module)[kind], **self._names(kind)}
-                if not self._is_as_it_was(kind, name, vars(module)[kind].get(name, _GONE))
-            ]
+        offloaded = _is_offloaded(module)
+        tensors = [
+            (kind, name)
+            for kind in _TENSORS
+            for name in {**vars(module)[kind], **self._names(kind)}
+            if not self._is_as_it_was(kind, name, vars(module)[kind].get(name, _GONE))
+            # What is offloaded comes and goes as the model runs.
+            and not (offloaded and (kind == "_parameters" or self._is_away(module, name)))
+        ]
         now = self._look(module, self.values)
         if self._ran(module, tensors):
             for kind, name in tensors:
@@ -226,6 +227,11 @@ class _Part:
     def _is_as_it_was(self, kind: str, name: str, tensor: Any) -> bool:
         seen = self.tensors.get((kind, name))
         return seen is not None and tensor is not _GONE and seen.is_same(tensor)
+
+    def _is_away(self, module: nn.Module, name: str) -> bool:
+        """Whether accelerate holds a buffer, now or at the last look."""
+        tensor, seen = module._buffers.get(name), self.tensors.get(("_buffers", name))
+        return tensor is None or tensor.is_meta or seen is None or seen.was_away
 
     def _ran(self, module: nn.Module, changed: list[tuple[str, str]]) -> bool:
         """Whether the changes are what one of the model's own modules did as it ran.
@@ -398,6 +404,11 @@ class _Seen:
         self._reference = _reference(tensor) if self._weak else None
         self._id, self._written = id(tensor), self._state(tensor)
         self._form = _form(tensor)
+
+    @property
+    def was_away(self) -> bool:
+        """Whether it had no values at the last look."""
+        return self._form is None or torch.device("meta") in self._form
 
     def is_same(self, tensor: Tensor | None) -> bool:
         """Whether this is the tensor; where the copies have their own, it must be unchanged."""

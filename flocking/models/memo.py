@@ -18,12 +18,12 @@ from flocking.models.locks import exclusive
 _Found = TypeVar("_Found")
 
 _STATES = 4  # of one model that are remembered: a flag is often put back, or an adapter
-# Of configs: what a proof sets for itself, and names.
+# Of configs: what a proof sets for itself, and names; of private fields, which do matter.
 _NO_MATTER = frozenset(
-    {"use_cache", "output_attentions", "output_hidden_states", "_output_attentions"}
-    | {"output_router_logits", "return_dict", "gradient_checkpointing", "architectures"}
-    | {"id2label", "label2id", "transformers_version", "_name_or_path", "_commit_hash"}
+    {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+    | {"return_dict", "architectures", "id2label", "label2id", "transformers_version"}
 )
+_PRIVATE = frozenset({"_attn_implementation_internal", "_experts_implementation_internal"})
 
 
 class PerModel(Generic[_Found]):
@@ -100,7 +100,7 @@ def _state_of(model: nn.Module) -> _State:
         for _, config in configs(module):
             if id(config) not in read:
                 read.add(id(config))
-                values.append({k: mark(v) for k, v in vars(config).items() if k not in _NO_MATTER})
+                values.append({k: mark(v) for k, v in vars(config).items() if _matters(k)})
         for p in module._parameters.values():
             kinds.add(p if p is None else (type(p), p.device.type, p.dtype))
     return _State(
@@ -108,6 +108,10 @@ def _state_of(model: nn.Module) -> _State:
         (kinds, getattr(model, "name_or_path", None), values),
         settings(model, alike=True),
     )
+
+
+def _matters(field: str) -> bool:
+    return field in _PRIVATE or not (field.startswith("_") or field in _NO_MATTER)
 
 
 def _is_same(model: nn.Module, then: _State, now: _State) -> bool:

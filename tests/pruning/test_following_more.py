@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 import flocking
@@ -159,6 +160,12 @@ def test_rounded_frequencies_are_followed() -> None:
     logits(twin)
     for each in (twin, twin._griffin.full):
         assert torch.equal(frequencies(each), frequencies(model))
+
+
+def test_so_are_those_of_an_offloaded_model() -> None:
+    """Accelerate offloads parameters only, unless it is told otherwise."""
+    model = cpu_offload(helpers.proved("llama"), execution_device=torch.device("cpu"))
+    check(model, lambda m: frequencies(m).mul_(0.3))
 
 
 def test_a_hook_that_takes_the_place_of_another_is_refused() -> None:
