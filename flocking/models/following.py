@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig
 
 from flocking.models.attributes import (
     Same,
     changing,
-    configs,
     has_own_state,
     holds_modules,
     instead_of_method,
@@ -29,10 +27,10 @@ from flocking.models.attributes import (
     updates_itself,
 )
 from flocking.models.copies import forward_of, hook_keys
+from flocking.models.fields import GENERATION, Fields, configs_of
 from flocking.models.weights import parts
 
 _TENSORS = ("_parameters", "_buffers")
-_GENERATION = ("generation_config",)
 _GONE = object()
 _LITTLE = 1024  # elements
 _SINGLE = (bool, int, float, complex, str, bytes, type(None))  # have no identity
@@ -63,10 +61,10 @@ class Original:
         seen: set[int] = set()  # configs
         for (path, module), *mine in rows:
             self._parts.append(_Part(path, module, mine))
-            for names, config in _configs_of(module):
+            for names, config in configs_of(module):
                 if id(config) not in seen:
                     seen.add(id(config))
-                    self._settings.append(_Settings(names, module, mine))
+                    self._settings.append(Fields(names, module, mine))
         # What stands for a module of the model in each of the copies.
         self._counterparts = [
             weakref.WeakKeyDictionary({row[0][1]: row[1 + n] for row in rows})
@@ -116,65 +114,8 @@ class Original:
     def follow_generation(self) -> None:
         """Let the copies have what was changed in the model's generation config, and only that."""
         for each in self._settings:
-            if each.names == _GENERATION:
+            if each.names == GENERATION:
                 each.follow()
-
-
-def _configs_of(
-    module: nn.Module,
-) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig | GenerationConfig]]:
-    """A module's configs, the generation config among them, each with its names."""
-    yield from configs(module)
-    generation = vars(module).get("generation_config")
-    if isinstance(generation, GenerationConfig):
-        yield _GENERATION, generation
-
-
-class _Settings:
-    """A config of a module as it was at the last look, and those of its copies."""
-
-    def __init__(self, names: tuple[str, ...], module: nn.Module, copies: list[nn.Module]) -> None:
-        self.names = names
-        self._module = weakref.ref(module)
-        self._copies = [weakref.ref(each) for each in copies]
-        self._marks = self._look(module)
-
-    def follow(self) -> bool:
-        """Bring the fields that have changed to the copies; whether they may matter to a check."""
-        module = self._module()
-        if module is None or (now := self._look(module)) == self._marks:
-            return False
-        then, self._marks = self._marks, now
-        fields = [
-            name
-            for name in {**then, **now}
-            if name not in then or name not in now or then[name] != now[name]
-        ]
-        place = self._place(module)
-        for mine in (each for ref in self._copies if (each := ref()) is not None):
-            target = self._place(mine)
-            for name in fields:
-                if name not in place:
-                    target.pop(name, None)
-                else:
-                    target[name] = copy.deepcopy(place[name])
-        return self.names != _GENERATION
-
-    def _look(self, module: nn.Module) -> dict[str, Any]:
-        return {
-            name: mark(value)
-            for name, value in self._place(module).items()
-            if not isinstance(value, PreTrainedConfig)
-        }
-
-    def _place(self, module: nn.Module) -> dict[str, Any]:
-        """The fields, in the dict that holds them; empty if there is no such config any longer."""
-        value: Any = module
-        for name in self.names:
-            value = vars(value).get(name)
-            if not isinstance(value, PreTrainedConfig | GenerationConfig):
-                return {}
-        return vars(value)
 
 
 class _Part:
