@@ -60,7 +60,7 @@ def _name(hook: Any) -> str:
 
 def special_tokens(model: Any) -> tuple[list[int], int]:
     """The tokens that end a text, and the one that fills up what has ended."""
-    if isinstance(model, Twin):
+    if isinstance(model, Twin) and model._griffin.origin is not None:
         model._griffin.origin.follow_generation()
     config = model.generation_config
     ends = config.eos_token_id
