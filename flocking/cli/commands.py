@@ -119,11 +119,12 @@ def record(
     import numpy as np
 
     from flocking.artifacts import replacing
-    from flocking.cli.outputs import refuse_existing
+    from flocking.cli.outputs import refuse_existing, refuse_nothing
     from flocking.recording import Wanted, check_numbers
 
     check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
+    refuse_nothing("output", output)
     if re.match(r"[a-z0-9+]{2,}:/", str(output)):
         raise ValueError(f"--output {output}: name a folder on a disk, since URLs are not written.")
     texts, answers = read_all(files, continuation)

@@ -19,6 +19,12 @@ _FILES = re.compile(
 )
 
 
+def refuse_nothing(option: str, path: Path) -> None:
+    """Refuse an empty name, which stands for the folder that the command runs in."""
+    if not path.name:
+        raise ValueError(f"--{option} names no file or folder: give it a name.")
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Replace only a recording, and only if asked to."""
     _refuse_dangling(path)

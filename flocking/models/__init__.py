@@ -4,6 +4,7 @@ Loading a model, copying its modules, running it, finding out by trial in which 
 run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` and ``texts`` only.
 """
 
+from flocking.models.attributes import settings
 from flocking.models.capabilities import (
     batches,
     chunks,
@@ -26,7 +27,7 @@ from flocking.models.copies import (
     with_forward,
     working_copy,
 )
-from flocking.models.following import Original, settings
+from flocking.models.following import Original
 from flocking.models.forms import Text, require_tokenizer, unreadable
 from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, identity, load

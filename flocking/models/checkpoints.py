@@ -301,7 +301,8 @@ def _refuse(name: str, what: str, weights: list[str]) -> None:
         raise ValueError(
             f"{name}: the model has {len(weights)} weights {what} ({listed(weights)}), which would "
             "be random: give a checkpoint of the whole model, its language modelling head "
-            "included, and the config.json that belongs to it."
+            "included, and the config.json that belongs to it. (An encoder without a head can be "
+            "loaded with transformers.AutoModel.from_pretrained, and that model recorded.)"
         )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -21,11 +20,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves
 
+from flocking.models.attributes import (
+    WRAPPED,
+    has_own_state,
+    holds_modules,
+    kept,
+    noting_changes,
+    overridden,
+    share_changing,
+)
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 _CALLED = ("_forward_pre_hooks", "_forward_hooks")  # hooks that a forward pass calls
-# Methods that accelerate wraps and binds to one model: a copy's would act on the original.
-_WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
 
 def trial_copy(model: _Module) -> _Module:
@@ -56,7 +63,9 @@ def working_copy(model: _Module) -> _Module:
     tells modules apart, or keeps what it sees by module, does what it does in the model. It is no
     longer called once it was removed there, by itself for example; one that is registered later
     does not matter to the other. Buffers are shared, too, but for those that transformers' modules
-    do not save, which they may compute anew as they run. Otherwise as :func:`trial_copy`.
+    do not save, which they may compute anew as they run. So is whatever else the user's, an
+    adapter's and torch's modules keep, but for what refers to modules. Otherwise as
+    :func:`trial_copy`.
 
     Raises
     ------
@@ -72,11 +81,12 @@ def _copied(model: _Module, *, with_hooks: bool) -> _Module:
     _refuse_replaced(model)
     memo = _kept_as_they_are(model)
     if with_hooks:
-        memo |= {id(tensor): tensor for tensor in _followed(model)}
+        memo |= {id(value): value for value in _shared(model)}
     copied = copy.deepcopy(model, memo)
     copies = dict(zip(model.modules(), copied.modules(), strict=True))
     for module, mine in copies.items():
         _without_overrides(module, mine, memo)
+        share_changing(module, mine)
         if with_hooks:
             for name, hooks in _hooks_of(module).items():
                 called = name in _CALLED
@@ -97,7 +107,7 @@ def _kept_as_they_are(model: nn.Module) -> dict[int, Any]:
         memo.update({id(hooks): type(hooks)() for hooks in _hooks_of(module).values()})
         if hasattr(module, "_hf_hook"):  # accelerate's, which holds the values of what it offloads
             memo[id(module._hf_hook)] = module._hf_hook
-        for name in _overridden.get(module, {}):  # a temporary replacement is not the model's
+        for name in overridden.get(module, {}):  # a temporary replacement is not the model's
             memo[id(vars(module)[name])] = object()
         for value in tree_leaves(vars(module)):  # what a mask makes of a parameter, for example
             if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -105,27 +115,21 @@ def _kept_as_they_are(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def _followed(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors beside parameters whose values a working copy is to have at any time."""
+def _shared(model: nn.Module) -> Iterator[Any]:
+    """What a working copy is to have itself, beside parameters, so that it is as it is there."""
     for module in model.modules():
         own, unsaved = has_own_state(module), module._non_persistent_buffers_set
-        tensors = [b for name, b in module._buffers.items() if not (own and name in unsaved)]
-        if not own:
-            tensors += vars(module).values()
-        yield from (t for t in tensors if isinstance(t, Tensor) and t.grad_fn is None)
-
-
-def has_own_state(module: nn.Module) -> bool:
-    """Whether a module is of a model's own code, and may keep there what it needs as it runs.
-
-    Others are torch's, an adapter's or the user's.
-    """
-    return type(module).__module__.startswith(("transformers.", "transformers_modules."))
+        found = [b for name, b in module._buffers.items() if not (own and name in unsaved)]
+        found += [] if own else kept(module).values()
+        for value in found:
+            computed = isinstance(value, Tensor) and value.grad_fn is not None
+            if not computed and not holds_modules(value):
+                yield value
 
 
 def _leave_out_compiled(copied: nn.Module) -> None:
     """Delete what is bound to the original model: wrapped methods, and compiled calls."""
-    for name in _WRAPPED:
+    for name in WRAPPED:
         vars(copied).pop(name, None)
     for module in copied.modules():
         # A compiled forward, or what generate keeps once it has compiled for a static cache.
@@ -155,7 +159,8 @@ class _OfOriginal:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.is_in_force:
             return None
-        result = self.hook(self.original, *args, **kwargs)
+        with noting_changes(self.original):
+            result = self.hook(self.original, *args, **kwargs)
         for name, value in vars(self.original).items():
             if isinstance(value, Tensor):
                 vars(module)[name] = value
@@ -231,18 +236,18 @@ def hooks_on_everything() -> list[Any]:
     ]
 
 
-def hook_keys(module: nn.Module) -> set[int]:
-    """Numbers that torch gave the user's hooks on a module."""
+def hook_keys(module: nn.Module) -> set[tuple[int, int]]:
+    """Numbers that torch gave the user's hooks on a module, each with the id of the hook."""
     if not any(vars(module)[kind] for kind in _CALLED):
         return set()
     users = set(map(id, hooks_on(module)))
     registered = [pair for kind in _CALLED for pair in vars(module)[kind].items()]
-    return {key for key, hook in registered if id(hook) in users}
+    return {(key, id(hook)) for key, hook in registered if id(hook) in users}
 
 
 def forward_of(module: nn.Module) -> Any:
     """The ``forward`` of this very object; None if it has that of its class, maybe compiled."""
-    values = _overridden.get(module, {}) if _overridden else {}
+    values = overridden.get(module, {}) if overridden else {}
     function = values["forward"] if "forward" in values else vars(module).get("forward")
     if function is _ABSENT or hasattr(function, "_torchdynamo_orig_callable"):
         return None
@@ -259,20 +264,19 @@ def separate(module: _Module) -> _Module:
 
 
 _ABSENT = object()
-_overridden: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def overriding(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Another value of a module's attribute inside of the ``with``; copies do not get it."""
     before = vars(module).get(name, _ABSENT)
-    _overridden.setdefault(module, {})[name] = before
+    overridden.setdefault(module, {})[name] = before
     vars(module)[name] = value
     try:
         yield
     finally:
         _restore(module, name, before)
-        del _overridden[module][name]
+        del overridden[module][name]
 
 
 def _restore(module: nn.Module, name: str, before: Any) -> None:
@@ -283,7 +287,7 @@ def _restore(module: nn.Module, name: str, before: Any) -> None:
 
 
 def _without_overrides(module: nn.Module, copied: nn.Module, memo: dict | None = None) -> None:
-    for name, before in _overridden.get(module, {}).items():
+    for name, before in overridden.get(module, {}).items():
         if memo is not None and before is not _ABSENT:
             before = copy.deepcopy(before, memo)
         _restore(copied, name, before)

@@ -1,28 +1,39 @@
 """Changes of a model since working copies of it were made: followed, or noticed and refused.
 
-Copies share the model's parameters and most of its buffers, so that their values are those of the
-model at any time. What else a user changes is compared here by identity, and no weight by value.
+Copies share the model's parameters, most of its buffers and what modules of the user's keep, so
+that these are as they are there at any time. What else a user changes is compared here by
+identity, and no weight by value.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from flocking.models.copies import forward_of, has_own_state, hook_keys
+from flocking.models.attributes import (
+    Same,
+    changing,
+    has_own_state,
+    holds_modules,
+    instead_of_method,
+    kept,
+    mark,
+    updates_itself,
+)
+from flocking.models.copies import forward_of, hook_keys
+from flocking.models.fields import GENERATION, Fields, configs_of
 from flocking.models.weights import parts
 
 _TENSORS = ("_parameters", "_buffers")
-_OF_TORCH = frozenset(vars(nn.Module())) | {"forward", "config", "generation_config"}
-_SINGLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 _GONE = object()
+_LITTLE = 1024  # elements
+_SINGLE = (bool, int, float, complex, str, bytes, type(None))  # have no identity
 
 
 class Original:
@@ -36,17 +47,29 @@ class Original:
     *copies : torch.nn.Module
         Working copies of it, or copies of such copies, with the same modules. A module that takes
         the place of one of theirs later does not follow.
+    check : callable
+        Raises an error if the copies have become what they must not be. It is called after they
+        followed anything but tensors, until it raises none.
     """
 
-    def __init__(self, model: nn.Module, *copies: nn.Module) -> None:
-        rows = zip(model.named_modules(), *(each.modules() for each in copies), strict=True)
-        self._parts = []
+    def __init__(
+        self, model: nn.Module, *copies: nn.Module, check: Callable[[], object] = lambda: None
+    ) -> None:
+        self._check, self._is_checked = check, True
+        rows = list(zip(model.named_modules(), *(each.modules() for each in copies), strict=True))
+        self._parts, self._settings = [], []
         seen: set[int] = set()  # configs
         for (path, module), *mine in rows:
-            config = vars(module).get("config")
-            is_first = isinstance(config, PreTrainedConfig) and id(config) not in seen
-            seen.add(id(config))
-            self._parts.append(_Part(path, module, mine, is_first))
+            self._parts.append(_Part(path, module, mine))
+            for names, config in configs_of(module):
+                if id(config) not in seen:
+                    seen.add(id(config))
+                    self._settings.append(Fields(names, module, mine))
+        # What stands for a module of the model in each of the copies.
+        self._counterparts = [
+            weakref.WeakKeyDictionary({row[0][1]: row[1 + n] for row in rows})
+            for n in range(len(copies))
+        ]
 
     def put_aside(self, paths: set[str]) -> None:
         """Say of modules that others stand in their place in a copy, with values of their own."""
@@ -56,20 +79,22 @@ class Original:
     def follow(self) -> None:
         """Let the copies have what was changed in the model since the last time.
 
-        These are parameters and buffers that were replaced by others of the same shape, and
-        numbers, strings and flags, which say for example which adapter is active.
+        These are parameters and buffers that were replaced by others of the same shape, and what
+        else modules and configs keep, which says for example which adapter is active.
 
         Raises
         ------
         RuntimeError
             If anything else was changed: modules or hooks, for example. The copies are then left
             as they are.
+        Exception
+            What `check` raises.
         """
         news = []
         for part in self._parts:
             if (module := part.module()) is None:
                 continue
-            tensors, values = part.changed_tensors(module), part.changed_values(module)
+            tensors, values = part.changes(module)
             if problem := part.problem(module, tensors, values):
                 raise RuntimeError(
                     f"the model was changed since this twin was made ({problem}): make the twin "
@@ -78,59 +103,112 @@ class Original:
             if tensors or values:
                 news.append((part, module, tensors, values))
         for part, module, tensors, values in news:
-            part.follow(module, tensors, values)
+            part.follow(module, tensors, values, self._counterparts)
+        followed = [each.follow() for each in self._settings]
+        if any(followed) or any(values.keys() - changing(m) for _, m, _, values in news):
+            self._is_checked = False
+        if not self._is_checked:
+            self._check()
+            self._is_checked = True
 
-
-def settings(model: nn.Module) -> list[dict[str, Any]]:
-    """Numbers, strings and flags of all modules of a model, to be compared with later ones."""
-    return [each for module in model.modules() for each, _ in _plain(module, False)]
+    def follow_generation(self) -> None:
+        """Let the copies have what was changed in the model's generation config, and only that."""
+        for each in self._settings:
+            if each.names == GENERATION:
+                each.follow()
 
 
 class _Part:
     """One module of a model, as it was at the last look, and its counterparts in the copies."""
 
-    def __init__(
-        self, path: str, module: nn.Module, copies: list[nn.Module], with_config: bool
-    ) -> None:
-        self.path, self.with_config = path, with_config
+    def __init__(self, path: str, module: nn.Module, copies: list[nn.Module]) -> None:
+        self.path = path
         self.module = weakref.ref(module)
         self.copies = [weakref.ref(each) for each in copies]
         self.kind, self.forward = type(module), id(forward_of(module))
         self.children = {name: _reference(child) for name, child in module._modules.items()}
         self.hooks = hook_keys(module)
-        self.is_replaced = False
-        self.values = [values for values, _ in _plain(module, with_config)]
+        self.is_replaced, self.is_own = False, has_own_state(module)
+        self.values = self._look(module, {})
         self.tensors = {
             (kind, name): _Seen(tensor, [vars(each)[kind].get(name) for each in copies], kind)
             for kind in _TENSORS
             for name, tensor in vars(module)[kind].items()
         }
 
-    def changed_tensors(self, module: nn.Module) -> list[tuple[str, str]]:
-        """Parameters and buffers that are not as they were: the dict that holds each, and names."""
-        if _is_offloaded(module):  # they come and go as the model runs
-            return []
-        holders, found = vars(module), []
-        for (kind, name), seen in self.tensors.items():
-            tensor = holders[kind].get(name)
-            if seen.is_same(tensor):
-                continue
-            if kind == "_buffers" and not seen.shared and not seen.is_it(tensor):
-                seen.look(tensor)  # the module made it anew as it ran
-            else:
-                found.append((kind, name))
-        return found
+    def changes(self, module: nn.Module) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """What is not as it was: parameters and buffers, and marks of what else is kept.
 
-    def changed_values(self, module: nn.Module) -> list[tuple[int, dict[str, Any]]]:
-        """Plain values that are not as they were, all of one dict, with the number of the dict."""
-        found = zip(_plain(module, self.with_config), self.values, strict=False)
-        return [(number, now) for number, ((now, _), then) in enumerate(found) if now != then]
+        Parameters and buffers are the dict that holds each, and its name.
+        """
+        offloaded = _is_offloaded(module)
+        tensors = [
+            (kind, name)
+            for kind in _TENSORS
+            for name in {**vars(module)[kind], **self._names(kind)}
+            if not self._is_as_it_was(kind, name, vars(module)[kind].get(name, _GONE))
+            # What is offloaded comes and goes as the model runs.
+            and not (offloaded and (kind == "_parameters" or self._is_away(module, name)))
+        ]
+        now = self._look(module, self.values)
+        if self._ran(module, tensors):
+            for kind, name in tensors:
+                self._look_at(kind, name, module)
+            self.values = now
+            return [], {}
+        return tensors, {
+            name: now.get(name, _GONE)
+            for name in {**self.values, **now}
+            if name not in now or name not in self.values or now[name] != self.values[name]
+        }
+
+    def _names(self, kind: str) -> dict[str, None]:
+        return {name: None for each, name in self.tensors if each == kind}
+
+    def _is_as_it_was(self, kind: str, name: str, tensor: Any) -> bool:
+        seen = self.tensors.get((kind, name))
+        return seen is not None and tensor is not _GONE and seen.is_same(tensor)
+
+    def _is_away(self, module: nn.Module, name: str) -> bool:
+        """Whether accelerate holds a buffer, now or at the last look."""
+        tensor, seen = module._buffers.get(name), self.tensors.get(("_buffers", name))
+        return tensor is None or tensor.is_meta or seen is None or seen.was_away
+
+    def _ran(self, module: nn.Module, changed: list[tuple[str, str]]) -> bool:
+        """Whether the changes are what one of the model's own modules did as it ran.
+
+        It computed buffers for a longer text, or, if it is of that kind, at any time.
+        """
+        unsaved = module._non_persistent_buffers_set
+        mine = [name for kind, name in changed if kind == "_buffers" and name in unsaved]
+        if not self.is_own or len(mine) < len(changed):
+            return False
+        return updates_itself(module) or any(
+            ("_buffers", name) in self.tensors
+            and not self.tensors["_buffers", name].can_become(module._buffers.get(name), "_buffers")
+            for name in mine
+        )
+
+    def _look(self, module: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
+        """What the module keeps, as it is now."""
+        return {
+            name: _Kept(value, before.get(name), self.is_own)
+            for name, value in kept(module).items()
+        }
+
+    def _look_at(self, kind: str, name: str, module: nn.Module) -> None:
+        tensor, mine = vars(module)[kind].get(name), self._here()
+        if (seen := self.tensors.get((kind, name))) is not None:
+            seen.look(tensor)
+        else:
+            found = [vars(each)[kind].get(name) for each in mine]
+            self.tensors[kind, name] = _Seen(tensor, found, kind)
+
+    def _here(self) -> list[nn.Module]:
+        return [each for ref in self.copies if (each := ref()) is not None]
 
     def problem(
-        self,
-        module: nn.Module,
-        tensors: list[tuple[str, str]],
-        values: list[tuple[int, dict[str, Any]]],
+        self, module: nn.Module, tensors: list[tuple[str, str]], values: dict[str, Any]
     ) -> str:
         """What was changed that the copies cannot follow; empty if there is nothing."""
         named = self.path or "the model itself"
@@ -147,17 +225,20 @@ class _Part:
             return f"a hook was registered on {named}"
         if values and self.is_replaced:
             return f"an attribute of {named} was changed"
+        for name, value in kept(module).items():
+            if name in values and instead_of_method(module, name, value):
+                return self._what(name, True, True)
         return self._problem_of(module, tensors)
 
     def _problem_of(self, module: nn.Module, tensors: list[tuple[str, str]]) -> str:
-        for name in module._parameters:
-            if ("_parameters", name) not in self.tensors:
-                return self._what(name, False, True)
         for kind, name in tensors:
-            seen, tensor = self.tensors[kind, name], vars(module)[kind].get(name)
-            if name not in vars(module)[kind]:
+            seen, is_there = self.tensors.get((kind, name)), name in vars(module)[kind]
+            tensor = vars(module)[kind].get(name)
+            if seen is None and (kind == "_parameters" or self.is_replaced):
+                return self._what(name, False, True)
+            if not is_there:
                 return self._what(name, True, False)
-            if not seen.can_become(tensor, kind):
+            if seen is not None and not seen.can_become(tensor, kind):
                 return f"{self.path}.{name} {seen.difference(tensor)}".lstrip(".")
         return ""
 
@@ -169,25 +250,79 @@ class _Part:
         self,
         module: nn.Module,
         tensors: list[tuple[str, str]],
-        values: list[tuple[int, dict[str, Any]]],
+        values: dict[str, Any],
+        counterparts: list[weakref.WeakKeyDictionary[nn.Module, nn.Module]],
     ) -> None:
         """Bring what has changed to the copies."""
-        copies = [each for ref in self.copies if (each := ref()) is not None]
+        attributes = vars(module)
+        for number, ref in enumerate(self.copies):
+            if (mine := ref()) is None:
+                continue
+            for name, value in values.items():
+                if value is _GONE:
+                    vars(mine).pop(name, None)
+                else:
+                    there = vars(mine).get(name)
+                    known = counterparts[number]
+                    vars(mine)[name] = value.of_copy(attributes[name], there, known)
+            for kind, name in tensors:
+                seen, there = self.tensors.get((kind, name)), vars(mine)[kind].get(name)
+                shared = not self._is_unsaved(module, name) if seen is None else seen.shared
+                tensor = attributes[kind][name]
+                vars(mine)[kind][name] = tensor if shared else _own(tensor, there)
+            mine._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
         for kind, name in tensors:
-            seen, tensor = self.tensors[kind, name], vars(module)[kind][name]
-            for mine in copies:
-                vars(mine)[kind][name] = seen.of_copy(tensor)
-            seen.look(tensor)
-        places = [place for _, place in _plain(module, self.with_config)]
-        for number, now in values:
-            then = self.values[number]
-            changed = [name for name in now if name not in then or now[name] != then[name]]
-            for mine in copies:
-                _, target = list(_plain(mine, self.with_config))[number]
-                for name in changed:
-                    value = places[number][name]
-                    target[name] = value if isinstance(value, Tensor) else copy.deepcopy(value)
-            self.values[number] = now
+            self._look_at(kind, name, module)
+        self.values = self._look(module, self.values)
+
+    def _is_unsaved(self, module: nn.Module, name: str) -> bool:
+        return self.is_own and name in module._non_persistent_buffers_set
+
+
+class _Kept:
+    """Something that a module keeps, as it was at the last look.
+
+    Attributes
+    ----------
+    shared : bool
+        Whether the copies are to have this very object, and with it all that is done to it.
+    """
+
+    def __init__(self, value: Any, before: _Kept | None, is_own: bool) -> None:
+        if before is not None and before._it.is_it(value) and not is_own:
+            self.shared, self._it = before.shared, before._it
+        else:
+            self.shared = not is_own and not holds_modules(value)
+            self._it = Same(value, hold=self.shared)
+        self._mark = mark(value, objects=not is_own)
+        if self.shared and not isinstance(value, _SINGLE):
+            self._mark = (self._it, self._mark)
+        elif isinstance(value, Tensor):
+            self._mark = (self._it, _written(value))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Kept) and self._mark == other._mark)
+
+    __hash__ = None  # type: ignore[assignment]  # it is never a key
+
+    def of_copy(
+        self, value: Any, there: Any, counterparts: weakref.WeakKeyDictionary[nn.Module, nn.Module]
+    ) -> Any:
+        """What a copy gets where the model has this value, instead of what is there."""
+        if isinstance(value, Tensor):
+            is_elsewhere = isinstance(there, Tensor) and there.device != value.device
+            return value if self.shared and not is_elsewhere else _own(value, there)
+        if self.shared:
+            return value
+        memo: dict[int, Any] = {id(module): mine for module, mine in counterparts.items()}
+        return copy.deepcopy(value, memo)
+
+
+def _own(tensor: Tensor | None, there: Any) -> Tensor | None:
+    """A copy of a tensor, on the device of the one that was there."""
+    if tensor is None:
+        return None
+    return tensor.detach().clone().to(there.device if isinstance(there, Tensor) else tensor.device)
 
 
 class _Seen:
@@ -211,6 +346,11 @@ class _Seen:
         self._id, self._written = id(tensor), self._state(tensor)
         self._form = _form(tensor)
 
+    @property
+    def was_away(self) -> bool:
+        """Whether it had no values at the last look."""
+        return self._form is None or torch.device("meta") in self._form
+
     def is_same(self, tensor: Tensor | None) -> bool:
         """Whether this is the tensor; where the copies have their own, it must be unchanged."""
         return (
@@ -225,6 +365,8 @@ class _Seen:
 
     def can_become(self, tensor: Tensor | None, kind: str) -> bool:
         """Whether another tensor can take its place in the copies, too."""
+        if kind == "_buffers" and self.shared and (tensor is None or self._form is None):
+            return True
         if tensor is None or self._form is None or (kind == "_parameters" and not self.shared):
             return False
         return _form(tensor) == self._form
@@ -239,18 +381,25 @@ class _Seen:
                 return f"is on {tensor.device} now"
         return "was changed" if self.is_it(tensor) else "was replaced"
 
-    def of_copy(self, tensor: Tensor | None) -> Tensor | None:
-        """What a copy gets where the model has this tensor."""
-        return tensor if self.shared or tensor is None else tensor.detach().clone()
+    def _state(self, tensor: Tensor | None) -> list[tuple[int, int, bytes]]:
+        return [] if self.shared or tensor is None else _written(tensor)
 
-    def _state(self, tensor: Tensor | None) -> list[tuple[int, int]]:
-        """Where an unshared tensor is, and how often it was written to, as far as torch counts."""
-        if self.shared or tensor is None:
-            return []
-        return [
-            (part.data_ptr(), 0 if part.is_inference() else part._version)
-            for part in parts(tensor.detach())
-        ]
+
+def _written(tensor: Tensor) -> list[tuple[int, int, bytes]]:
+    """Where an unshared tensor is, how often it was written to, as far as torch counts, and more.
+
+    That is what is in it, if that is little: rotary frequencies, for example.
+    """
+    return [
+        (part.data_ptr(), 0 if part.is_inference() else part._version, _content(part))
+        for part in parts(tensor.detach())
+    ]
+
+
+def _content(tensor: Tensor) -> bytes:
+    if tensor.is_meta or tensor.numel() > _LITTLE:
+        return b""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _is_offloaded(module: nn.Module) -> bool:
@@ -272,61 +421,3 @@ def _referent(reference: weakref.ref | None) -> Any:
         return None
     value = reference()
     return _GONE if value is None else value
-
-
-# --------------------------------------------------------------------------------------
-# Plain values
-
-
-class _Same:
-    """A tensor that is compared by what it is, not by its values."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._reference = weakref.ref(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        mine = self._reference()
-        return isinstance(other, _Same) and mine is not None and mine is other._reference()
-
-    __hash__ = None  # type: ignore[assignment]  # it is never a key
-
-
-def _plain(module: nn.Module, with_config: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Plain values of a module and of its configs, each with the dict that they are from.
-
-    Of a model's own modules, what they may keep as they run is left out: all tensors, names with
-    an underscore, and everything beside buffers that are not saved, as in rotary embeddings.
-    """
-    own, attributes = has_own_state(module), vars(module)
-    chosen: dict[str, Any] = {}
-    names = () if own and module._non_persistent_buffers_set else attributes.keys() - _OF_TORCH
-    for name in names:
-        value = attributes[name]
-        if own and (isinstance(value, Tensor) or name.startswith("_")):
-            continue
-        if isinstance(value, _SINGLE):
-            chosen[name] = value
-        elif isinstance(value, Tensor):
-            chosen[name] = _Same(value)
-        elif _is_plain(value):
-            chosen[name] = copy.deepcopy(value)
-    yield chosen, attributes
-    if with_config:
-        for values in _configs(attributes["config"]):
-            plain = {name: value for name, value in values.items() if _is_plain(value)}
-            yield copy.deepcopy(plain), values
-
-
-def _configs(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    yield config.__dict__
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _configs(value)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
-    return isinstance(value, _SINGLE)

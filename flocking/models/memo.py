@@ -4,34 +4,53 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from flocking.models.attributes import Same, changing, configs, mark, settings, unlike
+from flocking.models.copies import forward_of
 from flocking.models.locks import exclusive
 
 _Found = TypeVar("_Found")
 
+_STATES = 4  # of one model that are remembered: a flag is often put back, or an adapter
+# Of configs: what a proof sets for itself, and names; of private fields, which do matter.
+_NO_MATTER = frozenset(
+    {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+    | {"return_dict", "architectures", "id2label", "label2id", "transformers_version"}
+)
+_PRIVATE = frozenset({"_attn_implementation_internal", "_experts_implementation_internal"})
+
 
 class PerModel(Generic[_Found]):
-    """A function of a model that runs once, until the modules or kinds of weights change."""
+    """A function of a model that runs once for each state of it.
+
+    The state is all that can be compared without looking at weights: modules, kinds of weights,
+    what modules and configs keep, and functions that stand in the place of methods. What a module
+    was seen to change by itself as it ran does not count.
+    """
 
     def __init__(self, find: Callable[[PreTrainedModel], _Found]) -> None:
         functools.update_wrapper(self, find)
         self._find = find
-        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[object, _Found]] = (
+        self._known: weakref.WeakKeyDictionary[nn.Module, list[tuple[_State, _Found]]] = (
             weakref.WeakKeyDictionary()
         )
 
     def __call__(self, model: PreTrainedModel) -> _Found:
-        """What is known of the model, or else what the function finds now."""
+        """What is known of the model as it is, or else what the function finds now."""
         with exclusive(model):
-            state = _state_of(model)
-            if model not in self._known or self._known[model][0] != state:
-                self._known[model] = (state, self._find(model))
-            return self._known[model][1]
+            state = _settled.get(model) or _state_of(model)
+            for then, found in self._known.get(model, ()):
+                if _is_same(model, then, state):
+                    return found
+            found = self._find(model)
+            self._remember(model, state, found)
+            return found
 
     def forget(self, model: PreTrainedModel) -> None:
         """Run the function again at the next call."""
@@ -39,22 +58,67 @@ class PerModel(Generic[_Found]):
 
     def remember(self, model: PreTrainedModel, found: _Found) -> None:
         """Take `found` as known of a model, for example because it holds for its original."""
-        self._known[model] = (_state_of(model), found)
+        self._known.pop(model, None)
+        self._remember(model, _state_of(model), found)
+
+    def _remember(self, model: PreTrainedModel, state: _State, found: _Found) -> None:
+        # What was found of other modules would keep them, and their weights, in memory.
+        before = [each for each in self._known.get(model, ()) if each[0].modules == state.modules]
+        self._known[model] = [(state, found), *before[: _STATES - 1]]
 
 
-def _state_of(model: nn.Module) -> tuple[object, ...]:
-    config = getattr(model, "config", None)
-    modules, kinds = {}, set()
+_settled: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Take the model for what it is now inside of the ``with``, whatever its hooks note in it."""
+    if model in _settled:
+        yield
+        return
+    _settled[model] = _state_of(model)
+    try:
+        yield
+    finally:
+        del _settled[model]
+
+
+class _State(NamedTuple):
+    modules: list[tuple[object, ...]]
+    others: tuple[object, ...]
+    kept: list[dict[str, Any]]
+
+
+def _state_of(model: nn.Module) -> _State:
+    kinds, modules, values = set(), [], []
+    read: set[int] = set()  # configs
     for path, module in model.named_modules():
-        values = vars(module)  # PEFT's layers keep here which of their adapters is active
-        adapter = str(values.get("_active_adapter")), values.get("_disable_adapters")
-        modules[path] = id(module), type(module), tuple(module._parameters), *adapter
+        mine, of_class = forward_of(module), type(module).forward
+        modules.append((path, id(module), type(module), tuple(module._parameters)))
+        values.append(None if mine is None else mark(mine, alike=True))
+        values.append(Same(of_class))
+        for _, config in configs(module):
+            if id(config) not in read:
+                read.add(id(config))
+                values.append({k: mark(v) for k, v in vars(config).items() if _matters(k)})
         for p in module._parameters.values():
             kinds.add(p if p is None else (type(p), p.device.type, p.dtype))
-    return (
+    return _State(
         modules,
-        kinds,
-        getattr(model, "name_or_path", None),
-        getattr(config, "is_decoder", None),
-        getattr(config, "_attn_implementation", None),
+        (kinds, getattr(model, "name_or_path", None), values),
+        settings(model, alike=True),
+    )
+
+
+def _matters(field: str) -> bool:
+    return field in _PRIVATE or not (field.startswith("_") or field in _NO_MATTER)
+
+
+def _is_same(model: nn.Module, then: _State, now: _State) -> bool:
+    return (
+        then.modules == now.modules
+        and then.others == now.others
+        and not any(
+            map(unlike, then.kept, now.kept, (changing(module) for module in model.modules()))
+        )
     )

@@ -128,8 +128,6 @@ PRIVATE = (
     ),
     Private("_old_forward", "accelerate.hooks", "the forward that a hook of accelerate wraps"),
     # PEFT
-    Private("_active_adapter", "peft.tuners.tuners_utils", "a proof holds for these adapters only"),
-    Private("_disable_adapters", "peft.tuners.tuners_utils", "a proof holds with or without them"),
     # lm-eval
     Private("load_yaml", "lm_eval.tasks._yaml_loader", "tasks run on local files, without a hub"),
     Private(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flocking.models.attributes import noting_changes
 from flocking.models.copies import hooks_on, hooks_on_everything, trial_copy
 from flocking.models.locks import exclusive
-from flocking.models.memo import PerModel
+from flocking.models.memo import PerModel, settled
 from flocking.models.sandbox import private_randomness, trial
 from flocking.models.weights import device_of, embeddings_of
 
@@ -24,7 +25,14 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
     Another thread that wants the same for this model waits until then.
     """
-    with exclusive(model), _in_eval_mode(model), torch.no_grad(), private_randomness(model, seed):
+    with (
+        exclusive(model),
+        settled(model),
+        noting_changes(*model.modules()),
+        _in_eval_mode(model),
+        torch.no_grad(),
+        private_randomness(model, seed),
+    ):
         yield
 
 
@@ -143,7 +151,14 @@ def _calls_base(model: PreTrainedModel) -> bool:
 
 
 def context(model: PreTrainedModel) -> int | None:
-    """Most tokens that the model takes at once; None if its configuration does not say."""
+    """Most tokens that the model takes at once; None if its configuration does not say.
+
+    Rotary embeddings may reach further than the ``max_position_embeddings`` that they were trained
+    with: ``factor`` times as far for type "dynamic", and ``factor`` times
+    ``original_max_position_embeddings`` for type "yarn", where models differ in whether the former
+    is scaled already. (It is for the other types, as far as is known: "llama3", "longrope", and for
+    "linear" in some models.)
+    """
     config = model.config.get_text_config()
     names = (
         "max_position_embeddings",
@@ -153,8 +168,24 @@ def context(model: PreTrainedModel) -> int | None:
         "max_seq_len",
     )
     limits = [getattr(config, name, None) for name in names]
+    if limits[0]:
+        limits[0] = _reach(limits[0], getattr(config, "rope_parameters", None))
     limits += [table.num_embeddings - 1 - before for table, before in _padded_positions(model)]
     return min((limit for limit in limits if limit and limit > 0), default=None)
+
+
+def _reach(positions: int, rope: Any) -> int:
+    """How far rotary embeddings of `positions` reach: the nearest, if layers have their own."""
+    if not isinstance(rope, Mapping) or not rope:
+        return positions
+    if all(isinstance(each, Mapping) for each in rope.values()):
+        return min(_reach(positions, each) for each in rope.values())
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1
+    if kind == "dynamic":
+        return max(positions, int(factor * positions))
+    if kind == "yarn":
+        return max(positions, int(factor * (rope.get("original_max_position_embeddings") or 0)))
+    return positions
 
 
 def first_position(model: PreTrainedModel) -> int:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flocking.models.attributes import noting_changes
 from flocking.models.weights import parts
 
 
@@ -129,6 +130,7 @@ def trial(copied: nn.Module) -> Iterator[None]:
     No gradients, a fixed seed, torch's usual settings, and weights that are read only.
     """
     with (
+        noting_changes(*copied.modules()),
         _usual_settings(copied),
         private_randomness(copied, 0),
         _ReadOnly(copied.parameters()),

@@ -122,8 +122,9 @@ def griffin(
         too, when it reads prompts and when it decodes, until they are removed from `model`; one
         that is registered on the twin itself acts on decoding only. From the next prompt on, the
         twin follows changes of `model`: of values, of parameters and buffers that are replaced by
-        others of the same shape, of numbers and flags such as which adapter is active. It refuses a
-        prompt after any other (modules, hooks, dtype, device). A twin serves one thread at a time.
+        others of the same shape, of whatever else its modules keep, such as which adapter is
+        active, and of its configs, ``generation_config`` among them. It refuses a prompt after any
+        other (modules, hooks, dtype, device). A twin serves one thread at a time.
 
         In a second turn on a cache that this twin filled, the statistic is that of the earlier
         turns and of the new turn's tokens; tokens that were generated, pruned, do not count.
@@ -201,7 +202,7 @@ def griffin(
     )
     with torch.inference_mode(False), torch.no_grad():  # it outlives the mode of the moment
         twin, full = working_copy(model), copy_with_blocks(model)
-        origin = Original(given, twin, full)
+        origin = Original(given, twin, full, check=lambda: _check_changed(full))
         paths = {id(module): path for path, module in model.named_modules()}
         compacts = [Compact(twin, block, paths, k) for block, k in zip(firsts, counts, strict=True)]
         for compact in compacts:
@@ -258,6 +259,12 @@ def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twi
     twin._griffin = state
     state.hooks = {id(hook) for module in twin.modules() for hook in hooks_on(module)}
     return twin
+
+
+def _check_changed(full: PreTrainedModel) -> None:
+    """Refuse a full model that :func:`griffin` would not take as it has become."""
+    _prunable(full)
+    refuse_forgetful(full)
 
 
 def _prunable(model: PreTrainedModel) -> list[FeedForward]:

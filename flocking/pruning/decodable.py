@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from flocking.models import context, hooks_on, hooks_on_everything
+from flocking.pruning.twin import Twin
 
 
 def check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -> None:
-    """Refuse sizes that are none or too large, and a model on several devices."""
+    """Refuse sizes that are none or too large, and models on several devices or that train."""
     for name, value in (("max_length", max_length), ("batch_size", batch_size)):
         if not isinstance(value, int):
             raise TypeError(f"{name}={value!r}: give a whole number.")
@@ -19,6 +20,11 @@ def check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) ->
         raise ValueError(
             f"max_length={max_length}, batch_size={batch_size}: give at least two tokens and "
             "one sequence."
+        )
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is in training mode with gradient checkpointing, and keeps no "
+            "keys and values: call model.eval() first."
         )
     if (limit := context(model)) and max_length > limit:
         raise ValueError(
@@ -54,6 +60,8 @@ def _name(hook: Any) -> str:
 
 def special_tokens(model: Any) -> tuple[list[int], int]:
     """The tokens that end a text, and the one that fills up what has ended."""
+    if isinstance(model, Twin) and model._griffin.origin is not None:
+        model._griffin.origin.follow_generation()
     config = model.generation_config
     ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -242,6 +242,8 @@ class Twin(_Generating):
                 "original model."
             )
         with self._griffin.serving():
+            if self._griffin.origin is not None:
+                self._griffin.origin.follow_generation()
             return super().generate(*args, **kwargs)
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -116,6 +116,8 @@ def given_texts(
         _refuse_twice(reading, wanted)
     else:
         whole = tokenize(model, text, tokenizer)
+        if wanted.continuation is not None or wanted.max_new_tokens:
+            _warn_of_ends(whole)
         reading = Reading(whole, [len(ids) for ids in whole.ids])
     if wanted.prompt_tokens is not None:
         reading = _split(reading, _counts(wanted.prompt_tokens))
@@ -206,6 +208,20 @@ def _warn_of_beginnings(prompts: Prompts, later: Prompts) -> None:
                 f"the continuation of text {number} begins with the special token "
                 f"{tokenizer.bos_token}, as its prompt does: to go on from the prompt, tokenize it "
                 "with add_special_tokens=False, or give it as a string."
+            )
+            return
+
+
+def _warn_of_ends(prompts: Prompts) -> None:
+    """Warn of a prompt that has ended already, with a special token that its tokenizer added."""
+    tokenizer: Any = prompts.tokenizer
+    end = getattr(tokenizer, "eos_token_id", None)
+    for number, ids in enumerate(prompts.ids):
+        if end is not None and int(ids[-1]) == end and len(ids) > 1:
+            warn(
+                f"the prompt of text {number} ends with the special token {tokenizer.eos_token}, "
+                "as the end of a text does, and goes on after it: to go on from the text itself, "
+                "give tokenizer(text, add_special_tokens=False), or token ids without it."
             )
             return
 

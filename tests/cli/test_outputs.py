@@ -120,6 +120,7 @@ def unloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("record a.txt -o x.zarr --max-new-tokens -1", "max_new_tokens=-1: give a whole number"),
         ("record a.txt -o x.zarr --layers 0-99999999999", "give numbers and ranges"),
         ("record a.txt -o x.zarr --layers ,", "give numbers and ranges"),
+        ("record a.txt --output=", "--output names no file or folder: give it a name."),
         ("record a.txt -o file/x.zarr", "file/x.zarr cannot be written"),
         ("record a.txt -o /proc/x.zarr", "/proc/x.zarr cannot be written"),
         ("record a.txt -o file --overwrite", "file exists and is not a recording"),

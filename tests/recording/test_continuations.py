@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import helpers
 import numpy as np
 import pytest
@@ -165,6 +167,17 @@ def test_a_special_token_amid_a_text_is_doubted(llama: tf.PreTrainedModel) -> No
     tokenizer = letters("<s> $A")
     with pytest.warns(UserWarning, match="of text 0 begins with the special token <s>"):
         record(llama, "ab", continuation=tokenizer("cd"), tokenizer=tokenizer)
+    tokenizer = letters("<s> $A </s>")
+    ended = "prompt of text 0 ends with the special token </s>"
+    for what in ({"continuation": "cd"}, {"max_new_tokens": 2}):
+        for text in ("ab", tokenizer("ab")):
+            with pytest.warns(UserWarning, match=ended):
+                record(llama, text, tokenizer=tokenizer, **what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bare = tokenizer("ab", add_special_tokens=False)
+            record(llama, bare, tokenizer=tokenizer, **what)
+            record(llama, "ab", tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -1,0 +1,72 @@
+"""Configs of a model, generation configs among them, whose fields copies of the model follow."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from flocking.models.attributes import configs, mark
+
+GENERATION = ("generation_config",)
+
+
+def configs_of(
+    module: nn.Module,
+) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig | GenerationConfig]]:
+    """A module's configs, the generation config among them, each with its names."""
+    yield from configs(module)
+    generation = vars(module).get("generation_config")
+    if isinstance(generation, GenerationConfig):
+        yield GENERATION, generation
+
+
+class Fields:
+    """A config of a module as it was at the last look, and those of its copies."""
+
+    def __init__(self, names: tuple[str, ...], module: nn.Module, copies: list[nn.Module]) -> None:
+        self.names = names
+        self._module = weakref.ref(module)
+        self._copies = [weakref.ref(each) for each in copies]
+        self._marks = self._look(module)
+
+    def follow(self) -> bool:
+        """Bring the fields that have changed to the copies; whether they may matter to a check."""
+        module = self._module()
+        if module is None or (now := self._look(module)) == self._marks:
+            return False
+        then, self._marks = self._marks, now
+        fields = [
+            name
+            for name in {**then, **now}
+            if name not in then or name not in now or then[name] != now[name]
+        ]
+        place = self._place(module)
+        for mine in (each for ref in self._copies if (each := ref()) is not None):
+            target = self._place(mine)
+            for name in fields:
+                if name not in place:
+                    target.pop(name, None)
+                else:
+                    target[name] = copy.deepcopy(place[name])
+        return self.names != GENERATION
+
+    def _look(self, module: nn.Module) -> dict[str, Any]:
+        return {
+            name: mark(value)
+            for name, value in self._place(module).items()
+            if not isinstance(value, PreTrainedConfig)
+        }
+
+    def _place(self, module: nn.Module) -> dict[str, Any]:
+        """The fields, in the dict that holds them; empty if there is no such config any longer."""
+        value: Any = module
+        for name in self.names:
+            value = vars(value).get(name)
+            if not isinstance(value, PreTrainedConfig | GenerationConfig):
+                return {}
+        return vars(value)
