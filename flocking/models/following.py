@@ -288,6 +288,9 @@ class _Kept:
         Whether the copies are to have this very object, and with it all that is done to it.
     """
 
+    shared: bool
+    _it: Same
+
     def __init__(self, value: Any, before: _Kept | None, is_own: bool) -> None:
         if before is not None and before._it.is_it(value) and not is_own:
             self.shared, self._it = before.shared, before._it

@@ -90,7 +90,9 @@ class _State(NamedTuple):
 
 
 def _state_of(model: nn.Module) -> _State:
-    kinds, modules, values = set(), [], []
+    kinds: set[object] = set()
+    modules: list[tuple[object, ...]] = []
+    values: list[Any] = []
     read: set[int] = set()  # configs
     for path, module in model.named_modules():
         mine, of_class = forward_of(module), type(module).forward

@@ -366,7 +366,7 @@ def twin_class(cls: type[PreTrainedModel], base: type[Twin] = Twin) -> type[PreT
 
     `base` is what it adds to the model's class.
     """
-    members = {
+    members: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
