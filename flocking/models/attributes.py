@@ -134,11 +134,11 @@ class Same:
     __hash__ = None  # type: ignore[assignment]  # it is never a key
 
 
-def mark(value: Any, *, objects: bool = True, alike: bool = False, depth: int = 0) -> Any:
+def mark(value: Any, *, objects: bool = True, by_kind: bool = False, depth: int = 0) -> Any:
     """What two values have in common if, and as far as can be told, nothing has changed.
 
     Numbers, strings, flags and containers of these are compared by value, everything else by what
-    it is; with `objects`, also by what is in its attributes. Tensors and arrays are `alike` if they
+    it is; with `objects`, also by what is in its attributes. Tensors and arrays are `by_kind` if they
     are of one kind.
     """
     kind = type(value)
@@ -148,22 +148,24 @@ def mark(value: Any, *, objects: bool = True, alike: bool = False, depth: int = 
         if depth > _DEPTH or len(value) > _LENGTH:
             return Same(value)
         every = (*value, *value.values()) if isinstance(value, dict) else value
-        return kind, [mark(each, objects=objects, alike=alike, depth=depth + 1) for each in every]
+        return kind, [
+            mark(each, objects=objects, by_kind=by_kind, depth=depth + 1) for each in every
+        ]
     if isinstance(value, _VALUES):
         return value
-    if alike and isinstance(value, Tensor | np.ndarray):
+    if by_kind and isinstance(value, Tensor | np.ndarray):
         return kind, value.dtype, getattr(value, "device", None)
-    return _mark_of_object(value, objects, alike, depth)
+    return _mark_of_object(value, objects, by_kind, depth)
 
 
-def _mark_of_object(value: Any, objects: bool, alike: bool, depth: int) -> Any:
+def _mark_of_object(value: Any, objects: bool, by_kind: bool, depth: int) -> Any:
     if isinstance(value, np.generic):
         return value.dtype, value.tobytes()
     if isinstance(value, types.MethodType):
         return Same(value.__func__), Same(value.__self__)
     if depth > _DEPTH or isinstance(value, _IDENTITIES):
         return Same(value)
-    further = functools.partial(mark, objects=objects, alike=alike, depth=depth + 1)
+    further = functools.partial(mark, objects=objects, by_kind=by_kind, depth=depth + 1)
     if isinstance(value, functools.partial):
         return further(value.func), further(value.args), further(value.keywords)
     attributes = getattr(value, "__dict__", None)
@@ -172,18 +174,18 @@ def _mark_of_object(value: Any, objects: bool, alike: bool, depth: int) -> Any:
     return Same(value)
 
 
-def settings(model: nn.Module, *, alike: bool = False) -> list[dict[str, Any]]:
+def settings(model: nn.Module, *, by_kind: bool = False) -> list[dict[str, Any]]:
     """What all modules of a model keep, to be compared with what they keep later.
 
-    Tensors and arrays are `alike` if they are of one kind.
+    Tensors and arrays are `by_kind` if they are of one kind.
     """
-    return [_marks(module, alike) for module in model.modules()]
+    return [_marks(module, by_kind) for module in model.modules()]
 
 
-def _marks(module: nn.Module, alike: bool = False) -> dict[str, Any]:
+def _marks(module: nn.Module, by_kind: bool = False) -> dict[str, Any]:
     objects = not has_own_state(module)
     return {
-        name: value if type(value) in _QUICK else mark(value, objects=objects, alike=alike)
+        name: value if type(value) in _QUICK else mark(value, objects=objects, by_kind=by_kind)
         for name, value in kept(module).items()
     }
 

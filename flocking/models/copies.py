@@ -159,8 +159,11 @@ class _OfOriginal:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.is_in_force:
             return None
-        with noting_changes(self.original):
+        if torch.compiler.is_compiling():  # transformers' own hooks, which change nothing
             result = self.hook(self.original, *args, **kwargs)
+        else:
+            with noting_changes(self.original):
+                result = self.hook(self.original, *args, **kwargs)
         for name, value in vars(self.original).items():
             if isinstance(value, Tensor):
                 vars(module)[name] = value

@@ -97,7 +97,7 @@ def _state_of(model: nn.Module) -> _State:
     for path, module in model.named_modules():
         mine, of_class = forward_of(module), type(module).forward
         modules.append((path, id(module), type(module), tuple(module._parameters)))
-        values.append(None if mine is None else mark(mine, alike=True))
+        values.append(None if mine is None else mark(mine, by_kind=True))
         values.append(Same(of_class))
         for _, config in configs(module):
             if id(config) not in read:
@@ -108,7 +108,7 @@ def _state_of(model: nn.Module) -> _State:
     return _State(
         modules,
         (kinds, getattr(model, "name_or_path", None), values),
-        settings(model, alike=True),
+        settings(model, by_kind=True),
     )
 
 

@@ -172,11 +172,11 @@ def test_a_hook_that_never_fired_is_an_error(llama: tf.PreTrainedModel) -> None:
         flocking.observe(llama, lambda ff, z: None),
     ):
         pass
-    llama.model.layers[1].mlp.forward = lambda x: x  # around the block
     with (
         pytest.raises(RuntimeError, match=r"1 of 2 observed FF blocks never ran .*layers\.1\.mlp"),
         flocking.observe(llama, lambda ff, z: None),
     ):
+        llama.model.layers[1].mlp.forward = lambda x: x  # around the block
         llama(torch.tensor([[5, 6]]))
     assert hooks_of(llama) == []
 

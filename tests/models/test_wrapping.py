@@ -23,6 +23,7 @@ OF_MODELS = {
 }
 MORE = {
     "score": ("a prompt", " and more"),
+    "allocate": ("a text",),
     "perplexity": ("a text",),
     "record": ("a text",),
     "global_statistic": ("a text",),

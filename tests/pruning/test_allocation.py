@@ -220,7 +220,7 @@ def test_refuses_other_models_and_texts(llama: tf.PreTrainedModel) -> None:
     texts = random_ids(29)
     with pytest.raises(ValueError, match="twin already"):
         allocate(flocking.griffin(llama), texts)
-    with pytest.raises(TypeError, match="model is a str: give a model"):
+    with pytest.raises(TypeError, match="model is a str: load it first"):
         allocate("llama", texts)
     with pytest.raises(ValueError, match=r"expected 29 tokens or more, got 28 in text 1: give"):
         allocate(llama, random_ids(29, 28))

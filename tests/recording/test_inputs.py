@@ -197,7 +197,8 @@ def test_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = type(model.base_model).forward
 
     def watched(self: tf.PreTrainedModel, *args: object, **kwargs: object) -> object:
-        fed.append({key: kwargs[key].shape[1] for key in ("input_ids", *columns)})
+        if kwargs.keys() >= columns.keys():  # not the trials of a model with another forward
+            fed.append({key: kwargs[key].shape[1] for key in ("input_ids", *columns)})
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(capabilities, "CHUNK_TOKENS", 14)
