@@ -138,8 +138,8 @@ def mark(value: Any, *, objects: bool = True, by_kind: bool = False, depth: int 
     """What two values have in common if, and as far as can be told, nothing has changed.
 
     Numbers, strings, flags and containers of these are compared by value, everything else by what
-    it is; with `objects`, also by what is in its attributes. Tensors and arrays are `by_kind` if they
-    are of one kind.
+    it is; with `objects`, also by what is in its attributes. Tensors and arrays are compared by
+    what they are, or `by_kind`.
     """
     kind = type(value)
     if kind in _QUICK:

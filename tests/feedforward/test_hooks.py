@@ -172,12 +172,14 @@ def test_a_hook_that_never_fired_is_an_error(llama: tf.PreTrainedModel) -> None:
         flocking.observe(llama, lambda ff, z: None),
     ):
         pass
-    with (
-        pytest.raises(RuntimeError, match=r"1 of 2 observed FF blocks never ran .*layers\.1\.mlp"),
-        flocking.observe(llama, lambda ff, z: None),
-    ):
-        llama.model.layers[1].mlp.forward = lambda x: x  # around the block
-        llama(torch.tensor([[5, 6]]))
+
+    def run_around_a_block() -> None:
+        with flocking.observe(llama, lambda ff, z: None):
+            llama.model.layers[1].mlp.forward = lambda x: x
+            llama(torch.tensor([[5, 6]]))
+
+    with pytest.raises(RuntimeError, match=r"1 of 2 observed FF blocks never ran .*layers\.1\.mlp"):
+        run_around_a_block()
     assert hooks_of(llama) == []
 
 
