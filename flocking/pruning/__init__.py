@@ -9,16 +9,18 @@ from flocking.pruning.build import check_refresh, check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
-from flocking.pruning.scoring import (
-    Protocol,
+from flocking.pruning.parts import (
     are_pruned,
     branches,
-    cut_of,
     logits_side_by_side,
+    side_by_side,
+)
+from flocking.pruning.scoring import (
+    Protocol,
+    cut_of,
     perplexity,
     refuse_unscorable,
     score,
-    side_by_side,
 )
 from flocking.pruning.twin import full_model
 

@@ -19,8 +19,9 @@ from flocking.feedforward import FeedForward, feedforwards, observe
 from flocking.models import Prompts, Text, require_model, tokenize
 from flocking.pruning.build import griffin
 from flocking.pruning.methods import METHODS
+from flocking.pruning.parts import beginning, rest
 from flocking.pruning.prompt import Reader
-from flocking.pruning.scoring import beginning, refuse_unscorable, rest
+from flocking.pruning.scoring import refuse_unscorable
 from flocking.pruning.selector import Selector
 from flocking.recording import coordinates_of, whole_number
 
