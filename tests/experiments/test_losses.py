@@ -164,4 +164,4 @@ def test_seed_decides(subject: tuple) -> None:
 def test_every_experiment_is_reproduced() -> None:
     assert EXPERIMENTS.keys() < reproduce.EXPERIMENTS.keys()
     sources = {path.stem for path in artifacts.sources(losses.__name__)}
-    assert sources >= {"losses", "scoring", "build", "compact", "selection", "methods"}
+    assert sources >= {"losses", "parts", "build", "compact", "selection", "methods"}
