@@ -3,6 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.analysis import tails
+from flocking.models import (
+    Text,
+    context,
+    device_of,
+    embeddings_of,
+    require_model,
+    tokenize,
+    undisturbed,
+)
+from flocking.pruning.twin import Twin
+
+_RESAMPLES = 2000
+_FEWEST = 3  # texts, for an interval
+_TOGETHER = 128  # tokens whose distributions over the vocabulary are in memory at once
 
 
 @dataclass(frozen=True)
@@ -21,8 +45,8 @@ class Lost:
     agreement : float
         Share of tokens where both models find the same next token the likeliest.
     divergence : float
-        Mean Kullback-Leibler divergence of the smaller model's next-token distribution from the
-        model's, in nats a token.
+        Mean over tokens of ``KL(model || smaller model)``, the Kullback-Leibler divergence between
+        their next-token distributions, in nats.
     """
 
     texts: int
@@ -33,3 +57,132 @@ class Lost:
     ratio_high: float
     agreement: float
     divergence: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times the model's perplexity the smaller one's is."""
+        return self.pruned_perplexity / self.perplexity
+
+
+def measure_lost(
+    full: PreTrainedModel,
+    pruned: PreTrainedModel,
+    texts: Text,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_tokens: int = 1024,
+    progress: bool = True,
+) -> Lost:
+    """Read texts with a model and with a smaller one, and compare what they predict.
+
+    Parameters
+    ----------
+    full, pruned : transformers.PreTrainedModel
+        With the same vocabulary. No twin, which would need a prompt: see
+        :func:`flocking.perplexity`.
+    texts : str, list of str or list of list of int
+        Read one at a time, so that no text depends on the others.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        For text; by default the one in the model's folder.
+    max_tokens : int
+        Read at most this many tokens of each, the first ones, or as many as fit the models.
+    progress : bool
+        Show progress on standard error.
+
+    Returns
+    -------
+    Lost
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`flocking.record`, for texts that are none; if one of the models is a twin, or
+        no text has two tokens.
+    """
+    for model in (full, pruned):
+        require_model(model)
+        if isinstance(model, Twin):
+            raise ValueError("a twin reads prompts: compare it with flocking.perplexity.")
+    room = min(limit for limit in (context(full), context(pruned), max_tokens) if limit)
+    prompts = tokenize(full, texts, tokenizer).cut(room)
+    usable = [number for number, ids in enumerate(prompts.ids) if len(ids) > 1]
+    if not usable:
+        raise ValueError(
+            "no text has two tokens, the second of which could be predicted: give longer ones."
+        )
+    read = []
+    for number in tqdm(usable, desc="comparing", unit="text", disable=not progress):
+        inputs = {name: rows[number][None] for name, rows in prompts.inputs.items()}
+        ids = prompts.ids[number][None]
+        # (The smaller model first: an error of its own comes before a long pass.)
+        theirs = _logits(pruned, ids, inputs)
+        read.append(_compared(_logits(full, ids, inputs), theirs, ids))
+    return _summed(read)
+
+
+class _Sums(NamedTuple):
+    """Of one text, over its predicted tokens."""
+
+    tokens: int
+    surprise: float  # of the model, in nats: minus the log-likelihood
+    pruned_surprise: float
+    agreeing: float
+    divergence: float
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of all tokens but the last, (token - 1, vocabulary)."""
+    device = device_of(embeddings_of(model))
+    fed = {name: values.to(device) for name, values in inputs.items()}
+    with undisturbed(model, seed=0):
+        outputs = model(
+            input_ids=ids.to(device),
+            attention_mask=torch.ones_like(ids, device=device),
+            use_cache=False,
+            **fed,
+        )
+    return outputs.logits[0, :-1]
+
+
+def _compared(full: Tensor, pruned: Tensor, ids: Tensor) -> _Sums:
+    """Compare logits of the same tokens, both (token, vocabulary)."""
+    following = ids[0, 1:]
+    sums = np.zeros(4)
+    for start in range(0, len(following), _TOGETHER):
+        part = slice(start, start + _TOGETHER)
+        ours, theirs = (x[part].to("cpu", torch.float32).log_softmax(-1) for x in (full, pruned))
+        right = following[part, None]
+        sums += [
+            -float(ours.gather(1, right).double().sum()),
+            -float(theirs.gather(1, right).double().sum()),
+            float((ours.argmax(1) == theirs.argmax(1)).sum()),
+            float(kl_div(theirs, ours, log_target=True, reduction="none").double().sum()),
+        ]
+    return _Sums(len(following), *sums)
+
+
+def _summed(read: list[_Sums]) -> Lost:
+    table = np.array(read, dtype=np.float64)  # (text, what)
+    tokens, surprise, pruned_surprise, agreeing, divergence = table.sum(axis=0)
+    low, high = _interval(table[:, 2] - table[:, 1], table[:, 0])
+    return Lost(
+        texts=len(read),
+        tokens=int(tokens),
+        perplexity=float(np.exp(surprise / tokens)),
+        pruned_perplexity=float(np.exp(pruned_surprise / tokens)),
+        ratio_low=low,
+        ratio_high=high,
+        agreement=float(agreeing / tokens),
+        divergence=float(divergence / tokens),
+    )
+
+
+def _interval(more: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """Interval of the ratio of perplexities, from what texts have more of, in nats, and tokens."""
+    n = len(more)
+    if n < _FEWEST:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
+    ratios = np.exp((draws @ more) / (draws @ tokens))
+    low, high = np.quantile(ratios, tails(n))
+    return float(low), float(high)
