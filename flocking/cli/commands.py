@@ -18,18 +18,24 @@ import flocking
 from flocking.cli.ending import Ended
 from flocking.cli.options import (
     Calibration,
+    CalibrationTexts,
     Continuations,
     DataDir,
     Densities,
     Device,
+    DownType,
     Dtype,
+    FixedMethod,
+    KeepMultiple,
     KeepOlder,
     LimitByTask,
     Methods,
     Model,
     ModelArgument,
+    OwnSamples,
     PromptTokens,
     ProtocolByTask,
+    SourceArgument,
     Tasks,
     argument,
     at_least_one,
@@ -306,6 +312,57 @@ def generate(
         console.print(
             "Speed is that of decoding, without the prompt; one run says little about it."
         )
+
+
+@app.command(epilog="Example: flocking prune my-model --texts news/ --density 0.5 -o my-model-half")
+@one_sentence
+def prune(
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Folder to write, for transformers; or a .gguf file, if SOURCE is one.",
+        ),
+    ],
+    source: SourceArgument = None,
+    texts: CalibrationTexts = None,
+    own_samples: OwnSamples = False,
+    density: Annotated[float, typer.Option(help="Fraction of FF neurons to keep.")] = 0.5,
+    method: FixedMethod = "static",
+    keep_multiple: KeepMultiple = None,
+    down: DownType = None,
+    seed: Annotated[int, typer.Option(help="Seed of what the model writes.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is a model.")] = False,
+) -> None:
+    """Write a smaller model, without the FF neurons that matter least on your texts.
+
+    The selection is the same for every prompt, so that what is written is an ordinary model, which
+    other programs run. The last fifth of the texts is held out, and says what is lost.
+    """
+    from flocking.cli.pruning import Request, write_pruned
+
+    wide_console().print(
+        write_pruned(
+            Request(
+                source=source,
+                output=output,
+                texts=texts,
+                own_samples=own_samples,
+                density=density,
+                method=method,
+                multiple=keep_multiple,
+                down=down,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                overwrite=overwrite,
+            )
+        )
+    )
 
 
 @app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")

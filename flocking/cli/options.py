@@ -156,6 +156,52 @@ KeepOlder = Annotated[
     ),
 ]
 
+# Of `flocking prune`.
+SourceArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[SOURCE]",
+        help="Folder, GGUF file or hub id; the embedded model by default.",
+    ),
+]
+CalibrationTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--texts",
+        metavar="FILE",
+        help="Text file, or folder of .txt files, of the kind that the smaller model is for; "
+        "repeat it for more; - is standard input. The packaged passages by default.",
+    ),
+]
+OwnSamples = Annotated[
+    bool,
+    typer.Option(
+        "--own-samples",
+        help="Select from what the model writes itself; the texts only say what is lost.",
+    ),
+]
+FixedMethod = Annotated[
+    str,
+    typer.Option(
+        help="static (the neurons that matter most over the texts), global-local (the same, "
+        "together with what the model writes itself) or magnitude (of the weights)."
+    ),
+]
+KeepMultiple = Annotated[
+    int | None,
+    typer.Option(
+        help="Keep a multiple of this many neurons in each layer, rounded down, for programs that "
+        "are faster then; 32 by default in GGUF files, and at least."
+    ),
+]
+DownType = Annotated[
+    str | None,
+    typer.Option(
+        help="Of GGUF files: the type of the down-projections, which have to be quantised again: "
+        "Q8_0 (by default), Q4_0 or F16."
+    ),
+]
+
 
 def load(
     model: str | None, device: str | None, dtype: str | None

@@ -1,0 +1,344 @@
+"""Pruned GGUF files in llama.cpp: how fast they are, how large, and what they lose.
+
+    PYTHONPATH=.venv/llama-cpp .venv/bin/python benchmarks/llama_cpp.py [FILE.gguf ...]
+        [--texts PATH ...] [--other PATH ...] [--density 0.5 0.75] [--rounds 9] [--prompt 256]
+        [--new-tokens 48] [--threads 2] [--out out/llama_cpp]
+
+Each file (by default that of the embedded model) is pruned by the static statistic of --texts, and
+the whole and the pruned files run in llama.cpp, in random order in every round; printed are medians
+of the rounds' ratios to the whole file, with quartiles. Beside them stand files whose FF and
+attention weights are quantised more coarsely instead, by llama.cpp's own quantiser and from the
+same file: what a user who wants a smaller file would take otherwise. (Rows that are no multiple
+of a type's block of 256 take Q4_0, as larger types would be no saving.) The control keeps neurons
+at random. The last fifth of the texts is held out; what is lost is measured over that and over
+--other, texts of another kind, in float32 with the weights as they are in the files. (By default
+the texts are the packaged passages but for code, which is the other kind.) Bits per byte can be
+compared between models with other tokenizers, perplexities cannot.
+
+Numbers are kept in OUT.json file by file, and taken from there by the next run with the same file,
+texts, arguments and code; the picture is OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+from measuring import interleaved, quartiles, ratios
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import flocking
+from flocking.artifacts import code_digest, file_digest, refuse_unwritable, replacing
+from flocking.drawing import STYLE
+from flocking.pruning import calibration_texts, fixed_selection, split_texts
+from flocking.pruning.lost import Lost, measure_lost
+
+COARSER = ("Q4_0", "Q3_K", "Q2_K")
+RESULT = "flocking.pruning.lost", "flocking.pruning.fixed", "flocking.pruning.gguf_files"
+
+
+# --------------------------------------------------------------------------------------
+# Files
+
+
+def requantised(source: Path, target: Path, kind: str) -> None:
+    """Write a GGUF file again with coarser FF and attention weights, by ggml's own quantiser."""
+    wanted = GGMLQuantizationType[kind]
+
+    def coarser(name: str, data: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, Any]:
+        if not name.startswith("blk.") or rows.ndim != 2:
+            return data, None
+        fits = rows.shape[1] % 256 == 0 or kind == "Q4_0"
+        chosen = wanted if fits else GGMLQuantizationType.Q4_0
+        return quantised_by_ggml(rows, chosen), chosen
+
+    rewritten(source, target, coarser)
+
+
+def quantised_by_ggml(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Rows of float32 as bytes of a type."""
+    import xllamacpp
+    from gguf import GGML_QUANT_SIZES
+
+    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    quantise = library.ggml_quantize_chunk
+    quantise.restype = ctypes.c_size_t
+    whole, pointer = ctypes.c_int64, ctypes.c_void_p
+    quantise.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
+    block, size = GGML_QUANT_SIZES[kind]
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    out = np.empty((rows.shape[0], rows.shape[1] // block * size), np.uint8)
+    quantise(int(kind), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+    return out
+
+
+def rewritten(source: Path, target: Path, change: Callable[..., tuple[np.ndarray, Any]]) -> None:
+    """Copy a GGUF file with other tensors."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(source)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = GGUFWriter(target, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        rows = dequantize(tensor.data, tensor.tensor_type)
+        data, kind = change(tensor.name, tensor.data, rows)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind or tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# --------------------------------------------------------------------------------------
+# llama.cpp
+
+
+@contextmanager
+def served(path: Path, threads: int, tokens: int) -> Iterator[Any]:
+    """llama.cpp with a file loaded."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = tokens, 1, 0
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.warmup, parameters.verbosity, parameters.port = False, -1, 0
+    yield xllamacpp.Server(parameters)
+
+
+def timed(server: Any, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+    """Seconds a token: of the prompt, and of decoding."""
+    answer = server.handle_completions(
+        {
+            "prompt": prompt,
+            "n_predict": new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+    )
+    if "timings" not in answer:
+        raise RuntimeError(f"llama.cpp: {answer}")
+    timings = answer["timings"]
+    return timings["prompt_per_token_ms"] / 1e3, timings["predicted_per_token_ms"] / 1e3
+
+
+def speeds(files: dict[str, Path], prompt: list[int], args: argparse.Namespace) -> dict[str, Any]:
+    """Ratios of speed to the whole file's, by round, of the prompt and of decoding."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        room = args.prompt + args.new_tokens + 8
+        servers = {
+            name: stack.enter_context(served(path, args.threads, room))
+            for name, path in files.items()
+        }
+        both: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
+
+        def run(name: str) -> float:
+            both[name].append(timed(servers[name], prompt, args.new_tokens))
+            return both[name][-1][1]
+
+        contestants = {name: (lambda name=name: run(name)) for name in servers}
+        interleaved(contestants, args.rounds)
+    parts = {}
+    for number, part in enumerate(("prompt", "decode")):
+        times = {name: [pair[number] for pair in each[1:]] for name, each in both.items()}
+        parts[part] = {name: ratios(times, "whole", name) for name in times}
+        parts[f"{part}_tokens_a_second"] = {
+            name: 1 / float(np.median(each)) for name, each in times.items()
+        }
+    return parts
+
+
+# --------------------------------------------------------------------------------------
+# What is lost
+
+
+def read_back(path: Path) -> PreTrainedModel:
+    """The model in a GGUF file, without a copy in the cache."""
+    from flocking.models.gguf import dequantised
+
+    model, _ = dequantised(path)
+    return model
+
+
+def described(lost: Lost, texts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What is lost, and bits per byte of the texts."""
+    size = sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in texts)
+    nats = math.log(lost.pruned_perplexity) * lost.tokens
+    return {**vars(lost), "ratio": lost.ratio, "bits_per_byte": nats / math.log(2) / size}
+
+
+def random_selection(model: PreTrainedModel, density: float) -> Any:
+    """Neurons drawn at random: the control."""
+    values = flocking.weight_magnitude(model)
+    drawn = values.copy(data=np.random.default_rng(0).random(values.shape))
+    if "d_ff" in values.coords:
+        drawn = drawn.where(values.neuron < values.d_ff)
+    return flocking.select(drawn, density)
+
+
+# --------------------------------------------------------------------------------------
+# One model
+
+
+def measured(source: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything about one file."""
+    model, tokenizer = flocking.load(source)
+    texts, others = texts_of(args)
+    calibration, held_out = split_texts(model, texts, tokenizer)
+    kinds = {"same kind": held_out, "another kind": split_texts(model, others, tokenizer)[1]}
+    files = {"whole": source}
+    for density in args.density:
+        name = f"pruned {density:g}"
+        files[name] = folder / f"{name.replace(' ', '-')}.gguf"
+        selection = fixed_selection(model, tokenizer, "static", calibration, density, multiple=32)
+        flocking.export_gguf(source, selection, files[name])
+    for kind in COARSER:
+        files[kind] = folder / f"{kind}.gguf"
+        requantised(source, files[kind], kind)
+    chance = folder / "random.gguf"
+    flocking.export_gguf(source, random_selection(model, args.density[0]), chance)
+    losses: dict[str, Any] = {}
+    for name, path in {**files, f"random {args.density[0]:g}": chance}.items():
+        other = model if name == "whole" else read_back(path)
+        losses[name] = {
+            kind: described(measure_lost(model, other, ids, progress=False), ids, tokenizer)
+            for kind, ids in kinds.items()
+        }
+        print(f"{name:12} {losses[name]['same kind']['ratio']:.3g} times the perplexity")
+        del other
+    del model
+    torch.set_num_threads(1)  # llama.cpp has threads of its own
+    prompt = [token for piece in kinds["same kind"] for token in piece][: args.prompt]
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    return {"bytes": sizes, "lost": losses, "speed": speeds(files, prompt, args)}
+
+
+def texts_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Texts of the kind that models are pruned for, and of another."""
+    passages = flocking.passages()
+    if args.texts:
+        texts = [text for path in args.texts for text in calibration_texts(path)]
+    else:
+        texts = [passage for passage in passages if passage.name != "code"]
+    if args.other:
+        return texts, [text for path in args.other for text in calibration_texts(path)]
+    return texts, [passage for passage in passages if passage.name == "code"]
+
+
+def key_of(source: Path, args: argparse.Namespace) -> str:
+    """What the numbers of one file depend on."""
+    options = {name: value for name, value in vars(args).items() if name not in ("files", "out")}
+    texts = [str(text) for each in texts_of(args) for text in each]
+    return json.dumps(
+        [file_digest(source), {**options, "texts": texts, "other": ""}, code_digest(*RESULT)],
+        default=str,
+        sort_keys=True,
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Showing
+
+
+def printed(name: str, found: dict[str, Any]) -> None:
+    """The table of one file."""
+    whole = found["bytes"]["whole"]
+    print(f"\n{name}, {whole / 1e6:.0f} MB")
+    print(f"{'':12}  {'bytes':>5}  {'decode':>18}  {'prompt':>18}  {'loss':>20}  {'other':>6}")
+    for one, size in found["bytes"].items():
+        same, other = (found["lost"][one][kind] for kind in ("same kind", "another kind"))
+        loss = f"{same['ratio']:.2f} [{same['ratio_low']:.2f}, {same['ratio_high']:.2f}]"
+        decode, prompt = (quartiles(found["speed"][part][one]) for part in ("decode", "prompt"))
+        print(
+            f"{one:12}  {size / whole:5.2f}  {decode:>18}  {prompt:>18}  {loss:>20}  "
+            f"{other['ratio']:6.2f}"
+        )
+    for one in found["lost"].keys() - found["bytes"].keys():
+        print(f"{one:12}  loss {found['lost'][one]['same kind']['ratio']:.3g} (control)")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Loss against speed and size, a row for each model."""
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(results),
+            2,
+            figsize=(5.2, 0.5 + 1.9 * len(results)),
+            squeeze=False,
+            sharey="row",
+            layout="constrained",
+        )
+        for row, (name, found) in zip(axes, results.items(), strict=True):
+            whole = found["bytes"]["whole"]
+            for one, size in found["bytes"].items():
+                is_pruned = one.startswith("pruned")
+                colour = "C0" if is_pruned else "0.15" if one == "whole" else "C1"
+                style = {"color": colour, "marker": "o" if is_pruned else "s", "ls": "none"}
+                lost = found["lost"][one]["same kind"]
+                speed = float(np.median(found["speed"]["decode"][one]))
+                spread = [[lost["ratio"] - lost["ratio_low"]], [lost["ratio_high"] - lost["ratio"]]]
+                for ax, x in ((row[0], speed), (row[1], size / whole)):
+                    ax.errorbar(x, lost["ratio"], yerr=spread, ms=3, lw=0.8, **style)
+                    ax.annotate(one, (x, lost["ratio"]), xytext=(3, 3), textcoords="offset points")
+            row[0].set(ylabel=f"{name}\nperplexity, times whole", yscale="log")
+            for ax, label in zip(row, ("decoding speed", "bytes"), strict=True):
+                ax.set_xlabel(f"{label}, times whole file")
+                ax.margins(0.25)
+        figure.savefig(path, dpi=200)
+        plt.close(figure)
+
+
+def main() -> None:
+    """Measure every file, keep the numbers, draw them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--texts", nargs="+")
+    parser.add_argument("--other", nargs="+")
+    parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.75])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("out/llama_cpp"))
+    args = parser.parse_args()
+    random.seed(0)
+    numbers, picture = args.out.with_suffix(".json"), args.out.with_suffix(".png")
+    refuse_unwritable(numbers)
+    kept = json.loads(numbers.read_text()) if numbers.exists() else {}
+    results = {}
+    for source in args.files or [flocking.models.embedded_gguf()]:
+        key = key_of(source, args)
+        if kept.get(source.stem, {}).get("key") != key:
+            with tempfile.TemporaryDirectory() as folder:
+                kept[source.stem] = {"key": key, **measured(source, args, Path(folder))}
+            with replacing(numbers) as partial:
+                partial.write_text(json.dumps(kept, indent=1) + "\n")
+        results[source.stem] = kept[source.stem]
+        printed(source.stem, results[source.stem])
+    draw(results, picture)
+
+
+if __name__ == "__main__":
+    main()

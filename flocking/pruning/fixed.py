@@ -1,0 +1,127 @@
+"""Selections that are made once, for a model that is pruned for good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.analysis import kept_count, named, select, weight_magnitude
+from flocking.feedforward import FeedForward, feedforwards
+from flocking.pruning.calibration import global_statistic
+from flocking.pruning.methods import global_local
+
+FIXED = ("static", "global-local", "magnitude")  # methods that need no prompt
+
+
+def rounded_densities(
+    blocks: Sequence[FeedForward], density: float, multiple: int = 1
+) -> list[float]:
+    """The density of each layer at which its width is a multiple of a number, rounded down.
+
+    Parameters
+    ----------
+    blocks : list of FeedForward
+    density : float
+        Fraction of neurons to keep, in (0, 1].
+    multiple : int
+        Of what widths are to be multiples; in a mixture, those of each expert.
+
+    Returns
+    -------
+    list of float
+        For :func:`flocking.select`, in the order of `blocks`.
+
+    Raises
+    ------
+    ValueError
+        If the density is none, or leaves a layer without a neuron.
+    """
+    found = []
+    for block in blocks:
+        d_ff = block.d_ff // block.experts
+        kept = kept_count(density, d_ff) // multiple * multiple
+        if not kept:
+            raise ValueError(
+                f"density {density:g} keeps {kept_count(density, d_ff)} of {d_ff:,} neurons, and "
+                f"widths are multiples of {multiple}: give {_above(multiple / d_ff)} or more."
+            )
+        found.append(kept / d_ff)
+    return found
+
+
+def _above(density: float) -> str:
+    """A density in a few digits, rounded up."""
+    return f"{np.ceil(density * 1e4) / 1e4:g}"
+
+
+def fixed_selection(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    texts: list[list[int]] | None,
+    density: float = 0.5,
+    *,
+    multiple: int = 1,
+    seed: int = 0,
+) -> xr.DataArray:
+    """Select neurons once for all texts.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase
+    method : {"static", "global-local", "magnitude"}
+        The statistic over `texts`; the mean of ranks by it and by the statistic over texts that
+        the model writes itself; or the norms of the weights.
+    texts : list of list of int or None
+        Token ids. By default, and where "global-local" needs them, the model writes texts itself:
+        see :func:`flocking.global_statistic`.
+    density, multiple
+        As of :func:`rounded_densities`.
+    seed : int
+        Of what the model writes.
+
+    Returns
+    -------
+    xarray.DataArray, bool, (layer, neuron)
+        True for kept neurons.
+
+    Raises
+    ------
+    ValueError
+        For another method, or as :func:`rounded_densities` and :func:`flocking.global_statistic`.
+    """
+    if method not in FIXED:
+        raise ValueError(f"method={method!r}: choose from {', '.join(FIXED)}.")
+    blocks = feedforwards(model)
+    densities = rounded_densities(blocks, density, multiple)
+    if method == "magnitude":
+        return select(weight_magnitude(model), densities)
+    static = global_statistic(model, texts, tokenizer=tokenizer, seed=seed)
+    if method == "global-local":
+        own = global_statistic(model, tokenizer=tokenizer, seed=seed)
+        static = _mean_of_ranks(static, own, blocks)
+    return select(static, densities)
+
+
+def _mean_of_ranks(
+    local: xr.DataArray, own: xr.DataArray, blocks: list[FeedForward]
+) -> xr.DataArray:
+    """Mean of the ranks by two statistics, in a mixture within each expert."""
+    rows = {block.layer: row for block, row in zip(blocks, own.values, strict=True)}
+
+    def of(block: FeedForward) -> Tensor:
+        return torch.from_numpy(rows[block.layer][: block.d_ff])
+
+    method, nowhere = global_local(of, 0.5), torch.Generator("cpu")
+    mean = np.full(local.shape, np.nan)
+    for row, values, block in zip(mean, local.values, blocks, strict=True):
+        statistic = torch.from_numpy(values[: block.d_ff]).view(block.experts, -1)
+        scores = method(statistic, 1, block, nowhere)
+        row[: block.d_ff] = scores.flatten().numpy()
+    return named(local.copy(data=mean), "statistic", "mean of ranks by texts and by own samples")

@@ -1,0 +1,62 @@
+"""Selections for a model that is pruned for good."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+from helpers import build, random_ids
+from scipy.stats import rankdata
+
+import flocking
+from flocking.pruning.fixed import fixed_selection, rounded_densities
+
+TEXTS = random_ids(60, 40, 50)
+
+
+def test_widths_are_multiples_rounded_down() -> None:
+    blocks = flocking.feedforwards(build("llama"))  # of 160 neurons
+    for density, multiple, kept in ((0.5, 1, 80), (0.5, 32, 64), (0.99, 32, 128), (1.0, 32, 160)):
+        shares = rounded_densities(blocks, density, multiple)
+        assert [round(share * 160, 9) for share in shares] == [kept, kept]
+    with pytest.raises(ValueError, match=r"keeps 16 of 160 neurons.*give 0.2 or more"):
+        rounded_densities(blocks, 0.1, 32)
+    with pytest.raises(ValueError, match=r"density=1\.5"):
+        rounded_densities(blocks, 1.5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_methods_against_their_definitions(name: str) -> None:
+    model = build(name)
+    blocks = flocking.feedforwards(model)
+    local = flocking.global_statistic(model, TEXTS, progress=False)
+    found = fixed_selection(model, None, "static", TEXTS, 0.25)
+    xr.testing.assert_identical(found.drop_attrs(), flocking.select(local, 0.25).drop_attrs())
+
+    own = flocking.global_statistic(model, seed=3, progress=False)
+    found = fixed_selection(model, None, "global-local", TEXTS, 0.25, seed=3)
+    for row, block in enumerate(blocks):
+        size = block.d_ff // block.experts
+        for start in range(0, block.d_ff, size):
+            part = slice(start, start + size)
+            ranks = sum(rankdata(values[row, part]) for values in (local.values, own.values))
+            kept = found.values[row, part]
+            assert kept.sum() == size // 4
+            assert ranks[kept].min() >= ranks[~kept].max()
+
+    found = fixed_selection(model, None, "magnitude", None, 0.25)
+    expected = flocking.select(flocking.weight_magnitude(model), 0.25)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_without_texts_the_model_writes_them() -> None:
+    model = build("llama")
+    own = flocking.global_statistic(model, seed=1, progress=False)
+    found = fixed_selection(model, None, "static", None, 0.5, multiple=32, seed=1)
+    np.testing.assert_array_equal(found, flocking.select(own, 0.4))
+    assert (found.sum("neuron") == 64).all()
+
+
+def test_other_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match="choose from static, global-local, magnitude"):
+        fixed_selection(build("llama"), None, "topk", TEXTS)
