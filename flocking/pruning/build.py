@@ -173,7 +173,7 @@ def griffin(
             "the model is observed, and a twin would be so for good: leave the `with` of "
             "flocking.observe first."
         )
-    blocks = _prunable(model)
+    blocks = prunable(model)
     _check_options(model, blocks, scope, seed, offload)
     check_refresh(refresh)
     firsts = [block for block in blocks if block.call == 0]
@@ -263,11 +263,12 @@ def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twi
 
 def _check_changed(full: PreTrainedModel) -> None:
     """Refuse a full model that :func:`griffin` would not take as it has become."""
-    _prunable(full)
+    prunable(full)
     refuse_forgetful(full)
 
 
-def _prunable(model: PreTrainedModel) -> list[FeedForward]:
+def prunable(model: PreTrainedModel) -> list[FeedForward]:
+    """The blocks of a model whose neurons can be removed; a ValueError says why they cannot."""
     name = type(model).__name__
     if isinstance(model, Twin):
         raise ValueError("model is a twin already: give griffin the original.")
