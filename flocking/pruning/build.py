@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from flocking.analysis import density_by_layer, kept_count
+from flocking.analysis import densities_in_words, density_by_layer, kept_count
 from flocking.feedforward import (
     FeedForward,
     by_interface,
@@ -212,7 +212,21 @@ def griffin(
     traits.remember(full, known)
     state = State(full, compacts, selector, refresh)
     state.origin = origin
+    state.made_from = _in_words(method, reference, weight, shares)
     return _become_twin(twin, state, Twin if refresh is None else RefreshingTwin)
+
+
+def _in_words(
+    method: str | Method, reference: xr.DataArray | None, weight: float, shares: list[float]
+) -> str:
+    """How a twin selects neurons."""
+    known = method if isinstance(method, str) else getattr(method, "__name__", "a function")
+    text = f"flocking.griffin, method {known}"
+    if known == "global-local":
+        text += f" (weight {weight:g})"
+    if known in WITH_REFERENCE and reference is not None:
+        text += f" with {reference.attrs.get('made_from') or 'a static statistic'}"
+    return f"{text}, {densities_in_words(shares)}"
 
 
 def check_refresh(refresh: object) -> None:

@@ -80,7 +80,7 @@ def card_of(
         "",
         "## Versions",
         "",
-        f"Written by [flocking](https://pypi.org/project/flocking/) {version('flocking')} "
+        f"Written by flocking {version('flocking')} "
         f"(`flocking.export`) with transformers {transformers.__version__} and torch "
         f"{torch.__version__}. flocking is not needed to use it.",
         "",
@@ -175,8 +175,8 @@ def _widths(done: Exported, parts: Sequence[Sized]) -> Iterator[str]:
         share = done.zeros / sum(done.stored.values())
         yield (
             f"- Filled up: {done.zeros:,} neurons in the files have zero weights ({share:.1%} of "
-            "all), since the config has one width for layers of several, or experts need a multiple "
-            "of 8. They add nothing to any output."
+            "all): the config has one width for layers of several, and experts need a multiple of "
+            "8. They add nothing to any output."
         )
 
 

@@ -47,8 +47,7 @@ from flocking.pruning.build import griffin, prunable
 from flocking.pruning.cards import card_of
 from flocking.pruning.chosen import layers_of, made_from, masks_of
 from flocking.pruning.exported import Exported, in_words
-from flocking.pruning.parts import beginning
-from flocking.pruning.twin import Twin
+from flocking.pruning.twin import Twin, full_model, read_prompt
 from flocking.pruning.widths import Sized, narrowed, sized
 from flocking.texts import dangling, expanded
 
@@ -163,9 +162,9 @@ def export(
         tokenize(model, held_out, tokenizer)  # refuses what measuring would
     parts = sized(model, [block for block in blocks if block.call == 0])
     config, widths = narrowed(model, parts, [_width(part, masks) for part in parts])
+    ids = _ids(model)
+    expected = _logits_of_twin(model, masks, ids)
     with replacing(place, overwrite=overwrite, check=check) as partial:
-        ids = _ids(model)
-        expected = _logits_of_twin(model, masks, ids)
         smaller = _smaller(model, parts, masks, widths, config)
         done = _sizes(place, model, smaller, parts, masks, widths)
         _refuse_without_room(place, partial.parent, done)
@@ -455,17 +454,20 @@ def _logits_of_twin(model: PreTrainedModel, masks: dict[int, np.ndarray], ids: T
         return mask.to(statistic).reshape(statistic.shape)
 
     firsts = [block for block in prunable(model) if block.call == 0]
-    densities = [float(masks[block.layer].mean()) for block in firsts]
-    twin = griffin(model, densities, method=keep)
-    beginning(twin, ids, ids.shape[1])
+    twin = griffin(model, [float(masks[block.layer].mean()) for block in firsts], method=keep)
+    with undisturbed(twin, seed=0):
+        read_prompt(twin, lambda: _run(full_model(twin), ids), len(ids), tokens=ids.shape[1])
     return _logits(twin, ids)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def _run(model: PreTrainedModel, ids: Tensor) -> Any:
     ids = ids.to(device_of(embeddings_of(model)))
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with undisturbed(model, seed=0):
-        outputs: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        return outputs.logits.cpu()
+        return _run(model, ids).logits.cpu()
 
 
 def _prove(model: PreTrainedModel, again: PreTrainedModel, ids: Tensor, expected: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 A model of the same class is built from a changed config on the meta device, where it has shapes
 and no values. A field is one of the blocks' width if just the blocks' projections change with it,
-along their neurons.
+along their neurons and in proportion.
 """
 
 from __future__ import annotations
@@ -143,8 +143,10 @@ def narrowed(
             governed.setdefault(number, (field, place))
     needed: dict[tuple[_Path, int], int] = {}
     for number, (field, place) in governed.items():
-        width = _least(parts[number], wanted[number])
-        needed[field.path, place] = max(needed.get((field.path, place), 0), width)
+        part = parts[number]
+        value = field.number(place, part)
+        least = -(-_least(part, wanted[number]) * value // part.width)
+        needed[field.path, place] = max(needed.get((field.path, place), 0), least)
     config = copy.deepcopy(model.config)
     for field in dict.fromkeys(field for field, _ in governed.values()):
         field.put(config, {p: width for (path, p), width in needed.items() if path == field.path})
@@ -182,6 +184,10 @@ class _Field(NamedTuple):
 
     def __str__(self) -> str:
         return ".".join(map(str, self.path))
+
+    def number(self, place: int, part: Sized) -> int:
+        """What stands there for a block; its width where that is the default."""
+        return self.values[place] if self.values else part.width
 
     def put(self, config: PreTrainedConfig, new: Mapping[int, int]) -> None:
         """Give numbers, by their place in the list."""
@@ -278,13 +284,17 @@ class _Trials:
         # What stands for a default; by their names, so that fewer have to be tried.
         unset = [f for f in found if not f.values]
         yield from sorted(unset, key=lambda f: not _sounds_like_width(str(f)))
+        # What the width is a multiple of, such as a ratio, or a fraction.
+        for field in found:
+            value = field.values[0] if len(field.values) == 1 and not field.is_list else 0
+            if value > 1 and any(w != value and w % value * (value % w) == 0 for w in widths):
+                yield field
 
     def governed_by(self, field: _Field) -> dict[int, int]:
         """The blocks whose width a field says, by number, and the places of their numbers."""
-        count = max(1, len(field.values))
-        largest = max((*field.values, *(part.width for part in self.parts)))
-        # Numbers that are nowhere yet, each another one, and that large factors of these divide.
-        tried = {place: (place + 2) * largest for place in range(count)}
+        # Numbers that are nowhere yet, each another one, which whatever divides these divides too.
+        largest = max(field.values or [part.width for part in self.parts])
+        tried = {place: (place + 2) * largest for place in range(max(1, len(field.values)))}
         config = copy.deepcopy(self.model.config)
         try:
             field.put(config, tried)
@@ -292,17 +302,19 @@ class _Trials:
         except Exception:  # it has to be something else
             return {}
         changed = {n for n in {*self.base, *shapes} if self.base.get(n) != shapes.get(n)}
-        places = {width: place for place, width in tried.items()}
         governed: dict[int, int] = {}
         for number, part in enumerate(self.parts):
-            place = places.get(part.found_in(shapes) or 0)
-            if place is not None:
-                governed[number] = place
-                changed -= {
-                    name
-                    for name, along in part.weights.items()
-                    if shapes[name] == along.shape(self.base[name], tried[place])
-                }
+            found = part.found_in(shapes)
+            if found is None or found == part.width:
+                continue
+            for place, new in tried.items():
+                if found * field.number(place, part) == new * part.width:
+                    governed[number] = place
+                    changed -= {
+                        name
+                        for name, along in part.weights.items()
+                        if shapes[name] == along.shape(self.base[name], found)
+                    }
         if governed and changed:
             self.others[field] = sorted(changed)
         return {} if changed else governed
@@ -347,7 +359,7 @@ class _Trials:
         ``w / m`` neurons leaves it as it is, if that field then says ``m * n``.
         """
         for field, odd in self.others.items():
-            if field.is_list or not field.values:
+            if field.is_list or field.values != (self.parts[lacking[0]].width,):
                 continue
             value = field.values[0]
             ratios = {size / value for name in odd for size in self._changing(field, name)}
