@@ -38,7 +38,16 @@ if TYPE_CHECKING:
         set_feedforwards,
     )
     from flocking.models import control, load
-    from flocking.pruning import Decoder, allocate, global_statistic, griffin, perplexity, score
+    from flocking.pruning import (
+        Decoder,
+        Exported,
+        allocate,
+        export,
+        global_statistic,
+        griffin,
+        perplexity,
+        score,
+    )
     from flocking.recording import Moments, concat, record
     from flocking.texts import Passage, passages
 
@@ -46,6 +55,7 @@ __version__ = _version("flocking")
 
 __all__ = [
     "Decoder",
+    "Exported",
     "FeedForward",
     "Moments",
     "Passage",
@@ -63,6 +73,7 @@ __all__ = [
     "control",
     "drift",
     "effective_neurons",
+    "export",
     "feedforwards",
     "flocking_score",
     "global_statistic",
@@ -86,6 +97,7 @@ __all__ = [
 
 _ROOMS = {
     "Decoder": "flocking.pruning",
+    "Exported": "flocking.pruning",
     "FeedForward": "flocking.feedforward",
     "Moments": "flocking.recording",
     "Passage": "flocking.texts",
@@ -103,6 +115,7 @@ _ROOMS = {
     "control": "flocking.models",
     "drift": "flocking.analysis",
     "effective_neurons": "flocking.analysis",
+    "export": "flocking.pruning",
     "feedforwards": "flocking.feedforward",
     "flocking_score": "flocking.analysis",
     "global_statistic": "flocking.pruning",

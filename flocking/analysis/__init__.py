@@ -23,6 +23,7 @@ from flocking.analysis.overlap import (
     prompt_generation_overlap,
 )
 from flocking.analysis.selection import (
+    densities_in_words,
     density_by_layer,
     kept_count,
     magnitude,
@@ -42,6 +43,7 @@ __all__ = [
     "chance_consistency",
     "chance_jaccard",
     "consistency",
+    "densities_in_words",
     "density_by_layer",
     "drift",
     "effective_neurons",

@@ -107,7 +107,12 @@ def statistic(
         begins = starts[first:last] if by == "window" else [starts[first]] * (last - first)
         values = values.assign_coords(start=("window", begins), stop=("window", stops[first:last]))
     values = values.transpose("sequence", "layer", ..., "neuron")
-    return named(values, "statistic", "l2 norm of relative activations over tokens")
+    part_of = f"the {phase}" if phase else "all"
+    made_from = f"GRIFFIN's statistic of a text, over {part_of} of its tokens"
+    if start is not None or stop is not None or by is not None:
+        made_from += f" (start={start}, stop={stop}, by={by})"
+    values = named(values, "statistic", "l2 norm of relative activations over tokens")
+    return values.assign_attrs(made_from=made_from)
 
 
 def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
@@ -150,7 +155,9 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     energy = values**2 / values.tokens
     others = (energy.sum("sequence") - energy) / (energy.notnull().sum("sequence") - 1)
     others = np.sqrt(others.clip(min=0)).transpose(*values.dims)
-    return named(others, "statistic", "statistic of the other sequences")
+    made_from = f"static statistic of {values.sizes['sequence'] - 1} other texts"
+    others = named(others, "statistic", "statistic of the other sequences")
+    return others.assign_attrs(made_from=made_from)
 
 
 def weight_magnitude(model: PreTrainedModel) -> xr.DataArray:
@@ -185,7 +192,8 @@ def weight_magnitude(model: PreTrainedModel) -> xr.DataArray:
         row[: block.d_ff] = magnitude(block).cpu()
     result = xr.DataArray(values, {"neuron": np.arange(values.shape[1])}, ("layer", "neuron"))
     by_layer = {name: ("layer", each) for name, each in coordinates_of(blocks).items()}
-    return named(result.assign_coords(by_layer), "statistic", "weight magnitude")
+    result = named(result.assign_coords(by_layer), "statistic", "weight magnitude")
+    return result.assign_attrs(made_from="norms of the weights (magnitude), without any text")
 
 
 # --------------------------------------------------------------------------------------
@@ -218,7 +226,8 @@ def select(
     -------
     xarray.DataArray, bool, ([density,] ..., neuron)
         True for kept neurons. Where the statistic is NaN, nothing is selected. Coordinate
-        ``density`` is the fraction kept, by layer where it differs.
+        ``density`` is the fraction kept, by layer where it differs. Attribute ``made_from`` says
+        in words what they were selected by.
 
     Raises
     ------
@@ -247,7 +256,8 @@ def select(
     if densities is not None:
         swept = xr.DataArray(several_densities(densities), dims="density", name="density")
         each = [select(values, d).drop_vars("density") for d in swept.values.tolist()]
-        return xr.concat(each, swept, coords="minimal")
+        told = _told(values, swept.values.tolist())
+        return xr.concat(each, swept, coords="minimal").assign_attrs(made_from=told)
     by_layer = values if "layer" in values.dims else values.expand_dims("layer")
     by_layer = by_layer.transpose("layer", ..., "neuron")
     layers = len(by_layer)
@@ -268,8 +278,20 @@ def select(
     return (
         labelled.assign_coords(density=shares[0] if len({*shares}) == 1 else ("layer", shares))
         .rename("selection")
-        .assign_attrs(long_name="selected neurons")
+        .assign_attrs(long_name="selected neurons", made_from=_told(values, shares))
     )
+
+
+def _told(values: xr.DataArray, densities: list[float]) -> str:
+    """What neurons were selected by, and how many, in words."""
+    by = values.attrs.get("made_from") or values.attrs.get("long_name") or "a statistic"
+    return f"{by}; those with the largest, {densities_in_words(densities)}"
+
+
+def densities_in_words(densities: list[float]) -> str:
+    """One density or the range of several."""
+    least, most = min(densities), max(densities)
+    return f"density {least:g}" if least == most else f"densities from {least:g} to {most:g}"
 
 
 def _labels(values: xr.DataArray) -> list[Any] | None:

@@ -67,7 +67,7 @@ def shape(experts: nn.Module) -> tuple[int, int]:
     return count, matrix[0 if _layout(experts).is_transposed else 1]
 
 
-def _axes(experts: nn.Module) -> Iterator[tuple[str, int, bool]]:
+def axes(experts: nn.Module) -> Iterator[tuple[str, int, bool]]:
     """The parameters that have neurons along an axis, and whether gate and up are fused in it."""
     layout = _layout(experts)
     up = "gate_up_proj" if layout.has_gate else "up_proj"
@@ -81,12 +81,14 @@ def _axes(experts: nn.Module) -> Iterator[tuple[str, int, bool]]:
 
 def _whole(experts: nn.Module) -> list[str]:
     """The other parameters, which are the same whatever neurons are kept."""
-    cut = {name for name, *_ in _axes(experts)}
+    cut = {name for name, *_ in axes(experts)}
     present = (name for name, value in experts._parameters.items() if value is not None)
     return [name for name in present if name not in cut]
 
 
-def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> nn.Module:
+def take(
+    experts: nn.Module, neurons: Tensor, out: nn.Module | None = None, *, zeros: int | None = None
+) -> nn.Module:
     """A copy of experts with some of their neurons; or `out`, filled again.
 
     Grouped matrix products need rows of a multiple of 16 bytes. Where `k` neurons do not fill
@@ -100,9 +102,11 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
         Which of each expert's neurons to keep.
     out : torch.nn.Module, optional
         What :func:`take` returned for the same number of neurons.
+    zeros : int, optional
+        The copy has this many neurons more in each expert, of zero weights, and no others.
     """
     with loaded(experts):
-        compact = _take(experts, neurons, out)
+        compact = _take(experts, neurons, out, zeros)
     if out is not None:
         for name in _whole(experts):
             value = parameter_of(experts, name)
@@ -111,15 +115,17 @@ def take(experts: nn.Module, neurons: Tensor, out: nn.Module | None = None) -> n
     return compact
 
 
-def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Module:
+def _take(
+    experts: nn.Module, neurons: Tensor, out: nn.Module | None, zeros: int | None = None
+) -> nn.Module:
     compact = out
     if compact is None:
         compact = without_accelerate(separate(experts))
         compact._parameters = dict(experts._parameters)
     d_ff, k = shape(experts)[1], neurons.shape[1]
-    more = -k % (16 // tensor_of(experts, "down_proj").element_size())
+    more = -k % (16 // tensor_of(experts, "down_proj").element_size()) if zeros is None else zeros
     neurons = torch.cat((neurons, neurons[:, :1].expand(-1, more)), dim=1)
-    for name, axis, fused in _axes(experts):
+    for name, axis, fused in axes(experts):
         index = neurons
         if fused:
             rows = [fused_rows(row, d_ff, not _layout(experts).is_concatenated) for row in neurons]
@@ -132,8 +138,13 @@ def _take(experts: nn.Module, neurons: Tensor, out: nn.Module | None) -> nn.Modu
         sizes[axis] = -1
         index = index.to(whole.device).expand(sizes)
         if out is None:
-            kept = nn.Parameter(whole.gather(axis, index), requires_grad=False)
-            compact._parameters[name] = kept
+            kept = whole.gather(axis, index)
+            if zeros:
+                added = torch.arange(k, k + zeros, device=whole.device)
+                if fused:
+                    added = fused_rows(added, k + zeros, not _layout(experts).is_concatenated)
+                kept.index_fill_(axis, added, 0)
+            compact._parameters[name] = nn.Parameter(kept, requires_grad=False)
         else:
             torch.gather(whole, axis, index, out=parameter_of(compact, name).data)
     down = parameter_of(compact, "down_proj").detach()
@@ -146,7 +157,7 @@ def row_norms(experts: nn.Module) -> Tensor:
     layout = _layout(experts)
     factors: list[Tensor] = []
     with loaded(experts):
-        for name, axis, fused in _axes(experts):
+        for name, axis, fused in axes(experts):
             weight = parameter_of(experts, name).detach()
             if name == "down_proj" or weight.ndim != 3:
                 continue

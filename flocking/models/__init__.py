@@ -39,7 +39,7 @@ from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sampling import opening_token, require_writer, sampled
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
-from flocking.models.tokenization import Prompts, tokenize, tokenize_chats
+from flocking.models.tokenization import Prompts, tokenize, tokenize_chats, tokenizer_beside
 from flocking.models.untrained import control
 from flocking.models.weights import (
     byte_count,
@@ -111,6 +111,7 @@ __all__ = [
     "tensor_of",
     "tokenize",
     "tokenize_chats",
+    "tokenizer_beside",
     "tolerance",
     "traits",
     "trial",

@@ -70,7 +70,7 @@ def prepared(auto: Any, name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
+def read_model(auto: Any, name: str, *, exact: bool = False, **kwargs: Any) -> PreTrainedModel:
     """What ``auto.from_pretrained`` gives, if all of its weights are in the files.
 
     Parameters
@@ -79,6 +79,8 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
         Such as ``AutoModelForCausalLM``.
     name : str
         A folder or hub id.
+    exact : bool
+        Refuse files with any weight that the model does not have.
     **kwargs
         Of ``from_pretrained``.
 
@@ -111,6 +113,11 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
     _refuse_incomplete(name, info)
     # With an adapter, `info` is of the adapter alone, and a report says what its base lacks.
     _refuse(name, "that are in no file", re.findall(_MISSING, "\n".join(reports), re.MULTILINE))
+    if exact and info["unexpected_keys"]:
+        raise ValueError(
+            f"{name}: the files have weights that the model does not have "
+            f"({listed(sorted(info['unexpected_keys']))})."
+        )
     _warn_of_left_over(name, model, info)
     said = {**kwargs, "trust_remote_code": trust}
     # Of the model of this name: who gives it another one speaks of other files.

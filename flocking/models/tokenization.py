@@ -70,7 +70,7 @@ def tokenize(
     texts, rows, bare, encoding = given(text)
     if texts is None:
         ids, inputs = _read(model, rows, bare, encoding, given=True)
-        tokenizer = tokenizer or _tokenizer_for_labels(model)
+        tokenizer = tokenizer or tokenizer_beside(model)
         texts = [str(tokenizer.decode(each)) if tokenizer else "" for each in ids]
         return Prompts(ids, inputs, texts, tokenizer, "as given")
     _check_strings(texts)
@@ -238,7 +238,7 @@ def _refuse_packed(model: PreTrainedModel, positions: list[Tensor]) -> None:
             )
 
 
-def _tokenizer_for_labels(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer in the model's folder or hub repository, if there is one."""
     if not getattr(model, "name_or_path", None):
         return None

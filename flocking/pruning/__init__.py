@@ -8,6 +8,8 @@ from flocking.pruning.allocation import MEASURED, allocate, first_runs, layer_ha
 from flocking.pruning.build import check_refresh, check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
+from flocking.pruning.exported import Exported
+from flocking.pruning.exporting import export
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
 from flocking.pruning.parts import (
     are_pruned,
@@ -29,6 +31,7 @@ __all__ = [
     "METHODS",
     "WITH_REFERENCE",
     "Decoder",
+    "Exported",
     "Protocol",
     "allocate",
     "are_pruned",
@@ -37,6 +40,7 @@ __all__ = [
     "check_refresh",
     "check_scope",
     "cut_of",
+    "export",
     "first_runs",
     "full_model",
     "global_statistic",

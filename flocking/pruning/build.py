@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from flocking.analysis import density_by_layer, kept_count
+from flocking.analysis import densities_in_words, density_by_layer, kept_count
 from flocking.feedforward import (
     FeedForward,
     by_interface,
@@ -173,7 +173,7 @@ def griffin(
             "the model is observed, and a twin would be so for good: leave the `with` of "
             "flocking.observe first."
         )
-    blocks = _prunable(model)
+    blocks = prunable(model)
     _check_options(model, blocks, scope, seed, offload)
     check_refresh(refresh)
     firsts = [block for block in blocks if block.call == 0]
@@ -212,7 +212,21 @@ def griffin(
     traits.remember(full, known)
     state = State(full, compacts, selector, refresh)
     state.origin = origin
+    state.made_from = _in_words(method, reference, weight, shares)
     return _become_twin(twin, state, Twin if refresh is None else RefreshingTwin)
+
+
+def _in_words(
+    method: str | Method, reference: xr.DataArray | None, weight: float, shares: list[float]
+) -> str:
+    """How a twin selects neurons."""
+    known = method if isinstance(method, str) else getattr(method, "__name__", "a function")
+    text = f"flocking.griffin, method {known}"
+    if known == "global-local":
+        text += f" (weight {weight:g})"
+    if known in WITH_REFERENCE and reference is not None:
+        text += f" with {reference.attrs.get('made_from') or 'a static statistic'}"
+    return f"{text}, {densities_in_words(shares)}"
 
 
 def check_refresh(refresh: object) -> None:
@@ -263,11 +277,12 @@ def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twi
 
 def _check_changed(full: PreTrainedModel) -> None:
     """Refuse a full model that :func:`griffin` would not take as it has become."""
-    _prunable(full)
+    prunable(full)
     refuse_forgetful(full)
 
 
-def _prunable(model: PreTrainedModel) -> list[FeedForward]:
+def prunable(model: PreTrainedModel) -> list[FeedForward]:
+    """The blocks of a model whose neurons can be removed; a ValueError says why they cannot."""
     name = type(model).__name__
     if isinstance(model, Twin):
         raise ValueError("model is a twin already: give griffin the original.")

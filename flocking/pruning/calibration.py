@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +83,8 @@ def global_statistic(
     Returns
     -------
     xarray.DataArray, float64, (layer, neuron)
-        Unitless; every text counts the same, whatever its length.
+        Unitless; every text counts the same, whatever its length. Attribute ``made_from`` says
+        how many texts and tokens, with a digest of these.
 
     Raises
     ------
@@ -116,7 +118,7 @@ def global_statistic(
         "temperature": temperature,
         "prompt": prompt,
     }
-    if texts is None:
+    if written := texts is None:
         if max_tokens is not None:
             raise ValueError(
                 f"max_tokens={max_tokens} cuts texts, and none are given: say with tokens how "
@@ -151,7 +153,22 @@ def global_statistic(
     energy = statistic(recording)
     per_token = energy**2 / energy.tokens
     values = np.sqrt(per_token.mean("sequence"))
-    return named(values, "statistic", "statistic over a calibration set")
+    by_whom = " that the model wrote itself" if written else ""
+    return named(values, "statistic", "statistic over a calibration set").assign_attrs(
+        made_from=f"static statistic (root of the mean over texts of energy per token) of "
+        f"{_texts_in_words(recording)}{by_whom}"
+    )
+
+
+def _texts_in_words(recording: xr.Dataset) -> str:
+    """How many texts were read, and a digest that tells them from others without quoting them."""
+    ids = recording.token_id.values.astype("<i8")
+    count, tokens = len(ids), int((ids >= 0).sum())
+    rows = b"".join(row[row >= 0].tobytes() + b"\n" for row in ids)
+    return (
+        f"{count:,} text{'s' if count != 1 else ''} of {tokens:,} tokens (SHA-256 of their ids "
+        f"{hashlib.sha256(rows).hexdigest()[:16]})"
+    )
 
 
 def _written(

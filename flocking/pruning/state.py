@@ -58,6 +58,8 @@ class State:
         Ids of the hooks that the twin has from the original.
     origin : Original or None
         What the twin and the full model follow.
+    made_from : str
+        How neurons are selected, in words.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class State:
         self.watch: Stopwatch | None = None
         self.hooks: set[int] = set()
         self.origin: Original | None = None
+        self.made_from = ""
         self._requests = threading.RLock()  # held while one is served
         self._is_serving = False
         self._thread: int | None = None  # that made the selection

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flocking.models import byte_count, hooks_on, unwrap, warn
+from flocking.pruning.chosen import Kept
 from flocking.pruning.history import drawn_up
 from flocking.pruning.prompt import Read
 from flocking.pruning.state import State
@@ -100,11 +101,21 @@ class Twin(_Generating):
 
     @property
     def selection(self) -> dict[int, Tensor]:
-        """Indices of the kept neurons by layer, ascending: int64 (k,), or (sequence, k)."""
-        if self._griffin.read is None:
+        """Indices of the kept neurons by layer, ascending: int64 (k,), or (sequence, k).
+
+        ``selection.attrs["made_from"]`` says in words how they were selected.
+        """
+        state = self._griffin
+        if state.read is None:
             raise RuntimeError("this twin has no selection yet: call generate first.")
-        compacts = self._griffin.compacts
-        return {layer: c.kept.cpu() for c in compacts for layer in c.layers}
+        indices = {layer: c.kept.cpu() for c in state.compacts for layer in c.layers}
+        return Kept(indices, self._told(state.read))
+
+    def _told(self, read: Read) -> str:
+        state = self._griffin
+        texts, tokens = len(read.tokens) // state.copies, int(read.tokens.sum()) // state.copies
+        read_by = "the prompt" if texts == 1 else f"the {texts} prompts"
+        return f"{state.made_from}; {read_by} had {tokens:,} tokens"
 
     @property
     def history(self) -> xr.DataArray:
@@ -117,7 +128,8 @@ class Twin(_Generating):
         state = self._griffin
         if state.read is None:
             raise RuntimeError("this twin has no selection yet: call generate first.")
-        return drawn_up(state.read.history, state.compacts)
+        drawn = drawn_up(state.read.history, state.compacts)
+        return drawn.assign_attrs(made_from=self._told(state.read))
 
     def report(self) -> Report:
         """Parameters, bytes and times: see :class:`Report`."""
@@ -274,9 +286,11 @@ class Twin(_Generating):
         raise ValueError("a twin cannot batch continuously: use generate, or the original model.")
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise a ValueError: the weights are those of one prompt."""
+        """Raise a ValueError: its weights are the original's, and those of one selection."""
         raise ValueError(
-            "a twin holds the selection of one prompt: save the original, and make the twin again."
+            "a twin shares its original's weights and is not saved: write the smaller model with "
+            "flocking.export(original, twin.selection, folder), or save the original and make the "
+            "twin again."
         )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override] # wrapped

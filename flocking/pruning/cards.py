@@ -1,0 +1,249 @@
+"""The model card of an export: what the smaller model was made from, how, and what it loses."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from flocking.models import identity
+from flocking.pruning.exported import Exported
+from flocking.pruning.lost import Lost
+from flocking.pruning.widths import Sized
+
+_LICENCE = ("license", "license_name", "license_link")
+_README = "README.md"
+
+
+def card_of(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    done: Exported,
+    parts: Sequence[Sized],
+    made_from: str,
+    has_tokenizer: bool,
+) -> str:
+    """The text of a model card, with its YAML header.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        What the smaller model was made from.
+    config : transformers.PreTrainedConfig
+        Of the smaller model.
+    done : Exported
+    parts : list of Sized
+        The blocks of `model`.
+    made_from : str
+        How the selection was made; empty if that is not known.
+    has_tokenizer : bool
+        Whether a tokenizer is in the folder.
+    """
+    how = made_from or (
+        "not known. The selection was given as a list of neurons, without a word about the "
+        "statistic or the texts behind it."
+    )
+    lines = [
+        f"# {done.path.name}",
+        "",
+        f"{_source(model)} with {done.parameters / done.parameters_before:.1%} of its parameters: "
+        "in its feed-forward (FF) blocks, only some of the neurons were kept. Nothing was trained "
+        "or changed beside that.",
+        "",
+        "## How it was made",
+        "",
+        f"- From: {_source(model)}{_identity(model)}",
+        f"- Neurons kept by: {how}",
+        *_widths(done, parts),
+        *(f"- In the config: {text}" for text in _changed(model.config, config)),
+        "",
+        "| | this model | made from |",
+        "| --- | --- | --- |",
+        f"| parameters | {done.parameters:,} | {done.parameters_before:,} |",
+        f"| bytes of weights | {done.bytes:,} | {done.bytes_before:,} |",
+        "",
+        "## What it loses",
+        "",
+        *_lost(done.lost),
+        "",
+        "## How to load it",
+        "",
+        *_loading(model, done.path.name, has_tokenizer),
+        "",
+        "## Versions",
+        "",
+        f"Written by flocking {version('flocking')} "
+        f"(`flocking.export`) with transformers {transformers.__version__} and torch "
+        f"{torch.__version__}. flocking is not needed to use it.",
+        "",
+    ]
+    header = _header(model).to_yaml()
+    return f"---\n{header}\n---\n\n" + "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------
+# Where it is from
+
+
+def _name(model: PreTrainedModel) -> str:
+    return str(getattr(model, "name_or_path", "") or "").rstrip("/")
+
+
+def _is_folder(name: str) -> bool:
+    return bool(name) and os.path.isdir(name)
+
+
+def _source(model: PreTrainedModel) -> str:
+    name = _name(model)
+    if not name:
+        return f"A {type(model).__name__} that was in memory and has no name"
+    if _is_folder(name):  # where that is on somebody's disk is nobody's business
+        return f"{os.path.basename(os.path.realpath(name))} ({type(model).__name__})"
+    return f"[{name}](https://huggingface.co/{name}) ({type(model).__name__})"
+
+
+def _identity(model: PreTrainedModel) -> str:
+    """What tells the source from every other model, as far as it has files."""
+    name = _name(model)
+    commit = getattr(model.config, "_commit_hash", None)
+    if _is_folder(name):
+        try:
+            return f", its files' SHA-256 {identity(name)}"
+        except OSError:  # they are not there any more
+            return ""
+    return f", commit {commit}" if name and commit else ""
+
+
+def _header(model: PreTrainedModel) -> huggingface_hub.ModelCardData:
+    name = _name(model)
+    said: dict[str, Any] = _said_by(_readme(name, model))
+    if name and not _is_folder(name):
+        said["base_model"] = name
+    return huggingface_hub.ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["flocking", "pruned"],
+        **said,
+    )
+
+
+def _readme(name: str, model: PreTrainedModel) -> Path | None:
+    """The README beside the source's files, if there is one on this machine."""
+    if _is_folder(name):
+        return Path(name, _README)
+    revision = getattr(model.config, "_commit_hash", None)
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, _README, revision=revision)
+    except (ValueError, OSError):  # it is no hub id
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _said_by(readme: Path | None) -> dict[str, Any]:
+    """The licence that a README names, and the model that it was made from."""
+    try:
+        assert readme is not None
+        said = huggingface_hub.ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # there is none, or whatever is wrong with its header
+        return {}
+    return {key: said[key] for key in (*_LICENCE, "base_model", "language") if said.get(key)}
+
+
+# --------------------------------------------------------------------------------------
+# What it is
+
+
+def _widths(done: Exported, parts: Sequence[Sized]) -> Iterator[str]:
+    rows = [
+        (part.block.layer, done.kept[part.block.layer], part.block.d_ff, part.block.experts)
+        for part in parts
+    ]
+    if len({row[1:] for row in rows}) == 1:
+        yield f"- Width: {_kept(*rows[0][1:])} in each of {len(rows)} layers"
+    else:
+        each = "; ".join(f"layer {layer}: {_kept(*rest)}" for layer, *rest in rows)
+        yield f"- Width by layer: {each}"
+    if done.zeros:
+        share = done.zeros / sum(done.stored.values())
+        yield (
+            f"- Filled up: {done.zeros:,} neurons in the files have zero weights ({share:.1%} of "
+            "all): the config has one width for layers of several, and experts need a multiple of "
+            "8. They add nothing to any output."
+        )
+
+
+def _kept(kept: int, d_ff: int, experts: int) -> str:
+    text = f"{kept:,} of {d_ff:,} neurons ({kept / d_ff:.1%})"
+    if experts > 1:
+        text += f", {kept // experts:,} of {d_ff // experts:,} in each of {experts} experts"
+    return text
+
+
+def _changed(before: PreTrainedConfig, after: PreTrainedConfig) -> Iterator[str]:
+    """Fields of the config that differ."""
+
+    def compared(name: str, a: Any, b: Any) -> Iterator[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in b:
+                yield from compared(f"{name}.{key}".lstrip("."), a.get(key), b[key])
+        elif a != b:
+            yield f"`{name}` {b} (was {a})"
+
+    ours = ("dtype", "architectures", "transformers_version", "_name_or_path", "torch_dtype")
+    both = [{k: v for k, v in each.to_dict().items() if k not in ours} for each in (before, after)]
+    return compared("", *both)
+
+
+def _lost(lost: Lost | None) -> list[str]:
+    if lost is None:
+        return [
+            "Not measured. `flocking.export(model, selection, folder, held_out=texts)` measures it "
+            "on texts that the selection was not made from, and `flocking.perplexity` that of any "
+            "model on any texts. Expect more loss on texts of another kind than those that the "
+            "neurons were selected with.",
+        ]
+    times = lost.pruned_perplexity / lost.perplexity
+    interval = "" if math.isnan(lost.ratio_low) else (
+        f", 95% interval {lost.ratio_low:.3g} to {lost.ratio_high:.3g}"
+    )  # fmt: skip
+    return [
+        f"On {lost.texts} held-out texts of {lost.tokens:,} tokens:",
+        "",
+        "| | this model | made from |",
+        "| --- | --- | --- |",
+        f"| perplexity | {lost.pruned_perplexity:.4g} ({times:.3g} times{interval}) | "
+        f"{lost.perplexity:.4g} |",
+        f"| tokens with the same likeliest next token | {lost.agreement:.1%} | |",
+        f"| divergence (Kullback-Leibler, nats a token) | {lost.divergence:.3g} | |",
+        "",
+        "Texts of another kind may lose more.",
+    ]
+
+
+def _loading(model: PreTrainedModel, folder: str, has_tokenizer: bool) -> list[str]:
+    kind = type(model)
+    mapping = AutoModelForCausalLM._model_mapping
+    auto = mapping.get(type(model.config), None)
+    known = kind in (auto if isinstance(auto, tuple) else (auto,))
+    cls = "AutoModelForCausalLM" if known else kind.__name__
+    module = kind.__module__ if not kind.__module__.startswith("transformers.") else "transformers"
+    tokenizer = ["AutoTokenizer"] if has_tokenizer else []
+    if known or module == "transformers":
+        imports = [f"from transformers import {', '.join([cls, *tokenizer])}"]
+    else:
+        imports = [f"from {module} import {cls}"]
+        imports += [f"from transformers import {each}" for each in tokenizer]
+    lines = [f'model = {cls}.from_pretrained("{folder}", dtype="auto")']
+    if has_tokenizer:
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
+    else:
+        lines.append("# Its tokenizer is that of the model that it was made from.")
+    return ["```python", *imports, "", *lines, "```"]
