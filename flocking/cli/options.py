@@ -86,10 +86,11 @@ def _unforeseen(problem: Exception) -> str:
     )
 
 
-Model = Annotated[str | None, typer.Option(help="Folder or hub id; the embedded model by default.")]
+_MODEL = "Folder, GGUF file or hub id; the embedded model by default."
+Model = Annotated[str | None, typer.Option(help=_MODEL)]
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="Folder or hub id; the embedded model by default."),
+    typer.Argument(metavar="[MODEL]", help=_MODEL),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1.")]
 Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]

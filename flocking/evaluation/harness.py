@@ -27,12 +27,11 @@ from transformers import AutoModelForCausalLM
 from flocking.artifacts import Key
 from flocking.evaluation.answers import digest_of_weights, use_table
 from flocking.models import (
-    embedded,
-    located,
     prepared,
     read_model,
     reading,
     require_model,
+    resolved,
     trusted,
 )
 from flocking.pruning import (
@@ -104,7 +103,8 @@ class GriffinLM(HFLM):
     Parameters
     ----------
     pretrained : str or transformers.PreTrainedModel
-        As in the harness's ``hf``, or ``"default"`` for the embedded model.
+        As in the harness's ``hf``, or ``"default"`` for the embedded model. A GGUF file is named
+        itself, or with ``gguf_file`` within a folder or hub repository.
     density : float
         Fraction of neurons kept.
     method : str
@@ -163,7 +163,8 @@ class GriffinLM(HFLM):
         if "auto" in str(kwargs.get("batch_size")):
             raise ValueError("batch_size='auto' cannot be found out with GRIFFIN: give a number.")
         if isinstance(pretrained, str | os.PathLike):
-            pretrained = embedded() if pretrained == "default" else located(pretrained)
+            default = pretrained == "default"
+            pretrained, kwargs = resolved(None if default else pretrained, kwargs)
             kwargs["trust_remote_code"] = trusted(kwargs.get("trust_remote_code"))
             prepared(AutoModelForCausalLM, pretrained, kwargs)
         else:

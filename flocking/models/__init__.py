@@ -30,7 +30,7 @@ from flocking.models.copies import (
 from flocking.models.following import Original
 from flocking.models.forms import Text, require_tokenizer, unreadable
 from flocking.models.inputs import continued_inputs
-from flocking.models.loading import embedded, identity, load
+from flocking.models.loading import embedded, identity, load, resolved
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
@@ -104,6 +104,7 @@ __all__ = [
     "require_model",
     "require_tokenizer",
     "require_writer",
+    "resolved",
     "rewinds",
     "sampled",
     "separate",

@@ -24,12 +24,12 @@ from transformers import (
 
 from flocking.models.folders import check_config, check_folder, other_shapes
 from flocking.models.notices import warn
-from flocking.models.problems import UnexplainedError, listed, of_suspect, reading
+from flocking.models.problems import UnexplainedError, listed, of_suspect, reading, told
 from flocking.models.suspects import find_suspect
 from flocking.texts import dangling, expanded
 
 # Where the files are: arguments for the model that its config and tokenizer need too.
-_PLACE = ("revision", "subfolder", "cache_dir", "local_files_only", "token", "gguf_file")
+PLACE = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
 # What is remembered of a model, for the tokenizer that is looked for beside it later. A token is
 # a secret, and the revision is in the config.
 _REMEMBERED = ("subfolder", "cache_dir", "local_files_only", "trust_remote_code")
@@ -167,7 +167,7 @@ def commit_of(name: str) -> str | None:
 
 def place_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a model that its tokenizer needs too."""
-    return {key: kwargs[key] for key in (*_PLACE, "trust_remote_code") if key in kwargs}
+    return {key: kwargs[key] for key in (*PLACE, "trust_remote_code") if key in kwargs}
 
 
 def said_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -198,23 +198,70 @@ def located(name: object) -> str:
     OSError
         If there is no such folder, and it cannot be a hub id.
     """
-    if not isinstance(name, str | os.PathLike) or not isinstance(text := os.fspath(name), str):
-        raise TypeError(f"the model's name is a {type(name).__name__}: give a folder or a hub id.")
-    text = expanded(text)
+    text = path_of(name)
     if os.path.isdir(text):
         return text
     if os.path.isfile(text):
-        path = Path(text)
-        gguf = f" and gguf_file={path.name!r}" if path.suffix == ".gguf" else ""
-        raise NotADirectoryError(f"{text} is a file: give the folder that it is in{gguf}.")
+        raise NotADirectoryError(f"{text} is a file: give the folder that it is in.")
     if text and (why := dangling(text)):
         raise FileNotFoundError(f"model {text} {why}: give a model's folder.")
+    if text.endswith(".gguf"):
+        raise FileNotFoundError(f"model {text}: there is no such file: give a GGUF file.")
     if not _HUB_ID.fullmatch(text) or text.endswith((".", "-")):
         raise FileNotFoundError(
             f"model {text or repr(text)}: there is no such folder, and this is not a hub id: give "
             "a model's folder or a name such as HuggingFaceTB/SmolLM2-135M."
         )
     return text
+
+
+def path_of(name: object) -> str:
+    """A model's name as text, with the user's folder in place of ``~``.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a string nor a path.
+    """
+    if not isinstance(name, str | os.PathLike) or not isinstance(text := os.fspath(name), str):
+        raise TypeError(
+            f"the model's name is a {type(name).__name__}: give a folder, a GGUF file or a hub id."
+        )
+    return expanded(text)
+
+
+def gguf_in(name: str, file: object, kwargs: Mapping[str, Any]) -> Path:
+    """A GGUF file in a folder or hub repository, from which it is downloaded.
+
+    Parameters
+    ----------
+    name : str
+        A folder or hub id.
+    file : str
+        As ``gguf_file`` of ``from_pretrained``.
+    kwargs : dict
+        Others of its arguments, which say where in the repository the file is.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, or the hub cannot be reached.
+    TypeError
+        If `file` is neither a string nor a path.
+    """
+    if not isinstance(file, str | os.PathLike) or not isinstance(text := os.fspath(file), str):
+        raise TypeError(f"gguf_file is a {type(file).__name__}: give the name of a GGUF file.")
+    if os.path.isdir(name):
+        place = Path(name) / (kwargs.get("subfolder") or "") / text
+        if not place.is_file():
+            raise FileNotFoundError(f"{place.parent} has no file {place.name}.")
+        return place
+    full = _with_defaults(name, kwargs)
+    given = {key: full[key] for key in PLACE if full.get(key) is not None}
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, text, **given))
+    except Exception as problem:  # of whichever HTTP library it uses
+        raise told(name, "model", OSError(str(problem))) from problem
 
 
 def hub_answers() -> bool:
@@ -240,9 +287,9 @@ def _config_of_hub(name: str, kwargs: Mapping[str, Any]) -> Path | None:
 
     What is wrong then is for ``from_pretrained`` to say.
     """
-    if kwargs.get("gguf_file") or kwargs.get("config") is not None:
+    if kwargs.get("config") is not None:
         return None
-    place = {key: kwargs[key] for key in _PLACE if kwargs.get(key) is not None}
+    place = {key: kwargs[key] for key in PLACE if kwargs.get(key) is not None}
     subfolder = place.pop("subfolder", "")
     try:
         folder = huggingface_hub.snapshot_download(

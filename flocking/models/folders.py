@@ -72,10 +72,6 @@ def check_folder(folder: Path, auto: Any, kwargs: Mapping[str, Any]) -> None:
     ValueError
         If the config describes no model, or one that is much larger than the files.
     """
-    if kwargs.get("gguf_file"):
-        if not (folder / kwargs["gguf_file"]).is_file():
-            raise FileNotFoundError(f"{folder} has no file {kwargs['gguf_file']}.")
-        return
     folder = folder / (kwargs.get("subfolder") or "")
     _refuse_dangling(folder)
     for name in _OBJECTS:
@@ -233,8 +229,8 @@ def _without_config(folder: Path) -> str:
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs:
         return (
-            f"{folder} has no config.json but {listed(ggufs)}: load it in Python with "
-            f"flocking.load({str(folder)!r}, gguf_file={ggufs[0]!r})."
+            f"{folder} has no config.json but {listed(ggufs)}: give such a file itself, as in "
+            f"{folder / ggufs[0]}."
         )
     return f"{folder} has no config.json, only {listed(names)}: give a model's folder."
 

@@ -11,7 +11,7 @@ from typing import Any
 NOTE = ".flocking-origin.json"
 
 
-def write_note(folder: Path, digest: str) -> None:
+def write_note(folder: Path, digest: str, source: Path | None = None) -> None:
     """Note in a folder which file it was converted from, and what is in it.
 
     Parameters
@@ -19,12 +19,17 @@ def write_note(folder: Path, digest: str) -> None:
     folder : Path
     digest : str
         SHA-256 of the file.
+    source : Path, optional
+        Where the file was.
     """
     files = {
         name: {"size": path.stat().st_size, "sha256": _sha256(path)}
         for name, path in _files(folder).items()
     }
-    content = json.dumps({"converted_from": digest, "files": files}, indent=1)
+    note: dict[str, Any] = {"converted_from": digest, "files": files}
+    if source is not None:
+        note["source"] = str(source.resolve())
+    content = json.dumps(note, indent=1)
     (folder / NOTE).write_text(content + "\n", encoding="utf-8")
 
 
@@ -54,6 +59,13 @@ def digest_of(folder: Path) -> str | None:
         return str(note["converted_from"]) if noted == there else None
     except (OSError, KeyError, TypeError, AttributeError):
         return None
+
+
+def source_of(folder: Path) -> Path | None:
+    """Where the file was that a folder was converted from; None if that is not noted."""
+    note = _note(folder)
+    source = note.get("source") if isinstance(note, dict) else None
+    return Path(source) if isinstance(source, str) else None
 
 
 def _note(folder: Path) -> Any:

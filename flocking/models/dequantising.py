@@ -1,0 +1,152 @@
+"""GGUF files as folders of a model: dequantised once, into the user's cache folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+import psutil
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.artifacts import BusyError, file_digest, replacing
+from flocking.models import origins
+from flocking.models.checkpoints import read_model, read_tokenizer
+from flocking.models.gguf import Contents, contents_of
+from flocking.models.problems import brief
+
+_PATIENCE = 1800.0  # seconds to wait for another process that is converting the same file
+
+
+def dequantised(file: Path, name: str) -> str:
+    """The folder of a GGUF file's model in float32, made in the user's cache if it is not there.
+
+    It is written under another name and renamed when it is complete; two processes do not both
+    write it. A folder in which a file is missing or has another size is made again.
+
+    Parameters
+    ----------
+    file : Path
+    name : str
+        Of the folder, which recordings show.
+
+    Raises
+    ------
+    OSError
+        If the file is damaged or cannot be read, or the cache cannot be written or has no room.
+    ValueError
+        If it is in a format, or holds a model or tokenizer, that cannot be read here.
+    MemoryError
+        If its weights in float32 are larger than all memory.
+    """
+    contents = contents_of(file)
+    digest = file_digest(file)
+    folder = platformdirs.user_cache_path("flocking") / digest[:16] / name
+    if not origins.is_whole(folder, digest):
+        _convert(file, contents, folder, digest)
+    return str(folder)
+
+
+def _convert(file: Path, contents: Contents, folder: Path, digest: str) -> None:
+    size = sum(4 * _elements(shape) for _, shape, *_ in contents.tensors)
+    _refuse_without_memory(file, size)
+    with (
+        _writing(file, folder, size),
+        replacing(folder, overwrite=False, wait=_PATIENCE) as partial,
+    ):
+        if origins.is_whole(folder, digest):
+            return  # another process converted it meanwhile
+        if folder.is_dir():  # broken, or of a version that left no note of what it wrote
+            shutil.rmtree(folder)
+        folder.unlink(missing_ok=True)
+        _refuse_without_room(partial.parent, size)
+        tqdm.write(
+            f"{file.name}: its weights are converted to float32 once, {size / 1e9:.1f} GB in "
+            f"{folder}",
+            file=sys.stderr,
+        )
+        model, tokenizer = _dequantised(file)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        origins.write_note(partial, digest, file)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for one in shape:
+        product *= one
+    return product
+
+
+def _refuse_without_memory(file: Path, size: int) -> None:
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    if size > there:
+        raise MemoryError(
+            f"{file} holds weights that take {size / 2**30:,.0f} GiB in float32, which they are "
+            f"converted to, and this machine has {there / 2**30:,.0f} GiB of memory: convert it on "
+            "a larger one, or take a smaller model."
+        )
+
+
+def _refuse_without_room(folder: Path, size: int) -> None:
+    room = shutil.disk_usage(folder)
+    if room.total and room.free < size:  # (some file systems do not tell)
+        raise OSError(f"{size / 1e6:.0f} MB are needed, and {room.free / 1e6:.0f} MB are free")
+
+
+def _dequantised(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a GGUF file."""
+    # In a folder without other files: transformers would read configs beside it, too. The path is
+    # absolute, since it also looks for a file of that name in the working directory.
+    with tempfile.TemporaryDirectory() as place:
+        alone = Path(place) / "model.gguf"
+        _link(file, alone)
+        try:
+            model = read_model(AutoModelForCausalLM, place, gguf_file=str(alone), dtype="float32")
+            tokenizer = read_tokenizer(place, gguf_file=str(alone))
+        except (OSError, ValueError) as problem:
+            why = brief(problem).replace(str(alone), "it").replace(place, "it")
+            raise _UnreadableError(
+                f"{file} cannot be read ({why}): get the file again, or another one of the model."
+            ) from problem
+    # The model is not quantised any more, but with these it would refuse to be saved.
+    del model.config.quantization_config
+    model.__dict__["hf_quantizer"] = None
+    return model, tokenizer
+
+
+def _link(file: Path, link: Path) -> None:
+    try:
+        link.symlink_to(file.resolve())
+    except OSError:  # Windows does not let everyone
+        os.link(file, link)
+
+
+class CacheError(OSError):
+    """That a copy cannot be written, which is no fault of the file's."""
+
+
+class _UnreadableError(OSError):
+    """A file that passed all checks and cannot be read, which no room in the cache would mend."""
+
+
+@contextmanager
+def _writing(file: Path, folder: Path, size: int) -> Iterator[None]:
+    """Say what can be done where a copy cannot be written."""
+    try:
+        yield
+    except (_UnreadableError, BusyError):
+        raise
+    except (OSError, SafetensorError) as problem:  # safetensors raises another kind
+        raise CacheError(
+            f"Cannot write the converted copy of {file.name} ({size / 1e6:,.0f} MB) to "
+            f"{folder.parent.parent} ({brief(problem)}): make room and make it writable, or set "
+            "XDG_CACHE_HOME to a folder that is."
+        ) from problem
