@@ -1,0 +1,357 @@
+"""Pruned GGUF files, made from GGUF files: for llama.cpp and everything that is built on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from tqdm.auto import tqdm
+
+from flocking.artifacts import replacing
+from flocking.models.gguf import Contents, Tensor, contents_of
+from flocking.pruning.chosen import masks_of
+from flocking.pruning.exported import Exported
+from flocking.pruning.gguf_blocks import Block, blocks_of
+from flocking.pruning.gguf_cuts import (
+    STEPS,
+    Narrower,
+    difference,
+    is_readable,
+    narrower,
+    pieces,
+)
+from flocking.pruning.gguf_metadata import Pair, Writer, pairs_of
+from flocking.texts import expanded
+
+_MULTIPLE = 32  # of widths: a quantisation block, and what kernels like
+_AT_ONCE = 2**24  # bytes that are compared at a time
+
+
+def export_gguf(
+    source: str | os.PathLike[str],
+    selection: Any,
+    path: str | os.PathLike[str],
+    *,
+    down: str = "Q8_0",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Exported:
+    """Write a GGUF file with the selected neurons of another one, which llama.cpp runs unchanged.
+
+    The rows of the gate and up-projections that are kept are copied in their quantised bytes, and
+    lose nothing. The columns of a down-projection cross its quantisation blocks: they are
+    dequantised, cut, and quantised again. A down-projection in F32, F16 or BF16 is cut without loss
+    and stays in its type, and so does that of a layer that is kept whole. All other
+    tensors and all metadata but the width stay as they are.
+
+    Parameters
+    ----------
+    source : str or path
+        A GGUF file of one part, of an architecture that llama.cpp and transformers both read. It
+        is not changed.
+    selection : dict or xarray.DataArray
+        One selection for all texts, of the model that ``flocking.load(source)`` gives: the
+        ``selection`` of a twin, or what :func:`flocking.select` returns for one statistic. Its
+        layers are the file's blocks, ``blk.0`` and so on. (Where layers have routed experts and a
+        shared one, they count as two layers each, in this order.)
+    path : str or path
+        Of the file to write.
+    down : str
+        Type of the down-projections that are quantised again: ``"Q8_0"``, ``"Q5_0"``,
+        ``"Q4_0"``, ``"F16"``, ``"BF16"`` or ``"F32"``. The package ``gguf`` has no quantiser for
+        K-quants (Q4_K and others), so that they are possible for all tensors but this one; Q4_1
+        and Q5_1 do not keep a zero.
+    overwrite : bool
+        Whether to replace a file at `path`.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Exported
+        How much smaller the new file is, and how many neurons of each layer it has.
+
+    Raises
+    ------
+    TypeError
+        If `selection` is no selection, `down` no string, or a path no path.
+    ValueError
+        If the selection is not of this model or of several sequences; if the file is of an
+        architecture that cannot be pruned, or has a tensor that is not known; if `down` is no type
+        that can be written; if `path` exists, or is `source`.
+    OSError
+        If `source` cannot be read or is damaged, or `path` cannot be written, for lack of room on
+        the disk, for example. Nothing is left behind then.
+
+    See Also
+    --------
+    flocking.select : Makes selections from statistics.
+    flocking.global_statistic : A statistic of texts.
+
+    Notes
+    -----
+    A file has one width for all layers, unless its metadata lists them: that of the widest, rounded
+    up to a multiple of 32. Narrower layers are filled with neurons that add nothing, since their
+    columns of the down-projection are exactly zero; the result counts them (``zeros``).
+
+    The new file is read again before it takes its place: kept rows are compared byte by byte,
+    down-projections within one step of the quantiser.
+
+    Examples
+    --------
+    >>> try:
+    ...     flocking.export_gguf("no-such-file.gguf", {}, "pruned.gguf")
+    ... except FileNotFoundError as error:
+    ...     print(error)
+    no-such-file.gguf does not exist: give a GGUF file.
+    """
+    kind = _type(down)
+    contents = contents_of(source)
+    whole, place = Path(expanded(os.fspath(source))), _place(path)
+    blocks = blocks_of(contents, str(whole))
+    masks = masks_of(selection, [block.wide() for block in blocks])
+    plan = _planned(contents, whole, blocks, masks, kind)
+
+    def check(found: Path) -> None:
+        _refuse_existing(found, place, whole, overwrite)
+
+    with replacing(place, check=check) as partial:
+        _refuse_without_room(partial.parent, place, plan)
+        with tqdm(desc="pruning", total=2 * plan.size(), unit="B", unit_scale=True,
+                  disable=not progress) as bar:  # fmt: skip
+            with _told_of_failure(place):
+                _write(plan, partial, bar)
+            _check(plan, partial, place, bar)
+        size = partial.stat().st_size
+    return Exported(
+        path=place,
+        parameters=_parameters(plan.tensors()),
+        parameters_before=_parameters(contents.tensors),
+        bytes=size,
+        bytes_before=whole.stat().st_size,
+        kept={layer: int(mask.sum()) for layer, mask in masks.items()},
+        stored={block.layer: block.experts * plan.widths[block.layer] for block in blocks},
+    )
+
+
+# --------------------------------------------------------------------------------------
+# The plan
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written, before anything is."""
+
+    contents: Contents
+    data: np.ndarray  # bytes of the whole file, as they are on the disk
+    pairs: list[Pair]
+    cuts: dict[str, Narrower]
+    widths: dict[int, int]  # neurons of one expert that are stored, by layer
+
+    def tensors(self) -> list[Tensor]:
+        """The table of the new file; the places of tensors follow from their order."""
+        return [
+            self.cuts[tensor.name].after if tensor.name in self.cuts else tensor
+            for tensor in self.contents.tensors
+        ]
+
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors())
+
+    def bytes_of(self, tensor: Tensor) -> np.ndarray:
+        """What the source has of a tensor, uint8 (n,)."""
+        return _bytes_of(self.data, self.contents, tensor)
+
+
+def _bytes_of(data: np.ndarray, contents: Contents, tensor: Tensor) -> np.ndarray:
+    start = contents.start + tensor.offset
+    return data[start : start + tensor.size]
+
+
+def _planned(
+    contents: Contents,
+    source: Path,
+    blocks: list[Block],
+    masks: dict[int, np.ndarray],
+    down: GGMLQuantizationType,
+) -> _Plan:
+    kept = {block.layer: masks[block.layer].reshape(block.experts, -1) for block in blocks}
+    widths = _widths(blocks, kept, contents)
+    table = {tensor.name: tensor for tensor in contents.tensors}
+    cuts = {}
+    for block in blocks:
+        for name, how in block.cuts.items():
+            own = kept[block.layer], widths[block.layer]
+            cuts[name] = cut = narrower(table[name], how, *own, down)
+            if cut.again and not is_readable(cut.before.kind):
+                raise ValueError(
+                    f"{source} has the tensor {name} in {cut.before.kind.name}, which the "
+                    "installed gguf cannot dequantise: get the model in another quantisation."
+                )
+    data = np.memmap(source, np.uint8, "r")
+    pairs = [_changed(pair, blocks, widths) for pair in pairs_of(data)]
+    return _Plan(contents, data, pairs, cuts, widths)
+
+
+def _widths(blocks: list[Block], kept: dict[int, np.ndarray], contents: Contents) -> dict[int, int]:
+    """Neurons to store by layer: one number for all layers whose width is told by one number."""
+    widths = {}
+    for block in blocks:
+        count = int(kept[block.layer][0].sum())
+        widths[block.layer] = min(-(-count // _MULTIPLE) * _MULTIPLE, block.d_ff)
+    for key in {block.key for block in blocks}:
+        told = [block.layer for block in blocks if block.key == key]
+        if not isinstance(contents.metadata[key], list):
+            widths |= dict.fromkeys(told, max(widths[layer] for layer in told))
+    return widths
+
+
+def _changed(pair: Pair, blocks: list[Block], widths: dict[int, int]) -> Pair:
+    """A value of the metadata, with the new widths if it tells those of blocks."""
+    told = {block.number: widths[block.layer] for block in blocks if block.key == pair.name}
+    if not told:
+        return pair
+    before = pair.numbers()
+    if len(before) == 1:
+        return pair.with_numbers((next(iter(told.values())),))
+    return pair.with_numbers(tuple(told.get(n, width) for n, width in enumerate(before)))
+
+
+def _parameters(tensors: list[Tensor]) -> int:
+    return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in tensors)
+
+
+# --------------------------------------------------------------------------------------
+# Refusals
+
+
+def _type(down: object) -> GGMLQuantizationType:
+    """The type of that name, if columns can be quantised to it."""
+    if not isinstance(down, str):
+        raise TypeError(f"down is a {type(down).__name__}: give the name of a type, as 'Q8_0'.")
+    known = {kind.name: kind for kind in STEPS}
+    if (name := down.upper()) in known:
+        return known[name]
+    why = ""
+    if name in ("Q4_1", "Q5_1"):
+        why = " (it does not keep the zeros that fill layers up)"
+    elif name in GGMLQuantizationType.__members__:
+        why = " (the package gguf has no quantiser for it)"
+    raise ValueError(
+        f"down={down!r} is no type that a down-projection can be quantised to{why}: give one of "
+        f"{', '.join(known)}."
+    )
+
+
+def _place(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
+        raise TypeError(f"path is a {type(path).__name__}: give a string or path.")
+    return Path(expanded(text))
+
+
+def _refuse_existing(found: Path, path: Path, source: Path, overwrite: bool) -> None:
+    if found.exists() and found.samefile(source):
+        raise ValueError(f"{path} is the file that is pruned: name another place.")
+    if found.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it.")
+    if not overwrite:
+        raise ValueError(f"{path} exists: choose another name, or pass overwrite=True.")
+
+
+def _refuse_without_room(folder: Path, path: Path, plan: _Plan) -> None:
+    room = shutil.disk_usage(folder)
+    size = plan.size() + plan.contents.start
+    if room.total and room.free < size:  # (some file systems do not tell)
+        raise OSError(
+            f"{path} cannot be written: {size / 1e6:,.0f} MB are needed, and "
+            f"{room.free / 1e6:,.0f} MB are free; make room, or name another place."
+        )
+
+
+@contextmanager
+def _told_of_failure(path: Path) -> Iterator[None]:
+    """NumPy does not say why it could not write all bytes of an array."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno is not None and problem.strerror:
+            raise
+        raise OSError(
+            f"{path} cannot be written ({problem}): make room on the disk, or name another place."
+        ) from problem
+
+
+# --------------------------------------------------------------------------------------
+# Writing, and reading again
+
+
+def _write(plan: _Plan, path: Path, bar: tqdm) -> None:
+    """Write the new file, one tensor after the other."""
+    architecture = plan.contents.metadata["general.architecture"]
+    alignment = plan.contents.metadata.get("general.alignment", 32)
+    writer = Writer(path, architecture, plan.pairs, alignment)
+    try:
+        for tensor in plan.tensors():
+            writer.announce(tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for before, after in zip(plan.contents.tensors, plan.tensors(), strict=True):
+            writer.write_tensor_data(_cut(plan, before))
+            bar.update(after.size)
+    finally:
+        writer.close()
+
+
+def _cut(plan: _Plan, tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor in the new file."""
+    data = plan.bytes_of(tensor)
+    if tensor.name not in plan.cuts:
+        return data
+    cut = plan.cuts[tensor.name]
+    found, start = np.empty(cut.after.size, np.uint8), 0
+    for piece in pieces(cut, data):
+        found[start : start + piece.size] = piece.reshape(-1)
+        start += piece.size
+    return found
+
+
+def _check(plan: _Plan, partial: Path, path: Path, bar: tqdm) -> None:
+    """Read the new file, and refuse it if it is not what was meant."""
+    contents = contents_of(partial)
+    data = np.memmap(partial, np.uint8, "r")
+    if [pair.raw for pair in pairs_of(data)] != [pair.raw for pair in plan.pairs]:
+        raise OSError(_not_written(path, "its metadata differs"))
+    for before, after in zip(plan.contents.tensors, contents.tensors, strict=True):
+        new, old = _bytes_of(data, contents, after), plan.bytes_of(before)
+        cut = plan.cuts.get(before.name)
+        why = difference(cut, old, new) if cut is not None else _bytes_differ(old, new)
+        if why and cut is not None and cut.again:
+            raise ValueError(
+                f"{path} was not written, since the tensor {before.name} {why}: choose another "
+                "type for down, as 'F32'."
+            )
+        if why:
+            raise OSError(_not_written(path, f"the tensor {before.name} {why}"))
+        bar.update(after.size)
+
+
+def _bytes_differ(old: np.ndarray, new: np.ndarray) -> str:
+    parts = range(0, max(old.size, new.size), _AT_ONCE)
+    equal = all(np.array_equal(old[n : n + _AT_ONCE], new[n : n + _AT_ONCE]) for n in parts)
+    return "" if equal else "is not what it was"
+
+
+def _not_written(path: Path, why: str) -> str:
+    return (
+        f"{path} was not written, since what was read again is not what was meant ({why}): "
+        "check the disk, and try again."
+    )
