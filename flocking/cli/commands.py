@@ -345,24 +345,26 @@ def prune(
     """
     from flocking.cli.pruning import Request, write_pruned
 
-    wide_console().print(
-        write_pruned(
-            Request(
-                source=source,
-                output=output,
-                texts=texts,
-                own_samples=own_samples,
-                density=density,
-                method=method,
-                multiple=keep_multiple,
-                down=down,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                overwrite=overwrite,
-            )
+    done = write_pruned(
+        Request(
+            source=source,
+            output=output,
+            texts=texts,
+            own_samples=own_samples,
+            density=density,
+            method=method,
+            multiple=keep_multiple,
+            down=down,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
         )
     )
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for row in done.rows():
+        add_row(table, *row)
+    wide_console().print(table)
 
 
 @app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")

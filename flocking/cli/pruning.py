@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.table import Table
 
 import flocking
 from flocking.cli.options import at_least_one, load, read
 from flocking.cli.outputs import refuse_nothing
-from flocking.cli.printing import add_row, say
 from flocking.texts import expanded
 
 if TYPE_CHECKING:
-    from flocking.pruning import Exported, Lost
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GGUF = ".gguf"
+    from flocking.pruning import Exported
+
+_GGUF = ".gguf"
 _MULTIPLE = 32  # neurons in a GGUF file: a block of the types that down-projections have there
 
 
@@ -42,46 +40,69 @@ class Request:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the output is a GGUF file."""
-        return self.output.suffix.lower() == GGUF
+        """Whether a GGUF file is wanted."""
+        return self.output.suffix.lower() == _GGUF
 
     def check(self) -> None:
         """Refuse what needs no model to be refused."""
         from flocking.analysis import kept_count
-        from flocking.pruning import DOWN_TYPES, FIXED
+        from flocking.artifacts import refuse_unwritable
+        from flocking.pruning import FIXED, check_output
         from flocking.recording import check_numbers
 
         refuse_nothing("output", self.output)
         check_numbers(seed=self.seed)
         at_least_one(self.multiple, "--keep-multiple")
-        kept_count(self.density, 2**62)  # in range; whether any neuron is left, the model says
+        kept_count(self.density, 2**62)  # in range; whether a neuron is left, the model says
         if self.method not in FIXED:
             raise ValueError(f"--method {self.method}: choose from {', '.join(FIXED)}.")
         if self.own_samples and self.method == "magnitude":
-            raise ValueError("--own-samples: magnitude needs no texts: leave out one of them.")
-        if self.down is not None and not self.is_gguf:
+            raise ValueError("--own-samples: magnitude reads no texts: leave out one of them.")
+        self._check_gguf()
+        check_output(self.output, self.overwrite)
+        refuse_unwritable(self.output)
+
+    def _check_gguf(self) -> None:
+        from flocking.pruning import check_down
+
+        if self.is_gguf:
+            self.gguf()
+            check_down(self.down_type)
+            if self.multiple is not None and self.multiple % _MULTIPLE:
+                raise ValueError(
+                    f"--keep-multiple {self.multiple}: widths in a GGUF file are multiples of "
+                    f"{_MULTIPLE}: give one of those."
+                )
+        elif self.down is not None:
             raise ValueError(
-                f"--down {self.down}: of GGUF files, and {self.output} is a folder: leave it out, "
-                "or give an --output that ends in .gguf."
+                f"--down {self.down}: {self.output} is a folder, and this is of GGUF files: leave "
+                "it out, or give an --output that ends in .gguf."
             )
-        if self.down is not None and self.down not in DOWN_TYPES:
-            raise ValueError(f"--down {self.down}: choose from {', '.join(DOWN_TYPES)}.")
-        if self.is_gguf and self.multiple is not None and self.multiple % _MULTIPLE:
+
+    @property
+    def down_type(self) -> str:
+        """Type of the down-projections in a GGUF file."""
+        return self.down or "Q8_0"
+
+    def gguf(self) -> Path:
+        """The GGUF file that a pruned one is made from."""
+        from flocking.models import embedded_file
+
+        file = embedded_file() if self.source is None else expanded(Path(self.source))
+        if file is None or not file.is_file():
             raise ValueError(
-                f"--keep-multiple {self.multiple}: widths in a GGUF file are multiples of "
-                f"{_MULTIPLE}: give one of those."
+                f"--output {self.output}: a GGUF file is made from a GGUF file: give one as "
+                "SOURCE, or name a folder, which llama.cpp's convert_hf_to_gguf.py converts."
             )
+        return file
 
 
 def write_pruned(request: Request) -> Exported:
-    """Write the smaller model; what it was made of, and what it loses on held-out texts."""
-    from flocking.models import embedded_gguf
-    from flocking.pruning import check_export, fixed_selection, split_texts
+    """Write the smaller model; how small it is, and what it loses on held-out texts."""
+    from flocking.pruning import fixed_selection, split_texts
 
     request.check()
-    gguf = _gguf_of(request)
     texts = texts_of(request.texts)
-    check_export(request.output, request.overwrite)
     model, tokenizer = load(request.source, request.device, request.dtype)
     calibration, held_out = split_texts(model, texts, tokenizer)
     selection = fixed_selection(
@@ -93,24 +114,38 @@ def write_pruned(request: Request) -> Exported:
         multiple=request.multiple or (_MULTIPLE if request.is_gguf else 1),
         seed=request.seed,
     )
-    if gguf is None:
-        return flocking.export(
-            model,
-            selection,
-            request.output,
-            tokenizer=tokenizer,
-            held_out=held_out,
-            overwrite=request.overwrite,
-        )
-    done = flocking.export_gguf(
-        gguf,
+    if request.is_gguf:
+        return _as_gguf(request, model, tokenizer, selection, held_out)
+    return flocking.export(
+        model,
         selection,
         request.output,
-        down=request.down or "Q8_0",
+        tokenizer=tokenizer,
+        held_out=held_out,
         overwrite=request.overwrite,
     )
-    written, _ = dequantised(done.path)
-    return replace(done, lost=measure_lost(model, written, held_out))
+
+
+def _as_gguf(
+    request: Request,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    selection: object,
+    held_out: list[list[int]],
+) -> Exported:
+    """A GGUF file; what it loses is that of the file's own weights, read again."""
+    from flocking.models import read_gguf
+    from flocking.pruning import measure_lost
+
+    done = flocking.export_gguf(
+        request.gguf(),
+        selection,
+        request.output,
+        down=request.down_type,
+        overwrite=request.overwrite,
+    )
+    written, _ = read_gguf(done.path)
+    return replace(done, lost=measure_lost(model, written, held_out, tokenizer=tokenizer))
 
 
 def texts_of(names: Sequence[str] | None) -> list[str]:

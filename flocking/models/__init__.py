@@ -27,10 +27,11 @@ from flocking.models.copies import (
     with_forward,
     working_copy,
 )
+from flocking.models.dequantising import read_gguf
 from flocking.models.following import Original
 from flocking.models.forms import Text, require_tokenizer, unreadable
 from flocking.models.inputs import continued_inputs
-from flocking.models.loading import embedded, identity, load, resolved
+from flocking.models.loading import embedded, embedded_file, identity, load, resolved
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
@@ -76,6 +77,7 @@ __all__ = [
     "conversations",
     "device_of",
     "embedded",
+    "embedded_file",
     "embeddings_of",
     "exclusive",
     "forcing",
@@ -94,6 +96,7 @@ __all__ = [
     "prepared",
     "private_randomness",
     "put",
+    "read_gguf",
     "read_model",
     "reading",
     "refuse_forgetful",

@@ -72,7 +72,7 @@ def _convert(file: Path, contents: Contents, folder: Path, digest: str) -> None:
             f"{folder}",
             file=sys.stderr,
         )
-        model, tokenizer = _dequantised(file)
+        model, tokenizer = read_gguf(file)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         origins.write_note(partial, digest, file)
@@ -101,8 +101,14 @@ def _refuse_without_room(folder: Path, size: int) -> None:
         raise OSError(f"{size / 1e6:.0f} MB are needed, and {room.free / 1e6:.0f} MB are free")
 
 
-def _dequantised(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a GGUF file."""
+def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, in float32, and tokenizer of a GGUF file, without a copy in the cache.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
     # In a folder without other files: transformers would read configs beside it, too. The path is
     # absolute, since it also looks for a file of that name in the working directory.
     with tempfile.TemporaryDirectory() as place:

@@ -152,14 +152,20 @@ def resolved(
     return dequantised(file, file.stem), rest
 
 
-def embedded() -> str:
-    """Folder of the embedded model's converted copy, made if it is not there; else its hub id."""
+def embedded_file() -> Path | None:
+    """The embedded model's GGUF file; None if its wheel is not installed."""
     spec = importlib.util.find_spec(_PACKAGE)  # finds the package without importing it
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
+    return files[0] if files else None
+
+
+def embedded() -> str:
+    """Folder of the embedded model's converted copy, made if it is not there; else its hub id."""
+    file = embedded_file()
+    if file is None:
         return _from_hub()
     try:
-        return dequantised(files[0], _HUB_ID.rpartition("/")[2])  # recordings show this name
+        return dequantised(file, _HUB_ID.rpartition("/")[2])  # recordings show this name
     except (CacheError, BusyError):
         raise
     except (OSError, ValueError) as problem:

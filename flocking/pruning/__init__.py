@@ -10,6 +10,10 @@ from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
 from flocking.pruning.exported import Exported
 from flocking.pruning.exporting import export
+from flocking.pruning.fixed import FIXED, fixed_selection
+from flocking.pruning.gguf_files import check_down, export_gguf
+from flocking.pruning.halves import split_texts
+from flocking.pruning.lost import Lost, measure_lost
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
 from flocking.pruning.parts import (
     are_pruned,
@@ -27,29 +31,36 @@ from flocking.pruning.scoring import (
 from flocking.pruning.twin import full_model
 
 __all__ = [
+    "FIXED",
     "MEASURED",
     "METHODS",
     "WITH_REFERENCE",
     "Decoder",
     "Exported",
+    "Lost",
     "Protocol",
     "allocate",
     "are_pruned",
     "branches",
     "calibration_texts",
+    "check_down",
     "check_refresh",
     "check_scope",
     "cut_of",
     "export",
+    "export_gguf",
     "first_runs",
+    "fixed_selection",
     "full_model",
     "global_statistic",
     "griffin",
     "layer_harms",
     "logits_side_by_side",
+    "measure_lost",
     "perplexity",
     "refuse_unscorable",
     "score",
     "side_by_side",
+    "split_texts",
     "spread",
 ]
