@@ -141,25 +141,33 @@ def narrowed(
             break
         for number, place in trials.governed_by(field).items():
             governed.setdefault(number, (field, place))
-    needed: dict[tuple[_Path, int], int] = {}
-    for number, (field, place) in governed.items():
-        part = parts[number]
-        value = field.number(place, part)
-        least = -(-_least(part, wanted[number]) * value // part.width)
-        needed[field.path, place] = max(needed.get((field.path, place), 0), least)
+    together: dict[tuple[_Field, int], list[int]] = {}
+    for number, said in governed.items():
+        together.setdefault(said, []).append(number)
     config = copy.deepcopy(model.config)
-    for field in dict.fromkeys(field for field, _ in governed.values()):
-        field.put(config, {p: width for (path, p), width in needed.items() if path == field.path})
+    for field in dict.fromkeys(field for field, _ in together):
+        new = {
+            place: _number(field, place, [(parts[n], wanted[n]) for n in numbers])
+            for (other, place), numbers in together.items()
+            if other == field
+        }
+        field.put(config, new)
     if lacking := [number for number in open_ if number not in governed]:
         config = trials.compensated(config, lacking, wanted)
     return config, trials.widths_of(config, wanted)
 
 
-def _least(part: Sized, wanted: int) -> int:
-    """The narrowest that a block can be."""
-    if part.block.kind != "experts":
-        return wanted
-    return min(part.width, wanted + -wanted % _MULTIPLE)
+def _number(field: _Field, place: int, said: Sequence[tuple[Sized, int]]) -> int:
+    """What has to stand in a field, for the narrowest blocks that have these widths at least."""
+    least = _least(said)
+    pairs = zip(said, least, strict=True)
+    return max(-(-width * field.number(place, part) // part.width) for (part, _), width in pairs)
+
+
+def _least(said: Sequence[tuple[Sized, int]]) -> list[int]:
+    """The narrowest that blocks of one field can be."""
+    multiple = _MULTIPLE if any(part.block.kind == "experts" for part, _ in said) else 1
+    return [min(part.width, width + -width % multiple) for part, width in said]
 
 
 # --------------------------------------------------------------------------------------
@@ -368,7 +376,7 @@ class _Trials:
             for second in _fields_in(config):
                 if second.values != (int(ratio),) or second.is_list:
                     continue
-                least = max(_least(self.parts[n], wanted[n]) for n in lacking)
+                least = max(_least([(self.parts[n], wanted[n]) for n in lacking]))
                 whole = int(ratio) * value
                 for width in (w for w in range(least, value) if whole % w == 0):
                     changed = copy.deepcopy(config)

@@ -1,0 +1,337 @@
+"""An exported folder is the pruned model: in plain transformers, for every architecture."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+import xarray as xr
+from accelerate import cpu_offload, disk_offload
+from helpers import (
+    ARCHITECTURES,
+    VOCABULARY,
+    build,
+    generate,
+    hooks_of,
+    letters,
+    random_ids,
+    tokens,
+)  # fmt: skip
+from safetensors import safe_open
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+import flocking
+from flocking.feedforward import moe
+from flocking.pruning import exporting
+
+_SIZES = {
+    "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 256,
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    **_SIZES, "num_key_value_heads": 4, "intermediate_size": 160, "moe_intermediate_size": 48,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 16,
+}  # fmt: skip
+MORE: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **_SIZES, **_EXPERTS, intermediate_size=160, moe_intermediate_size=40,
+        shared_expert_intermediate_size=40, mlp_only_layers=[0],
+    ),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_SIZES, **_EXPERTS, moe_intermediate_size=40),
+    "olmoe": lambda: tf.OlmoeConfig(**_SIZES, **_EXPERTS, intermediate_size=40),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(**_DEEPSEEK),
+    "llama4": lambda: tf.Llama4TextConfig(
+        **_SIZES, intermediate_size=40, intermediate_size_mlp=160, num_local_experts=4,
+        interleave_moe_layer_step=2,
+    ),
+    "jamba": lambda: tf.JambaConfig(
+        **_SIZES, **_EXPERTS, intermediate_size=40, attn_layer_period=2, attn_layer_offset=0,
+        expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False, mamba_d_state=4,
+    ),
+}  # fmt: skip
+EXPORTED = [name for name in (*ARCHITECTURES, *MORE) if name not in ("bert", "bloom")]
+
+
+def made(name: str) -> tf.PreTrainedModel:
+    if name in ARCHITECTURES:
+        return build(name)
+    ARCHITECTURES[name] = MORE[name]
+    try:
+        return build(name)
+    finally:
+        del ARCHITECTURES[name]
+
+
+def selected(model: tf.PreTrainedModel) -> xr.DataArray:
+    """Another number of neurons in each layer, none of them a multiple of 8."""
+    densities = np.resize([0.49, 0.3], len(flocking.feedforwards(model)))
+    return flocking.select(flocking.weight_magnitude(model), densities)
+
+
+def masked(model: tf.PreTrainedModel, kept: xr.DataArray) -> tf.PreTrainedModel:
+    """The whole model with zeros in the columns of the down-projections: the reference."""
+    copied = copy.deepcopy(model)
+    for block in flocking.feedforwards(copied):
+        mask = torch.from_numpy(kept.sel(layer=block.layer).values[: block.d_ff])
+        weight = block.weight.data
+        if block.kind == "experts":
+            transposed = moe.axes(block.down)
+            (axis,) = (axis for name, axis, _ in transposed if name == "down_proj")
+            weight.mul_(mask.view(block.experts, -1).unsqueeze(3 - axis))
+        else:
+            weight.mul_(mask[:, None] if isinstance(block.down, Conv1D) else mask)
+    return copied
+
+
+def logits(model: tf.PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def assert_close(got: Tensor, expected: Tensor, most: float = 1e-5) -> None:
+    assert (got - expected).abs().max() <= most * expected.abs().max()
+
+
+def marks(model: tf.PreTrainedModel) -> list[object]:
+    """What must stay as it is in a model."""
+    values = [(name, value.clone()) for name, value in model.state_dict().items()]
+    return [
+        *((name, value.sum().item(), value.shape) for name, value in values),
+        [id(parameter) for parameter in model.parameters()],
+        [id(module) for module in model.modules()],
+        model.config.to_dict(),
+        model.generation_config.to_dict(),
+        hooks_of(model),
+        [{*vars(module)} - {"_output_capturing_hooks_installed"} for module in model.modules()],
+        model.training,
+    ]
+
+
+def stored(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of each weight in a folder's files."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                found[name] = part.get_dtype(), part.get_shape()
+    return found
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_is_the_pruned_model(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    kept = selected(model)
+    before = marks(model)
+    done = flocking.export(model, kept, tmp_path / "out")
+    assert marks(model) == before
+
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(again) is type(model)
+    ids = tokens(20, seed=3)
+    reference = masked(model, kept)
+    got, expected = logits(again, ids), logits(reference, ids)
+    assert_close(got, expected)
+    assert not torch.allclose(expected, logits(model, ids), rtol=1e-2)  # it makes a difference
+    assert torch.equal(generate(again, ids, n=6), generate(reference, ids, n=6))
+
+    blocks = [block for block in flocking.feedforwards(again) if block.call == 0]
+    assert {block.layer: block.d_ff for block in blocks} == done.stored
+    assert done.kept == {n: int(kept.sel(layer=n).sum()) for n in done.stored}
+    assert done.zeros == sum(done.stored.values()) - sum(done.kept.values()) >= 0
+    assert done.parameters == again.num_parameters() < done.parameters_before
+    assert done.parameters_before == model.num_parameters()
+    assert done.bytes == 4 * done.parameters
+    zero = sum(
+        int((block.weight == 0).all(dim=-1 if by_row(block) else -2).sum()) for block in blocks
+    )
+    assert zero == done.zeros
+
+
+def by_row(block: flocking.FeedForward) -> bool:
+    """Whether neurons are rows of the down-projection."""
+    if block.kind != "experts":
+        return isinstance(block.down, Conv1D)
+    return ("down_proj", 1, False) in [*moe.axes(block.down)]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "gpt_oss"])
+def test_zeros_add_nothing_whatever_the_activation_of_zero(name: str, tmp_path: Path) -> None:
+    act = {"hidden_act": "sigmoid"} if name != "gpt2" else {"activation_function": "sigmoid"}
+    model = build(name, **({} if name == "gpt_oss" else act))
+    kept = selected(model)
+    done = flocking.export(model, kept, tmp_path / "out")
+    assert done.zeros > 0
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    ids = tokens(20)
+    assert_close(logits(again, ids), logits(masked(model, kept), ids))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_twins_selection(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    twin = flocking.griffin(model, 0.5)
+    prompt = tokens(30)
+    generate(twin, prompt, n=2)
+    flocking.export(model, twin.selection, tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    ids = tokens(20, seed=4)
+    with torch.no_grad():  # the twin itself, as it decodes
+        assert_close(logits(again, ids), twin(input_ids=ids, use_cache=False).logits)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "method topk, density 0.5; the prompt had 30 tokens" in card
+
+
+def test_selections_in_other_forms_give_the_same_files(tmp_path: Path) -> None:
+    model = build("llama")
+    kept = selected(model)
+    indices = {n: np.flatnonzero(kept[n].values)[::-1].copy() for n in (1, 0)}
+    shuffled = kept.isel(neuron=np.random.default_rng(0).permutation(160), layer=[1, 0])
+    for number, form in enumerate((kept, shuffled.T, indices, kept.expand_dims("sequence"))):
+        flocking.export(model, form, tmp_path / str(number))
+    files = {(tmp_path / str(n) / "model.safetensors").read_bytes() for n in range(4)}
+    assert len(files) == 1
+
+
+def test_all_neurons_are_the_model(tmp_path: Path) -> None:
+    for name in ("llama", "bloom"):  # which needs no other width
+        model = build(name)
+        kept = flocking.select(flocking.weight_magnitude(model), 1.0)
+        done = flocking.export(model, kept, tmp_path / name)
+        assert done.zeros == 0
+        assert done.parameters == done.parameters_before
+        again = type(model).from_pretrained(tmp_path / name).eval()
+        assert torch.equal(logits(again, tokens(9)), logits(model, tokens(9)))
+
+
+def test_is_read_without_this_package(tmp_path: Path) -> None:
+    """In a process of its own, which cannot import it."""
+    model, tokenizer = build("qwen2"), letters("<s> $A")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model.generation_config.max_new_tokens = 7
+    kept = selected(model)
+    flocking.export(model, kept, tmp_path / "out", tokenizer=tokenizer)
+    program = """
+import sys
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.partition('.')[0] == 'flocking':
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert tokenizer.chat_template.startswith('{% for m')
+inputs = tokenizer('birds', return_tensors='pt')
+print(model.generate(inputs.input_ids, do_sample=False)[0].tolist())
+assert 'flocking' not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    ids = tokenizer("birds", return_tensors="pt").input_ids
+    expected = masked(model, kept).generate(ids, do_sample=False)[0].tolist()
+    assert json.loads(done.stdout) == expected
+    assert len(expected) > ids.shape[1]
+
+
+def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_SHARD", "100KB")
+    model = build("llama")
+    kept = selected(model)
+    flocking.export(model, kept, tmp_path / "out")
+    assert len([*(tmp_path / "out").glob("model-*-of-*.safetensors")]) > 2
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert_close(logits(again, tokens(9)), logits(masked(model, kept), tokens(9)))
+
+
+def test_tied_embeddings_are_written_once(tmp_path: Path) -> None:
+    model = build("llama", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    flocking.export(model, selected(model), tmp_path / "out")
+    assert "lm_head.weight" not in stored(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_are_kept(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    if name != "llama" and dtype == torch.float64:
+        pytest.skip("grouped matrix products are not made in float64")
+    model = build(name).to(dtype)
+    done = flocking.export(model, selected(model), tmp_path / "out")
+    short = {torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]
+    assert {kind for kind, _ in stored(tmp_path / "out").values()} == {short}
+    assert done.bytes == done.parameters * dtype.itemsize
+    again = type(model).from_pretrained(tmp_path / "out", dtype="auto")
+    assert again.dtype == dtype
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_offloaded_models(name: str, offload: str, tmp_path: Path) -> None:
+    kept = selected(build(name, tie_word_embeddings=True))
+    flocking.export(build(name, tie_word_embeddings=True), kept, tmp_path / "plain")
+    model = build(name, tie_word_embeddings=True)
+    if offload == "cpu":
+        model = cpu_offload(model, execution_device="cpu")
+    else:
+        model = disk_offload(model, str(tmp_path / "disk"), execution_device="cpu")
+    done = flocking.export(model, kept, tmp_path / "out")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "out")]
+    assert files[0] == files[1]
+    assert done.bytes == done.parameters * 4
+
+
+def test_generation_config_and_other_settings_go_over(tmp_path: Path) -> None:
+    model = build("gemma2")
+    model.generation_config.update(top_k=7, do_sample=True)
+    model.config.final_logit_softcapping = 5.0
+    flocking.export(model, selected(model), tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert (again.generation_config.top_k, again.generation_config.do_sample) == (7, True)
+    before, after = (dict(each.config.to_dict()) for each in (model, again))
+    ours = {"intermediate_size", "dtype", "architectures", "transformers_version", "_name_or_path"}
+    assert {key for key in before if before[key] != after[key]} <= ours
+
+
+def test_the_tokenizer_that_recording_finds(tmp_path: Path) -> None:
+    model, tokenizer = build("llama"), letters("<s> $A")
+    model.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    model = flocking.load(tmp_path / "source")[0]
+    flocking.export(model, selected(model), tmp_path / "out")
+    assert tf.AutoTokenizer.from_pretrained(tmp_path / "out")("ab") == tokenizer("ab")
+
+
+def test_recordings_of_it_are_of_the_kept_neurons(tmp_path: Path) -> None:
+    """Each of them takes the share of the activations that pruned ones had."""
+    model = build("llama")
+    kept = flocking.select(flocking.weight_magnitude(model), 0.5)
+    flocking.export(model, kept, tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    ids = random_ids(12)
+    got = flocking.record(again, ids, progress=False)
+    expected = flocking.record(masked(model, kept), ids, progress=False)
+    for layer in (0, 1):
+        mine = got.energy.sel(layer=layer).isel(sequence=0).sum("window").values
+        theirs = expected.energy.sel(layer=layer).isel(sequence=0).sum("window").values
+        assert len(mine) == int(kept.sel(layer=layer).sum())
+        assert (mine >= theirs[kept.sel(layer=layer).values] * (1 - 1e-5)).all()
