@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import flocking
-from flocking.pruning import exporting, lost
+from flocking.pruning import exporting, lost, places
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_no_room(
     llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = SimpleNamespace(disk_usage=lambda folder: SimpleNamespace(total=10**9, free=1000))
-    monkeypatch.setattr(exporting, "shutil", full)
+    monkeypatch.setattr(places, "shutil", full)
     refused(llama, kept, tmp_path, "kB are needed, and 1 kB are free: make room", OSError)
 
 
