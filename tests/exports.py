@@ -72,7 +72,10 @@ def masked(model: tf.PreTrainedModel, kept: xr.DataArray) -> tf.PreTrainedModel:
     copied = copy.deepcopy(model)
     for block in flocking.feedforwards(copied):
         mask = torch.from_numpy(kept.sel(layer=block.layer).values[: block.d_ff])
-        weight = block.weight.data = block.weight.data.clone()  # other layers may have the same
+        # (Other layers may have the same parameter.)
+        weight = block.weight.detach().clone()
+        named = "down_proj" if block.kind == "experts" else "weight"
+        setattr(block.down, named, torch.nn.Parameter(weight))
         if block.kind == "experts":
             transposed = moe.axes(block.down)
             (axis,) = (axis for name, axis, _ in transposed if name == "down_proj")

@@ -243,9 +243,13 @@ def _loading(model: PreTrainedModel, folder: str, has_tokenizer: bool) -> list[s
     else:
         imports = [f"from {module} import {cls}"]
         imports += [f"from transformers import {each}" for each in tokenizer]
-    lines = [f'model = {cls}.from_pretrained("{folder}", dtype="auto")']
+    # Code that came with the model goes with it, and transformers asks before it runs it.
+    trust = (
+        ", trust_remote_code=True" if kind.__module__.startswith("transformers_modules.") else ""
+    )
+    lines = [f'model = {cls}.from_pretrained("{folder}", dtype="auto"{trust})']
     if has_tokenizer:
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})')
     else:
         lines.append("# Its tokenizer is that of the model that it was made from.")
     return ["```python", *imports, "", *lines, "```"]

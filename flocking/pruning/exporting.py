@@ -151,7 +151,7 @@ def export(
     masks = masks_of(selection, layers_of(blocks))
     tokenizer = require_tokenizer(tokenizer) or tokenizer_beside(model)
     if held_out is not None:
-        tokenize(model, held_out, tokenizer)  # refuses what measuring would
+        _check_texts(model, held_out, tokenizer)
     parts = sized(model, [block for block in blocks if block.call == 0])
     config, widths = narrowed(model, parts, [_width(part, masks) for part in parts])
     ids = _ids(model)
@@ -174,6 +174,14 @@ def export(
         card = card_of(model, config, done, parts, made_from(selection), tokenizer is not None)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return done
+
+
+def _check_texts(
+    model: PreTrainedModel, texts: Text, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse texts that nothing can be measured on, before anything is written."""
+    if not any(len(ids) > 1 for ids in tokenize(model, texts, tokenizer).ids):
+        raise ValueError("held_out: no text has two tokens: give longer ones.")
 
 
 # --------------------------------------------------------------------------------------
@@ -295,7 +303,15 @@ def _read_again(
     kind: type[PreTrainedModel], partial: Path, smaller: PreTrainedModel, state: dict[str, Tensor]
 ) -> PreTrainedModel:
     """What transformers makes of the files: the weights that were written, no more and no fewer."""
-    again = read_model(kind, str(partial), exact=True, dtype=smaller.dtype).eval()
+    try:
+        with torch.device("cpu"):  # whatever is the default
+            again = read_model(kind, str(partial), exact=True, dtype=smaller.dtype).eval()
+    except ValueError as problem:
+        why = str(problem).removeprefix(f"{partial}: ").replace(str(partial), "the folder")
+        raise ValueError(
+            f"{kind.__name__} cannot be exported: transformers does not read what it has written "
+            f"({why.rstrip('.')})."
+        ) from problem
     found = again.state_dict()
     for name in sorted({*found, *state}):
         if name not in found or name not in state:

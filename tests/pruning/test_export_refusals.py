@@ -136,6 +136,7 @@ def test_other_arguments(llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path
     refused(llama, kept, tmp_path, "tokenizer", TypeError, tokenizer="gpt2")
     refused(llama, kept, tmp_path, "No tokenizer was found", held_out="Birds of a feather.")
     refused(llama, kept, tmp_path, "text is empty", held_out=[])
+    refused(llama, kept, tmp_path, "held_out: no text has two tokens", held_out=[[5], [6]])
     for folder, kind in ((5, TypeError), (None, TypeError), (b"out", TypeError), ("", ValueError)):
         with pytest.raises(kind, match="folder"):
             flocking.export(llama, kept, folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from accelerate import cpu_offload, disk_offload
 from exports import MORE, assert_close, logits, made, masked, selected
 from helpers import (
     ARCHITECTURES,
+    VOCABULARY,
     build,
     generate,
     hooks_of,
@@ -264,3 +267,47 @@ def test_recordings_of_it_are_of_the_kept_neurons(tmp_path: Path) -> None:
         theirs = expected.energy.sel(layer=layer).isel(sequence=0).sum("window").values
         assert len(mine) == int(kept.sel(layer=layer).sum())
         assert (mine >= theirs[kept.sel(layer=layer).values] * (1 - 1e-5)).all()
+
+
+def test_whatever_torch_is_set_to(tmp_path: Path) -> None:
+    model = build("mixtral").train()
+    kept = selected(model)
+
+    @contextmanager
+    def default(setter: Callable, value: object, before: object) -> Iterator[None]:
+        setter(value)
+        try:
+            yield
+        finally:
+            setter(before)
+
+    settings = {
+        "usual": nullcontext(),
+        "device": default(torch.set_default_device, "meta", None),
+        "dtype": default(torch.set_default_dtype, torch.float64, torch.float32),
+        "inference": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    }
+    for name, setting in settings.items():
+        with setting:
+            flocking.export(model, kept, tmp_path / name)
+    assert model.training
+    assert len({(tmp_path / n / "model.safetensors").read_bytes() for n in settings}) == 1
+
+
+def test_layers_that_share_weights_can_keep_different_neurons(tmp_path: Path) -> None:
+    """They no longer share them in the files."""
+    config = tf.ZambaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
+        num_attention_heads=4, attn_layer_period=2, attn_layer_offset=1, attention_head_dim=32,
+        mamba_d_state=4, n_mamba_heads=2, use_mamba_kernels=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.ZambaForCausalLM(config).eval()
+    downs = [block.down for block in flocking.feedforwards(model)]
+    assert downs[0].weight is downs[1].weight
+    kept = selected(model)
+    assert (kept[0] != kept[1]).any()
+    flocking.export(model, kept, tmp_path / "out")
+    again = tf.ZambaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert_close(logits(again, tokens(9)), logits(masked(model, kept), tokens(9)))
