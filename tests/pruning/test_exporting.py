@@ -295,12 +295,13 @@ def test_whatever_torch_is_set_to(tmp_path: Path) -> None:
     assert len({(tmp_path / n / "model.safetensors").read_bytes() for n in settings}) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.* layers hold no feed-forward block")
 def test_layers_that_share_weights_can_keep_different_neurons(tmp_path: Path) -> None:
     """They no longer share them in the files."""
     config = tf.ZambaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
-        num_attention_heads=4, attn_layer_period=2, attn_layer_offset=1, attention_head_dim=32,
-        mamba_d_state=4, n_mamba_heads=2, use_mamba_kernels=False,
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=160, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, n_mamba_heads=2, mamba_dt_rank=8,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = tf.ZambaForCausalLM(config).eval()
