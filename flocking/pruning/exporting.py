@@ -155,8 +155,8 @@ def export(
     parts = sized(model, [block for block in blocks if block.call == 0])
     config, widths = narrowed(model, parts, [_width(part, masks) for part in parts])
     ids = _ids(model)
-    expected = _logits_of_twin(model, masks, ids)
     with replacing(place, overwrite=overwrite, check=check) as partial:
+        expected = _logits_of_twin(model, masks, ids)
         smaller = _smaller(model, parts, masks, widths, config)
         done = _sizes(place, model, smaller, parts, masks, widths)
         refuse_without_room(place, partial.parent, done.bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from typing import Any
 
 from torch.nn.utils.parametrize import is_parametrized
@@ -50,22 +51,24 @@ def refuse_unsaveable(model: PreTrainedModel) -> None:
             f"there is a hook on all modules ({_called(hooks[0])}), and what it does would be in "
             "no file: remove it."
         )
-    if model.can_generate():
-        _refuse_generation(model)
+    _refuse_configs(model)
 
 
 def _called(hook: Any) -> str:
     return str(getattr(hook, "__name__", type(hook).__name__))
 
 
-def _refuse_generation(model: PreTrainedModel) -> None:
-    """Refuse a generation config that transformers would not write."""
-    config = copy.deepcopy(model.generation_config)
-    try:
-        config.validate(strict=True)
-    except ValueError as problem:
-        why = " ".join(str(problem).split())
-        raise ValueError(
-            f"the model's generation config cannot be saved: correct model.generation_config "
-            f"first. transformers says: {why}"
-        ) from problem
+def _refuse_configs(model: PreTrainedModel) -> None:
+    """Refuse configs that transformers would not write, which it says when it has to."""
+    configs = {"config": model.config}
+    if model.can_generate():
+        configs["generation_config"] = model.generation_config
+    for name, config in configs.items():
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                copy.deepcopy(config).save_pretrained(folder)
+        except Exception as problem:  # of whichever kind
+            why = " ".join(str(problem).split())
+            raise ValueError(
+                f"model.{name} cannot be saved: correct it first. transformers says: {why}"
+            ) from problem

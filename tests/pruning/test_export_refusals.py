@@ -123,12 +123,33 @@ def test_merged_adapters(llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path
 
 
 @pytest.mark.usefixtures("early")
-def test_a_generation_config_that_is_not_saved(
+def test_configs_that_are_not_saved(
     llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path: Path
 ) -> None:
     llama.generation_config.do_sample = False
     llama.generation_config.temperature = 0.3
-    refused(llama, kept, tmp_path, "generation config cannot be saved: correct .*temperature")
+    refused(llama, kept, tmp_path, r"model\.generation_config cannot be saved: .*temperature")
+    llama.generation_config = tf.GenerationConfig()
+    llama.generation_config.more = object()
+    refused(llama, kept, tmp_path, r"model\.generation_config cannot be saved: .*serializable")
+    llama.generation_config = tf.GenerationConfig()
+    llama.config.do_sample = True
+    refused(llama, kept, tmp_path, r"model\.config cannot be saved: .*generation_config.*do_sample")
+    llama.config.do_sample = object()
+    refused(llama, kept, tmp_path, r"model\.config cannot be saved")
+
+
+def test_a_published_generation_config_goes_over(
+    llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path: Path
+) -> None:
+    """Whatever is odd about it: transformers writes it again if nobody has changed it."""
+    llama.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.3}))
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    flocking.export(model, kept, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert content["temperature"] == 0.3
 
 
 @pytest.mark.usefixtures("early")

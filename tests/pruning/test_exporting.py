@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from exports import MORE, assert_close, logits, made, masked, selected
 from helpers import (
     ARCHITECTURES,
@@ -215,7 +215,7 @@ def test_dtypes_are_kept(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert again.dtype == dtype
 
 
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("offload", ["cpu", "disk", "a map"])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_offloaded_models(name: str, offload: str, tmp_path: Path) -> None:
     kept = selected(build(name, tie_word_embeddings=True))
@@ -223,10 +223,19 @@ def test_offloaded_models(name: str, offload: str, tmp_path: Path) -> None:
     model = build(name, tie_word_embeddings=True)
     if offload == "cpu":
         model = cpu_offload(model, execution_device="cpu")
-    else:
+    elif offload == "disk":
         model = disk_offload(model, str(tmp_path / "disk"), execution_device="cpu")
+    else:
+        parts = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+        places = dict.fromkeys((*(f"model.{part}" for part in parts), "lm_head"), "cpu")
+        model = dispatch_model(
+            model, places | {"model.layers.1": "disk"}, main_device="cpu",
+            offload_dir=str(tmp_path / "disk"), force_hooks=True,
+        )  # fmt: skip
+    before = [parameter.is_meta for parameter in model.parameters()]
     done = flocking.export(model, kept, tmp_path / "out")
-    assert all(parameter.is_meta for parameter in model.parameters())
+    assert [parameter.is_meta for parameter in model.parameters()] == before
+    assert any(before)
     files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "out")]
     assert files[0] == files[1]
     assert done.bytes == done.parameters * 4
