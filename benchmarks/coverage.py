@@ -10,17 +10,22 @@ which must give what the full model gives, and at one half, which must give what
 other neurons masked. Where that holds, the twin is also decoded by `flocking.Decoder`, traced but
 not compiled (which would take minutes), which must give the tokens that `generate` gives. A twin
 that refreshes its selection (`refresh`) must generate what the full model does, at one half with a
-refresh at every token, and at density 1 with one at every third.
+refresh at every token, and at density 1 with one at every third. A selection of one half and
+three tenths of the layers' neurons in turn, by the norms of their weights, is exported (`export`),
+and the folder, read by transformers, must give the logits of the whole model with zeros in the
+place of all other neurons' columns of the down-projections.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -31,14 +36,17 @@ from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers as tf
+import xarray as xr
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 import flocking
-from flocking.feedforward import UnsupportedModelError
+from flocking.feedforward import UnsupportedModelError, moe
 from flocking.pruning import graphs
 
 MAPPINGS = {
@@ -246,6 +254,7 @@ class Row(NamedTuple):
     griffin: str = ""
     decoder: str = ""
     refresh: str = ""
+    export: str = ""
     reason: str = ""
 
 
@@ -284,11 +293,14 @@ def tried(mapping: str, kind: str) -> Row:
     if not causal:
         return row
     if griffin:
-        return row._replace(griffin="no", decoder="no", refresh="no")
-    decoder, why = decoded(model)
-    refresh, why_not = refreshed(model)
-    reason = "; ".join(filter(None, (row.reason, why, why_not)))
-    return row._replace(griffin="yes", decoder=decoder, refresh=refresh, reason=reason)
+        return row._replace(griffin="no", decoder="no", refresh="no", export="no")
+    decoder, *why = decoded(model)
+    refresh, *why[1:] = refreshed(model)
+    export, *why[2:] = exported(model)
+    reason = "; ".join(filter(None, (row.reason, *why)))
+    return row._replace(
+        griffin="yes", decoder=decoder, refresh=refresh, export=export, reason=reason
+    )
 
 
 def decoded(model: tf.PreTrainedModel) -> tuple[str, str]:
@@ -335,6 +347,46 @@ def refreshed(model: tf.PreTrainedModel) -> tuple[str, str]:
     except Exception as problem:
         return "no", f"refresh: {_first_line(problem)}"
     return "yes", ""
+
+
+def exported(model: tf.PreTrainedModel) -> tuple[str, str]:
+    """Whether an export gives what the model gives without the other neurons, or else why not."""
+    ids = torch.arange(3, 19)[None]
+    try:
+        blocks = flocking.feedforwards(model)
+        firsts = [next(b for b in blocks if b.down is block.down) for block in blocks]
+        places = [[b.down for b in blocks if b.call == 0].index(block.down) for block in firsts]
+        densities = np.array([0.5, 0.3])[np.array(places) % 2]
+        kept = flocking.select(flocking.weight_magnitude(model), densities)
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            flocking.export(model, kept, f"{folder}/smaller")
+            again = type(model).from_pretrained(f"{folder}/smaller").eval()
+            got = again(input_ids=ids, use_cache=False).logits
+            expected = _masked(model, kept)(input_ids=ids, use_cache=False).logits
+    except Exception as problem:
+        return "no", f"export: {_first_line(problem)}"
+    if not (got - expected).abs().max() <= 1e-4 * expected.abs().max():
+        return "no", "export gives other logits, more than rounding explains"
+    return "yes", ""
+
+
+def _masked(model: tf.PreTrainedModel, kept: xr.DataArray) -> tf.PreTrainedModel:
+    """A copy with zeros where the down-projections would read neurons that are not kept."""
+    copied = copy.deepcopy(model)
+    for block in flocking.feedforwards(copied):
+        if block.call:
+            continue
+        mask = torch.from_numpy(kept.sel(layer=block.layer).to_numpy()[: block.d_ff])
+        # (Other layers may have the same parameter.)
+        weight = block.weight.detach().clone()
+        named = "down_proj" if block.kind == "experts" else "weight"
+        setattr(block.down, named, torch.nn.Parameter(weight))
+        if block.kind == "experts":
+            (axis,) = (axis for name, axis, _ in moe.axes(block.down) if name == "down_proj")
+            weight.mul_(mask.view(block.experts, -1).unsqueeze(3 - axis))
+        else:
+            weight.mul_(mask[:, None] if isinstance(block.down, Conv1D) else mask)
+    return copied
 
 
 def called(model: tf.PreTrainedModel, names: str) -> bool:
@@ -400,9 +452,10 @@ def summary(rows: list[Row]) -> str:
         twins = [row for row in with_ff if row.griffin == "yes"]
         fixed = sum(row.decoder == "yes" for row in twins)
         text += (
-            f"; of all that do, {_share(fixed, len(twins))} also decode in fixed shapes (Decoder) "
-            f"and {_share(sum(row.refresh == 'yes' for row in twins), len(twins))} refresh their "
-            "selections"
+            f"; of all that do, {_share(fixed, len(twins))} also decode in fixed shapes (Decoder), "
+            f"{_share(sum(row.refresh == 'yes' for row in twins), len(twins))} refresh their "
+            f"selections, and {_share(sum(row.export == 'yes' for row in twins), len(twins))} are "
+            "exported"
         )
     wrong = sum("than rounding explains" in row.reason for row in rows)
     return (
@@ -424,8 +477,8 @@ def page(tables: dict[str, list[Row]]) -> str:
     )
     for mapping, rows in tables.items():
         text += f"\n## {mapping.capitalize()} language models\n\n{summary(rows)}\n\n"
-        text += "| type | FF | activation | recorded | GRIFFIN | Decoder | refresh | reason |\n"
-        text += "| --- " * 8 + "|\n"
+        names = ("type", "FF", "activation", "recorded", "GRIFFIN", "Decoder", "refresh", "export")
+        text += f"| {' | '.join((*names, 'reason'))} |\n" + "| --- " * len(Row._fields) + "|\n"
         for row in sorted(rows):
             cells = [str(cell).replace("|", "\\|") for cell in row]
             text += f"| {' | '.join(cells)} |\n"
@@ -459,6 +512,7 @@ def main() -> None:
                     griffin="no",
                     decoder="no",
                     refresh="no",
+                    export="no",
                     reason=str(problem),
                 )
             rows.append(row)

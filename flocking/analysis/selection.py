@@ -108,7 +108,7 @@ def statistic(
         values = values.assign_coords(start=("window", begins), stop=("window", stops[first:last]))
     values = values.transpose("sequence", "layer", ..., "neuron")
     part_of = f"the {phase}" if phase else "all"
-    made_from = f"GRIFFIN's statistic of a text, over {part_of} of its tokens"
+    made_from = f"GRIFFIN's statistic of recorded text, over {part_of} of its tokens"
     if start is not None or stop is not None or by is not None:
         made_from += f" (start={start}, stop={stop}, by={by})"
     values = named(values, "statistic", "l2 norm of relative activations over tokens")

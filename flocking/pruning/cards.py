@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from flocking.models import identity
 from flocking.pruning.exported import Exported
@@ -197,8 +197,11 @@ def _changed(before: PreTrainedConfig, after: PreTrainedConfig) -> Iterator[str]
         elif a != b:
             yield f"`{name}` {b} (was {a})"
 
-    ours = ("dtype", "architectures", "transformers_version", "_name_or_path", "torch_dtype")
-    both = [{k: v for k, v in each.to_dict().items() if k not in ours} for each in (before, after)]
+    ours = ("dtype", "architectures", "transformers_version")
+    both = [
+        {k: v for k, v in each.to_dict().items() if k not in ours and not k.startswith("_")}
+        for each in (before, after)
+    ]
     return compared("", *both)
 
 
@@ -230,8 +233,7 @@ def _lost(lost: Lost | None) -> list[str]:
 
 def _loading(model: PreTrainedModel, folder: str, has_tokenizer: bool) -> list[str]:
     kind = type(model)
-    mapping = AutoModelForCausalLM._model_mapping
-    auto = mapping.get(type(model.config), None)
+    auto = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     known = kind in (auto if isinstance(auto, tuple) else (auto,))
     cls = "AutoModelForCausalLM" if known else kind.__name__
     module = kind.__module__ if not kind.__module__.startswith("transformers.") else "transformers"
@@ -241,9 +243,13 @@ def _loading(model: PreTrainedModel, folder: str, has_tokenizer: bool) -> list[s
     else:
         imports = [f"from {module} import {cls}"]
         imports += [f"from transformers import {each}" for each in tokenizer]
-    lines = [f'model = {cls}.from_pretrained("{folder}", dtype="auto")']
+    # Code that came with the model goes with it, and transformers asks before it runs it.
+    trust = (
+        ", trust_remote_code=True" if kind.__module__.startswith("transformers_modules.") else ""
+    )
+    lines = [f'model = {cls}.from_pretrained("{folder}", dtype="auto"{trust})']
     if has_tokenizer:
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})')
     else:
         lines.append("# Its tokenizer is that of the model that it was made from.")
     return ["```python", *imports, "", *lines, "```"]

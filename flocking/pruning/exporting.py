@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,10 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.artifacts import replacing
-from flocking.feedforward import FeedForward, cut, fused_rows, is_observed, stored_transposed
+from flocking.feedforward import FeedForward, cut, fused_rows, stored_transposed
 from flocking.feedforward import moe as mixtures
 from flocking.models import (
     Text,
@@ -27,8 +23,6 @@ from flocking.models import (
     context,
     device_of,
     embeddings_of,
-    hooks_on,
-    hooks_on_everything,
     loaded,
     put,
     read_model,
@@ -46,19 +40,15 @@ from flocking.pruning import lost as losses
 from flocking.pruning.build import griffin, prunable
 from flocking.pruning.cards import card_of
 from flocking.pruning.chosen import layers_of, made_from, masks_of
-from flocking.pruning.exported import Exported, in_words
-from flocking.pruning.twin import Twin, full_model, read_prompt
+from flocking.pruning.exported import Exported
+from flocking.pruning.places import place_of_folder, refuse_existing, refuse_without_room
+from flocking.pruning.saveable import refuse_unsaveable
+from flocking.pruning.twin import full_model, read_prompt
 from flocking.pruning.widths import Sized, narrowed, sized
-from flocking.texts import dangling, expanded
 
 _SHARD = "5GB"  # at most, of one file of weights
 _TOKENS = 24  # of the text that the files are tried on
 _EXACT = 1e-5  # largest relative error in float32, where sums are only added up in another order
-# What models' folders have in them, by the ends of the names; anything else is somebody's own.
-_OF_MODELS = (
-    ".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken",
-    "license",
-)  # fmt: skip
 
 
 def export(
@@ -120,6 +110,8 @@ def export(
         If the model's FF blocks cannot be located and proved.
     OSError
         If the folder cannot be written, or there is no room for it.
+    RuntimeError
+        Inside of a :func:`flocking.observe` of `model`.
 
     Examples
     --------
@@ -146,28 +138,28 @@ def export(
     >>> done.stored
     {0: 16, 1: 16}
     """
-    place = _place(folder)
+    place = place_of_folder(folder)
     model = require_model(model)
 
     def check(path: Path) -> None:
-        _refuse_existing(path, overwrite, model)
+        refuse_existing(path, overwrite, model)
 
     if os.path.lexists(place):
         check(place)
-    _refuse_unsaveable(model)
+    refuse_unsaveable(model)
     blocks = prunable(model)
     masks = masks_of(selection, layers_of(blocks))
     tokenizer = require_tokenizer(tokenizer) or tokenizer_beside(model)
     if held_out is not None:
-        tokenize(model, held_out, tokenizer)  # refuses what measuring would
+        _check_texts(model, held_out, tokenizer)
     parts = sized(model, [block for block in blocks if block.call == 0])
     config, widths = narrowed(model, parts, [_width(part, masks) for part in parts])
     ids = _ids(model)
-    expected = _logits_of_twin(model, masks, ids)
     with replacing(place, overwrite=overwrite, check=check) as partial:
+        expected = _logits_of_twin(model, masks, ids)
         smaller = _smaller(model, parts, masks, widths, config)
         done = _sizes(place, model, smaller, parts, masks, widths)
-        _refuse_without_room(place, partial.parent, done)
+        refuse_without_room(place, partial.parent, done.bytes)
         state = _state(smaller)
         _save(smaller, state, partial)
         again = _read_again(type(model), partial, smaller, state)
@@ -184,110 +176,12 @@ def export(
     return done
 
 
-# --------------------------------------------------------------------------------------
-# Refusals
-
-
-def _place(folder: object) -> Path:
-    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
-        raise TypeError(f"folder is a {type(folder).__name__}: give the name of a folder.")
-    place = Path(expanded(os.fspath(folder)))
-    if not place.name:
-        raise ValueError(f"folder={os.fspath(folder)!r} names no folder: give it a name.")
-    return place
-
-
-def _refuse_existing(path: Path, overwrite: bool, model: PreTrainedModel) -> None:
-    """Replace only the folder of a model, but not of this one, and only if asked to."""
-    if why := dangling(path):
-        raise ValueError(f"{path} {why}: choose another name, or make what the link names.")
-    if (why := _not_a_model(path)) is not None:
-        raise ValueError(f"{path} exists and is no model's folder ({why}): choose another name.")
-    source = str(getattr(model, "name_or_path", "") or "")
-    if source and os.path.isdir(source) and os.path.samefile(source, path):
-        raise ValueError(f"{path} is where the model itself is from: choose another name.")
-    if not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or give overwrite=True.")
-
-
-def _not_a_model(folder: Path) -> str | None:
-    """Why something is not the folder of a model and nothing else; None if it is."""
-    if not folder.is_dir():
-        return "it is a file"
-    inside = sorted(folder.iterdir())
-    if not any(path.name == "config.json" for path in inside):
-        return "it has no config.json" if inside else None
-    for path in inside:
-        known = path.is_file() and path.name.lower().endswith(_OF_MODELS)
-        if not known and not path.name.startswith("."):
-            return f"there is {path.name} in it"
-    return None
-
-
-def _refuse_unsaveable(model: PreTrainedModel) -> None:
-    """Refuse models whose files would not compute what they compute."""
-    name = type(model).__name__
-    if isinstance(model, Twin):
-        raise ValueError("model is a twin: give the original, and the twin's selection.")
-    if is_observed(model):
-        raise RuntimeError("the model is observed: leave the `with` of flocking.observe first.")
-    state = model.state_dict().values()
-    if getattr(model.config, "quantization_config", None) is not None or any(
-        is_traceable_wrapper_subclass(value) for value in state
-    ):
-        raise ValueError(
-            f"{name} is quantised, and the files of a smaller model could not be: load it "
-            "unquantised, in float32 or bfloat16."
-        )
-    for path, module in model.named_modules():
-        at = path or "the model itself"
-        if is_parametrized(module):
-            raise ValueError(
-                f"{name} has a parametrization at {at}, which no file of weights has: make it "
-                "permanent with torch.nn.utils.parametrize.remove_parametrizations."
-            )
-        if hasattr(module, "base_layer") or type(module).__module__.startswith("peft."):
-            raise ValueError(
-                f"{name} has an adapter at {at}: merge it into the weights (merge_and_unload)."
-            )
-        if hooks := hooks_on(module):
-            raise ValueError(
-                f"{name} has a hook at {at} ({_called(hooks[0])}), and what it does would be in no "
-                "file: remove it, or make it permanent (torch.nn.utils.prune.remove)."
-            )
-    if hooks := hooks_on_everything():
-        raise ValueError(
-            f"there is a hook on all modules ({_called(hooks[0])}), and what it does would be in "
-            "no file: remove it."
-        )
-    if model.can_generate():
-        _refuse_generation(model)
-
-
-def _called(hook: Any) -> str:
-    return str(getattr(hook, "__name__", type(hook).__name__))
-
-
-def _refuse_generation(model: PreTrainedModel) -> None:
-    """Refuse a generation config that transformers would not write."""
-    config = copy.deepcopy(model.generation_config)
-    try:
-        config.validate(strict=True)
-    except ValueError as problem:
-        why = " ".join(str(problem).split())
-        raise ValueError(
-            f"the model's generation config cannot be saved: correct model.generation_config "
-            f"first. transformers says: {why}"
-        ) from problem
-
-
-def _refuse_without_room(place: Path, folder: Path, done: Exported) -> None:
-    room = shutil.disk_usage(folder)
-    if room.total and room.free < done.bytes:  # (some file systems do not tell)
-        raise OSError(
-            f"{place} cannot be written: {in_words(done.bytes)} are needed, and "
-            f"{in_words(room.free)} are free: make room, or name another place."
-        )
+def _check_texts(
+    model: PreTrainedModel, texts: Text, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse texts that nothing can be measured on, before anything is written."""
+    if not any(len(ids) > 1 for ids in tokenize(model, texts, tokenizer).ids):
+        raise ValueError("held_out: no text has two tokens: give longer ones.")
 
 
 # --------------------------------------------------------------------------------------
@@ -409,7 +303,15 @@ def _read_again(
     kind: type[PreTrainedModel], partial: Path, smaller: PreTrainedModel, state: dict[str, Tensor]
 ) -> PreTrainedModel:
     """What transformers makes of the files: the weights that were written, no more and no fewer."""
-    again = read_model(kind, str(partial), exact=True, dtype=smaller.dtype).eval()
+    try:
+        with torch.device("cpu"):  # whatever is the default
+            again = read_model(kind, str(partial), exact=True, dtype=smaller.dtype).eval()
+    except ValueError as problem:
+        why = str(problem).removeprefix(f"{partial}: ").replace(str(partial), "the folder")
+        raise ValueError(
+            f"{kind.__name__} cannot be exported: transformers does not read what it has written "
+            f"({why.rstrip('.')})."
+        ) from problem
     found = again.state_dict()
     for name in sorted({*found, *state}):
         if name not in found or name not in state:

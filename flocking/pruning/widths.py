@@ -141,25 +141,33 @@ def narrowed(
             break
         for number, place in trials.governed_by(field).items():
             governed.setdefault(number, (field, place))
-    needed: dict[tuple[_Path, int], int] = {}
-    for number, (field, place) in governed.items():
-        part = parts[number]
-        value = field.number(place, part)
-        least = -(-_least(part, wanted[number]) * value // part.width)
-        needed[field.path, place] = max(needed.get((field.path, place), 0), least)
+    together: dict[tuple[_Field, int], list[int]] = {}
+    for number, said in governed.items():
+        together.setdefault(said, []).append(number)
     config = copy.deepcopy(model.config)
-    for field in dict.fromkeys(field for field, _ in governed.values()):
-        field.put(config, {p: width for (path, p), width in needed.items() if path == field.path})
+    for field in dict.fromkeys(field for field, _ in together):
+        new = {
+            place: _number(field, place, [(parts[n], wanted[n]) for n in numbers])
+            for (other, place), numbers in together.items()
+            if other == field
+        }
+        field.put(config, new)
     if lacking := [number for number in open_ if number not in governed]:
-        config = trials.compensated(config, lacking, wanted)
+        raise ValueError(trials.why_not(lacking, several=len(lacking) < len(open_)))
     return config, trials.widths_of(config, wanted)
 
 
-def _least(part: Sized, wanted: int) -> int:
-    """The narrowest that a block can be."""
-    if part.block.kind != "experts":
-        return wanted
-    return min(part.width, wanted + -wanted % _MULTIPLE)
+def _number(field: _Field, place: int, said: Sequence[tuple[Sized, int]]) -> int:
+    """What has to stand in a field, for the narrowest blocks that have these widths at least."""
+    least = _least(said)
+    pairs = zip(said, least, strict=True)
+    return max(-(-width * field.number(place, part) // part.width) for (part, _), width in pairs)
+
+
+def _least(said: Sequence[tuple[Sized, int]]) -> list[int]:
+    """The narrowest that blocks of one field can be."""
+    multiple = _MULTIPLE if any(part.block.kind == "experts" for part, _ in said) else 1
+    return [min(part.width, width + -width % multiple) for part, width in said]
 
 
 # --------------------------------------------------------------------------------------
@@ -348,60 +356,24 @@ class _Trials:
             )
         return widths
 
-    # A field that is also another width, as of shared experts: n times as wide, by another field.
-
-    def compensated(
-        self, config: PreTrainedConfig, lacking: Sequence[int], wanted: Sequence[int]
-    ) -> PreTrainedConfig:
-        """A config in which a second field makes up for what the first changes beside blocks.
-
-        Where something is ``n`` times as wide as a block by a field that says ``n``, a block of
-        ``w / m`` neurons leaves it as it is, if that field then says ``m * n``.
-        """
-        for field, odd in self.others.items():
-            if field.is_list or field.values != (self.parts[lacking[0]].width,):
-                continue
-            value = field.values[0]
-            ratios = {size / value for name in odd for size in self._changing(field, name)}
-            if len(ratios) != 1 or not (ratio := ratios.pop()).is_integer():
-                continue
-            for second in _fields_in(config):
-                if second.values != (int(ratio),) or second.is_list:
-                    continue
-                least = max(_least(self.parts[n], wanted[n]) for n in lacking)
-                whole = int(ratio) * value
-                for width in (w for w in range(least, value) if whole % w == 0):
-                    changed = copy.deepcopy(config)
-                    try:
-                        field.put(changed, {0: width})
-                        second.put(changed, {0: whole // width})
-                        self.widths_of(changed, wanted)
-                    except Exception:  # this is not the field
-                        break
-                    return changed
-        raise ValueError(self._why_not(lacking))
-
-    def _changing(self, field: _Field, name: str) -> Iterator[int]:
-        """Sizes of a weight along the axes that a field changes."""
-        config = copy.deepcopy(self.model.config)
-        field.put(config, {0: 2 * field.values[0]})
-        before, after = self.base.get(name, ()), self._shapes(config).get(name, ())
-        if len(before) == len(after):
-            yield from (b for b, a in zip(before, after, strict=True) if a != b)
-
-    def _why_not(self, lacking: Sequence[int]) -> str:
-        """Why the width of some blocks cannot be said, in a sentence."""
+    def why_not(self, lacking: Sequence[int], *, several: bool) -> str:
+        """Why the width of some blocks cannot be said, and whether it can of others, in words."""
         kind, path = type(self.model.config).__name__, self.parts[lacking[0]].block.path
         text = f"{self.name} cannot be exported: "
         if not self.others:
-            return text + (
+            text += (
                 f"no field of its config ({kind}) says how wide its FF blocks ({path}, ...) are."
             )
-        field, odd = min(self.others.items(), key=lambda pair: len(pair[1]))
-        return text + (
-            f"the field of its config that says how wide {path} is, {field}, changes {odd[0]}, "
-            "too, which stays as it is."
-        )
+        else:
+            field, odd = min(self.others.items(), key=lambda pair: len(pair[1]))
+            text += (
+                f"the field of its config that says how wide {path} is, {field}, changes {odd[0]}, "
+                "too, which stays as it is."
+            )
+        if several:
+            layers = ", ".join(str(self.parts[number].block.layer) for number in lacking)
+            text += f" The other blocks can be: keep all neurons of layers {layers}."
+        return text
 
 
 def _shapes_of(model: nn.Module) -> _Shapes:

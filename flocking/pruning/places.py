@@ -1,0 +1,65 @@
+"""Where an export is written: what may be replaced there, and whether there is room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from flocking.pruning.exported import in_words
+from flocking.texts import dangling, expanded
+
+# What models' folders have in them, by the ends of the names; anything else is somebody's own.
+_OF_MODELS = (
+    ".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken",
+    "license",
+)  # fmt: skip
+
+
+def place_of_folder(folder: object) -> Path:
+    """Where a folder is to be written, from what a user gives as its name."""
+    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
+        raise TypeError(f"folder is a {type(folder).__name__}: give the name of a folder.")
+    place = Path(expanded(os.fspath(folder)))
+    if not place.name:
+        raise ValueError(f"folder={os.fspath(folder)!r} names no folder: give it a name.")
+    return place
+
+
+def refuse_existing(path: Path, overwrite: bool, model: PreTrainedModel) -> None:
+    """Replace only the folder of a model, but not of this one, and only if asked to."""
+    if why := dangling(path):
+        raise ValueError(f"{path} {why}: choose another name, or make what the link names.")
+    if (why := _not_a_model(path)) is not None:
+        raise ValueError(f"{path} exists and is no model's folder ({why}): choose another name.")
+    source = str(getattr(model, "name_or_path", "") or "")
+    if source and os.path.isdir(source) and os.path.samefile(source, path):
+        raise ValueError(f"{path} is where the model itself is from: choose another name.")
+    if not overwrite:
+        raise ValueError(f"{path} exists: choose another name, or give overwrite=True.")
+
+
+def _not_a_model(folder: Path) -> str | None:
+    """Why something is not the folder of a model and nothing else; None if it is."""
+    if not folder.is_dir():
+        return "it is a file"
+    inside = sorted(folder.iterdir())
+    if not any(path.name == "config.json" for path in inside):
+        return "it has no config.json" if inside else None
+    for path in inside:
+        known = path.is_file() and path.name.lower().endswith(_OF_MODELS)
+        if not known and not path.name.startswith("."):
+            return f"there is {path.name} in it"
+    return None
+
+
+def refuse_without_room(place: Path, folder: Path, size: int) -> None:
+    """Raise an OSError if a number of bytes does not fit on a folder's disk, for `place`."""
+    room = shutil.disk_usage(folder)
+    if room.total and room.free < size:  # (some file systems do not tell)
+        raise OSError(
+            f"{place} cannot be written: {in_words(size)} are needed, and "
+            f"{in_words(room.free)} are free: make room, or name another place."
+        )
