@@ -14,13 +14,22 @@ import platformdirs
 import psutil
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from flocking.artifacts import BusyError, file_digest, replacing
 from flocking.models import origins
 from flocking.models.checkpoints import read_model, read_tokenizer
 from flocking.models.gguf import Contents, contents_of
-from flocking.models.problems import brief
+from flocking.models.gguf_configs import changes_of, ignored
+from flocking.models.gguf_support import refuse_other_tensors, refuse_unknown
+from flocking.models.notices import warn
+from flocking.models.problems import brief, listed, reading
 
 _PATIENCE = 1800.0  # seconds to wait for another process that is converting the same file
 
@@ -56,6 +65,7 @@ def dequantised(file: Path, name: str) -> str:
 
 def _convert(file: Path, contents: Contents, folder: Path, digest: str) -> None:
     size = sum(4 * _elements(shape) for _, shape, *_ in contents.tensors)
+    refuse_unknown(contents)
     _refuse_without_memory(file, size)
     with (
         _writing(file, folder, size),
@@ -72,7 +82,7 @@ def _convert(file: Path, contents: Contents, folder: Path, digest: str) -> None:
             f"{folder}",
             file=sys.stderr,
         )
-        model, tokenizer = _dequantised(file)
+        model, tokenizer = _dequantised(contents)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         origins.write_note(partial, digest, file)
@@ -101,25 +111,58 @@ def _refuse_without_room(folder: Path, size: int) -> None:
         raise OSError(f"{size / 1e6:.0f} MB are needed, and {room.free / 1e6:.0f} MB are free")
 
 
-def _dequantised(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _dequantised(contents: Contents) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a GGUF file."""
     # In a folder without other files: transformers would read configs beside it, too. The path is
     # absolute, since it also looks for a file of that name in the working directory.
     with tempfile.TemporaryDirectory() as place:
         alone = Path(place) / "model.gguf"
-        _link(file, alone)
-        try:
-            model = read_model(AutoModelForCausalLM, place, gguf_file=str(alone), dtype="float32")
+        _link(contents.file, alone)
+        with _naming(contents.file, place):
+            config = _config_of(alone, contents)
+            refuse_other_tensors(config, contents)
             tokenizer = read_tokenizer(place, gguf_file=str(alone))
-        except (OSError, ValueError) as problem:
-            why = brief(problem).replace(str(alone), "it").replace(place, "it")
-            raise _UnreadableError(
-                f"{file} cannot be read ({why}): get the file again, or another one of the model."
-            ) from problem
+            model = read_model(
+                AutoModelForCausalLM, place, config=config, gguf_file=str(alone), dtype="float32"
+            )
     # The model is not quantised any more, but with these it would refuse to be saved.
     del model.config.quantization_config
     model.__dict__["hf_quantizer"] = None
     return model, tokenizer
+
+
+def _config_of(alone: Path, contents: Contents) -> PreTrainedConfig:
+    """The config of a file's model, with what transformers' reader leaves out."""
+    with reading(str(alone.parent)):
+        config = AutoConfig.from_pretrained(alone.parent, gguf_file=str(alone))
+    try:
+        changes = changes_of(config, contents)
+    except ValueError as problem:
+        raise ValueError(
+            f"{contents.file} {problem}: load the model's folder of safetensors."
+        ) from problem
+    if changes:
+        config = type(config).from_dict({**config.to_dict(), **changes})
+    if left := ignored(contents):
+        warn(
+            f"{contents.file} says {listed(left)}, of which no notice is taken: the model's "
+            "numbers may differ from llama.cpp's."
+        )
+    return config
+
+
+@contextmanager
+def _naming(file: Path, place: str) -> Iterator[None]:
+    """Let errors name the file, not the folder that it is read in."""
+    try:
+        yield
+    except (OSError, ValueError) as problem:
+        if str(problem).startswith(f"{file} "):
+            raise _UnreadableError(str(problem)) from problem
+        why = brief(problem).replace(f"{place}/model.gguf", "it").replace(place, "it")
+        raise _UnreadableError(
+            f"{file} cannot be read ({why}): get the file again, or another one of the model."
+        ) from problem
 
 
 def _link(file: Path, link: Path) -> None:
