@@ -105,7 +105,8 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
             model, info = auto.from_pretrained(name, trust_remote_code=trust, **kwargs)
     except ValueError as problem:
         # transformers names them in its log alone.
-        if "ignore_mismatched_sizes" in str(problem) and os.path.isdir(name):
+        described = (Path(name) / "config.json").is_file()
+        if "ignore_mismatched_sizes" in str(problem) and described:
             _refuse(name, "whose shapes in the files are others", other_shapes(Path(name), auto))
         raise
     _refuse_incomplete(name, info)
@@ -195,7 +196,9 @@ def located(name: object) -> str:
     if os.path.isdir(text):
         return text
     if os.path.isfile(text):
-        raise NotADirectoryError(f"{text} is a file: give the folder that it is in.")
+        raise NotADirectoryError(
+            f"{text} is a file: give the folder that it is in, or a GGUF file."
+        )
     if text and (why := dangling(text)):
         raise FileNotFoundError(f"model {text} {why}: give a model's folder.")
     if text.endswith(".gguf"):

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import psutil
@@ -21,20 +22,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import quantization_config
 
 from flocking.artifacts import BusyError, file_digest, replacing
 from flocking.models import origins
 from flocking.models.checkpoints import read_model, read_tokenizer
 from flocking.models.gguf import Contents, contents_of
-from flocking.models.gguf_configs import changes_of, ignored
+from flocking.models.gguf_configs import changes_of, generation_of, ignored
 from flocking.models.gguf_support import refuse_other_tensors, refuse_unknown
+from flocking.models.gguf_tokenizers import correct
 from flocking.models.notices import warn
 from flocking.models.problems import brief, listed, reading
 
 _PATIENCE = 1800.0  # seconds to wait for another process that is converting the same file
 
 
-def dequantised(file: Path, name: str) -> str:
+def dequantised(file: Path, name: str, *, splits: bool = True) -> str:
     """The folder of a GGUF file's model in float32, made in the user's cache if it is not there.
 
     It is written under another name and renamed when it is complete; two processes do not both
@@ -45,6 +48,8 @@ def dequantised(file: Path, name: str) -> str:
     file : Path
     name : str
         Of the folder, which recordings show.
+    splits : bool
+        Whether its tokenizer splits texts as llama.cpp does, where transformers does otherwise.
 
     Raises
     ------
@@ -59,11 +64,12 @@ def dequantised(file: Path, name: str) -> str:
     digest = file_digest(file)
     folder = platformdirs.user_cache_path("flocking") / digest[:16] / name
     if not origins.is_whole(folder, digest):
-        _convert(file, contents, folder, digest)
+        _convert(contents, folder, digest, splits)
     return str(folder)
 
 
-def _convert(file: Path, contents: Contents, folder: Path, digest: str) -> None:
+def _convert(contents: Contents, folder: Path, digest: str, splits: bool) -> None:
+    file = contents.file
     size = sum(4 * _elements(shape) for _, shape, *_ in contents.tensors)
     refuse_unknown(contents)
     _refuse_without_memory(file, size)
@@ -85,6 +91,7 @@ def _convert(file: Path, contents: Contents, folder: Path, digest: str) -> None:
         model, tokenizer = _dequantised(contents)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        correct(partial, contents, splits=splits)
         origins.write_note(partial, digest, file)
 
 
@@ -123,12 +130,24 @@ def _dequantised(contents: Contents) -> tuple[PreTrainedModel, PreTrainedTokeniz
             refuse_other_tensors(config, contents)
             tokenizer = read_tokenizer(place, gguf_file=str(alone))
             model = read_model(
-                AutoModelForCausalLM, place, config=config, gguf_file=str(alone), dtype="float32"
+                AutoModelForCausalLM,
+                place,
+                config=config,
+                gguf_file=str(alone),
+                dtype="float32",
+                **_unpacked(),
             )
     # The model is not quantised any more, but with these it would refuse to be saved.
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.__dict__["hf_quantizer"] = None
+    model.generation_config.update(**generation_of(contents))
     return model, tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """Arguments with which weights are not left in blocks, where transformers could do that."""
+    kind = getattr(quantization_config, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def _config_of(alone: Path, contents: Contents) -> PreTrainedConfig:

@@ -122,6 +122,17 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
         return _walked(file)
 
 
+def looks_like_gguf(path: str) -> bool:
+    """Whether a path is of a GGUF file, or of one that is meant to be."""
+    if path.lower().endswith(".gguf"):
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(4) == _MAGIC
+    except OSError:
+        return False
+
+
 def values_of(contents: Contents, name: str) -> np.ndarray:
     """The values of one of the file's tensors, in float32, flat."""
     tensor = next(one for one in contents.tensors if one.name == name)

@@ -34,9 +34,14 @@ _TAKEN = {
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
     *("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast"),
     *("rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scale_linear"),
-    # These say nothing about numbers.
-    *("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "decoder_start_token_id"),
+    # These say nothing about numbers, or what the tensors say, too.
+    *("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "use_parallel_residual"),
 }
+# Settings for sampling, and their names in transformers.
+_SAMPLING = (
+    *(("temp", "temperature"), ("top_k", "top_k"), ("top_p", "top_p"), ("min_p", "min_p")),
+    ("penalty_repeat", "repetition_penalty"),
+)
 # Architectures that transformers reads by functions of their own, which take all keys.
 _COMPLETE = ("qwen35", "qwen35moe", "lfm2", "mamba", "gemma4", "minimax-m2")
 
@@ -86,6 +91,23 @@ def ignored(contents: Contents) -> list[str]:
     ]
 
 
+def generation_of(contents: Contents) -> dict[str, Any]:
+    """Settings for generating in a file's metadata that transformers' reader leaves out."""
+    metadata = contents.metadata
+    found: dict[str, Any] = {
+        name: metadata[f"general.sampling.{key}"]
+        for key, name in _SAMPLING
+        if f"general.sampling.{key}" in metadata
+    }
+    if found:
+        found["do_sample"] = found.get("temperature", 1.0) > 0
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    known = list(dict.fromkeys(end for end in ends if end is not None))
+    if len(known) > 1:  # text of a chat ends with another token than a text
+        found["eos_token_id"] = known
+    return found
+
+
 def _differing(config: PreTrainedConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
     missing = object()
     return {
@@ -120,6 +142,12 @@ def _heads(config: PreTrainedConfig, facts: dict[str, Any], names: set[str]) -> 
         raise ValueError(
             f"has keys of {keys} and values of {values} dimensions, which transformers' "
             f"{type(config).__name__} cannot have"
+        )
+    several = facts.get("attention.head_count_kv")
+    if hasattr(config, "new_decoder_architecture") and several not in (None, 1):
+        raise ValueError(
+            f"has {several} heads of keys in an architecture whose queries, keys and values "
+            "transformers' GGUF reader puts into another order where there is more than one"
         )
     heads, width = facts.get("attention.head_count"), facts.get("embedding_length")
     if not isinstance(heads, int) or not isinstance(width, int) or not heads:
@@ -173,9 +201,4 @@ def _switches(config: PreTrainedConfig, facts: dict[str, Any], names: set[str]) 
     for switch, has in there:
         if hasattr(config, switch):
             found[switch] = any(map(has, names))
-    if hasattr(config, "new_decoder_architecture"):
-        several = (facts.get("attention.head_count_kv") or 1) > 1
-        found |= {"new_decoder_architecture": several, "multi_query": not several}
-        if several:
-            found["num_kv_heads"] = facts["attention.head_count_kv"]
     return found

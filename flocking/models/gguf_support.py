@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flocking.models.gguf import Contents
 from flocking.models.gguf_rope import FREQUENCIES, LONG, SHORT
+from flocking.models.notices import warn
 from flocking.models.problems import listed
 
 # Architectures by their names in files, where transformers' tables have others.
@@ -26,6 +27,11 @@ _RENAMED = {
 }
 # Encoders and decoders: no causal language models.
 _WITH_ENCODER = ("t5", "umt5", "t5encoder")
+# Architectures whose numbers were compared with llama.cpp's, on tiny files of each.
+_COMPARED = {
+    *("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "stablelm"),
+    *("starcoder2", "gpt2", "bloom", "falcon", "nemotron", "lfm2", "mamba"),
+}
 # Tensors that the config says in other words, see gguf_rope.
 _SAID_ELSEWHERE = (FREQUENCIES, LONG, SHORT)
 _READER = "transformers.modeling_gguf_pytorch_utils"
@@ -66,6 +72,11 @@ def _refuse_architecture(contents: Contents) -> None:
             f"{contents.file} holds a model of the architecture {name}, which the GGUF reader of "
             f"transformers {version('transformers')} does not know (it knows {', '.join(there)}): "
             "load the model's folder of safetensors, or try a newer transformers."
+        )
+    if name not in _COMPARED:
+        warn(
+            f"{contents.file} holds a model of the architecture {name}: what transformers reads "
+            "of such files was not compared with llama.cpp here, so compare some of its output."
         )
 
 
