@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from flocking.models.checkpoints import read_tokenizer
 from flocking.models.gguf import Contents
 from flocking.models.notices import warn
-from flocking.models.problems import listed
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _DIGITS = (r"\p{N}", _GPT2)
@@ -39,8 +40,11 @@ _WHOLE_WORDS = (
 )
 # Texts begin with the first token where the file does not say whether they do.
 _BEGINNING = (*_WHOLE_WORDS, "chameleon")
-# Parts of a tokenizer that are corrected, but for its model.
-_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+# Texts on which rules of splitting differ.
+_PROBES = (
+    *("", " ", "  a", "a  b ", "\n\n \n", "\t\tx", "Birds of a feather", "1 22 333 4444 55555"),
+    *("don't WE'LL", "f(x)={y:1};//\n", "\r\n\r\n", "日本語、テキスト。", "été naïf", "🙂🙃", "½²"),
+)
 
 
 def correct(folder: Path, contents: Contents, *, splits: bool = True) -> None:
@@ -57,20 +61,26 @@ def correct(folder: Path, contents: Contents, *, splits: bool = True) -> None:
     file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     before = json.loads(file.read_bytes())
     after = {**before, **_changes(before, contents, splits)}
-    if after == before:
-        return
-    file.write_text(json.dumps(after, ensure_ascii=False), encoding="utf-8")
-    # Classes of some models would build the parts that were corrected anew.
-    told = {**json.loads(settings.read_bytes()), "tokenizer_class": "TokenizersBackend"}
-    settings.write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")
+    if after != before:
+        file.write_text(json.dumps(after, ensure_ascii=False), encoding="utf-8")
+        # Classes of some models would build the parts that were corrected anew.
+        told = {**json.loads(settings.read_bytes()), "tokenizer_class": "TokenizersBackend"}
+        settings.write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")
+    _check(folder, contents)
+
+
+def _check(folder: Path, contents: Contents) -> None:
+    """Warn if transformers reads the saved tokenizer with a class that has rules of its own."""
+    wanted = Tokenizer.from_file(str(folder / "tokenizer.json"))
     loaded = read_tokenizer(str(folder))
-    read = json.loads(loaded.backend_tokenizer.to_str())
-    if different := [part for part in _PARTS if read[part] != after[part]]:
-        warn(
-            f"{contents.file} has a tokenizer with another {listed(different)} than transformers' "
-            f"{type(loaded).__name__}, which reads it: some texts may have other tokens than in "
-            "llama.cpp."
-        )
+    for text in _PROBES:
+        if loaded(text)["input_ids"] != wanted.encode(text).ids:
+            warn(
+                f"{contents.file} has a tokenizer that transformers' {type(loaded).__name__} does "
+                f"not read as it is: {text!r} has other tokens than in llama.cpp, and so may other "
+                "texts."
+            )
+            return
 
 
 def _changes(content: dict[str, Any], contents: Contents, splits: bool) -> dict[str, Any]:
