@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -118,6 +119,18 @@ def read_model(auto: Any, name: str, **kwargs: Any) -> PreTrainedModel:
     remembered = {key: said[key] for key in _REMEMBERED if key in said}
     vars(model)["said_when_loaded"] = (model.name_or_path, remembered)
     return model
+
+
+def read_config(name: str, **kwargs: Any) -> PreTrainedConfig:
+    """The config in a folder, without a stranger's code.
+
+    Raises
+    ------
+    OSError, ValueError
+        As :func:`read_model`.
+    """
+    with reading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
 
 
 def read_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:

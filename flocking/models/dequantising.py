@@ -16,7 +16,6 @@ import psutil
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,13 +25,13 @@ from transformers.utils import quantization_config
 
 from flocking.artifacts import BusyError, file_digest, replacing
 from flocking.models import origins
-from flocking.models.checkpoints import read_model, read_tokenizer
+from flocking.models.checkpoints import read_config, read_model, read_tokenizer
 from flocking.models.gguf import Contents, contents_of
 from flocking.models.gguf_configs import changes_of, generation_of, ignored
 from flocking.models.gguf_support import refuse_other_tensors, refuse_unknown
 from flocking.models.gguf_tokenizers import correct
 from flocking.models.notices import warn
-from flocking.models.problems import brief, listed, reading
+from flocking.models.problems import brief, listed
 
 _PATIENCE = 1800.0  # seconds to wait for another process that is converting the same file
 
@@ -152,8 +151,7 @@ def _unpacked() -> dict[str, Any]:
 
 def _config_of(alone: Path, contents: Contents) -> PreTrainedConfig:
     """The config of a file's model, with what transformers' reader leaves out."""
-    with reading(str(alone.parent)):
-        config = AutoConfig.from_pretrained(alone.parent, gguf_file=str(alone))
+    config = read_config(str(alone.parent), gguf_file=str(alone))
     try:
         changes = changes_of(config, contents)
     except ValueError as problem:

@@ -173,7 +173,7 @@ def _places(
     except (ImportError, AttributeError):  # of another version
         return None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     places = mapped(model, processor(config=config.to_dict()))
     if architecture == "gpt2":  # which the reader puts there by name
         places["output.weight"] = "lm_head.weight"

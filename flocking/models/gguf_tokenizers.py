@@ -70,7 +70,7 @@ def correct(folder: Path, contents: Contents, *, splits: bool = True) -> None:
 
 
 def _check(folder: Path, contents: Contents) -> None:
-    """Warn if transformers reads the saved tokenizer with a class that has rules of its own."""
+    """Warn if transformers reads the saved tokenizer with a class that has other rules."""
     wanted = Tokenizer.from_file(str(folder / "tokenizer.json"))
     loaded = read_tokenizer(str(folder))
     for text in _PROBES:
