@@ -144,7 +144,7 @@ def _as_gguf(
         down=request.down_type,
         overwrite=request.overwrite,
     )
-    written, _ = read_gguf(done.path)
+    written = read_gguf(done.path)
     return replace(done, lost=measure_lost(model, written, held_out, tokenizer=tokenizer))
 
 

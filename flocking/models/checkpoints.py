@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -107,7 +108,8 @@ def read_model(auto: Any, name: str, *, exact: bool = False, **kwargs: Any) -> P
             model, info = auto.from_pretrained(name, trust_remote_code=trust, **kwargs)
     except ValueError as problem:
         # transformers names them in its log alone.
-        if "ignore_mismatched_sizes" in str(problem) and os.path.isdir(name):
+        described = (Path(name) / "config.json").is_file()
+        if "ignore_mismatched_sizes" in str(problem) and described:
             _refuse(name, "whose shapes in the files are others", other_shapes(Path(name), auto))
         raise
     _refuse_incomplete(name, info)
@@ -124,6 +126,18 @@ def read_model(auto: Any, name: str, *, exact: bool = False, **kwargs: Any) -> P
     remembered = {key: said[key] for key in _REMEMBERED if key in said}
     vars(model)["said_when_loaded"] = (model.name_or_path, remembered)
     return model
+
+
+def read_config(name: str, **kwargs: Any) -> PreTrainedConfig:
+    """The config in a folder, without a stranger's code.
+
+    Raises
+    ------
+    OSError, ValueError
+        As :func:`read_model`.
+    """
+    with reading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
 
 
 def read_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -202,7 +216,9 @@ def located(name: object) -> str:
     if os.path.isdir(text):
         return text
     if os.path.isfile(text):
-        raise NotADirectoryError(f"{text} is a file: give the folder that it is in.")
+        raise NotADirectoryError(
+            f"{text} is a file: give the folder that it is in, or a GGUF file."
+        )
     if text and (why := dangling(text)):
         raise FileNotFoundError(f"model {text} {why}: give a model's folder.")
     if text.endswith(".gguf"):

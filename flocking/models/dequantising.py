@@ -9,23 +9,34 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import psutil
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import quantization_config
 
 from flocking.artifacts import BusyError, file_digest, replacing
 from flocking.models import origins
-from flocking.models.checkpoints import read_model, read_tokenizer
+from flocking.models.checkpoints import read_config, read_model, read_tokenizer
 from flocking.models.gguf import Contents, contents_of
-from flocking.models.problems import brief
+from flocking.models.gguf_configs import changes_of, generation_of, ignored
+from flocking.models.gguf_support import refuse_other_tensors, refuse_unknown
+from flocking.models.gguf_tokenizers import correct
+from flocking.models.notices import warn
+from flocking.models.problems import brief, listed
 
 _PATIENCE = 1800.0  # seconds to wait for another process that is converting the same file
 
 
-def dequantised(file: Path, name: str) -> str:
+def dequantised(file: Path, name: str, *, splits: bool = True) -> str:
     """The folder of a GGUF file's model in float32, made in the user's cache if it is not there.
 
     It is written under another name and renamed when it is complete; two processes do not both
@@ -36,6 +47,8 @@ def dequantised(file: Path, name: str) -> str:
     file : Path
     name : str
         Of the folder, which recordings show.
+    splits : bool
+        Whether its tokenizer splits texts as llama.cpp does, where transformers does otherwise.
 
     Raises
     ------
@@ -50,12 +63,14 @@ def dequantised(file: Path, name: str) -> str:
     digest = file_digest(file)
     folder = platformdirs.user_cache_path("flocking") / digest[:16] / name
     if not origins.is_whole(folder, digest):
-        _convert(file, contents, folder, digest)
+        _convert(contents, folder, digest, splits)
     return str(folder)
 
 
-def _convert(file: Path, contents: Contents, folder: Path, digest: str) -> None:
-    size = sum(4 * _elements(shape) for _, shape, *_ in contents.tensors)
+def _convert(contents: Contents, folder: Path, digest: str, splits: bool) -> None:
+    file = contents.file
+    size = _size(contents)
+    refuse_unknown(contents)
     _refuse_without_memory(file, size)
     with (
         _writing(file, folder, size),
@@ -72,10 +87,34 @@ def _convert(file: Path, contents: Contents, folder: Path, digest: str) -> None:
             f"{folder}",
             file=sys.stderr,
         )
-        model, tokenizer = read_gguf(file)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        _write(contents, partial, splits)
         origins.write_note(partial, digest, file)
+
+
+def read_gguf(file: Path) -> PreTrainedModel:
+    """The model in a GGUF file, in float32, without a copy in the cache.
+
+    Raises
+    ------
+    OSError, ValueError, MemoryError
+        As :func:`dequantised`.
+    """
+    contents = contents_of(file)
+    refuse_unknown(contents)
+    _refuse_without_memory(file, _size(contents))
+    return _dequantised(contents)[0].eval()
+
+
+def _write(contents: Contents, folder: Path, splits: bool) -> None:
+    model, tokenizer = _dequantised(contents)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    correct(folder, contents, splits=splits)
+
+
+def _size(contents: Contents) -> int:
+    """Bytes of all weights in float32."""
+    return sum(4 * _elements(shape) for _, shape, *_ in contents.tensors)
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -101,31 +140,69 @@ def _refuse_without_room(folder: Path, size: int) -> None:
         raise OSError(f"{size / 1e6:.0f} MB are needed, and {room.free / 1e6:.0f} MB are free")
 
 
-def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, in float32, and tokenizer of a GGUF file, without a copy in the cache.
-
-    Raises
-    ------
-    OSError
-        If it cannot be read.
-    """
+def _dequantised(contents: Contents) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a GGUF file."""
     # In a folder without other files: transformers would read configs beside it, too. The path is
     # absolute, since it also looks for a file of that name in the working directory.
     with tempfile.TemporaryDirectory() as place:
         alone = Path(place) / "model.gguf"
-        _link(file, alone)
-        try:
-            model = read_model(AutoModelForCausalLM, place, gguf_file=str(alone), dtype="float32")
+        _link(contents.file, alone)
+        with _naming(contents.file, place):
+            config = _config_of(alone, contents)
+            refuse_other_tensors(config, contents)
             tokenizer = read_tokenizer(place, gguf_file=str(alone))
-        except (OSError, ValueError) as problem:
-            why = brief(problem).replace(str(alone), "it").replace(place, "it")
-            raise _UnreadableError(
-                f"{file} cannot be read ({why}): get the file again, or another one of the model."
-            ) from problem
+            model = read_model(
+                AutoModelForCausalLM,
+                place,
+                config=config,
+                gguf_file=str(alone),
+                dtype="float32",
+                **_unpacked(),
+            )
     # The model is not quantised any more, but with these it would refuse to be saved.
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.__dict__["hf_quantizer"] = None
+    model.generation_config.update(**generation_of(contents))
     return model, tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """Arguments with which weights are not left in blocks, where transformers could do that."""
+    kind = getattr(quantization_config, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def _config_of(alone: Path, contents: Contents) -> PreTrainedConfig:
+    """The config of a file's model, with what transformers' reader leaves out."""
+    config = read_config(str(alone.parent), gguf_file=str(alone))
+    try:
+        changes = changes_of(config, contents)
+    except ValueError as problem:
+        raise ValueError(
+            f"{contents.file} {problem}: load the model's folder of safetensors."
+        ) from problem
+    if changes:
+        config = type(config).from_dict({**config.to_dict(), **changes})
+    if left := ignored(contents):
+        warn(
+            f"{contents.file} says {listed(left)}, of which no notice is taken: the model's "
+            "numbers may differ from llama.cpp's."
+        )
+    return config
+
+
+@contextmanager
+def _naming(file: Path, place: str) -> Iterator[None]:
+    """Let errors name the file, not the folder that it is read in."""
+    try:
+        yield
+    except (OSError, ValueError) as problem:
+        if str(problem).startswith(f"{file} "):
+            raise _UnreadableError(str(problem)) from problem
+        why = brief(problem).replace(f"{place}/model.gguf", "it").replace(place, "it")
+        raise _UnreadableError(
+            f"{file} cannot be read ({why}): get the file again, or another one of the model."
+        ) from problem
 
 
 def _link(file: Path, link: Path) -> None:

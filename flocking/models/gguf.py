@@ -17,7 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+import numpy as np
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    dequantize,
+)
 
 from flocking.models.problems import brief
 from flocking.texts import expanded, why_no_file
@@ -73,6 +80,7 @@ class Tensor(NamedTuple):
 class Contents(NamedTuple):
     """What a file says of itself: it takes a fraction of a second where the reader takes many."""
 
+    file: Path
     metadata: dict[str, Any]
     tensors: list[Tensor]
     start: int  # bytes before the data of the tensors
@@ -112,6 +120,29 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
     """What a GGUF file says of itself, if :func:`open_gguf` would open it; it raises the same."""
     with _telling(path) as file:
         return _walked(file)
+
+
+def looks_like_gguf(path: str) -> bool:
+    """Whether a path is of a GGUF file, or of one that is meant to be."""
+    if path.lower().endswith(".gguf"):
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(4) == _MAGIC
+    except OSError:
+        return False
+
+
+def values_of(contents: Contents, name: str) -> np.ndarray:
+    """The values of one of the file's tensors, in float32, flat."""
+    tensor = next(one for one in contents.tensors if one.name == name)
+    with contents.file.open("rb") as stream:
+        stream.seek(contents.start + tensor.offset)
+        raw = np.frombuffer(stream.read(tensor.size), dtype=np.uint8)
+    kinds = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+    if tensor.kind in kinds:
+        return raw.view(kinds[tensor.kind]).astype(np.float32)
+    return np.asarray(dequantize(raw, tensor.kind), dtype=np.float32)
 
 
 class _FileError(Exception):
@@ -161,7 +192,7 @@ def _walked(file: Path) -> Contents:
         table = list(_tensors(walk, tensors))
         start = -(-walk.at // alignment) * alignment
         _check_places(table, start, alignment, length)
-    return Contents(metadata, table, start)
+    return Contents(file, metadata, table, start)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from flocking.models.checkpoints import (
     read_tokenizer,
 )
 from flocking.models.dequantising import CacheError, dequantised
+from flocking.models.gguf import looks_like_gguf
 from flocking.models.notices import warn
 from flocking.models.problems import brief
 
@@ -107,7 +108,7 @@ def identity(name: str | os.PathLike[str] | None = None) -> str:
     converted it.
     """
     name = embedded() if name is None else path_of(name)
-    if os.path.isfile(name):
+    if os.path.isfile(name) and looks_like_gguf(name):
         return file_digest(Path(name))
     name = located(name)
     if not os.path.isdir(name):
@@ -140,7 +141,7 @@ def resolved(
             raise ValueError(f"gguf_file={inside!r} belongs to no model: give the file itself.")
         return embedded(), rest
     text = path_of(name)
-    if os.path.isfile(text):
+    if os.path.isfile(text) and looks_like_gguf(text):
         if inside is not None:
             raise ValueError(f"{text} is a file itself: leave out gguf_file={inside!r}.")
         file = Path(text)
@@ -165,7 +166,8 @@ def embedded() -> str:
     if file is None:
         return _from_hub()
     try:
-        return dequantised(file, _HUB_ID.rpartition("/")[2])  # recordings show this name
+        # (Recordings show this name. Texts are split as they were when figures were made.)
+        return dequantised(file, _HUB_ID.rpartition("/")[2], splits=False)
     except (CacheError, BusyError):
         raise
     except (OSError, ValueError) as problem:

@@ -209,7 +209,11 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "config too deep": (write("config.json", b"[" * 10**5), ValueError, "is not JSON"),
     "no config": (remove("config.json"), FileNotFoundError, "has no config.json, only"),
     "empty": (emptied, FileNotFoundError, "is empty: give a folder"),
-    "GGUF alone": (gguf_alone, FileNotFoundError, r"gguf_file='model-q4\.gguf'"),
+    "GGUF alone": (
+        gguf_alone,
+        FileNotFoundError,
+        r"give such a file itself, as in .*model-q4\.gguf",
+    ),
     "negative": (change(intermediate_size=-1), ValueError, f"intermediate_size is -1: it {SIZE}"),
     "zero": (change(hidden_size=0), ValueError, f"hidden_size is 0: it {SIZE}"),
     "no layers": (change(num_hidden_layers=0), ValueError, f"num_hidden_layers is 0: it {SIZE}"),
