@@ -38,7 +38,15 @@ if TYPE_CHECKING:
         set_feedforwards,
     )
     from flocking.models import control, load
-    from flocking.pruning import Decoder, allocate, global_statistic, griffin, perplexity, score
+    from flocking.pruning import (
+        Decoder,
+        allocate,
+        export_gguf,
+        global_statistic,
+        griffin,
+        perplexity,
+        score,
+    )
     from flocking.recording import Moments, concat, record
     from flocking.texts import Passage, passages
 
@@ -63,6 +71,7 @@ __all__ = [
     "control",
     "drift",
     "effective_neurons",
+    "export_gguf",
     "feedforwards",
     "flocking_score",
     "global_statistic",
@@ -103,6 +112,7 @@ _ROOMS = {
     "control": "flocking.models",
     "drift": "flocking.analysis",
     "effective_neurons": "flocking.analysis",
+    "export_gguf": "flocking.pruning",
     "feedforwards": "flocking.feedforward",
     "flocking_score": "flocking.analysis",
     "global_statistic": "flocking.pruning",

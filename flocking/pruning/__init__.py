@@ -8,6 +8,7 @@ from flocking.pruning.allocation import MEASURED, allocate, first_runs, layer_ha
 from flocking.pruning.build import check_refresh, check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
+from flocking.pruning.gguf_files import export_gguf
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
 from flocking.pruning.parts import (
     are_pruned,
@@ -37,6 +38,7 @@ __all__ = [
     "check_refresh",
     "check_scope",
     "cut_of",
+    "export_gguf",
     "first_runs",
     "full_model",
     "global_statistic",

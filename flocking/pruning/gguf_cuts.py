@@ -29,6 +29,7 @@ STEPS = {
     Kind.Q5_0: (1 / 16 + 2.0**-10, 16 * 2.0**-25),
     Kind.Q4_0: (1 / 8 + 2.0**-10, 8 * 2.0**-25),
 }
+_AGAIN = "check the disk, and try again"
 _AT_ONCE = 2**22  # values that are dequantised at a time
 
 
@@ -98,7 +99,7 @@ def pieces(cut: Narrower, data: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> str:
-    """Why a tensor that was written is not what it was cut from; empty if it is.
+    """Why a tensor that was written is not what it was cut from, and a remedy; empty if it is.
 
     Parameters
     ----------
@@ -155,7 +156,7 @@ def _row_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> str
         count = int(kept.sum())
         for half in range(old.shape[1]):
             if not np.array_equal(new[expert, half, :count], old[expert, half, kept]):
-                return "has rows that differ from those that were kept"
+                return f"has rows that differ from those that were kept: {_AGAIN}"
     return ""
 
 
@@ -174,12 +175,13 @@ def _groups(cut: Narrower, *data: np.ndarray) -> Iterator[tuple[np.ndarray, ...]
 
 
 def _columns(cut: Narrower, data: np.ndarray) -> Iterator[np.ndarray]:
+    whole = _is_whole(cut.kept, cut.width)
     for kept, rows in _groups(cut, data):
         if cut.again:
             values = np.zeros((len(rows), cut.width), np.float32)
             values[:, : kept.sum()] = _values(rows, cut.before.kind)[:, kept]
             yield _quantized(values, cut.after.kind)
-        elif _is_whole(kept, cut.width):
+        elif whole:
             yield rows
         else:
             size = GGML_QUANT_SIZES[cut.before.kind][1]
@@ -205,11 +207,11 @@ def _exact_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> s
     for kept, old, new in _groups(cut, before, after):
         if whole:
             if not np.array_equal(old, new):
-                return "differs, though all of it was kept"
+                return f"differs, though all of it was kept: {_AGAIN}"
             continue
         old, new = (one.reshape(len(one), -1, size) for one in (old, new))
         if not np.array_equal(new[:, : kept.sum()], old[:, kept]) or new[:, kept.sum() :].any():
-            return "has columns that differ from those that were kept"
+            return f"has columns that differ from those that were kept: {_AGAIN}"
     return ""
 
 
@@ -222,11 +224,14 @@ def _step_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> st
         wanted[:, :count] = _values(old, cut.before.kind)[:, kept]
         found = _values(new, cut.after.kind)
         if not np.isfinite(wanted).all():
-            return "has values that are not finite"
+            return "has values that are not finite: get the whole file again"
         if found[:, count:].any():
-            return "has neurons that fill it up and are not zero"
+            return f"has neurons that fill it up and are not zero: {_AGAIN}"
         largest = np.abs(wanted).reshape(len(wanted), -1, block).max(axis=2).repeat(block, axis=1)
         share, beyond = STEPS[cut.after.kind]
         if not (np.abs(found - wanted) <= largest * share + beyond).all():
-            return f"has values that {cut.after.kind.name} cannot hold"
+            return (
+                f"has values that {cut.after.kind.name} cannot hold: give another type for down, "
+                "as 'F32'"
+            )
     return ""
