@@ -6,6 +6,7 @@ models keep less one. So the readers under test undo it, and llama.cpp runs the 
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,6 +72,30 @@ def _tiny(name: str, changes: tuple[tuple[str, Any], ...]) -> tf.PreTrainedModel
     for parameter in model.parameters():  # norms and biases too: nothing stays 0 or 1
         parameter.data.add_(0.1 * torch.randn(parameter.shape))
     return model
+
+
+def without(model: tf.PreTrainedModel, kept: Mapping[int, np.ndarray]) -> tf.PreTrainedModel:
+    """A copy in which the down-projections have zeros for all neurons but those that are kept."""
+    copied = copy.deepcopy(model)
+    for block in flocking.feedforwards(copied):
+        mask = torch.zeros(block.d_ff).index_fill(0, torch.as_tensor(kept[block.layer]), 1)
+        weight = block.weight.data
+        if block.experts > 1:
+            weight *= mask.reshape(block.experts, 1, -1)
+        else:
+            weight *= mask if isinstance(block.down, torch.nn.Linear) else mask[:, None]
+    return copied
+
+
+def chosen(*counts: int, d_ff: int = 160, experts: int = 1, seed: int = 0) -> dict[int, np.ndarray]:
+    """Random kept neurons, as many of each expert, by layer."""
+    rng = np.random.default_rng(seed)
+    return {
+        layer: np.concatenate(
+            [np.sort(rng.permutation(d_ff)[:k]) + d_ff * expert for expert in range(experts)]
+        )
+        for layer, k in enumerate(counts)
+    }
 
 
 @functools.cache

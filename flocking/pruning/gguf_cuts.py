@@ -222,16 +222,17 @@ def _step_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> st
         count = int(kept.sum())
         wanted = np.zeros((len(old), cut.width), np.float32)
         wanted[:, :count] = _values(old, cut.before.kind)[:, kept]
-        found = _values(new, cut.after.kind)
         if not np.isfinite(wanted).all():
             return "has values that are not finite: get the whole file again"
-        if found[:, count:].any():
-            return f"has neurons that fill it up and are not zero: {_AGAIN}"
+        found = _values(new, cut.after.kind)
         largest = np.abs(wanted).reshape(len(wanted), -1, block).max(axis=2).repeat(block, axis=1)
         share, beyond = STEPS[cut.after.kind]
-        if not (np.abs(found - wanted) <= largest * share + beyond).all():
+        near = np.abs(found - wanted) <= largest * share + beyond
+        if not near[:, :count].all():
             return (
                 f"has values that {cut.after.kind.name} cannot hold: give another type for down, "
                 "as 'F32'"
             )
+        if found[:, count:].any():
+            return f"has neurons that fill it up and are not zero: {_AGAIN}"
     return ""

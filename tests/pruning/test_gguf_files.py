@@ -16,23 +16,13 @@ import transformers as tf
 import xarray as xr
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
+from ggufs import chosen
 
 import flocking
 from flocking.pruning import gguf_files
 
 # What transformers' reader gives a narrower model of: it takes the others' widths from elsewhere.
 READ = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "stablelm", "nemotron"]
-
-
-def chosen(*counts: int, d_ff: int = 160, experts: int = 1, seed: int = 0) -> dict[int, np.ndarray]:
-    """Random kept neurons, as many of each expert, by layer."""
-    rng = np.random.default_rng(seed)
-    return {
-        layer: np.concatenate(
-            [np.sort(rng.permutation(d_ff)[:k]) + d_ff * expert for expert in range(experts)]
-        )
-        for layer, k in enumerate(counts)
-    }
 
 
 def tensors_of(path: Path) -> dict[str, gguf.ReaderTensor]:
@@ -55,14 +45,6 @@ def logits(model: tf.PreTrainedModel) -> torch.Tensor:
         return model(ids).logits
 
 
-def without(model: tf.PreTrainedModel, kept: dict[int, np.ndarray]) -> tf.PreTrainedModel:
-    """The model with columns of zeros for all other neurons."""
-    for block in flocking.feedforwards(model):
-        dropped = np.setdiff1d(np.arange(block.d_ff), kept[block.layer])
-        block.down.weight.data[:, dropped] = 0
-    return model
-
-
 @pytest.mark.parametrize("name", READ)
 def test_transformers_reads_the_original_without_the_other_neurons(
     name: str, tmp_path: Path
@@ -73,7 +55,7 @@ def test_transformers_reads_the_original_without_the_other_neurons(
     pruned = loaded(tmp_path / "pruned.gguf")
     assert pruned.config.intermediate_size == 96
     torch.testing.assert_close(
-        logits(pruned), logits(without(loaded(source), kept)), atol=1e-5, rtol=0
+        logits(pruned), logits(ggufs.without(loaded(source), kept)), atol=1e-5, rtol=0
     )
     assert (done.kept, done.stored, done.zeros) == ({0: 70, 1: 50}, {0: 96, 1: 96}, 72)
     assert done.path == tmp_path / "pruned.gguf"
