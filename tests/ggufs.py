@@ -28,6 +28,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<bos>assistant: {% endif %}"
 )
 _CONTROL, _NORMAL = 3, 1  # gguf.TokenType
+_NUMBER, _FLOAT = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False}
 
 # The architecture's name in a file, by that of `helpers.ARCHITECTURES` or of its config's class;
@@ -53,9 +54,17 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# What llama.cpp reads, and transformers does not, or as another architecture.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {"mixtral": ("llama", {"intermediate_size": 160})}
+
+
 def tiny(name: str, **changes: Any) -> tf.PreTrainedModel:
     """A tiny model of an architecture that a file can hold. Not to be changed."""
     return _tiny(name, tuple(sorted(changes.items())))
+
+
+def _known(name: str) -> tuple[str, dict[str, Any]]:
+    return (FILES | MORE)[name.removesuffix("_text")]
 
 
 @functools.cache
@@ -65,7 +74,7 @@ def _tiny(name: str, changes: tuple[tuple[str, Any], ...]) -> tf.PreTrainedModel
     else:
         config = tf.CONFIG_MAPPING[name](**ARCHITECTURES["llama"]().to_diff_dict())
     config = type(config).from_dict(
-        {**config.to_dict(), "vocab_size": VOCABULARY, **FILES[name][1], **dict(changes)}
+        {**config.to_dict(), "vocab_size": VOCABULARY, **_known(name)[1], **dict(changes)}
     )
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config).eval()
@@ -127,11 +136,10 @@ def write(
 
     ``metadata``: further keys, each with the arguments of ``GGUFWriter.add_key_value`` after it.
     """
-    architecture = FILES[model.config.model_type.removesuffix("_text")][0]
-    pairs = {f"{architecture}.{key}": value for key, value in _sizes(model, architecture).items()}
+    architecture, _ = _known(model.config.model_type)
     given = {
-        key: (value, gguf.GGUFValueType.FLOAT32 if isinstance(value, float) else _NUMBER)
-        for key, value in pairs.items()
+        f"{architecture}.{key}": (value, _FLOAT if isinstance(value, float) else _NUMBER)
+        for key, value in sizes_of(model, architecture).items()
     }
     kind = gguf.GGMLQuantizationType[quantized]
     written = (
@@ -141,9 +149,6 @@ def write(
     return write_file(
         path, architecture, written, metadata={**given, **(metadata or {})}, alignment=alignment
     )
-
-
-_NUMBER = gguf.GGUFValueType.UINT32
 
 
 def write_file(
@@ -218,7 +223,7 @@ def _interleaved(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(shape).swapaxes(1, 2).reshape(values.shape)
 
 
-def _sizes(model: tf.PreTrainedModel, architecture: str) -> dict[str, int | float]:
+def sizes_of(model: tf.PreTrainedModel, architecture: str) -> dict[str, int | float]:
     """What a file says of a model's shape, without the architecture's name before it."""
     config = model.config
     (d_ff,) = {block.d_ff // block.experts for block in flocking.feedforwards(model)[:1]}
@@ -260,6 +265,9 @@ def _sizes(model: tf.PreTrainedModel, architecture: str) -> dict[str, int | floa
         sizes["expert_count"] = config.num_experts
         sizes["expert_used_count"] = config.num_experts_per_tok
         sizes["expert_feed_forward_length"] = config.moe_intermediate_size
+    if hasattr(config, "num_local_experts"):
+        sizes["expert_count"] = config.num_local_experts
+        sizes["expert_used_count"] = config.num_experts_per_tok
     if hasattr(config, "shared_expert_intermediate_size"):
         sizes["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     return sizes

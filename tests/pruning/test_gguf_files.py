@@ -111,6 +111,35 @@ def test_down_projections_are_quantised_again(
         assert found.any()
 
 
+@pytest.mark.parametrize("stored", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL"])
+def test_types_that_gguf_cannot_write_are_read(stored: str, tmp_path: Path) -> None:
+    """Random bytes are as good as any, but for scales that would be no numbers."""
+    kind, rng = Kind[stored], np.random.default_rng(0)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(tmp_path / "whole.gguf", "llama")
+    writer.add_feed_forward_length(512)
+    for name, rows, columns in [("up", 512, 256), ("gate", 512, 256), ("down", 256, 512)]:
+        raw = rng.integers(0, 256, (rows * columns // block, size), np.uint8)
+        raw.view(np.float16)[~(np.abs(raw.view(np.float16)) < 100)] = 1
+        writer.add_tensor(f"blk.0.ffn_{name}.weight", raw.reshape(rows, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    kept = chosen(250, d_ff=512)
+    flocking.export_gguf(tmp_path / "whole.gguf", kept, tmp_path / "pruned.gguf")
+    before, after = tensors_of(tmp_path / "whole.gguf"), tensors_of(tmp_path / "pruned.gguf")
+    for name in ("blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"):
+        np.testing.assert_array_equal(after[name].data[:250], before[name].data[kept[0]])
+    wanted = values_of(before["blk.0.ffn_down.weight"])[:, kept[0]]
+    found = values_of(after["blk.0.ffn_down.weight"])
+    assert found.shape == (256, 256)
+    assert not found[:, 250:].any()
+    blocks = np.pad(wanted, ((0, 0), (0, 6))).reshape(256, 8, 32)
+    steps = np.abs(blocks).max(axis=2, keepdims=True) / 127
+    assert (np.abs(found.reshape(blocks.shape) - blocks) <= 0.6 * steps + 4e-6).all()
+
+
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
 def test_down_projections_of_plain_numbers_lose_nothing(stored: str, tmp_path: Path) -> None:
     source = ggufs.write(tmp_path / "whole.gguf", ggufs.tiny("llama"), stored)

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import ggufs
 import numpy as np
 import pytest
 import torch
 import transformers as tf
+from gguf import GGUFValueType as Value
 
 import flocking
 
@@ -115,7 +117,7 @@ def kept_of(model: tf.PreTrainedModel) -> dict[int, np.ndarray]:
     return kept
 
 
-@pytest.mark.parametrize("name", ggufs.FILES)
+@pytest.mark.parametrize("name", [*ggufs.FILES, *ggufs.MORE])
 def test_gives_what_transformers_gives(name: str, tmp_path: Path) -> None:
     """Files in float32: the whole one and the pruned one, against the model without neurons."""
     model = ggufs.tiny(name)
@@ -129,6 +131,27 @@ def test_gives_what_transformers_gives(name: str, tmp_path: Path) -> None:
             found = run.all_log_probabilities()
         limit = 5e-3 if name in ROUNDED else 1e-5
         np.testing.assert_allclose(found, expected, atol=limit, rtol=0)
+
+
+def test_a_width_for_each_layer(tmp_path: Path) -> None:
+    """Deci's files list them: the same model as a Llama, in other words."""
+    model = ggufs.tiny("llama")
+    metadata: dict[str, tuple[Any, ...]] = {
+        f"deci.{key}": (value, Value.FLOAT32 if isinstance(value, float) else Value.UINT32)
+        for key, value in ggufs.sizes_of(model, "llama").items()
+    }
+    for key, each in {"feed_forward_length": 160, "attention.head_count": 4,
+                      "attention.head_count_kv": 2}.items():  # fmt: skip
+        metadata[f"deci.{key}"] = ([each, each], Value.ARRAY, Value.INT32)
+    tensors = ((*one, gguf.GGMLQuantizationType.F32) for one in ggufs.tensors(model, "llama"))
+    source = ggufs.write_file(tmp_path / "whole.gguf", "deci", tensors, metadata=metadata)
+    kept = ggufs.chosen(70, 20)
+    done = flocking.export_gguf(source, kept, tmp_path / "pruned.gguf", progress=False)
+    assert done.stored == {0: 96, 1: 32}
+    tokens, expected = continuation(ggufs.without(model, kept))
+    with running(done.path) as run:
+        assert run.greedy(IDS[0].tolist(), STEPS) == tokens
+        np.testing.assert_allclose(run.all_log_probabilities(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stored", ["Q8_0", "Q4_0"])
