@@ -11,13 +11,15 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-from flocking.models.gguf import Contents, Tensor
 from flocking.pruning.chosen import Wide
+
+if TYPE_CHECKING:
+    from flocking.models.gguf import Contents, Tensor
 
 _IN_A_BLOCK = re.compile(r"blk\.(\d+)\.([^.]+)")
 # What a block's tensors may end with: the one dense block, the experts, the expert that all share.

@@ -1,20 +1,23 @@
 """Cutting the tensors of a GGUF file in their bytes, and proving what was cut.
 
 Rows are whole quantisation blocks: their bytes are copied, and lose nothing. Columns cross the
-blocks: they are dequantised, cut and quantised again, unless each value has bytes of its own.
+blocks: they are dequantised, cut and quantised again, unless each value has its own bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from flocking.models.gguf import Tensor
 from flocking.pruning.gguf_blocks import Cut
+
+if TYPE_CHECKING:
+    from flocking.models.gguf import Tensor
 
 Kind = GGMLQuantizationType
 
@@ -29,7 +32,7 @@ STEPS = {
     Kind.Q5_0: (1 / 16 + 2.0**-10, 16 * 2.0**-25),
     Kind.Q4_0: (1 / 8 + 2.0**-10, 8 * 2.0**-25),
 }
-_AGAIN = "check the disk, and try again"
+AGAIN = "check the disk, and try again"
 _AT_ONCE = 2**22  # values that are dequantised at a time
 
 
@@ -71,7 +74,7 @@ def narrower(
         axis = 1 if tensor.name.endswith(".weight") else 0
         shape[axis] = width * (2 if how is Cut.HALVES else 1)
     kind, sizes = (down if again else tensor.kind), tuple(shape)
-    after = Tensor(tensor.name, sizes, kind, 0, byte_count(sizes, kind))
+    after = tensor._replace(shape=sizes, kind=kind, size=byte_count(sizes, kind))
     return Narrower(tensor, after, how, kept, width, again)
 
 
@@ -114,7 +117,7 @@ def difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> str:
 
 
 def _in_bytes(kind: GGMLQuantizationType) -> bool:
-    """Whether each value has bytes of its own, so that columns can be cut without loss."""
+    """Whether each value has its own bytes, so that columns can be cut without loss."""
     return bool(GGML_QUANT_SIZES[kind][0] == 1)
 
 
@@ -156,7 +159,7 @@ def _row_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> str
         count = int(kept.sum())
         for half in range(old.shape[1]):
             if not np.array_equal(new[expert, half, :count], old[expert, half, kept]):
-                return f"has rows that differ from those that were kept: {_AGAIN}"
+                return f"has rows that differ from those that were kept: {AGAIN}"
     return ""
 
 
@@ -207,11 +210,11 @@ def _exact_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> s
     for kept, old, new in _groups(cut, before, after):
         if whole:
             if not np.array_equal(old, new):
-                return f"differs, though all of it was kept: {_AGAIN}"
+                return f"differs, though all of it was kept: {AGAIN}"
             continue
         old, new = (one.reshape(len(one), -1, size) for one in (old, new))
         if not np.array_equal(new[:, : kept.sum()], old[:, kept]) or new[:, kept.sum() :].any():
-            return f"has columns that differ from those that were kept: {_AGAIN}"
+            return f"has columns that differ from those that were kept: {AGAIN}"
     return ""
 
 
@@ -234,5 +237,5 @@ def _step_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> st
                 "as 'F32'"
             )
         if found[:, count:].any():
-            return f"has neurons that fill it up and are not zero: {_AGAIN}"
+            return f"has neurons that fill it up and are not zero: {AGAIN}"
     return ""

@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from tqdm.auto import tqdm
 
 from flocking.artifacts import replacing
-from flocking.models.gguf import Contents, Tensor, contents_of
+from flocking.models import contents_of
 from flocking.pruning.chosen import masks_of
 from flocking.pruning.exported import Exported
 from flocking.pruning.gguf_blocks import Block, blocks_of
 from flocking.pruning.gguf_cuts import (
+    AGAIN,
     STEPS,
     Narrower,
     difference,
@@ -30,8 +31,10 @@ from flocking.pruning.gguf_cuts import (
 from flocking.pruning.gguf_metadata import Pair, Writer, pairs_of
 from flocking.texts import dangling, expanded
 
+if TYPE_CHECKING:
+    from flocking.models.gguf import Contents, Tensor
+
 _MULTIPLE = 32  # of widths: a quantisation block, and what kernels like
-_AGAIN = "check the disk, and try again"
 _AT_ONCE = 2**24  # bytes that are compared at a time
 
 
@@ -198,7 +201,7 @@ def _planned(
                     "installed gguf cannot dequantise: get the model in another quantisation."
                 )
     data = np.memmap(source, np.uint8, "r")
-    pairs = [_changed(pair, blocks, widths) for pair in pairs_of(data)]
+    pairs = [_changed(pair, blocks, widths) for pair in pairs_of(data.data)]
     return _Plan(contents, data, pairs, cuts, widths)
 
 
@@ -341,8 +344,8 @@ def _check(plan: _Plan, partial: Path, path: Path, bar: tqdm) -> None:
     """Read the new file, and refuse it if it is not what was meant."""
     contents = contents_of(partial)
     data = np.memmap(partial, np.uint8, "r")
-    if [pair.raw for pair in pairs_of(data)] != [pair.raw for pair in plan.pairs]:
-        raise OSError(_not_written(path, f"its metadata differs: {_AGAIN}"))
+    if [pair.raw for pair in pairs_of(data.data)] != [pair.raw for pair in plan.pairs]:
+        raise OSError(_not_written(path, f"its metadata differs: {AGAIN}"))
     for before, after in zip(plan.contents.tensors, contents.tensors, strict=True):
         new, old = _bytes_of(data, contents, after), plan.bytes_of(before)
         cut = plan.cuts.get(before.name)
@@ -356,7 +359,7 @@ def _check(plan: _Plan, partial: Path, path: Path, bar: tqdm) -> None:
 def _bytes_differ(old: np.ndarray, new: np.ndarray) -> str:
     parts = range(0, max(old.size, new.size), _AT_ONCE)
     equal = all(np.array_equal(old[n : n + _AT_ONCE], new[n : n + _AT_ONCE]) for n in parts)
-    return "" if equal else f"is not what it was: {_AGAIN}"
+    return "" if equal else f"is not what it was: {AGAIN}"
 
 
 def _not_written(path: Path, why: str) -> str:
