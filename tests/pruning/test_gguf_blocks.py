@@ -88,14 +88,14 @@ def test_experts_are_cut_inside_each(tmp_path: Path) -> None:
         "ffn_down_exps.bias": (4, 64),
     }
     source = file_of(
-        tmp_path, {**EXPERTS, **biases}, architecture="gpt-oss", expert_feed_forward_length=96,
+        tmp_path, {**EXPERTS, **biases}, architecture="qwen3moe", expert_feed_forward_length=96,
         feed_forward_length=96, kind=Kind.Q8_0,
     )  # fmt: skip
     kept = ggufs.chosen(40, d_ff=96, experts=4)
     before, _ = read(source)
     after, numbers = pruned(source, kept)
-    assert (numbers["gpt-oss.expert_feed_forward_length"]) == 64
-    assert (numbers["gpt-oss.feed_forward_length"]) == 96
+    assert (numbers["qwen3moe.expert_feed_forward_length"]) == 64
+    assert (numbers["qwen3moe.feed_forward_length"]) == 96
     for name in (*EXPERTS, *biases):
         old, new = before[f"blk.0.{name}"], after[f"blk.0.{name}"]
         for expert, neurons in enumerate(kept[0].reshape(4, 40) - 96 * np.arange(4)[:, None]):
