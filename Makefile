@@ -35,13 +35,14 @@ figures: env  ## run the experiments and draw figures/ (minutes; only what is ou
 check-figures: env  ## which of figures/ are out of date, and what changed since the last commit
 	$(BIN)/flocking figures --out figures --check
 
-test: env $(VENV)/torchao $(VENV)/dask $(KERNELS)  ## ruff, imports between rooms, types, and the test suite
+test: env $(VENV)/torchao $(VENV)/dask $(VENV)/llama-cpp $(KERNELS)  ## ruff, imports between rooms, types, and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 	PYTHONPATH=$(VENV)/dask OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/analysis/test_subsets.py tests/recording/test_concat.py -k chunked
+	PYTHONPATH=$(VENV)/llama-cpp OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pruning/test_llama_cpp.py
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
 
 fuzz: env  ## random arguments against independent computations, 2,000 of each kind (an hour)
@@ -56,6 +57,13 @@ $(VENV)/torchao: $(VENV)/.made
 $(VENV)/dask: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --upgrade --target $@ dask==2026.8.0
 	@touch $@
+
+# llama.cpp in a wheel, which runs the files that are exported; where there is no wheel, those tests
+# are skipped. In its own folder, since it is no part of the environment that users have.
+$(VENV)/llama-cpp: $(VENV)/.made
+	@$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --upgrade --target $@ \
+		xllamacpp --constraint constraints.txt \
+		&& touch $@ || echo "xllamacpp cannot be installed here: the tests with llama.cpp are skipped"
 
 $(VENV)/triton: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.9.0

@@ -30,6 +30,7 @@ from flocking.models.copies import (
 from flocking.models.dequantising import read_gguf
 from flocking.models.following import Original
 from flocking.models.forms import Text, require_tokenizer, unreadable
+from flocking.models.gguf import contents_of
 from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, embedded_file, identity, load, resolved
 from flocking.models.locks import exclusive
@@ -70,6 +71,7 @@ __all__ = [
     "byte_count",
     "check_generation",
     "chunks",
+    "contents_of",
     "context",
     "continued",
     "continued_inputs",

@@ -11,7 +11,7 @@ from flocking.pruning.decoding import Decoder
 from flocking.pruning.exported import Exported
 from flocking.pruning.exporting import export
 from flocking.pruning.fixed import FIXED, fixed_selection
-from flocking.pruning.gguf_files import check_down, export_gguf
+from flocking.pruning.gguf_files import export_gguf
 from flocking.pruning.halves import split_texts
 from flocking.pruning.lost import Lost, measure_lost
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
@@ -43,7 +43,6 @@ __all__ = [
     "are_pruned",
     "branches",
     "calibration_texts",
-    "check_down",
     "check_refresh",
     "check_scope",
     "cut_of",

@@ -11,13 +11,15 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gguf import MODEL_ARCH_NAMES
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-from flocking.models.gguf import Contents, Tensor
 from flocking.pruning.chosen import Wide
+
+if TYPE_CHECKING:
+    from flocking.models.gguf import Contents, Tensor
 
 _IN_A_BLOCK = re.compile(r"blk\.(\d+)\.([^.]+)")
 # What a block's tensors may end with: the one dense block, the experts, the expert that all share.
@@ -241,7 +243,7 @@ def _part(number: int, kind: str, own: Mapping[str, list[Tensor]]) -> _Part:
     ]
     columns = own.get(f"ffn_down{kind}", [])
     for tensor in rows + columns:
-        if not tensor.name.endswith((f"{kind}.weight", f"{kind}.bias")):
+        if tensor.name.count(".") != 3 or not tensor.name.endswith((".weight", ".bias")):
             raise _UncutError(tensor, "is neither weights nor biases of a whole block")
     down = next((tensor for tensor in columns if tensor.name.endswith(".weight")), None)
     if down is None or not rows:
@@ -259,7 +261,10 @@ def _part(number: int, kind: str, own: Mapping[str, list[Tensor]]) -> _Part:
 
 def _rows(tensor: Tensor, d_ff: int, experts: list[int], fused: bool) -> Cut:
     """How up or gate is cut: its rows are neurons, or those of both are one behind the other."""
-    found = list(tensor.shape[tensor.name.endswith(".weight") :])
+    weight = tensor.name.endswith(".weight")
+    if not weight and GGML_QUANT_SIZES[tensor.kind][0] > 1:
+        raise _UncutError(tensor, f"is in {tensor.kind.name}, in which biases share blocks")
+    found = list(tensor.shape[weight:])
     if found == [d_ff, *experts]:
         return Cut.ROWS
     if fused and found == [2 * d_ff, *experts]:

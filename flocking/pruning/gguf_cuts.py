@@ -1,20 +1,23 @@
 """Cutting the tensors of a GGUF file in their bytes, and proving what was cut.
 
 Rows are whole quantisation blocks: their bytes are copied, and lose nothing. Columns cross the
-blocks: they are dequantised, cut and quantised again, unless each value has bytes of its own.
+blocks: they are dequantised, cut and quantised again, unless each value has its own bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from flocking.models.gguf import Tensor
 from flocking.pruning.gguf_blocks import Cut
+
+if TYPE_CHECKING:
+    from flocking.models.gguf import Tensor
 
 Kind = GGMLQuantizationType
 
@@ -29,6 +32,7 @@ STEPS = {
     Kind.Q5_0: (1 / 16 + 2.0**-10, 16 * 2.0**-25),
     Kind.Q4_0: (1 / 8 + 2.0**-10, 8 * 2.0**-25),
 }
+AGAIN = "check the disk, and try again"
 _AT_ONCE = 2**22  # values that are dequantised at a time
 
 
@@ -70,7 +74,7 @@ def narrower(
         axis = 1 if tensor.name.endswith(".weight") else 0
         shape[axis] = width * (2 if how is Cut.HALVES else 1)
     kind, sizes = (down if again else tensor.kind), tuple(shape)
-    after = Tensor(tensor.name, sizes, kind, 0, byte_count(sizes, kind))
+    after = tensor._replace(shape=sizes, kind=kind, size=byte_count(sizes, kind))
     return Narrower(tensor, after, how, kept, width, again)
 
 
@@ -98,7 +102,7 @@ def pieces(cut: Narrower, data: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> str:
-    """Why a tensor that was written is not what it was cut from; empty if it is.
+    """Why a tensor that was written is not what it was cut from, and a remedy; empty if it is.
 
     Parameters
     ----------
@@ -113,7 +117,7 @@ def difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> str:
 
 
 def _in_bytes(kind: GGMLQuantizationType) -> bool:
-    """Whether each value has bytes of its own, so that columns can be cut without loss."""
+    """Whether each value has its own bytes, so that columns can be cut without loss."""
     return bool(GGML_QUANT_SIZES[kind][0] == 1)
 
 
@@ -155,7 +159,7 @@ def _row_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> str
         count = int(kept.sum())
         for half in range(old.shape[1]):
             if not np.array_equal(new[expert, half, :count], old[expert, half, kept]):
-                return "has rows that differ from those that were kept"
+                return f"has rows that differ from those that were kept: {AGAIN}"
     return ""
 
 
@@ -174,12 +178,13 @@ def _groups(cut: Narrower, *data: np.ndarray) -> Iterator[tuple[np.ndarray, ...]
 
 
 def _columns(cut: Narrower, data: np.ndarray) -> Iterator[np.ndarray]:
+    whole = _is_whole(cut.kept, cut.width)
     for kept, rows in _groups(cut, data):
         if cut.again:
             values = np.zeros((len(rows), cut.width), np.float32)
             values[:, : kept.sum()] = _values(rows, cut.before.kind)[:, kept]
             yield _quantized(values, cut.after.kind)
-        elif _is_whole(kept, cut.width):
+        elif whole:
             yield rows
         else:
             size = GGML_QUANT_SIZES[cut.before.kind][1]
@@ -205,11 +210,11 @@ def _exact_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> s
     for kept, old, new in _groups(cut, before, after):
         if whole:
             if not np.array_equal(old, new):
-                return "differs, though all of it was kept"
+                return f"differs, though all of it was kept: {AGAIN}"
             continue
         old, new = (one.reshape(len(one), -1, size) for one in (old, new))
         if not np.array_equal(new[:, : kept.sum()], old[:, kept]) or new[:, kept.sum() :].any():
-            return "has columns that differ from those that were kept"
+            return f"has columns that differ from those that were kept: {AGAIN}"
     return ""
 
 
@@ -220,13 +225,17 @@ def _step_difference(cut: Narrower, before: np.ndarray, after: np.ndarray) -> st
         count = int(kept.sum())
         wanted = np.zeros((len(old), cut.width), np.float32)
         wanted[:, :count] = _values(old, cut.before.kind)[:, kept]
-        found = _values(new, cut.after.kind)
         if not np.isfinite(wanted).all():
-            return "has values that are not finite"
-        if found[:, count:].any():
-            return "has neurons that fill it up and are not zero"
+            return "has values that are not finite: get the whole file again"
+        found = _values(new, cut.after.kind)
         largest = np.abs(wanted).reshape(len(wanted), -1, block).max(axis=2).repeat(block, axis=1)
         share, beyond = STEPS[cut.after.kind]
-        if not (np.abs(found - wanted) <= largest * share + beyond).all():
-            return f"has values that {cut.after.kind.name} cannot hold"
+        near = np.abs(found - wanted) <= largest * share + beyond
+        if not near[:, :count].all():
+            return (
+                f"has values that {cut.after.kind.name} cannot hold: give another type for down, "
+                "as 'F32'"
+            )
+        if found[:, count:].any():
+            return f"has neurons that fill it up and are not zero: {AGAIN}"
     return ""

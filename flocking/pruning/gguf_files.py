@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from tqdm.auto import tqdm
 
 from flocking.artifacts import replacing
-from flocking.models.gguf import Contents, Tensor, contents_of
+from flocking.models import contents_of
 from flocking.pruning.chosen import masks_of
 from flocking.pruning.exported import Exported
 from flocking.pruning.gguf_blocks import Block, blocks_of
 from flocking.pruning.gguf_cuts import (
+    AGAIN,
     STEPS,
     Narrower,
     difference,
@@ -28,7 +29,10 @@ from flocking.pruning.gguf_cuts import (
     pieces,
 )
 from flocking.pruning.gguf_metadata import Pair, Writer, pairs_of
-from flocking.texts import expanded
+from flocking.texts import dangling, expanded
+
+if TYPE_CHECKING:
+    from flocking.models.gguf import Contents, Tensor
 
 _MULTIPLE = 32  # of widths: a quantisation block, and what kernels like
 _AT_ONCE = 2**24  # bytes that are compared at a time
@@ -112,9 +116,9 @@ def export_gguf(
     ...     print(error)
     no-such-file.gguf does not exist: give a GGUF file.
     """
-    kind = _type(down)
+    kind, place = _type(down), _place(path)
     contents = contents_of(source)
-    whole, place = Path(expanded(os.fspath(source))), _place(path)
+    whole = Path(expanded(os.fspath(source)))
     blocks = blocks_of(contents, str(whole))
     masks = masks_of(selection, [block.wide() for block in blocks])
     plan = _planned(contents, whole, blocks, masks, kind)
@@ -197,7 +201,7 @@ def _planned(
                     "installed gguf cannot dequantise: get the model in another quantisation."
                 )
     data = np.memmap(source, np.uint8, "r")
-    pairs = [_changed(pair, blocks, widths) for pair in pairs_of(data)]
+    pairs = [_changed(pair, blocks, widths) for pair in pairs_of(data.data)]
     return _Plan(contents, data, pairs, cuts, widths)
 
 
@@ -253,17 +257,29 @@ def _type(down: object) -> GGMLQuantizationType:
 
 def _place(path: object) -> Path:
     if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
-        raise TypeError(f"path is a {type(path).__name__}: give a string or path.")
-    return Path(expanded(text))
+        raise TypeError(f"path is a {type(path).__name__}: give the name of a file.")
+    place = Path(expanded(text))
+    if not place.name:
+        raise ValueError(f"path={text!r} names no file: give it a name.")
+    return place
 
 
 def _refuse_existing(found: Path, path: Path, source: Path, overwrite: bool) -> None:
-    if found.exists() and found.samefile(source):
-        raise ValueError(f"{path} is the file that is pruned: name another place.")
+    if why := dangling(found):
+        raise ValueError(f"{path} {why}: choose another name, or make what the link names.")
+    if found.samefile(source):
+        raise ValueError(f"{path} is the file that is pruned: choose another name.")
     if found.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it.")
+    if not found.is_file() or not _is_gguf(found):
+        raise ValueError(f"{path} exists and is no GGUF file: choose another name.")
     if not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or pass overwrite=True.")
+        raise ValueError(f"{path} exists: choose another name, or give overwrite=True.")
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
 
 
 def _refuse_without_room(folder: Path, path: Path, plan: _Plan) -> None:
@@ -328,30 +344,23 @@ def _check(plan: _Plan, partial: Path, path: Path, bar: tqdm) -> None:
     """Read the new file, and refuse it if it is not what was meant."""
     contents = contents_of(partial)
     data = np.memmap(partial, np.uint8, "r")
-    if [pair.raw for pair in pairs_of(data)] != [pair.raw for pair in plan.pairs]:
-        raise OSError(_not_written(path, "its metadata differs"))
+    if [pair.raw for pair in pairs_of(data.data)] != [pair.raw for pair in plan.pairs]:
+        raise OSError(_not_written(path, f"its metadata differs: {AGAIN}"))
     for before, after in zip(plan.contents.tensors, contents.tensors, strict=True):
         new, old = _bytes_of(data, contents, after), plan.bytes_of(before)
         cut = plan.cuts.get(before.name)
         why = difference(cut, old, new) if cut is not None else _bytes_differ(old, new)
-        if why and cut is not None and cut.again:
-            raise ValueError(
-                f"{path} was not written, since the tensor {before.name} {why}: choose another "
-                "type for down, as 'F32'."
-            )
         if why:
-            raise OSError(_not_written(path, f"the tensor {before.name} {why}"))
+            kind = ValueError if cut is not None and cut.again else OSError
+            raise kind(_not_written(path, f"the tensor {before.name} {why}"))
         bar.update(after.size)
 
 
 def _bytes_differ(old: np.ndarray, new: np.ndarray) -> str:
     parts = range(0, max(old.size, new.size), _AT_ONCE)
     equal = all(np.array_equal(old[n : n + _AT_ONCE], new[n : n + _AT_ONCE]) for n in parts)
-    return "" if equal else "is not what it was"
+    return "" if equal else f"is not what it was: {AGAIN}"
 
 
 def _not_written(path: Path, why: str) -> str:
-    return (
-        f"{path} was not written, since what was read again is not what was meant ({why}): "
-        "check the disk, and try again."
-    )
+    return f"{path} was not written, since in what was read again {why}."

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFValueType, GGUFWriter
-from gguf.gguf_writer import WriterState
+from gguf.gguf_writer import GGUFValue, WriterState
 
-from flocking.models.gguf import Tensor
+if TYPE_CHECKING:
+    from flocking.models.gguf import Tensor
 
 _HEADER = 24  # bytes: magic, version, number of tensors, number of values
 _LETTERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?QqdB", strict=False))
@@ -49,14 +50,14 @@ class Pair(NamedTuple):
         return self._replace(raw=self.raw[: self.at] + packed)
 
 
-def pairs_of(data: np.ndarray) -> list[Pair]:
-    """The metadata of a file that was found to be whole, from its bytes, uint8 (n,)."""
+def pairs_of(data: memoryview) -> list[Pair]:
+    """The metadata of a file that was found to be whole, from its bytes."""
     (count,) = struct.unpack_from("<Q", data, 16)
     walk = _walked(data, _HEADER)
     return [next(walk) for _ in range(count)]
 
 
-def _walked(data: np.ndarray, start: int) -> Iterator[Pair]:
+def _walked(data: memoryview, start: int) -> Iterator[Pair]:
     while True:
         value = _after_string(data, start) + 4
         name = bytes(data[start + 8 : value - 4]).decode()
@@ -75,7 +76,7 @@ def _walked(data: np.ndarray, start: int) -> Iterator[Pair]:
         start = end
 
 
-def _after_string(data: np.ndarray, start: int) -> int:
+def _after_string(data: memoryview, start: int) -> int:
     (length,) = struct.unpack_from("<Q", data, start)
     return int(start + 8 + length)
 
@@ -90,12 +91,13 @@ class Writer(GGUFWriter):
         super().__init__(path, architecture)
         self.data_alignment = alignment
         self._raw = b"".join(pair.raw for pair in pairs)
-        self.kv_data: list[Mapping[str, None]] = [dict.fromkeys(pair.name for pair in pairs)]
+        # Of these it writes how many there are.
+        self.kv_data = [{pair.name: GGUFValue(pair.raw, GGUFValueType.ARRAY) for pair in pairs}]
 
     def write_kv_data_to_file(self) -> None:
         """Write the metadata as it was given."""
-        (file,) = self.fout
-        file.write(self._raw)
+        for file in self.fout or ():
+            file.write(self._raw)
         self.flush()
         self.state = WriterState.KV_DATA
 
