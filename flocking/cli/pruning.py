@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class Request:
         """Refuse what needs no model to be refused."""
         from flocking.analysis import kept_count
         from flocking.artifacts import refuse_unwritable
-        from flocking.pruning import FIXED, check_output
+        from flocking.pruning import FIXED, refuse_existing
         from flocking.recording import check_numbers
 
         refuse_nothing("output", self.output)
@@ -59,15 +60,17 @@ class Request:
         if self.own_samples and self.method == "magnitude":
             raise ValueError("--own-samples: magnitude reads no texts: leave out one of them.")
         self._check_gguf()
-        check_output(self.output, self.overwrite)
+        if os.path.lexists(self.output):
+            place, how = self.output, "pass --overwrite"
+            refuse_existing(place, place, self.overwrite, self.source, how=how)
         refuse_unwritable(self.output)
 
     def _check_gguf(self) -> None:
-        from flocking.pruning import check_down
+        from flocking.pruning import type_of_down
 
         if self.is_gguf:
             self.gguf()
-            check_down(self.down_type)
+            type_of_down(self.down_type)
             if self.multiple is not None and self.multiple % _MULTIPLE:
                 raise ValueError(
                     f"--keep-multiple {self.multiple}: widths in a GGUF file are multiples of "

@@ -11,7 +11,7 @@ from flocking.pruning.decoding import Decoder
 from flocking.pruning.exported import Exported
 from flocking.pruning.exporting import export
 from flocking.pruning.fixed import FIXED, fixed_selection
-from flocking.pruning.gguf_files import export_gguf
+from flocking.pruning.gguf_files import export_gguf, type_of_down
 from flocking.pruning.halves import split_texts
 from flocking.pruning.lost import Lost, measure_lost
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
@@ -21,6 +21,7 @@ from flocking.pruning.parts import (
     logits_side_by_side,
     side_by_side,
 )
+from flocking.pruning.places import refuse_existing
 from flocking.pruning.scoring import (
     Protocol,
     cut_of,
@@ -57,9 +58,11 @@ __all__ = [
     "logits_side_by_side",
     "measure_lost",
     "perplexity",
+    "refuse_existing",
     "refuse_unscorable",
     "score",
     "side_by_side",
     "split_texts",
     "spread",
+    "type_of_down",
 ]

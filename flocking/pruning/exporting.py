@@ -142,7 +142,7 @@ def export(
     model = require_model(model)
 
     def check(path: Path) -> None:
-        refuse_existing(path, overwrite, model)
+        refuse_existing(path, place, overwrite, getattr(model, "name_or_path", None))
 
     if os.path.lexists(place):
         check(place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from flocking.pruning.gguf_cuts import (
     pieces,
 )
 from flocking.pruning.gguf_metadata import Pair, Writer, pairs_of
-from flocking.texts import dangling, expanded
+from flocking.pruning.places import is_gguf, refuse_existing, refuse_without_room
+from flocking.texts import expanded
 
 if TYPE_CHECKING:
     from flocking.models.gguf import Contents, Tensor
@@ -116,7 +116,7 @@ def export_gguf(
     ...     print(error)
     no-such-file.gguf does not exist: give a GGUF file.
     """
-    kind, place = _type(down), _place(path)
+    kind, place = type_of_down(down), _place(path)
     contents = contents_of(source)
     whole = Path(expanded(os.fspath(source)))
     blocks = blocks_of(contents, str(whole))
@@ -124,10 +124,10 @@ def export_gguf(
     plan = _planned(contents, whole, blocks, masks, kind)
 
     def check(found: Path) -> None:
-        _refuse_existing(found, place, whole, overwrite)
+        refuse_existing(found, place, overwrite, whole)
 
     with replacing(place, check=check) as partial:
-        _refuse_without_room(partial.parent, place, plan)
+        refuse_without_room(place, partial.parent, plan.size() + plan.contents.start)
         with tqdm(desc="pruning", total=2 * plan.size(), unit="B", unit_scale=True,
                   disable=not progress) as bar:  # fmt: skip
             with _told_of_failure(place):
@@ -237,7 +237,7 @@ def _parameters(tensors: list[Tensor]) -> int:
 # Refusals
 
 
-def _type(down: object) -> GGMLQuantizationType:
+def type_of_down(down: object) -> GGMLQuantizationType:
     """The type of that name, if columns can be quantised to it."""
     if not isinstance(down, str):
         raise TypeError(f"down is a {type(down).__name__}: give the name of a type, as 'Q8_0'.")
@@ -261,35 +261,9 @@ def _place(path: object) -> Path:
     place = Path(expanded(text))
     if not place.name:
         raise ValueError(f"path={text!r} names no file: give it a name.")
+    if not is_gguf(place):
+        raise ValueError(f"path={text!r}: let it end in .gguf, by which programs know such files.")
     return place
-
-
-def _refuse_existing(found: Path, path: Path, source: Path, overwrite: bool) -> None:
-    if why := dangling(found):
-        raise ValueError(f"{path} {why}: choose another name, or make what the link names.")
-    if found.samefile(source):
-        raise ValueError(f"{path} is the file that is pruned: choose another name.")
-    if found.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it.")
-    if not found.is_file() or not _is_gguf(found):
-        raise ValueError(f"{path} exists and is no GGUF file: choose another name.")
-    if not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or give overwrite=True.")
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
-
-
-def _refuse_without_room(folder: Path, path: Path, plan: _Plan) -> None:
-    room = shutil.disk_usage(folder)
-    size = plan.size() + plan.contents.start
-    if room.total and room.free < size:  # (some file systems do not tell)
-        raise OSError(
-            f"{path} cannot be written: {size / 1e6:,.0f} MB are needed, and "
-            f"{room.free / 1e6:,.0f} MB are free; make room, or name another place."
-        )
 
 
 @contextmanager

@@ -6,8 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from flocking.pruning.exported import in_words
 from flocking.texts import dangling, expanded
 
@@ -25,20 +23,66 @@ def place_of_folder(folder: object) -> Path:
     place = Path(expanded(os.fspath(folder)))
     if not place.name:
         raise ValueError(f"folder={os.fspath(folder)!r} names no folder: give it a name.")
+    if is_gguf(place):
+        raise ValueError(
+            f"folder={os.fspath(folder)!r}: this writes a folder; flocking.export_gguf writes GGUF "
+            "files."
+        )
     return place
 
 
-def refuse_existing(path: Path, overwrite: bool, model: PreTrainedModel) -> None:
-    """Replace only the folder of a model, but not of this one, and only if asked to."""
-    if why := dangling(path):
+def refuse_existing(
+    found: Path,
+    path: Path,
+    overwrite: bool,
+    source: str | os.PathLike[str] | None = None,
+    *,
+    how: str = "give overwrite=True",
+) -> None:
+    """Replace only what is of the same kind, but not what it is made from, and only if asked to.
+
+    Parameters
+    ----------
+    found : Path
+        What is there: at `path`, or set aside from there.
+    path : Path
+        A folder for a model, or a file whose name ends in ``.gguf``.
+    overwrite : bool
+    source : str or path, optional
+        What the smaller model is made from.
+    how : str
+        What to do to have it overwritten, for the error.
+
+    Raises
+    ------
+    ValueError
+        If it may not be replaced.
+    """
+    if why := dangling(found):
         raise ValueError(f"{path} {why}: choose another name, or make what the link names.")
-    if (why := _not_a_model(path)) is not None:
-        raise ValueError(f"{path} exists and is no model's folder ({why}): choose another name.")
-    source = str(getattr(model, "name_or_path", "") or "")
-    if source and os.path.isdir(source) and os.path.samefile(source, path):
+    if source and os.path.exists(source) and os.path.samefile(source, found):
         raise ValueError(f"{path} is where the model itself is from: choose another name.")
+    if is_gguf(path):
+        kind, why_not = "GGUF file", _not_a_gguf(found)
+    else:
+        kind, why_not = "model's folder", _not_a_model(found)
+    if why_not is not None:
+        raise ValueError(f"{path} exists and is no {kind} ({why_not}): choose another name.")
     if not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or give overwrite=True.")
+        raise ValueError(f"{path} exists: choose another name, or {how}.")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is named as a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
+def _not_a_gguf(file: Path) -> str | None:
+    """Why something is not a GGUF file; None if it is."""
+    if not file.is_file():
+        return "it is a folder" if file.is_dir() else "it is no file"
+    with file.open("rb") as stream:
+        return None if stream.read(4) == b"GGUF" else "it has another format"
 
 
 def _not_a_model(folder: Path) -> str | None:
