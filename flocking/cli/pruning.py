@@ -57,8 +57,12 @@ class Request:
         kept_count(self.density, 2**62)  # in range; whether a neuron is left, the model says
         if self.method not in FIXED:
             raise ValueError(f"--method {self.method}: choose from {', '.join(FIXED)}.")
-        if self.own_samples and self.method == "magnitude":
-            raise ValueError("--own-samples: magnitude reads no texts: leave out one of them.")
+        if self.own_samples and self.method != "static":
+            reads = "no texts" if self.method == "magnitude" else "texts and own samples both"
+            raise ValueError(
+                f"--own-samples: {self.method} reads {reads}: leave --own-samples out, or give "
+                "--method static."
+            )
         self._check_gguf()
         if os.path.lexists(self.output):
             place, how = self.output, "pass --overwrite"
@@ -92,7 +96,7 @@ class Request:
         from flocking.models import embedded_file
 
         file = embedded_file() if self.source is None else expanded(Path(self.source))
-        if file is None or not file.is_file():
+        if file is None or not (file.is_file() or file.suffix.lower() == _GGUF):
             raise ValueError(
                 f"--output {self.output}: a GGUF file is made from a GGUF file: give one as "
                 "SOURCE, or name a folder, which llama.cpp's convert_hf_to_gguf.py converts."

@@ -1,0 +1,168 @@
+"""``flocking prune``: a smaller model that others run, and one sentence for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import ggufs
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from typer.testing import CliRunner
+
+import flocking
+from flocking.cli import app
+from flocking.pruning import fixed_selection, measure_lost, split_texts
+from flocking.texts import passages
+
+TEXTS = [text[:1500] for text in passages()[:3]]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model's folder, its GGUF file, and texts."""
+    place = tmp_path_factory.mktemp("prune")
+    ggufs.write(place / "whole.gguf", ggufs.tiny("llama"))
+    (place / "texts").mkdir()
+    for number, text in enumerate(TEXTS):
+        (place / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        model, tokenizer = flocking.load(place / "whole.gguf")
+    model.save_pretrained(place / "whole")
+    tokenizer.save_pretrained(place / "whole")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def cache(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files / "cache"))
+
+
+def run(*arguments: object, stdin: str | None = None):
+    return CliRunner().invoke(app, [str(each) for each in ("prune", *arguments)], input=stdin)
+
+
+def rows_of(output: str) -> dict[str, str]:
+    """The table, by the names in its first column."""
+    pairs = (line.split("  ", 1) for line in output.splitlines() if "  " in line.strip())
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def test_a_folder_that_transformers_loads(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    result = run(files / "whole", "--texts", files / "texts", "--density", 0.3, "-o", out)
+    assert result.exit_code == 0, result.output
+    smaller = tf.AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+    assert smaller.config.intermediate_size == 48  # of 160
+    tokenizer = tf.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("Birds")["input_ids"] == ids_of(files, "Birds")
+
+    # What it keeps and what it says, by the functions that it is made of.
+    model, tokenizer = flocking.load(files / "whole")
+    calibration, held_out = split_texts(model, TEXTS, tokenizer)
+    kept = fixed_selection(model, tokenizer, "static", calibration, 0.3).values
+    for layer, (whole, narrow) in enumerate(
+        zip(model.model.layers, smaller.model.layers, strict=True)
+    ):
+        mine = torch.from_numpy(np.flatnonzero(kept[layer]))
+        torch.testing.assert_close(
+            narrow.mlp.down_proj.weight, whole.mlp.down_proj.weight[:, mine], rtol=0, atol=0
+        )
+    lost = measure_lost(model, smaller, held_out, progress=False)
+    said = rows_of(result.stdout)
+    assert said["held-out texts"] == f"{lost.texts}, {lost.tokens:,} tokens"
+    assert said["perplexity"].startswith(f"{lost.pruned_perplexity:.4g}, was {lost.perplexity:.4g}")
+    assert said["same likeliest token"] == f"{lost.agreement:.1%}"
+    assert said["neurons kept"] == "48 in each of 2 layers"
+    assert f"{lost.agreement:.1%}" in (out / "README.md").read_text()
+
+
+def ids_of(files: Path, text: str) -> list[int]:
+    return flocking.load(files / "whole")[1](text)["input_ids"]
+
+
+def test_a_gguf_file_of_a_gguf_file(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half.gguf"
+    options = ["--texts", files / "texts", "--own-samples", "--seed", 3, "--down", "Q4_0"]
+    result = run(files / "whole.gguf", *options, "-o", out)
+    assert result.exit_code == 0, result.output
+    reader = gguf.GGUFReader(out)
+    assert reader.fields["llama.feed_forward_length"].contents() == 64  # 80, rounded down
+    kinds = {t.tensor_type.name for t in reader.tensors if "ffn_down" in t.name}
+    assert kinds in ({"Q4_0"}, {"F32"})  # (what was not quantised is cut without loss)
+    assert rows_of(result.stdout)["neurons kept"] == "64 in each of 2 layers"
+    smaller, _ = flocking.load(out)
+    model, tokenizer = flocking.load(files / "whole.gguf")
+    kept = fixed_selection(model, tokenizer, "static", None, 0.5, multiple=32, seed=3).values
+    torch.testing.assert_close(
+        smaller.model.layers[1].mlp.up_proj.weight,
+        model.model.layers[1].mlp.up_proj.weight[np.flatnonzero(kept[1])],
+    )
+    held_out = split_texts(model, TEXTS, tokenizer)[1]
+    lost = measure_lost(model, smaller, held_out, progress=False)
+    assert rows_of(result.stdout)["same likeliest token"] == f"{lost.agreement:.1%}"
+
+
+@pytest.mark.parametrize("method", ["global-local", "magnitude"])
+def test_other_methods(files: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "half"
+    text = "\n".join(TEXTS)
+    options = ["--method", method, "--keep-multiple", 16, "--dtype", "bfloat16"]
+    result = run(files / "whole", "--texts", "-", *options, "-o", out, stdin=text)
+    assert result.exit_code == 0, result.output
+    config = json.loads((out / "config.json").read_text())
+    assert (config["intermediate_size"], config["dtype"]) == (80, "bfloat16")
+
+
+def test_bad_input_is_said_in_one_sentence_and_changes_nothing(files: Path, tmp_path: Path) -> None:
+    short, mine = tmp_path / "short.txt", tmp_path / "mine"
+    short.write_text("Birds.", encoding="utf-8")
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work", encoding="utf-8")
+    whole, texts = files / "whole", ["--texts", files / "texts"]
+    out, file = ["-o", tmp_path / "out"], ["-o", tmp_path / "out.gguf"]
+    cases = [
+        ((whole, *texts, "-o", mine), "mine exists and is no model's folder"),
+        ((whole, *texts, "-o", mine, "--overwrite"), "mine exists and is no model's folder"),
+        ((whole, *texts, "-o", whole, "--overwrite"), "is where the model itself is from"),
+        ((whole, *texts, "-o", files / "texts" / "0.txt"), "exists and is no model's folder"),
+        ((whole, *texts, "-o", ""), "--output names no file or folder"),
+        ((whole, *texts, *file), "a GGUF file is made from a GGUF file"),
+        ((whole, *texts, *out, "--down", "Q8_0"), "--down Q8_0: "),
+        ((files / "whole.gguf", *texts, *file, "--down", "Q4_K"), "no quantiser for it"),
+        ((files / "whole.gguf", *texts, *file, "--keep-multiple", 48), "are multiples of 32"),
+        ((files / "whole.gguf", *texts, *file, "--density", 0.1), "give 0.2 or more"),
+        ((whole, *texts, *out, "--density", 0.001), "keeps none of 160 neurons"),
+        ((whole, *texts, *out, "--density", 1.5), "density=1.5"),
+        ((whole, *texts, *out, "--density", "nan"), "density=nan"),
+        ((whole, *texts, *out, "--keep-multiple", 0), "--keep-multiple 0: give 1 or more"),
+        ((whole, *texts, *out, "--method", "topk"), "choose from static, global-local, magnitude"),
+        ((whole, *texts, *out, "--method", "magnitude", "--own-samples"), "reads no texts"),
+        ((whole, "--texts", short, *out), "give 256 or more"),
+        ((whole, "--texts", tmp_path / "gone.txt", *out), "gone.txt does not exist"),
+        ((whole, "--texts", tmp_path / "mine", *out), "there is no text in"),
+        ((whole, "--texts", "-", "--texts", "-", *out), "name it once"),
+        ((tmp_path / "gone.gguf", *texts, *file), "gone.gguf"),
+    ]  # fmt: skip
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for arguments, why in cases:
+        result = run(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert why in result.stderr, (why, result.stderr)
+        assert result.stderr.splitlines()[-1].startswith("flocking: ")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_models_are_replaced_only_if_asked(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    options = [files / "whole", "--texts", files / "texts", "--method", "magnitude", "-o", out]
+    assert run(*options).exit_code == 0
+    again = run(*options, "--density", 0.25)
+    assert again.exit_code == 2
+    assert "pass --overwrite" in again.stderr
+    assert run(*options, "--density", 0.25, "--overwrite").exit_code == 0
+    assert json.loads((out / "config.json").read_text())["intermediate_size"] == 40
