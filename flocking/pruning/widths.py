@@ -133,11 +133,11 @@ def narrowed(
         If the config cannot say it, or the model has other weights than its config says.
     """
     trials = _Trials(model, parts)
-    kinds = zip(parts, wanted, strict=True)
-    open_ = [n for n, (part, width) in enumerate(kinds) if width < part.width]
+    pairs = zip(parts, wanted, strict=True)
+    narrower = [n for n, (part, width) in enumerate(pairs) if width < part.width]
     governed: dict[int, tuple[_Field, int]] = {}
     for field in trials.fields():
-        if all(number in governed for number in open_):
+        if all(number in governed for number in narrower):
             break
         for number, place in trials.governed_by(field).items():
             governed.setdefault(number, (field, place))
@@ -152,8 +152,8 @@ def narrowed(
             if other == field
         }
         field.put(config, new)
-    if lacking := [number for number in open_ if number not in governed]:
-        raise ValueError(trials.why_not(lacking, several=len(lacking) < len(open_)))
+    if lacking := [number for number in narrower if number not in governed]:
+        raise ValueError(trials.why_not(lacking, several=len(lacking) < len(narrower)))
     return config, trials.widths_of(config, wanted)
 
 
@@ -250,14 +250,14 @@ class _Trials:
 
     Attributes
     ----------
-    others : dict of list of str
-        Of fields that change more than blocks, which weights these are.
+    others : dict of (set of int, list of str)
+        Of fields that change more than blocks: numbers of the blocks, and the other weights.
     """
 
     def __init__(self, model: PreTrainedModel, parts: Sequence[Sized]) -> None:
         self.model, self.parts = model, parts
         self.name = type(model).__name__
-        self.others: dict[_Field, list[str]] = {}
+        self.others: dict[_Field, tuple[set[int], list[str]]] = {}
         self.base = self._checked_base()
 
     def _checked_base(self) -> _Shapes:
@@ -324,7 +324,7 @@ class _Trials:
                         if shapes[name] == along.shape(self.base[name], found)
                     }
         if governed and changed:
-            self.others[field] = sorted(changed)
+            self.others[field] = {*governed}, sorted(changed)
         return {} if changed else governed
 
     def widths_of(self, config: PreTrainedConfig, wanted: Sequence[int]) -> list[int]:
@@ -360,14 +360,19 @@ class _Trials:
         """Why the width of some blocks cannot be said, and whether it can of others, in words."""
         kind, path = type(self.model.config).__name__, self.parts[lacking[0]].block.path
         text = f"{self.name} cannot be exported: "
-        if not self.others:
+        others = [
+            (len(odd), field, odd[0])
+            for field, (numbers, odd) in self.others.items()
+            if lacking[0] in numbers
+        ]
+        if not others:
             text += (
                 f"no field of its config ({kind}) says how wide its FF blocks ({path}, ...) are."
             )
         else:
-            field, odd = min(self.others.items(), key=lambda pair: len(pair[1]))
+            _, field, odd = min(others, key=lambda other: other[0])
             text += (
-                f"the field of its config that says how wide {path} is, {field}, changes {odd[0]}, "
+                f"the field of its config that says how wide {path} is, {field}, changes {odd}, "
                 "too, which stays as it is."
             )
         if several:
