@@ -79,6 +79,22 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     "narrow heads": ("qwen3", {"head_dim": 16}, {}),
     "scale of queries": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}, {}),
     "window": ("gemma3", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}, {}),
+    "kinds of layers": (
+        "gemma3",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+            },
+        },
+        {
+            "gemma3.attention.sliding_window_pattern": ([False, True], Value.ARRAY, Value.BOOL),
+            "gemma3.rope.freq_base_swa": (5e4, Value.FLOAT32),
+        },
+    ),
     "fused": ("phi3", {}, {}),
     "width of experts": ("qwen3_moe", {"moe_intermediate_size": 48}, {}),
     "shared expert": (
@@ -125,10 +141,16 @@ class _Frozen(dict):
         return hash(json.dumps(self, sort_keys=True))
 
 
+class _FrozenList(list):
+    """A list that a cache of arguments takes."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
+
+
 def frozen(changes: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _Frozen(value) if isinstance(value, dict) else value for key, value in changes.items()
-    }
+    kinds = {dict: _Frozen, list: _FrozenList}
+    return {key: kinds.get(type(value), lambda v: v)(value) for key, value in changes.items()}
 
 
 def with_tensors(path: Path, model: tf.PreTrainedModel, **more: np.ndarray) -> Path:
