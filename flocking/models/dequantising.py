@@ -109,7 +109,8 @@ def _write(contents: Contents, folder: Path, splits: bool) -> None:
     model, tokenizer = _dequantised(contents)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    correct(folder, contents, splits=splits)
+    with _naming(contents.file):
+        correct(folder, contents, splits=splits)
 
 
 def _size(contents: Contents) -> int:
@@ -147,7 +148,7 @@ def _dequantised(contents: Contents) -> tuple[PreTrainedModel, PreTrainedTokeniz
     with tempfile.TemporaryDirectory() as place:
         alone = Path(place) / "model.gguf"
         _link(contents.file, alone)
-        with _naming(contents.file, place):
+        with _naming(contents.file):
             config = _config_of(alone, contents)
             refuse_other_tensors(config, contents)
             tokenizer = read_tokenizer(place, gguf_file=str(alone))
@@ -192,16 +193,24 @@ def _config_of(alone: Path, contents: Contents) -> PreTrainedConfig:
 
 
 @contextmanager
-def _naming(file: Path, place: str) -> Iterator[None]:
-    """Let errors name the file, not the folder that it is read in."""
+def _naming(file: Path) -> Iterator[None]:
+    """Let errors name the file, not the folder that it is read in; a value may be of any kind."""
     try:
         yield
-    except (OSError, ValueError) as problem:
+    except MemoryError as problem:
+        raise MemoryError(
+            f"{file} does not fit in memory in float32, which it is converted to: convert it on a "
+            "larger machine, or take a smaller model."
+        ) from problem
+    except Exception as problem:
+        if isinstance(problem, OSError) and problem.errno is not None:
+            raise  # of the system: where it is converted, it says what can be done
         if str(problem).startswith(f"{file} "):
             raise _UnreadableError(str(problem)) from problem
-        why = brief(problem).replace(f"{place}/model.gguf", "it").replace(place, "it")
+        cause = problem.__cause__ if isinstance(problem.__cause__, Exception) else problem
         raise _UnreadableError(
-            f"{file} cannot be read ({why}): get the file again, or another one of the model."
+            f"{file} cannot be read as its metadata have it ({brief(cause, 150)}): get the file "
+            "again, or another one of the model."
         ) from problem
 
 

@@ -62,6 +62,7 @@ _SIZES = {kind: struct.calcsize(letter) for kind, letter in _LETTERS.items()}
 # More than any model has; gguf's reader takes some microseconds for each.
 _MOST_VALUES = 2**22
 _MOST_TENSORS = 2**18
+_LONGEST_NAME = 200  # characters; llama.cpp has room for 64 in tensors' names
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 _ALIGNMENT = 32  # where the file says no other
 _AGAIN = "get the file again"
@@ -228,6 +229,12 @@ class _Walk:
         except UnicodeDecodeError:
             raise _FileError(f"has a string that is not UTF-8 in {self.within}: {_AGAIN}") from None
 
+    def name(self) -> str:
+        found = self.string()
+        if len(found) > _LONGEST_NAME:
+            raise _FileError(f"has a name of {len(found):,} characters in {self.within}: {_AGAIN}")
+        return found
+
     def skip(self, count: int) -> None:
         self.need(count)
         self.at += count
@@ -268,7 +275,7 @@ def _metadata(walk: _Walk, pairs: int) -> Iterator[tuple[str, Any]]:
     seen = set()
     for _ in range(pairs):
         walk.within = "its metadata"
-        name = walk.string()
+        name = walk.name()
         if name in seen:
             raise _FileError(f"has the metadata {name!r} twice: {_AGAIN}")
         seen.add(name)
@@ -324,7 +331,7 @@ def _tensors(walk: _Walk, count: int) -> Iterator[Tensor]:
     seen = set()
     for _ in range(count):
         walk.within = "its table of tensors"
-        name = walk.string()
+        name = walk.name()
         if name in seen or not name:
             what = f"the tensor {name!r} twice" if name else "a tensor without a name"
             raise _FileError(f"has {what}: {_AGAIN}")

@@ -34,6 +34,7 @@ _TAKEN = {
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
     *("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast"),
     *("rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor", "rope.scale_linear"),
+    *("attention.sliding_window_pattern", "rope.freq_base_swa"),
     # These say nothing about numbers, or what the tensors say, too.
     *("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "use_parallel_residual"),
 }
@@ -168,6 +169,13 @@ def _attention(config: PreTrainedConfig, facts: dict[str, Any], names: set[str])
         )
         if facts.get(key) and hasattr(config, name)
     }
+    if config.model_type == "mistral":  # by the file's name alone; llama.cpp has no window there
+        found.setdefault("sliding_window", None)
+    if (every := facts.get("attention.sliding_window_pattern")) and hasattr(config, "layer_types"):
+        layers = config.num_hidden_layers
+        local = every if isinstance(every, list) else [bool((n + 1) % every) for n in range(layers)]
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        found["layer_types"] = [kinds[bool(one)] for one in local]
     if hasattr(config, _QUERIES):
         heads, width = facts["attention.head_count"], facts["embedding_length"]
         large = _SCALED_BY_WIDTH.get(config.model_type.removesuffix("_text"))

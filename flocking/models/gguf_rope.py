@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from flocking.models.gguf import Contents, values_of
 
+_KINDS = ("full_attention", "sliding_attention")  # of layers
 _BASE = 10_000.0  # where a file says no other, as in llama.cpp
 FREQUENCIES = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -49,9 +50,13 @@ def rope_of(
             )
         wanted["partial_rotary_factor"] = width / head
     wanted |= _scaling(facts, contents, wanted["rope_theta"], width, config)
-    if _same(own, wanted):
+    found: dict[str, Any] = wanted
+    if own is not given:  # one for each kind of layer, of which the others are not scaled
+        found = {**given, "full_attention": wanted}
+        if (base := facts.get("rope.freq_base_swa")) and "sliding_attention" in given:
+            found["sliding_attention"] = {**given["sliding_attention"], "rope_theta": float(base)}
+    if all(_same(given.get(key, own), found.get(key, wanted)) for key in _KINDS):
         return {}
-    found = {**given, "full_attention": wanted} if own is not given else wanted
     original = wanted.get("original_max_position_embeddings")
     changes: dict[str, Any] = {"rope_parameters": found}
     if original is not None and hasattr(config, "original_max_position_embeddings"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def refuse_unknown(contents: Contents) -> None:
         It names the architecture, tokenizer or type of tensor, and transformers' version.
     """
     _refuse_architecture(contents)
+    _refuse_layers(contents)
     _refuse_tokenizer(contents)
     for kind in sorted({tensor.kind for tensor in contents.tensors}):
         _refuse_type(contents, kind)
@@ -77,6 +79,16 @@ def _refuse_architecture(contents: Contents) -> None:
         warn(
             f"{contents.file} holds a model of the architecture {name}: what transformers reads "
             "of such files was not compared with llama.cpp here, so compare some of its output."
+        )
+
+
+def _refuse_layers(contents: Contents) -> None:
+    """Refuse more layers than there are tensors: each is made before any weight is read."""
+    layers = contents.metadata.get(f"{contents.metadata['general.architecture']}.block_count", 0)
+    if type(layers) is not int or layers > len(contents.tensors):
+        raise ValueError(
+            f"{contents.file} says that its model has {layers!r} layers, and has "
+            f"{len(contents.tensors)} tensors: get the file again."
         )
 
 
@@ -174,7 +186,15 @@ def _places(
         return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    places = mapped(model, processor(config=config.to_dict()))
+    # (Given all modules, it makes a table for each, which takes minutes; names of the whole and of
+    # the model without its head are enough.)
+    inner = SimpleNamespace(state_dict=model.base_model.state_dict, named_children=list)
+    whole = SimpleNamespace(
+        config=config,
+        state_dict=model.state_dict,
+        named_children=lambda: [(model.base_model_prefix, inner)],
+    )
+    places = mapped(whole, processor(config=config.to_dict()))
     if architecture == "gpt2":  # which the reader puts there by name
         places["output.weight"] = "lm_head.weight"
     return places, model

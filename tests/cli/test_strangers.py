@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import ggufs
 import helpers
 import pytest
 import torch
@@ -85,6 +86,8 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("inspect", "/" + LONG), "there is no such folder"),
     (("inspect", "{}/dangling"), "dangling is a link to nowhere, which is not there"),
     (("inspect", "~/none"), "/none: there is no such folder"),
+    (("inspect", "{}/none.gguf"), "none.gguf: there is no such file: give a GGUF file"),
+    (("inspect", "{}/t.txt"), "t.txt is a file: give the folder that it is in, or a GGUF file"),
     ((*GENERATE, "--device", "meta"), "--device meta holds no values"),
     ((*GENERATE, "--max-new-tokens", "1" * 23), "give a number below 2 ** 63"),
     (("generate", "a \ud83d b", *GENERATE[2:]), "the prompt is not text in UTF-8 (byte 2)"),
@@ -158,6 +161,79 @@ def test_a_tilde_is_the_users_folder(
     assert f"wrote {tmp_path}/deep/x.zarr" in result.output
     assert run("inspect", "~/model").exit_code == 0
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["~/birds.Q8_0.gguf", "birds.Q8_0.gguf", "link"])
+def test_models_in_gguf_files(
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ggufs.write(tmp_path / "birds.Q8_0.gguf", ggufs.tiny("llama"), "Q8_0")
+    (tmp_path / "link").symlink_to(file)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    result = run("record", place / "t.txt", "-o", "x.zarr", "--model", name)
+    assert result.exit_code == 0, result.output
+    with xr.open_zarr(tmp_path / "x.zarr") as stored:
+        assert Path(stored.attrs["model"]).name == Path(name).name.removesuffix(".gguf")
+    result = run("generate", "birds", "--model", name, "--max-new-tokens", "3")
+    assert result.exit_code == 0, result.output
+    result = run("inspect", name)
+    assert result.exit_code == 0, result.output
+    assert "converted" not in result.output  # a second time
+
+
+def test_a_gguf_file_is_known_by_its_digest(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys of results have that of the file, not of what it was converted to."""
+    pytest.importorskip("lm_eval")
+    file = ggufs.write(tmp_path / "birds.gguf", ggufs.tiny("llama"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = []
+    for model in (file, shutil.copy(file, tmp_path / "other.gguf")):
+        result = run(
+            *("evaluate", "--tasks", "piqa", "--model", model, "--out", tmp_path / "out"),
+            *("--data-dir", place / "items", "--methods", "topk", "--densities", "0.5"),
+        )
+        assert result.exit_code == 0, result.output
+        names.append({path.name for path in (tmp_path / "out" / "cells").rglob("*.json")})
+    assert names[0]
+    assert names[0] == names[1]
+    ggufs.write(file, ggufs.tiny("llama"), "Q8_0")
+    result = run(
+        *("evaluate", "--tasks", "piqa", "--model", file, "--out", tmp_path / "out"),
+        *("--data-dir", place / "items", "--methods", "topk", "--densities", "0.5"),
+    )
+    assert {path.name for path in (tmp_path / "out" / "cells").rglob("*.json")} > names[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: get the file again"),
+        (b"Once upon a time", "no GGUF file but another format"),
+        (b"GGUF\3\0\0\0" + b"\xff" * 32, "tensors, which it cannot hold: get the file again"),
+    ],
+)
+def test_bad_gguf_files_are_one_sentence_and_code_2(
+    content: bytes, message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(content)
+    for command in (
+        ("inspect", file),
+        ("check", file),
+        ("record", place / "t.txt", "-o", tmp_path / "x.zarr", "--model", file),
+        ("generate", "birds", "--model", file),
+    ):
+        result = run(*command)
+        assert result.exit_code == 2, result.output
+        assert result.output.startswith(f"flocking: {file} ")
+        assert message in result.output
+        assert result.output.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ggufs
 import helpers
 import pytest
 
@@ -298,6 +299,23 @@ def test_what_load_refuses_is_refused(embedded: tuple, tmp_path: Path) -> None:
         GriffinLM(pretrained=str(tmp_path / "none"))
     with pytest.raises(TypeError, match=r"model is a .*: give the model before its tokenizer"):
         GriffinLM(pretrained=embedded[1])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_gguf_file_is_a_model(
+    inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = ggufs.write(tmp_path / "birds.gguf", ggufs.tiny("llama"))
+    options = {"density": 1.0, "device": "cpu"}
+    if inside:
+        lm = GriffinLM(pretrained=str(tmp_path), gguf_file="birds.gguf", **options)
+    else:
+        lm = GriffinLM(pretrained=str(file), **options)
+    model, tokenizer = flocking.load(file)
+    direct = GriffinLM(pretrained=model, tokenizer=tokenizer, density=1.0)
+    request = Instance("loglikelihood", {}, ("birds of a", " feather"), 0, ("t", 0, 1))
+    assert lm.loglikelihood([request], True) == direct.loglikelihood([request], True)
 
 
 def test_is_declared_where_the_harness_will_look() -> None:
