@@ -18,6 +18,11 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 
 from flocking.pruning.chosen import Wide
 
+try:  # newer versions of transformers have a second reader, for newer architectures
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+except ImportError:
+    GGUF_CONFIG_ARCHS = {}
+
 if TYPE_CHECKING:
     from flocking.models.gguf import Contents, Tensor
 
@@ -130,7 +135,7 @@ def _architecture(metadata: Mapping[str, Any], where: str) -> str:
         raise ValueError(f"{where} names no architecture (general.architecture): get it again.")
     readers = {
         "gguf": {*MODEL_ARCH_NAMES.values()},
-        "transformers": {*map(_plain, GGUF_SUPPORTED_ARCHITECTURES)},
+        "transformers": {*map(_plain, [*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS])},
     }
     if name not in readers["gguf"] or _plain(name) not in readers["transformers"]:
         missing = "gguf" if name not in readers["gguf"] else "transformers"

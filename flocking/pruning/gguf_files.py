@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ def export_gguf(
 
     with replacing(place, check=check) as partial:
         refuse_without_room(place, partial.parent, plan.size() + plan.contents.start)
+        if progress and (told := _told_of_types(plan, kind)):
+            tqdm.write(told, file=sys.stderr)
         with tqdm(desc="pruning", total=2 * plan.size(), unit="B", unit_scale=True,
                   disable=not progress) as bar:  # fmt: skip
             with _told_of_failure(place):
@@ -227,6 +230,17 @@ def _changed(pair: Pair, blocks: list[Block], widths: dict[int, int]) -> Pair:
     if len(before) == 1:
         return pair.with_numbers((next(iter(told.values())),))
     return pair.with_numbers(tuple(told.get(n, width) for n, width in enumerate(before)))
+
+
+def _told_of_types(plan: _Plan, down: GGMLQuantizationType) -> str:
+    """What becomes of the types of down-projections; empty if all stay as they are."""
+    before = {cut.before.kind.name for cut in plan.cuts.values() if cut.again}
+    if not before:
+        return ""
+    return (
+        f"down-projections: {down.name} in the new file, {' and '.join(sorted(before))} before "
+        "(their columns are quantised again, and gguf has no quantiser for K-quants)"
+    )
 
 
 def _parameters(tensors: list[Tensor]) -> int:

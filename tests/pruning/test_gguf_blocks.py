@@ -258,6 +258,18 @@ def test_what_is_no_block_is_refused(
         flocking.export_gguf(source, ggufs.chosen(70), tmp_path / "pruned.gguf")
 
 
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen35", "gemma4", "minimax-m2"])
+def test_architectures_that_both_readers_know(architecture: str, tmp_path: Path) -> None:
+    """They are spelled in two ways, and transformers has two lists of them."""
+    if architecture not in gguf.MODEL_ARCH_NAMES.values():
+        pytest.skip("this gguf is older")
+    if architecture == "qwen35":
+        pytest.importorskip("transformers.integrations.gguf", reason="this transformers is older")
+    source = file_of(tmp_path, DENSE, architecture=architecture, feed_forward_length=160)
+    after, _ = pruned(source, ggufs.chosen(70))
+    assert after["blk.0.ffn_down.weight"].shape == (64, 96)
+
+
 @pytest.mark.parametrize(
     ("architecture", "reader"), [("olmo2", "transformers"), ("brand-new", "gguf")]
 )

@@ -165,6 +165,17 @@ def test_what_is_kept_whole_keeps_its_bytes(tmp_path: Path) -> None:
     assert after["blk.1.ffn_up.weight"].data.shape == (160, 40)
 
 
+def test_says_what_becomes_of_the_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ggufs.write(tmp_path / "whole.gguf", ggufs.tiny("llama"), "Q4_1")
+    flocking.export_gguf(source, chosen(70, 50), tmp_path / "a.gguf", down="Q5_0")
+    told = capsys.readouterr()
+    assert "down-projections: Q5_0 in the new file, Q4_1 before" in told.err
+    assert not told.out
+    flocking.export_gguf(source, chosen(70, 50), tmp_path / "b.gguf", progress=False)
+    flocking.export_gguf(source, chosen(160, 160), tmp_path / "c.gguf")
+    assert "down-projections" not in capsys.readouterr().err
+
+
 def test_all_metadata_goes_over(tmp_path: Path) -> None:
     """Of all kinds, with those that gguf's writer refuses, guesses or leaves out."""
     more = {
