@@ -1,7 +1,7 @@
 """Settings of the documentation site, which `make docs` builds into out/docs.
 
-The source folder is the repository itself (`sphinx-build -c docs . out/docs`), so that links between
-pages, notebooks, figures and code are the same on the site as in the repository.
+The source folder is the repository itself (`sphinx-build -c docs . out/docs`), so that links
+between pages, notebooks, figures and code are the same on the site as in the repository.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # no build may reach for the network
 os.environ["MPLBACKEND"] = "agg"
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]  # this checkout's package, not an installed one
+sys.path[:0] = [
+    str(HERE.parent),
+    str(HERE / "_ext"),
+]  # this checkout's package, not an installed one
 
 import flocking  # noqa: E402
 
@@ -43,7 +46,7 @@ include_patterns = [
     "CONTRIBUTING.md",
 ]
 exclude_patterns = [".*", "out", "build", "dist", "tests", "flocking", "docs/_*", "**/.*"]
-templates_path = ["_templates"]
+templates_path = [str(HERE / "_templates")]
 
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4

@@ -123,7 +123,8 @@ class Thumbnails(SphinxDirective):
         outer = nodes.container(classes=["thumbnails"])
         for name in shown():
             title = first_sentence(FIGURES[name])
-            text = f"[![{title}](gallery/{name}.png)](gallery/{name}.md)\n\n[{title}](gallery/{name}.md)"
+            there = f"(gallery/{name}.md)"
+            text = f"[![{title}](gallery/{name}.png)]{there}\n\n[{title}]{there}"
             inner = nodes.container(classes=["thumbnail"])
             self.state.nested_parse(StringList(text.splitlines(), "gallery"), 0, inner)
             outer += inner
