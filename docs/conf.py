@@ -79,6 +79,6 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"docs/index": []}
+html_sidebars: dict[str, list[str]] = {"docs/index": [], "docs/quick-start": []}
 html_math_renderer = "mathml"
 pygments_style = "default"

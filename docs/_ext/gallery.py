@@ -27,9 +27,7 @@ WIDTH = 480  # pixels of a thumbnail, for screens of twice the usual density
 
 PAGE = """# {title}
 
-{question}
-
-![{title}](../../figures/{name}.png)
+{question}![{title}](../../figures/{name}.png)
 
 {caption}
 
@@ -95,12 +93,13 @@ def write_pages(app: Sphinx) -> None:
     FOLDER.mkdir(exist_ok=True)
     for name in shown():
         numbers = json.loads((ROOT / f"figures/{name}.json").read_text(encoding="utf-8"))
+        title, question = first_sentence(FIGURES[name]), first_sentence(EXPERIMENTS[name])
         drawing_file, drawing = source_of(FIGURES[name])
         computing_file, computing = source_of(EXPERIMENTS[name])
         page = PAGE.format(
             name=name,
-            title=first_sentence(FIGURES[name]),
-            question=first_sentence(EXPERIMENTS[name]) + ".",
+            title=title,
+            question="" if question == title else f"{question}.\n\n",
             caption=numbers["attrs"]["caption"],
             drawing_file=drawing_file,
             drawing=drawing,
