@@ -70,12 +70,15 @@ html_css_files = ["flocking.css"]
 html_js_files = ["filter.js"]
 html_copy_source = False
 html_show_sourcelink = False
+html_show_search_summary = False  # is fetched, which browsers refuse for files on a disk
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_theme_options = {
     "navigation_with_keys": False,
-    "show_toc_level": 2,
+    "show_toc_level": 1,
     "header_links_before_dropdown": 6,
     "navbar_end": ["theme-switcher"],
-    "secondary_sidebar_items": ["page-toc"],
+    # Its table is as wide as a page can be.
+    "secondary_sidebar_items": {"**": ["page-toc"], "docs/architectures": []},
     "footer_start": ["copyright"],
     "footer_end": [],
 }

@@ -90,7 +90,8 @@ def test_every_page_is_in_the_contents() -> None:
         for body in re.findall(r"```{toctree}\n(.*?)```", page.read_text(), re.DOTALL):
             for line in body.splitlines():
                 if line and not line.startswith(":"):
-                    listed.add((page.parent / f"{line}.md").resolve())
+                    name = re.sub(r".*<(.*)>", r"\1", line)
+                    listed.add((page.parent / f"{name}.md").resolve())
     assert {page for page in PAGES if DOCS in page.parents} <= listed
 
 

@@ -5,6 +5,7 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("article table")) {
     const rows = [...table.querySelectorAll("tbody tr")];
     if (rows.length < LONG || table.closest(".cell_output, .highlight")) continue;
+    table.classList.add("long");
     const columns = [...table.querySelectorAll("thead th")].map((cell) =>
       cell.textContent.trim().toLowerCase(),
     );
@@ -22,7 +23,9 @@ document.addEventListener("DOMContentLoaded", () => {
     const field = document.createElement("input");
     field.type = "search";
     field.className = "filter";
-    field.placeholder = `Filter: words, or column:word, such as ${columns[columns.length > 4 ? 4 : 1]}:no`;
+    field.placeholder = columns.includes("griffin")
+      ? "Filter: words, or column:word, such as griffin:no"
+      : "Filter: words";
     field.setAttribute("aria-label", "Filter the rows of this table");
     const count = document.createElement("output");
     count.className = "filter-count";
