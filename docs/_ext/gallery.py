@@ -91,6 +91,9 @@ def shown() -> list[str]:
 def write_pages(app: Sphinx) -> None:
     """Write a page and a thumbnail for each figure, where they are not there or have changed."""
     FOLDER.mkdir(exist_ok=True)
+    for old in FOLDER.iterdir():
+        if old.stem not in shown():
+            old.unlink()
     for name in shown():
         numbers = json.loads((ROOT / f"figures/{name}.json").read_text(encoding="utf-8"))
         title, question = first_sentence(FIGURES[name]), first_sentence(EXPERIMENTS[name])
