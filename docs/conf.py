@@ -33,6 +33,7 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "commands",  # docs/_ext: the command line's reference
     "formulas",  # docs/_ext: formulas as MathML
     "gallery",  # docs/_ext: a page for each figure
     "notebooks",  # docs/_ext: notebooks without their progress bars
