@@ -83,8 +83,13 @@ html_theme_options = {
     "show_toc_level": 1,
     "header_links_before_dropdown": 6,
     "navbar_end": ["theme-switcher"],
-    # Its table is as wide as a page can be.
-    "secondary_sidebar_items": {"**": ["page-toc"], "docs/architectures": []},
+    # Their tables are as wide as a page can be.
+    "secondary_sidebar_items": {
+        "**": ["page-toc"],
+        "docs/architectures": [],
+        "docs/results/tables": [],
+        "docs/results/static_domain/tables": [],
+    },
     "footer_start": ["copyright"],
     "footer_end": [],
 }

@@ -84,6 +84,15 @@ def test_references_of_the_other_kind_lead_somewhere(page: Path) -> None:
     assert used <= {name.lower() for name in re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE)}
 
 
+@named
+def test_rows_of_a_table_have_as_many_cells(page: Path) -> None:
+    """A `|` in code ends a cell as well, and what comes after it is lost."""
+    cells = 0
+    for line in re.sub(r"\\\|", "", prose(page)).splitlines():
+        cells = (cells or line.count("|")) if line.startswith("|") else 0
+        assert not cells or line.count("|") == cells, line
+
+
 def test_every_page_is_in_the_contents() -> None:
     listed = {DOCS / "index.md"}
     for page in DOCS.rglob("*.md"):

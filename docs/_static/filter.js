@@ -5,10 +5,11 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("article table")) {
     const rows = [...table.querySelectorAll("tbody tr")];
     if (rows.length < LONG || table.closest(".cell_output, .highlight")) continue;
-    table.classList.add("long");
     const columns = [...table.querySelectorAll("thead th")].map((cell) =>
       cell.textContent.trim().toLowerCase(),
     );
+    table.classList.add("long");
+    table.classList.toggle("reasons", columns.at(-1) === "reason");
     const cells = rows.map((row) =>
       [...row.cells].map((cell) => cell.textContent.trim().toLowerCase()),
     );
