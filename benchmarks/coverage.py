@@ -265,7 +265,9 @@ def tried(mapping: str, kind: str) -> Row:
     try:
         model = built(auto, kind, causal)
     except Exception as problem:
-        return Row(kind, recorded="not built", reason=_first_line(problem.__cause__ or problem))
+        return Row(
+            kind, recorded="not built", reason=_first_paragraph(problem.__cause__ or problem)
+        )
     row = Row(kind, activation=_activation(model))
     try:
         blocks = flocking.feedforwards(model)
@@ -276,16 +278,16 @@ def tried(mapping: str, kind: str) -> Row:
             ff="experts" if called(model, EXPERTS) else "",
             recorded="no",
             griffin="no" if causal else "",
-            reason=_first_line(problem),
+            reason=_first_paragraph(problem),
         )
     row = row._replace(ff=", ".join(sorted({block.kind for block in blocks})))
     checks = flocking.check(model)
     recording, selection, griffin = (
-        "; ".join(f"{name}: {_first_line(row.reason)}" for name, row in part.iterrows())
+        "; ".join(f"{name}: {_first_paragraph(row.reason)}" for name, row in part.iterrows())
         for part in (failed(checks[:3]), failed(checks[3:4]), failed(checks[4:]))
     )
     if causal and (unfit := checks.reason[checks.passed.isna()]).size:
-        griffin = _first_line(unfit.iloc[0])
+        griffin = _first_paragraph(unfit.iloc[0])
     row = row._replace(
         recorded="no" if recording else "yes",
         reason="; ".join(filter(None, (recording, selection, griffin))),
@@ -319,7 +321,7 @@ def decoded(model: tf.PreTrainedModel) -> tuple[str, str]:
             if not torch.equal(decoder.generate(ids, mask, max_new_tokens=8), expected):
                 return "no", "Decoder gives other tokens, more than rounding explains"
     except Exception as problem:
-        return "no", f"Decoder: {_first_line(problem)}"
+        return "no", f"Decoder: {_first_paragraph(problem)}"
     return "yes", ""
 
 
@@ -345,7 +347,7 @@ def refreshed(model: tf.PreTrainedModel) -> tuple[str, str]:
             if not gap < 1e-2:
                 return "no", "refresh gives other tokens, more than rounding explains"
     except Exception as problem:
-        return "no", f"refresh: {_first_line(problem)}"
+        return "no", f"refresh: {_first_paragraph(problem)}"
     return "yes", ""
 
 
@@ -414,9 +416,11 @@ def _activation(model: tf.PreTrainedModel) -> str:
     return next((str(a) for name in names if (a := getattr(config, name, None))), "")
 
 
-def _first_line(problem: Exception | str) -> str:
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return (lines[0] if lines else type(problem).__name__)[:240]
+def _first_paragraph(problem: Exception | str) -> str:
+    """What an error says, whole and in one line, without the traces that torch puts below."""
+    lines = str(problem).strip().partition("\n\n")[0].splitlines()
+    text = "; ".join(" ".join(line.split()) for line in lines)
+    return re.sub(r"([.:;,]);", r"\1", text) or type(problem).__name__
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def bootstrap(
     Sequences are drawn with replacement (Efron and Tibshirani 1993, chapters 6 and 13). For values
     of pairs, both members are drawn, and pairs of a sequence with itself are dropped: a sequence is
     too similar to itself, and the interval would miss the estimate. The percentiles are those of
-    :func:`tails`, since plain ones are too narrow for few sequences.
+    ``flocking.analysis.tails``, since plain ones are too narrow for few sequences.
 
     Parameters
     ----------

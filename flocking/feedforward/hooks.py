@@ -150,7 +150,7 @@ def observe(
     layers : iterable of int, optional
         Layers to watch; all by default.
     routed : bool
-        Give the callback a mixture's activations as :class:`flocking.feedforward.Routed`, which
+        Give the callback a mixture's activations as ``flocking.feedforward.Routed``, which
         holds those of the experts that each token is routed to; the callback may return others
         in the shape of ``Routed.z``.
 
