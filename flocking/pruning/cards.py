@@ -12,6 +12,8 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from flocking.models import identity
@@ -97,35 +99,45 @@ def _name(model: PreTrainedModel) -> str:
     return str(getattr(model, "name_or_path", "") or "").rstrip("/")
 
 
-def _is_folder(name: str) -> bool:
-    return bool(name) and os.path.isdir(name)
+def _is_here(name: str) -> bool:
+    return bool(name) and os.path.exists(name)
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not _is_here(name)
 
 
 def _source(model: PreTrainedModel) -> str:
-    name = _name(model)
+    name, kind = _name(model), type(model).__name__
     if not name:
-        return f"A {type(model).__name__} that was in memory and has no name"
-    if _is_folder(name):  # where that is on somebody's disk is nobody's business
-        return f"{os.path.basename(os.path.realpath(name))} ({type(model).__name__})"
-    return f"[{name}](https://huggingface.co/{name}) ({type(model).__name__})"
+        return f"A {kind} that was in memory and has no name"
+    if _is_here(name):  # where that is on somebody's disk is nobody's business
+        name = os.path.basename(os.path.realpath(name))
+    elif _is_hub_id(name):
+        name = f"[{name}](https://huggingface.co/{name})"
+    return f"{name} ({kind})"
 
 
 def _identity(model: PreTrainedModel) -> str:
     """What tells the source from every other model, as far as it has files."""
     name = _name(model)
     commit = getattr(model.config, "_commit_hash", None)
-    if _is_folder(name):
+    if _is_here(name):
         try:
             return f", its files' SHA-256 {identity(name)}"
-        except OSError:  # they are not there any more
+        except (OSError, ValueError):  # they are not there any more, or are something else
             return ""
-    return f", commit {commit}" if name and commit else ""
+    return f", commit {commit}" if _is_hub_id(name) and commit else ""
 
 
 def _header(model: PreTrainedModel) -> huggingface_hub.ModelCardData:
     name = _name(model)
     said: dict[str, Any] = _said_by(_readme(name, model))
-    if name and not _is_folder(name):
+    if _is_hub_id(name):
         said["base_model"] = name
     return huggingface_hub.ModelCardData(
         library_name="transformers",
@@ -137,7 +149,7 @@ def _header(model: PreTrainedModel) -> huggingface_hub.ModelCardData:
 
 def _readme(name: str, model: PreTrainedModel) -> Path | None:
     """The README beside the source's files, if there is one on this machine."""
-    if _is_folder(name):
+    if _is_here(name):
         return Path(name, _README)
     revision = getattr(model.config, "_commit_hash", None)
     try:

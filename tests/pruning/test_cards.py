@@ -71,6 +71,15 @@ def test_a_model_from_a_hub(tmp_path: Path) -> None:
         assert words in found.text, words
 
 
+def test_a_name_that_is_no_model_s_on_a_hub(tmp_path: Path) -> None:
+    model = flocking.control(build("llama"))
+    flocking.export(model, flocking.select(flocking.weight_magnitude(model)), tmp_path / "small")
+    found = card(tmp_path / "small")
+    assert "random weights (seed 0) like  (LlamaForCausalLM)" in found.text
+    assert "huggingface.co" not in found.text
+    assert found.data.base_model is None
+
+
 def test_how_it_was_selected(tmp_path: Path) -> None:
     """As far as a selection says, and whatever its maker says."""
     model = build("llama")
