@@ -83,7 +83,8 @@ def load(
     Warns
     -----
     UserWarning
-        If the files have weights of more layers than the config says.
+        If the files have weights of more layers than the config says; if a GGUF file says what
+        no notice is taken of, or its architecture or tokenizer was not compared with llama.cpp's.
 
     Examples
     --------

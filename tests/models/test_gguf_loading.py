@@ -6,6 +6,7 @@ import errno
 import hashlib
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,26 @@ def test_a_file_that_cannot_be_read_leaves_nothing(file: Path, cache: Path) -> N
         with pytest.raises((OSError, ValueError), match=r"birds\.Q8_0\.gguf "):
             flocking.load(file)
     assert not list(cache.rglob("*"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_metadata_that_cannot_be_are_one_sentence(file: Path) -> None:
+    """Whatever transformers, tokenizers or torch say of bytes that were changed."""
+    whole = file.read_bytes()
+    first, last = whole.index(b"tokenizer.ggml.padding"), dequantising.contents_of(file).start
+    said = []
+    for seed in range(24):
+        draw = random.Random(seed)
+        new = bytearray(whole)
+        for _ in range(draw.choice([1, 2])):
+            new[draw.randrange(first, last)] = draw.choice([0, 1, 2, 0x7F, 0xFF])
+        file.write_bytes(new)
+        try:
+            flocking.load(file)
+        except (OSError, ValueError) as problem:
+            said.append(str(problem))
+    assert len(said) > 8
+    assert all(text.startswith(f"{file} ") and "\n" not in text for text in said)
 
 
 @pytest.mark.parametrize("short", [0, 1])
