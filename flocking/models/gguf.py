@@ -17,7 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+import numpy as np
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    dequantize,
+)
 
 from flocking.models.problems import brief
 from flocking.texts import expanded, why_no_file
@@ -55,6 +62,7 @@ _SIZES = {kind: struct.calcsize(letter) for kind, letter in _LETTERS.items()}
 # More than any model has; gguf's reader takes some microseconds for each.
 _MOST_VALUES = 2**22
 _MOST_TENSORS = 2**18
+_LONGEST_NAME = 200  # characters; llama.cpp has room for 64 in tensors' names
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 _ALIGNMENT = 32  # where the file says no other
 _AGAIN = "get the file again"
@@ -73,6 +81,7 @@ class Tensor(NamedTuple):
 class Contents(NamedTuple):
     """What a file says of itself: it takes a fraction of a second where the reader takes many."""
 
+    file: Path
     metadata: dict[str, Any]
     tensors: list[Tensor]
     start: int  # bytes before the data of the tensors
@@ -112,6 +121,29 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
     """What a GGUF file says of itself, if :func:`open_gguf` would open it; it raises the same."""
     with _telling(path) as file:
         return _walked(file)
+
+
+def looks_like_gguf(path: str) -> bool:
+    """Whether a path is of a GGUF file, or of one that is meant to be."""
+    if path.lower().endswith(".gguf"):
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(4) == _MAGIC
+    except OSError:
+        return False
+
+
+def values_of(contents: Contents, name: str) -> np.ndarray:
+    """The values of one of the file's tensors, in float32, flat."""
+    tensor = next(one for one in contents.tensors if one.name == name)
+    with contents.file.open("rb") as stream:
+        stream.seek(contents.start + tensor.offset)
+        raw = np.frombuffer(stream.read(tensor.size), dtype=np.uint8)
+    kinds = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+    if tensor.kind in kinds:
+        return raw.view(kinds[tensor.kind]).astype(np.float32)
+    return np.asarray(dequantize(raw, tensor.kind), dtype=np.float32)
 
 
 class _FileError(Exception):
@@ -161,7 +193,7 @@ def _walked(file: Path) -> Contents:
         table = list(_tensors(walk, tensors))
         start = -(-walk.at // alignment) * alignment
         _check_places(table, start, alignment, length)
-    return Contents(metadata, table, start)
+    return Contents(file, metadata, table, start)
 
 
 @dataclass
@@ -196,6 +228,12 @@ class _Walk:
             return raw.decode()
         except UnicodeDecodeError:
             raise _FileError(f"has a string that is not UTF-8 in {self.within}: {_AGAIN}") from None
+
+    def name(self) -> str:
+        found = self.string()
+        if len(found) > _LONGEST_NAME:
+            raise _FileError(f"has a name of {len(found):,} characters in {self.within}: {_AGAIN}")
+        return found
 
     def skip(self, count: int) -> None:
         self.need(count)
@@ -237,7 +275,7 @@ def _metadata(walk: _Walk, pairs: int) -> Iterator[tuple[str, Any]]:
     seen = set()
     for _ in range(pairs):
         walk.within = "its metadata"
-        name = walk.string()
+        name = walk.name()
         if name in seen:
             raise _FileError(f"has the metadata {name!r} twice: {_AGAIN}")
         seen.add(name)
@@ -293,7 +331,7 @@ def _tensors(walk: _Walk, count: int) -> Iterator[Tensor]:
     seen = set()
     for _ in range(count):
         walk.within = "its table of tensors"
-        name = walk.string()
+        name = walk.name()
         if name in seen or not name:
             what = f"the tensor {name!r} twice" if name else "a tensor without a name"
             raise _FileError(f"has {what}: {_AGAIN}")

@@ -6,8 +6,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import xarray as xr
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flocking.feedforward import FeedForward
@@ -90,10 +90,27 @@ def masks_of(selection: Any, layers: Sequence[Wide]) -> dict[int, np.ndarray]:
     return masks
 
 
+class Kept(dict[int, Tensor]):
+    """A twin's selection: indices of the kept neurons by layer.
+
+    Attributes
+    ----------
+    attrs : dict of str
+        ``made_from`` says in words how neurons were selected.
+    """
+
+    def __init__(self, indices: Mapping[int, Tensor], made_from: str) -> None:
+        super().__init__(indices)
+        self.attrs = {"made_from": made_from}
+
+
 def made_from(selection: Any) -> str:
     """What a selection says of how it was made, ``selection.attrs["made_from"]``; else empty."""
     attributes = getattr(selection, "attrs", None)
-    return str(attributes.get("made_from", "")) if isinstance(attributes, Mapping) else ""
+    told = str(attributes.get("made_from") or "") if isinstance(attributes, Mapping) else ""
+    if told and isinstance(selection, xr.DataArray) and "sequence" in selection.coords:
+        told += f"; of sequence {np.ravel(selection['sequence'].values)[0]} of the recording"
+    return told
 
 
 def _no_selection(given: Any) -> str:
@@ -261,7 +278,7 @@ def _mask(indices: Any, wide: Wide) -> np.ndarray:
 
 
 def _array(indices: Any, where: str) -> np.ndarray:
-    if isinstance(indices, torch.Tensor):
+    if isinstance(indices, Tensor):
         indices = indices.detach().cpu()
         return (indices.float() if indices.is_floating_point() else indices).numpy()
     try:

@@ -90,6 +90,11 @@ BAD = {
         OSError,
         "ends within its metadata",
     ),
+    "longer name": (
+        lambda raw: put(raw, after(raw, b"general.architecture") - 28, "Q", 250),
+        OSError,
+        "has a name of 2.. characters in its metadata|not UTF-8",
+    ),
     "unknown kind": (
         lambda raw: put(raw, after(raw, b"llama.block_count"), "I", 77),
         OSError,
