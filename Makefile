@@ -42,7 +42,7 @@ test: env $(VENV)/torchao $(VENV)/dask $(VENV)/llama-cpp $(KERNELS)  ## ruff, im
 	$(BIN)/mypy
 	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 	PYTHONPATH=$(VENV)/dask OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/analysis/test_subsets.py tests/recording/test_concat.py -k chunked
-	PYTHONPATH=$(VENV)/llama-cpp OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pruning/test_llama_cpp.py
+	PYTHONPATH=$(VENV)/llama-cpp OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/*/test_*llama_cpp.py
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
 
 fuzz: env  ## random arguments against independent computations, 2,000 of each kind (an hour)

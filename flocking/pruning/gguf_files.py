@@ -52,9 +52,9 @@ def export_gguf(
 
     The rows of the gate and up-projections that are kept are copied in their quantised bytes, and
     lose nothing. The columns of a down-projection cross its quantisation blocks: they are
-    dequantised, cut, and quantised again. A down-projection in F32, F16 or BF16 is cut without loss
-    and stays in its type, and so does that of a layer that is kept whole. All other
-    tensors and all metadata but the width stay as they are.
+    dequantised, cut, and quantised again. A down-projection in F32, F16 or BF16 is cut without
+    loss and stays in its type, whatever `down` is, and so does that of a layer that is kept whole.
+    All other tensors and all metadata but the width stay as they are.
 
     Parameters
     ----------
@@ -111,6 +111,13 @@ def export_gguf(
 
     Examples
     --------
+    Half of the neurons, by the statistic of texts of the kind that the model is to be used for::
+
+        model, tokenizer = flocking.load("model.gguf")
+        statistic = flocking.global_statistic(model, texts, tokenizer=tokenizer)
+        selection = flocking.select(statistic, 0.5)
+        flocking.export_gguf("model.gguf", selection, "pruned.gguf")
+
     >>> try:
     ...     flocking.export_gguf("no-such-file.gguf", {}, "pruned.gguf")
     ... except FileNotFoundError as error:

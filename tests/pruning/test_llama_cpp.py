@@ -61,7 +61,9 @@ class Run:
         request = urllib.request.Request(
             self._address, json.dumps(question).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        # (A proxy that the environment names is not asked for this address.)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as answer:
             return json.loads(answer.read())
 
 
@@ -71,7 +73,8 @@ def running(path: Path, silent: list[int] | None = None) -> Iterator[Run]:
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel = 256, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    for threads in (params.cpuparams, params.cpuparams_batch):
+        threads.n_threads, threads.poll = 1, 0  # a thread that waits leaves the core to others
     params.n_gpu_layers, params.fit_params, params.warmup, params.ui = 0, False, False, False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     flash = xllamacpp.llama_flash_attn_type
