@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flocking import plotting as plot
     from flocking.analysis import (
         between_consistency,
         between_sequence_overlap,
@@ -72,6 +73,7 @@ __all__ = [
     "observe",
     "passages",
     "perplexity",
+    "plot",
     "prompt_generation_overlap",
     "rank_consistency",
     "record",
@@ -125,11 +127,20 @@ _ROOMS = {
 }
 
 
+# Public names that are a whole room, whose functions are called as flocking.plot.heatmap.
+_WHOLE = {"plot": "flocking.plotting"}
+
+
 def __getattr__(name: str) -> object:
     """A public name, from its room."""
-    if name not in _ROOMS:
+    value: object
+    if name in _WHOLE:
+        value = _import_module(_WHOLE[name])
+    elif name in _ROOMS:
+        value = getattr(_import_module(_ROOMS[name]), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(_import_module(_ROOMS[name]), name)
+    globals()[name] = value
     return value
 
 

@@ -17,9 +17,12 @@ from PIL import Image
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, _, _, _, SKY = sns.color_palette("colorblind")
 # Colour and dashes together, so that neither is needed to tell the lines apart.
-TRAINED = {"color": BLUE, "ls": "-", "label": "trained"}
+MODEL = {"color": BLUE, "ls": "-", "label": "model"}
 CONTROL = {"color": ORANGE, "ls": "--", "label": "random weights (control)"}
-BY_WEIGHTS = {"trained": TRAINED, "control": CONTROL}
+BY_WEIGHTS = {"trained": MODEL, "control": CONTROL}
+# What needs no estimate: chance is dotted, any other level thin and whole.
+CHANCE = {"color": "0.35", "ls": ":", "lw": 1.2}
+LEVEL = {"color": "0.1", "ls": "-", "lw": 0.6}
 HINDSIGHT = {"color": GREEN, "ls": (0, (5, 1, 1, 1)), "label": "best in hindsight"}
 OTHERS = {"color": PURPLE, "ls": "-.", "label": "static: other texts"}
 MAGNITUDE = {"color": RED, "ls": (0, (1, 1)), "label": "static: weight magnitude"}

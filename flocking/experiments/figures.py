@@ -25,7 +25,7 @@ from flocking.drawing import (
     HINDSIGHT,
     MAGNITUDE,
     OTHERS,
-    TRAINED,
+    MODEL,
     band,
     by_layer,
     guide,
@@ -90,7 +90,7 @@ def scores(data: xr.Dataset, figure: Figure) -> None:
 def token_order(data: xr.Dataset, figure: Figure) -> None:
     """Scores by layer of texts in order, permuted and drawn; their differences; overlaps."""
     upper, axes = page(figure, data, 4, 2, height=5.6, sharex=True)
-    styles = dict(zip(data.order.values, (TRAINED, OTHERS, CONTROL), strict=True))
+    styles = dict(zip(data.order.values, (MODEL, OTHERS, CONTROL), strict=True))
     readings = {
         "in order": {**styles["in order"], "label": "text in order"},
         "permuted": {**styles["permuted"], "label": "its tokens permuted"},
@@ -162,7 +162,7 @@ def generation(data: xr.Dataset, figure: Figure) -> None:
     upper, axes = page(figure, data, 2, 2, height=3.4, sharey="row")
     here = data.sel(density=0.5)
     prompts = {
-        "GRIFFIN": TRAINED | {"label": "prompt's selection (GRIFFIN)"},
+        "GRIFFIN": MODEL | {"label": "prompt's selection (GRIFFIN)"},
         "GRIFFIN, control": CONTROL | {"label": "the same, random weights"},
     }
     for weights, style in zip(BY_WEIGHTS, prompts.values(), strict=True):
@@ -248,7 +248,7 @@ def text_kinds(data: xr.Dataset, figure: Figure) -> None:
     )
     colours.set_yticks(np.arange(len(order)), order)
     by_layer([colours])
-    for weights, style, marker in (("trained", TRAINED, "o"), ("control", CONTROL, "s")):
+    for weights, style, marker in (("trained", MODEL, "o"), ("control", CONTROL, "s")):
         here = data.over_layers.sel(weights=weights, text=order)
         estimate, low, high = (here.sel(interval=name).values for name in here.interval.values)
         means.errorbar(

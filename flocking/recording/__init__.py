@@ -15,7 +15,7 @@ from flocking.recording.dataset import (
     VARIABLES,
     coordinates_of,
 )
-from flocking.recording.entrance import measure, require, whole_neurons
+from flocking.recording.entrance import canonical, measure, require, whole_neurons
 from flocking.recording.joining import concat
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import check_numbers, record, whole_number
@@ -32,6 +32,7 @@ __all__ = [
     "Moments",
     "Wanted",
     "Windows",
+    "canonical",
     "check_numbers",
     "concat",
     "coordinates_of",
