@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     )
     from flocking.models import control, load
     from flocking.pruning import Decoder, allocate, global_statistic, griffin, perplexity, score
-    from flocking.recording import Moments, concat, record
+    from flocking.recording import Moments, concat, open_recording, record, save_recording
     from flocking.texts import Passage, passages
 
 __version__ = _version("flocking")
@@ -71,12 +71,14 @@ __all__ = [
     "jaccard",
     "load",
     "observe",
+    "open_recording",
     "passages",
     "perplexity",
     "plot",
     "prompt_generation_overlap",
     "rank_consistency",
     "record",
+    "save_recording",
     "score",
     "select",
     "set_feedforwards",
@@ -112,11 +114,13 @@ _ROOMS = {
     "jaccard": "flocking.analysis",
     "load": "flocking.models",
     "observe": "flocking.feedforward",
+    "open_recording": "flocking.recording",
     "passages": "flocking.texts",
     "perplexity": "flocking.pruning",
     "prompt_generation_overlap": "flocking.analysis",
     "rank_consistency": "flocking.analysis",
     "record": "flocking.recording",
+    "save_recording": "flocking.recording",
     "score": "flocking.pruning",
     "select": "flocking.analysis",
     "set_feedforwards": "flocking.feedforward",

@@ -6,7 +6,6 @@ What needs torch is imported inside of the commands, so that help and version ar
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -120,13 +119,12 @@ def record(
 
     from flocking.artifacts import replacing
     from flocking.cli.outputs import refuse_existing, refuse_nothing
-    from flocking.recording import Wanted, check_numbers
+    from flocking.recording import Wanted, check_numbers, store_path, write_store
 
     check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
     refuse_nothing("output", output)
-    if re.match(r"[a-z0-9+]{2,}:/", str(output)):
-        raise ValueError(f"--output {output}: name a folder on a disk, since URLs are not written.")
+    store_path(output, "--output")
     texts, answers = read_all(files, continuation)
     Wanted(prompt_tokens, answers, max_new_tokens).check()
     known = functools.partial(refuse_existing, overwrite=overwrite)
@@ -146,10 +144,10 @@ def record(
         # (A name may hold bytes that are no characters, which cannot be stored.)
         names = [name.encode("utf-8", "backslashreplace").decode() for name in files]
         recording = recording.assign_coords(file=("sequence", np.array(names, dtype=str)))
-        recording.to_zarr(partial, zarr_format=2)
+        write_store(recording, partial)
     sizes = dict(recording.sizes)
     say(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
-    say(f"open it with xarray.open_zarr({str(output)!r})")
+    say(f"open it with flocking.open_recording({str(output)!r})")
 
 
 @app.command(epilog="Example: flocking demo --out out")
@@ -166,6 +164,7 @@ def demo(
     from flocking.artifacts import replacing
     from flocking.cli.demo import name_of, table, two_passages
     from flocking.cli.outputs import refuse_other_than_demos as known
+    from flocking.recording import write_store
 
     stored, picture = out / "demo.zarr", out / "demo.png"
     console = wide_console()
@@ -179,7 +178,7 @@ def demo(
         recording = recording.assign_coords(sequence=[passage.name for passage in passages])
         console.print(table(recording))
 
-        recording.to_zarr(partial, zarr_format=2)
+        write_store(recording, partial)
         figure = two_passages(recording, shown, ["reportage", "code"])
         origin = {
             key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")
@@ -189,7 +188,7 @@ def demo(
     say(
         f"\nwrote {stored} and {picture}. Next:\n"
         f"  look at {picture}: vertical streaks are neurons that flock;\n"
-        f"  open the numbers: xarray.open_zarr({str(stored)!r});\n"
+        f"  open the numbers: flocking.open_recording({str(stored)!r});\n"
         "  run `make notebook`, and notebooks/flocking.ipynb in it, for chance and control;\n"
         "  read README.md for ten lines of Python of your own."
     )

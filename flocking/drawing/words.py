@@ -11,10 +11,10 @@ _SEEN = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "\\r"}
 
 
 def printed(texts: Iterable[str], font: FontProperties) -> list[str]:
-    """Texts as they can be drawn in a font, a line each.
+    r"""Texts as they can be drawn in a font, a line each.
 
     A space is a dot, the end of a line an arrow. Other characters that do not print, or that the
-    font lacks, are escaped as in Python (``\\u4e2d``). Long texts are cut.
+    font lacks, are escaped as in Python (``\u4e2d``). Long texts are cut.
     """
     families = [FontProperties(family=[family]) for family in font.get_family()]
     maps = [get_font(findfont(family)).get_charmap() for family in families]
