@@ -158,12 +158,14 @@ def demo(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Record the packaged passages, print how they flock by layer, and draw two of them."""
-    import matplotlib.pyplot as plt
+    """Record the packaged passages, print how they flock by layer, and draw one of them.
 
+    Beside it, the same tokens in a network of the same shape with random weights.
+    """
     from flocking.artifacts import replacing
-    from flocking.cli.demo import name_of, table, two_passages
+    from flocking.cli.demo import beside_control, name_of, table
     from flocking.cli.outputs import refuse_other_than_demos as known
+    from flocking.drawing import save_grain
     from flocking.recording import write_store
 
     stored, picture = out / "demo.zarr", out / "demo.png"
@@ -179,15 +181,20 @@ def demo(
         console.print(table(recording))
 
         write_store(recording, partial)
-        figure = two_passages(recording, shown, ["reportage", "code"])
+        # The same tokens in the same windows, by one that has learned nothing.
+        at = [passage.name for passage in passages].index("reportage")
+        random = flocking.control(loaded)
+        other = flocking.record(
+            random, ids[at], tokenizer=tokenizer, relative=[shown], progress=False
+        ).assign_coords(sequence=["reportage"])
+        figure = beside_control(recording, other, shown, "reportage")
         origin = {
             key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")
         }
-        figure.savefig(drawn, dpi=150, metadata={"Source": name_of(recording), **origin})
-        plt.close(figure)
+        save_grain(figure, drawn, {"Source": name_of(recording), **origin}, dpi=100)
     say(
         f"\nwrote {stored} and {picture}. Next:\n"
-        f"  look at {picture}: vertical streaks are neurons that flock;\n"
+        f"  look at {picture}: vertical streaks are neurons that flock, in random weights, too;\n"
         f"  open the numbers: flocking.open_recording({str(stored)!r});\n"
         "  run `make notebook`, and notebooks/flocking.ipynb in it, for chance and control;\n"
         "  read README.md for ten lines of Python of your own."
@@ -217,12 +224,17 @@ def figures(
             "the last commit; exit code 1 if one is. Runs no model.",
         ),
     ] = False,
+    redraw: Annotated[
+        bool,
+        typer.Option("--redraw", help="Only draw again what is there, however old its numbers."),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Run the experiments and draw their figures, with chance and random weights to compare.
 
-    Each figure is a PNG and an SVG, and a JSON file with its numbers and where they come from.
+    Each figure is a PNG and an SVG, a JSON file with its numbers and where they come from, and a
+    page of Markdown with its caption.
     Where the numbers are there already, for the same model, texts, versions and code, they are
     only drawn again.
     """
@@ -231,6 +243,11 @@ def figures(
     from flocking.recording import check_numbers
 
     check_numbers(seed=seed)
+    if redraw and check:
+        raise ValueError("--redraw and --check: give one of the two.")
+    if redraw:
+        experiments.redraw(out, only=only, say=say)
+        return
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
     if device and not device.startswith("cpu"):

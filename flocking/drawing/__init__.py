@@ -32,9 +32,12 @@ from flocking.drawing.style import (
     MODEL,
     ORANGE,
     OTHERS,
+    SKY,
+    described,
     in_style,
     page,
     save,
+    save_grain,
     titled,
 )
 
@@ -53,9 +56,11 @@ __all__ = [
     "MODEL",
     "ORANGE",
     "OTHERS",
+    "SKY",
     "band",
     "below",
     "by_layer",
+    "described",
     "guide",
     "heatmap",
     "in_style",
@@ -66,6 +71,7 @@ __all__ = [
     "page",
     "powers_of_two",
     "save",
+    "save_grain",
     "tall",
     "titled",
 ]

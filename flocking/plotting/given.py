@@ -156,6 +156,11 @@ def free(ax: Axes | None) -> Axes:
     return plt.figure().gca() if plt.get_fignums() and plt.gca().has_data() else plt.gca()
 
 
+def small() -> float:
+    """Size of markers on a line, in points, in the user's style."""
+    return float(plt.rcParams["lines.markersize"]) / 2
+
+
 def above(ax: Axes, ncols: int = 3) -> None:
     """Put a legend above axes."""
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, frameon=False)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from flocking import analysis
 from flocking.drawing import BLUE, CONTROL, HINDSIGHT, band, guide, known
-from flocking.plotting.given import above, is_recording, results, several, summary
+from flocking.plotting.given import above, is_recording, results, several, small, summary
 from flocking.recording import PROMPT, canonical
 
 _MOST = 4  # prompt lengths that are told apart by shade and marker
@@ -79,7 +79,7 @@ def drift(
         band(_far(found["oracle"].isel(prompt_length=-1)), energy, **HINDSIGHT)
     shades = sns.light_palette(BLUE, len(lengths) + 1)[1:]
     for number, (length, shade, marker) in enumerate(zip(lengths, shades, "os^D", strict=False)):
-        style = {"color": shade, "marker": marker, "ms": 3, "label": f"prompt of {length:g}"}
+        style = {"color": shade, "marker": marker, "ms": small(), "label": f"prompt of {length:g}"}
         for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
             band(_far(found[name].isel(prompt_length=number)), ax, **style)
     if control is not None:

@@ -11,7 +11,16 @@ from matplotlib.axes import Axes
 
 from flocking import analysis
 from flocking.drawing import CHANCE, LEVEL, MODEL, band, by_layer, guide, logarithmic
-from flocking.plotting.given import above, compared, free, is_recording, results, several, summary
+from flocking.plotting.given import (
+    above,
+    compared,
+    free,
+    is_recording,
+    results,
+    several,
+    small,
+    summary,
+)
 from flocking.recording import GENERATION
 
 _SCORES = {
@@ -191,7 +200,7 @@ def overlap(
         suffix = "" if control is None else f", {style['label'].partition(' (')[0]}"
         for name, values in found.items():
             label, marker = _OVERLAPS.get(str(name), (str(name), None))
-            look = {**style, "label": f"{label}{suffix}", "marker": marker, "ms": 3}
+            look = {**style, "label": f"{label}{suffix}", "marker": marker, "ms": small()}
             band(summary(values, "layer"), ax, **look)
         if style is MODEL:
             _draw_chance(ax, found)

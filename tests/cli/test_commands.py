@@ -210,6 +210,7 @@ def test_demo_prints_the_scores_by_layer_and_writes_its_files(tmp_path: Path) ->
         result = run("demo", "--out", tmp_path)
         assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "demo.zarr"]
+    assert (tmp_path / "demo.png").stat().st_size < 300_000
     with xr.open_zarr(tmp_path / "demo.zarr") as recording:
         assert recording.sizes["layer"] == 30
         assert (recording.tokens.sum("window") == 512).all()
