@@ -19,17 +19,17 @@ from PIL.PngImagePlugin import PngInfo
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, _, _, _, SKY = sns.color_palette("colorblind")
 # Colour and dashes together, so that neither is needed to tell the lines apart.
-MODEL = {"color": BLUE, "ls": "-", "label": "model"}
-CONTROL = {"color": ORANGE, "ls": "--", "label": "random weights (control)"}
-BY_WEIGHTS = {"trained": MODEL, "control": CONTROL}
+MODEL: dict[str, Any] = {"color": BLUE, "ls": "-", "label": "model"}
+CONTROL: dict[str, Any] = {"color": ORANGE, "ls": "--", "label": "random weights (control)"}
+BY_WEIGHTS: dict[str, dict[str, Any]] = {"trained": MODEL, "control": CONTROL}
 # What needs no estimate: chance is dotted, any other level thin and whole.
-CHANCE = {"color": "0.35", "ls": ":", "lw": 1.2}
-LEVEL = {"color": "0.1", "ls": "-", "lw": 0.6}
-HINDSIGHT = {"color": GREEN, "ls": (0, (5, 1, 1, 1)), "label": "best in hindsight"}
-OTHERS = {"color": PURPLE, "ls": "-.", "label": "static: other texts"}
-MAGNITUDE = {"color": RED, "ls": (0, (1, 1)), "label": "static: weight magnitude"}
+CHANCE: dict[str, Any] = {"color": "0.35", "ls": ":", "lw": 1.2}
+LEVEL: dict[str, Any] = {"color": "0.1", "ls": "-", "lw": 0.6}
+HINDSIGHT: dict[str, Any] = {"color": GREEN, "ls": (0, (5, 1, 1, 1)), "label": "best in hindsight"}
+OTHERS: dict[str, Any] = {"color": PURPLE, "ls": "-.", "label": "static: other texts"}
+MAGNITUDE: dict[str, Any] = {"color": RED, "ls": (0, (1, 1)), "label": "static: weight magnitude"}
 _DOT = {"ms": 2.5}
-BY_SELECTION = {
+BY_SELECTION: dict[str, dict[str, Any]] = {
     "hindsight": {**HINDSIGHT, **_DOT, "marker": "v", "label": "hindsight: scored tokens"},
     "global-local": {
         **_DOT,
@@ -56,7 +56,7 @@ BY_SELECTION = {
     "random": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "random (chance)"},
     "magnitude": {**MAGNITUDE, **_DOT, "marker": "P"},
 }
-BY_ALLOCATION = {
+BY_ALLOCATION: dict[str, dict[str, Any]] = {
     "one for all": {**_DOT, "color": ORANGE, "ls": "--", "marker": "o", "label": "one for all"},
     "allocated": {**_DOT, "color": BLUE, "ls": "-", "marker": "s", "label": "allocated"},
     "first layer": {
@@ -77,7 +77,7 @@ BY_ALLOCATION = {
     "shuffled": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "shuffled (chance)"},
 }
 # By what static and global-local are made from.
-BY_REFERENCE = {
+BY_REFERENCE: dict[str, dict[str, Any]] = {
     "global-local-domain": {"color": ORANGE, "marker": "p", "label": "global-local: own beginning"},
     "global-local-sampled": {"color": ORANGE, "marker": "*", "label": "global-local: sampled"},
     "global-local": {"color": ORANGE, "marker": "s", "label": "global-local: other texts"},

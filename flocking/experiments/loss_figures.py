@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import seaborn as sns
 import xarray as xr
@@ -127,7 +129,7 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     names = pruned.sortby(pruned.relative.sel(interval="estimate")).selection.values
     for row, name in enumerate(names):
         style = BY_SELECTION[name]
-        look = {"ls": "none", "color": style["color"], "marker": style["marker"]}
+        look: dict[str, Any] = {"ls": "none", "color": style["color"], "marker": style["marker"]}
         estimate, low, high = data.relative.sel(selection=name).values
         spread = [[estimate - low], [high - estimate]]
         upper.errorbar(estimate, row, xerr=spread, ms=3, lw=1, **look)

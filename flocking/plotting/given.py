@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +14,7 @@ from flocking.analysis import intervals
 from flocking.drawing import CONTROL, MODEL
 
 
-def is_recording(data: object) -> bool:
+def is_recording(data: object) -> TypeGuard[xr.Dataset]:
     """Whether something is a recording rather than a measure's result; measures check the rest."""
     return isinstance(data, xr.Dataset) and "phase" in data.variables
 
@@ -30,6 +30,7 @@ def results(data: object, measure: Callable[[xr.Dataset], Any], *names: str) -> 
         If the results lack one of the names.
     """
     if is_recording(data):
+        refuse_empty(data)
         found = measure(data)
         return found if isinstance(found, xr.Dataset) else found.to_dataset(name=names[0])
     if isinstance(data, xr.DataArray) and len(names) == 1:
@@ -37,13 +38,20 @@ def results(data: object, measure: Callable[[xr.Dataset], Any], *names: str) -> 
     if not isinstance(data, xr.Dataset):
         raise TypeError(
             f"data is a {type(data).__name__}: give a recording (the Dataset that flocking.record "
-            f"returns), or a Dataset with {', '.join(names)}."
+            f"returns), or {'a Dataset with ' if names else ''}{', '.join(names) or 'results'}."
         )
     if lacking := [name for name in names if name not in data]:
         raise ValueError(
             f"data has no {lacking[0]!r}: give a recording, or a Dataset with {', '.join(names)}."
         )
     return data
+
+
+def refuse_empty(data: Any) -> None:
+    """Refuse a recording from which nothing is left."""
+    for dim in ("sequence", "layer"):
+        if dim in data.dims and not data.sizes[dim]:
+            raise ValueError(f"there is no {dim} to draw: the recording has none left.")
 
 
 def compared(data: Any, control: Any) -> list[tuple[Any, dict[str, Any]]]:
@@ -106,7 +114,7 @@ def one_of(data: xr.Dataset | xr.DataArray, dim: str, label: object, name: str) 
             f"there are {len(labels)} {name}s ({listed(labels)}): choose one, as in "
             f"{name}={labels[0]!r}."
             if labels
-            else f"there is no {name} to draw."
+            else f"there is no {name} to draw: the recording has none left."
         )
     if found:
         raise ValueError(

@@ -16,6 +16,7 @@ from flocking.plotting.given import (
     compared,
     free,
     is_recording,
+    refuse_empty,
     results,
     several,
     small,
@@ -218,7 +219,8 @@ def _overlaps(data: object, density: float | Iterable[float]) -> xr.Dataset:
     if not is_recording(data):
         found = results(data, analysis.between_sequence_overlap)
         return found[[name for name in found if name in _OVERLAPS] or [*found]]
-    recording: Any = data
+    recording = data
+    refuse_empty(recording)
     parts = xr.Dataset()
     generated = GENERATION in np.atleast_1d(recording.phase.values)
     if recording.sizes.get("sequence", 1) > 1 or not generated:

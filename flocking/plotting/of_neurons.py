@@ -13,8 +13,8 @@ from matplotlib.patches import Patch
 
 from flocking import analysis
 from flocking.drawing import BLUE, GREEN, ORANGE, tall
-from flocking.plotting.given import free, one_of
-from flocking.recording import canonical
+from flocking.plotting.given import free, one_of, refuse_empty
+from flocking.recording import canonical, whole_neurons
 
 _PALE, _NOTHING = "0.9", "1.0"
 
@@ -116,9 +116,14 @@ def _rows(name: str, values: object) -> xr.DataArray:
         )
     if not isinstance(values, xr.DataArray):
         raise TypeError(
-            f"{name} is a {type(values).__name__}: give the DataArray that flocking.select returns."
+            f"{name} is a {type(values).__name__}: give the DataArray that flocking.select "
+            "returns, as from flocking.select(flocking.statistic(recording))."
         )
-    analysis.jaccard(values, values)  # refuses what is not a selection over all neurons
+    if values.dtype != bool or "neuron" not in values.dims:
+        raise ValueError(
+            f"{name} is not a selection over neurons: give what flocking.select returns."
+        )
+    values = whole_neurons(values)
     single = [
         dim for dim in values.dims if values.sizes[dim] == 1 and dim not in ("layer", "neuron")
     ]
@@ -202,6 +207,7 @@ def experts(
         raise ValueError(
             "the recording is of a model without mixtures of experts: there is no routing to draw."
         )
+    refuse_empty(data)
     whole = canonical(data, "routed", "tokens", "experts").recording
     whole = whole.isel(layer=np.flatnonzero(whole.experts.values > 1))
     if sequence is not None:

@@ -185,3 +185,10 @@ def test_overlap_says_what_is_missing(recording: xr.Dataset) -> None:
     swept = flocking.prompt_generation_overlap(recording, densities=[0.25, 0.5])
     with pytest.raises(ValueError, match="has dimensions density, too: select one of each"):
         flocking.plot.overlap(swept)
+
+
+@pytest.mark.parametrize("plot", ["scores", "overlap", "drift"])
+def test_what_is_empty_is_said_to_be(recording: xr.Dataset, plot: str) -> None:
+    for dim in ("sequence", "layer"):
+        with pytest.raises(ValueError, match=f"there is no {dim} to draw"):
+            getattr(flocking.plot, plot)(recording.isel({dim: []}))

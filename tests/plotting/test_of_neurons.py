@@ -97,8 +97,10 @@ def test_selections_that_cannot_be_drawn(recording: xr.Dataset) -> None:
         flocking.plot.selection(one, one.isel(layer=[0]))
     with pytest.raises(ValueError, match="data is by layer and other by sequence"):
         flocking.plot.selection(one, kept.sel(layer=1, drop=True))
-    with pytest.raises(ValueError, match="not a selection along 'neuron'"):
+    with pytest.raises(ValueError, match="data is not a selection over neurons"):
         flocking.plot.selection(flocking.statistic(recording).isel(sequence=0))
+    with pytest.raises(ValueError, match="a part of the neurons cannot be measured"):
+        flocking.plot.selection(one.isel(neuron=slice(9)))
     with pytest.raises(TypeError, match="data is a ndarray: give the DataArray"):
         flocking.plot.selection(one.values)
     with pytest.raises(TypeError, match="data is a Dataset: give the DataArray"):
