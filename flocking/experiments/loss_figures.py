@@ -48,7 +48,7 @@ def _at_density(data: xr.Dataset) -> str:
 
 @in_style(FROM_EXPERIMENTS, "relative", "relative_far")
 def loss_by_prompt(data: xr.Dataset, figure: Figure) -> None:
-    """Perplexity by prompt length and by distance; chance on a scale of its own."""
+    """Perplexity by prompt length and by distance; chance is apart, on another scale."""
     told = f"{_at_density(data)}. The same tokens after longer and longer prompts."
     ratios = {"height_ratios": [1, 5], "width_ratios": [1.1, 1]}
     upper, axes = page(figure, told, 2, 2, height=3.3, sharex="col", **ratios)

@@ -219,14 +219,13 @@ def _overlaps(data: object, density: float | Iterable[float]) -> xr.Dataset:
     if not is_recording(data):
         found = results(data, analysis.between_sequence_overlap)
         return found[[name for name in found if name in _OVERLAPS] or [*found]]
-    recording = data
-    refuse_empty(recording)
+    refuse_empty(data)
     parts = xr.Dataset()
-    generated = GENERATION in np.atleast_1d(recording.phase.values)
-    if recording.sizes.get("sequence", 1) > 1 or not generated:
-        parts = analysis.between_sequence_overlap(recording, density)
+    generated = GENERATION in np.atleast_1d(data.phase.values)
+    if data.sizes.get("sequence", 1) > 1 or not generated:
+        parts = analysis.between_sequence_overlap(data, density)
     if generated:
-        parts["jaccard"] = analysis.prompt_generation_overlap(recording, density)
+        parts["jaccard"] = analysis.prompt_generation_overlap(data, density)
     return parts
 
 

@@ -130,12 +130,12 @@ def write_store(recording: xr.Dataset, folder: Path) -> None:
     # How an earlier file was laid out says nothing about this one.
     plain = recording.drop_encoding()
     for name, variable in plain.variables.items():
-        if variable.chunks is not None:  # dask's may differ in size, and Zarr's do not
-            sizes = {dim: sizes[0] for dim, sizes in variable.chunksizes.items()}
-            plain[name] = plain[name].chunk(sizes)
-    for name, variable in plain.variables.items():
         if variable.dtype.kind in "OTU":
             _refuse_halves(str(name), variable.values)
+            plain[name] = plain[name].compute()
+        elif variable.chunks is not None:  # dask's may differ in size, and Zarr's do not
+            sizes = {dim: sizes[0] for dim, sizes in variable.chunksizes.items()}
+            plain[name] = plain[name].chunk(sizes)
     plain.to_zarr(folder, zarr_format=2)
 
 
