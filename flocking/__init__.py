@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flocking import plotting as plot
     from flocking.analysis import (
         between_consistency,
         between_sequence_overlap,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
         perplexity,
         score,
     )
-    from flocking.recording import Moments, concat, record
+    from flocking.recording import Moments, concat, open_recording, record, save_recording
     from flocking.texts import Passage, passages
 
 __version__ = _version("flocking")
@@ -83,11 +84,14 @@ __all__ = [
     "jaccard",
     "load",
     "observe",
+    "open_recording",
     "passages",
     "perplexity",
+    "plot",
     "prompt_generation_overlap",
     "rank_consistency",
     "record",
+    "save_recording",
     "score",
     "select",
     "set_feedforwards",
@@ -126,11 +130,13 @@ _ROOMS = {
     "jaccard": "flocking.analysis",
     "load": "flocking.models",
     "observe": "flocking.feedforward",
+    "open_recording": "flocking.recording",
     "passages": "flocking.texts",
     "perplexity": "flocking.pruning",
     "prompt_generation_overlap": "flocking.analysis",
     "rank_consistency": "flocking.analysis",
     "record": "flocking.recording",
+    "save_recording": "flocking.recording",
     "score": "flocking.pruning",
     "select": "flocking.analysis",
     "set_feedforwards": "flocking.feedforward",
@@ -141,11 +147,20 @@ _ROOMS = {
 }
 
 
+# Public names that are a whole room, whose functions are called as flocking.plot.heatmap.
+_WHOLE = {"plot": "flocking.plotting"}
+
+
 def __getattr__(name: str) -> object:
     """A public name, from its room."""
-    if name not in _ROOMS:
+    value: object
+    if name in _WHOLE:
+        value = _import_module(_WHOLE[name])
+    elif name in _ROOMS:
+        value = getattr(_import_module(_ROOMS[name]), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(_import_module(_ROOMS[name]), name)
+    globals()[name] = value
     return value
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import operator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import transformers as tf
 
@@ -43,11 +45,15 @@ def names(
     return {"flocking": flocking, "model": model, "tokenizer": tokenizer}
 
 
+PLOTS = [f"plot.{name}" for name in flocking.plot.__all__]
+NAMES = [*flocking.__all__, *PLOTS]
+
+
 def documented(name: str) -> str:
-    return inspect.getdoc(getattr(flocking, name)) or ""
+    return inspect.getdoc(operator.attrgetter(name)(flocking)) or ""
 
 
-@pytest.mark.parametrize("name", [n for n in flocking.__all__ if n not in WITHOUT])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in WITHOUT])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of compilers about themselves
 def test_example_runs(
     name: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -58,10 +64,12 @@ def test_example_runs(
     test = PARSER.get_doctest(documented(name), dict(names), name, name, 0)
     assert test.examples, f"flocking.{name} has no example"
     problems: list[str] = []
+    plt.figure()  # the current one, on which nothing is drawn yet
     doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=problems.append)
+    plt.close("all")
     assert not problems, "".join(problems)
 
 
 def test_names_without_an_example_are_listed() -> None:
-    missing = {n for n in flocking.__all__ if not PARSER.get_examples(documented(n))}
+    missing = {n for n in NAMES if not PARSER.get_examples(documented(n))}
     assert missing == WITHOUT

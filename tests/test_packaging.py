@@ -128,8 +128,9 @@ assert not {{"torch", "transformers", "xarray"}} & sys.modules.keys()
 for room in {ROOMS}:
     importlib.import_module("flocking." + room)
 import flocking.checking, flocking.evaluation.runner
-for name in flocking.__all__:
-    assert not isinstance(getattr(flocking, name), types.ModuleType), name
+modules = {{n for n in flocking.__all__ if isinstance(getattr(flocking, n), types.ModuleType)}}
+assert modules == {{"plot"}}  # whose functions are called as flocking.plot.heatmap
+assert flocking.plot is sys.modules["flocking.plotting"]
 assert dir(flocking) == sorted([*flocking.__all__, "__version__"])
 """
     pytest.importorskip("lm_eval")

@@ -6,7 +6,6 @@ What needs torch is imported inside of the commands, so that help and version ar
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -126,13 +125,12 @@ def record(
 
     from flocking.artifacts import replacing
     from flocking.cli.outputs import refuse_existing, refuse_nothing
-    from flocking.recording import Wanted, check_numbers
+    from flocking.recording import Wanted, check_numbers, store_path, write_store
 
     check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
     refuse_nothing("output", output)
-    if re.match(r"[a-z0-9+]{2,}:/", str(output)):
-        raise ValueError(f"--output {output}: name a folder on a disk, since URLs are not written.")
+    store_path(output, "--output")
     texts, answers = read_all(files, continuation)
     Wanted(prompt_tokens, answers, max_new_tokens).check()
     known = functools.partial(refuse_existing, overwrite=overwrite)
@@ -152,10 +150,10 @@ def record(
         # (A name may hold bytes that are no characters, which cannot be stored.)
         names = [name.encode("utf-8", "backslashreplace").decode() for name in files]
         recording = recording.assign_coords(file=("sequence", np.array(names, dtype=str)))
-        recording.to_zarr(partial, zarr_format=2)
+        write_store(recording, partial)
     sizes = dict(recording.sizes)
     say(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
-    say(f"open it with xarray.open_zarr({str(output)!r})")
+    say(f"open it with flocking.open_recording({str(output)!r})")
 
 
 @app.command(epilog="Example: flocking demo --out out")
@@ -166,12 +164,15 @@ def demo(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Record the packaged passages, print how they flock by layer, and draw two of them."""
-    import matplotlib.pyplot as plt
+    """Record the packaged passages, print how they flock by layer, and draw one of them.
 
+    Beside it, the same tokens in a network of the same shape with random weights.
+    """
     from flocking.artifacts import replacing
-    from flocking.cli.demo import name_of, table, two_passages
+    from flocking.cli.demo import beside_control, name_of, table
     from flocking.cli.outputs import refuse_other_than_demos as known
+    from flocking.drawing import save_grain
+    from flocking.recording import write_store
 
     stored, picture = out / "demo.zarr", out / "demo.png"
     console = wide_console()
@@ -185,17 +186,22 @@ def demo(
         recording = recording.assign_coords(sequence=[passage.name for passage in passages])
         console.print(table(recording))
 
-        recording.to_zarr(partial, zarr_format=2)
-        figure = two_passages(recording, shown, ["reportage", "code"])
+        write_store(recording, partial)
+        # The same tokens in the same windows, by one that has learned nothing.
+        at = [passage.name for passage in passages].index("reportage")
+        random = flocking.control(loaded)
+        other = flocking.record(
+            random, ids[at], tokenizer=tokenizer, relative=[shown], progress=False
+        ).assign_coords(sequence=["reportage"])
+        figure = beside_control(recording, other, shown, "reportage")
         origin = {
             key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")
         }
-        figure.savefig(drawn, dpi=150, metadata={"Source": name_of(recording), **origin})
-        plt.close(figure)
+        save_grain(figure, drawn, {"Source": name_of(recording), **origin}, dpi=100)
     say(
         f"\nwrote {stored} and {picture}. Next:\n"
-        f"  look at {picture}: vertical streaks are neurons that flock;\n"
-        f"  open the numbers: xarray.open_zarr({str(stored)!r});\n"
+        f"  look at {picture}: vertical streaks are neurons that flock, in random weights, too;\n"
+        f"  open the numbers: flocking.open_recording({str(stored)!r});\n"
         "  run `make notebook`, and notebooks/flocking.ipynb in it, for chance and control;\n"
         "  read README.md for ten lines of Python of your own."
     )
@@ -224,12 +230,17 @@ def figures(
             "the last commit; exit code 1 if one is. Runs no model.",
         ),
     ] = False,
+    redraw: Annotated[
+        bool,
+        typer.Option("--redraw", help="Only draw again what is there, however old its numbers."),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Run the experiments and draw their figures, with chance and random weights to compare.
 
-    Each figure is a PNG and an SVG, and a JSON file with its numbers and where they come from.
+    Each figure is a PNG and an SVG, a JSON file with its numbers and where they come from, and a
+    page of Markdown with its caption.
     Where the numbers are there already, for the same model, texts, versions and code, they are
     only drawn again.
     """
@@ -238,6 +249,11 @@ def figures(
     from flocking.recording import check_numbers
 
     check_numbers(seed=seed)
+    if redraw and check:
+        raise ValueError("--redraw and --check: give one of the two.")
+    if redraw:
+        experiments.redraw(out, only=only, say=say)
+        return
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     key = f"{identity(model)} {dtype}"
     if device and not device.startswith("cpu"):

@@ -1,4 +1,4 @@
-"""What ``flocking demo`` shows of a recording: a table by layer, and two texts as pictures."""
+"""What ``flocking demo`` shows of a recording: a table by layer, and a text beside the control."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from rich.text import Text
 
 from flocking.analysis import chance_consistency, consistency, effective_neurons, flocking_score
 from flocking.cli.printing import add_row, printable
-from flocking.drawing import heatmap
+from flocking.plotting import heatmap
+
+_SHOWN = 256  # tokens and neurons
+_DPI = 100
+_LEFT, _GAP, _BELOW, _STRIP = 70, 24, 50, 14  # pixels
+_WIDTH = _LEFT + 4 * _SHOWN + _GAP + 100
+_HEIGHT = _BELOW + 2 * _SHOWN + _STRIP + 64
 
 
 def table(recording: xr.Dataset) -> Table:
@@ -48,20 +54,53 @@ def name_of(recording: xr.Dataset) -> str:
     return recording.attrs["model"].rstrip("/").rpartition("/")[2]
 
 
-def two_passages(recording: xr.Dataset, layer: int, names: list[str]) -> plt.Figure:
-    """Heat maps of two passages at one layer, the first 512 neurons, as in the paper."""
-    relative = recording.relative.sel(relative_layer=layer, sequence=names)
-    relative = relative.isel(neuron=slice(512), token=slice(1, None))
-    vmax = float(relative.astype(np.float32).quantile(0.99))
-    scores = flocking_score(recording).sel(layer=layer, sequence=names)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
-    for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        heatmap(relative.sel(sequence=name), ax, vmax=vmax, colorbar=number == 1)
-        ax.set_title(f"{name}: flocking score {float(scores.sel(sequence=name)):.2f} (chance 0)")
-    axes[1].set_ylabel("")
+def beside_control(
+    recording: xr.Dataset, control: xr.Dataset, layer: int, passage: str
+) -> plt.Figure:
+    """Heat maps of a passage at one layer, of the model and of random weights.
+
+    256 tokens by 256 neurons, the first ones, each two pixels wide and high, under the mean over
+    these tokens.
+    """
+    parts, scores = [], []
+    for given in (recording, control):
+        relative = given.relative.sel(relative_layer=layer, sequence=passage)
+        parts.append(relative.isel(neuron=slice(_SHOWN), token=slice(1, 1 + _SHOWN)))
+        scores.append(float(flocking_score(given).sel(layer=layer, sequence=passage)))
+    values = [part.values.astype(np.float32) for part in parts]
+    most = float(np.percentile(values[0], 99))  # one scale for both, so that they compare
+    means = [each.mean(axis=0, keepdims=True) for each in values]
+    figure = plt.figure(figsize=(_WIDTH / _DPI, _HEIGHT / _DPI), dpi=_DPI)
+    for number, (part, name) in enumerate(zip(parts, ("model", "random weights"), strict=True)):
+        left = _LEFT + number * (2 * _SHOWN + _GAP)
+        width = 2 * part.sizes["neuron"]
+        ax = figure.add_axes(_place(left, _BELOW, width, 2 * part.sizes["token"]))
+        heatmap(part.drop_vars("token_text"), ax=ax, vmax=most, colorbar=False)
+        ax.images[0].set_interpolation("nearest")
+        strip = figure.add_axes(_place(left, _BELOW + 2 * part.sizes["token"] + 6, width, _STRIP))
+        mean = means[number]
+        cmap, highest = ax.images[0].get_cmap(), max(float(each.max()) for each in means)
+        strip.imshow(
+            mean, aspect="auto", interpolation="nearest", cmap=cmap, vmin=0, vmax=highest / 2
+        )
+        strip.set_xticks([])
+        strip.set_yticks([0], ["mean"] if number == 0 else [""])
+        strip.set_title(f"{name}: flocking score {scores[number]:.2f} (chance 0)")
+        if number:
+            ax.set_ylabel("")
+            ax.set_yticklabels([])
+    left = _LEFT + 4 * _SHOWN + _GAP + 16
+    bar = figure.add_axes(_place(left, _BELOW, 14, 2 * _SHOWN))
+    image = figure.axes[0].images[0]
+    figure.colorbar(image, cax=bar, extend="max", label="relative activation $|z|/\\|z\\|_2$")
     d_ff = int(recording.d_ff.sel(layer=layer))
     figure.suptitle(
-        f"Relative activations in layer {layer} of {name_of(recording)}, "
-        f"{relative.sizes['neuron']} of {d_ff} neurons"
+        f"{name_of(recording)}, layer {layer}, passage {passage!r}: {parts[0].sizes['token']} "
+        f"tokens by {parts[0].sizes['neuron']} of {d_ff} neurons. Streaks are neurons that flock."
     )
     return figure
+
+
+def _place(left: int, bottom: int, width: int, height: int) -> tuple[float, float, float, float]:
+    """A rectangle in pixels, as parts of the figure."""
+    return left / _WIDTH, bottom / _HEIGHT, width / _WIDTH, height / _HEIGHT

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-import xarray as xr
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, _, _, _, SKY = sns.color_palette("colorblind")
 # Colour and dashes together, so that neither is needed to tell the lines apart.
-TRAINED = {"color": BLUE, "ls": "-", "label": "trained"}
-CONTROL = {"color": ORANGE, "ls": "--", "label": "random weights (control)"}
-BY_WEIGHTS = {"trained": TRAINED, "control": CONTROL}
-HINDSIGHT = {"color": GREEN, "ls": (0, (5, 1, 1, 1)), "label": "best in hindsight"}
-OTHERS = {"color": PURPLE, "ls": "-.", "label": "static: other texts"}
-MAGNITUDE = {"color": RED, "ls": (0, (1, 1)), "label": "static: weight magnitude"}
+MODEL: dict[str, Any] = {"color": BLUE, "ls": "-", "label": "model"}
+CONTROL: dict[str, Any] = {"color": ORANGE, "ls": "--", "label": "random weights (control)"}
+BY_WEIGHTS: dict[str, dict[str, Any]] = {"trained": MODEL, "control": CONTROL}
+# What needs no estimate: chance is dotted, any other level thin and whole.
+CHANCE: dict[str, Any] = {"color": "0.35", "ls": ":", "lw": 1.2}
+LEVEL: dict[str, Any] = {"color": "0.1", "ls": "-", "lw": 0.6}
+HINDSIGHT: dict[str, Any] = {"color": GREEN, "ls": (0, (5, 1, 1, 1)), "label": "best in hindsight"}
+OTHERS: dict[str, Any] = {"color": PURPLE, "ls": "-.", "label": "static: other texts"}
+MAGNITUDE: dict[str, Any] = {"color": RED, "ls": (0, (1, 1)), "label": "static: weight magnitude"}
 _DOT = {"ms": 2.5}
-BY_SELECTION = {
+BY_SELECTION: dict[str, dict[str, Any]] = {
     "hindsight": {**HINDSIGHT, **_DOT, "marker": "v", "label": "hindsight: scored tokens"},
     "global-local": {
         **_DOT,
@@ -51,7 +56,7 @@ BY_SELECTION = {
     "random": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "random (chance)"},
     "magnitude": {**MAGNITUDE, **_DOT, "marker": "P"},
 }
-BY_ALLOCATION = {
+BY_ALLOCATION: dict[str, dict[str, Any]] = {
     "one for all": {**_DOT, "color": ORANGE, "ls": "--", "marker": "o", "label": "one for all"},
     "allocated": {**_DOT, "color": BLUE, "ls": "-", "marker": "s", "label": "allocated"},
     "first layer": {
@@ -72,7 +77,7 @@ BY_ALLOCATION = {
     "shuffled": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "shuffled (chance)"},
 }
 # By what static and global-local are made from.
-BY_REFERENCE = {
+BY_REFERENCE: dict[str, dict[str, Any]] = {
     "global-local-domain": {"color": ORANGE, "marker": "p", "label": "global-local: own beginning"},
     "global-local-sampled": {"color": ORANGE, "marker": "*", "label": "global-local: sampled"},
     "global-local": {"color": ORANGE, "marker": "s", "label": "global-local: other texts"},
@@ -99,6 +104,7 @@ STYLE = mpl.RcParams(
         "xtick.major.width": 0.6,
         "ytick.major.width": 0.6,
         "lines.linewidth": 1.2,
+        "lines.markersize": 4,
         "savefig.dpi": 300,
         "svg.fonttype": "none",
         "svg.hashsalt": "flocking",
@@ -106,25 +112,51 @@ STYLE = mpl.RcParams(
 )
 
 
-def in_style(draw: Callable[[xr.Dataset, Figure], None]) -> Callable[[xr.Dataset], Figure]:
-    """Make a function draw in the project's style, whatever the user's own style is."""
+def in_style(
+    source: str, *needs: str
+) -> Callable[[Callable[[Any, Figure], None]], Callable[[Any], Figure]]:
+    """Make a function draw in the project's style, whatever the user's own style is.
 
-    def styled(data: xr.Dataset) -> Figure:
-        # Made before the context: its end would undo a notebook's interactive mode.
-        figure = plt.figure()
-        with mpl.rc_context(STYLE):
-            draw(data, figure)
-        return figure
+    Parameters
+    ----------
+    source : str
+        What the function is given, in words; said where it is given something else.
+    *needs : str
+        Variables or columns that it draws.
+    """
 
-    styled.__name__, styled.__doc__ = draw.__name__, draw.__doc__
-    return styled
+    def styling(draw: Callable[[Any, Figure], None]) -> Callable[[Any], Figure]:
+        def styled(data: Any) -> Figure:
+            _refuse_others(draw.__name__, data, source, needs)
+            # Made before the context: its end would undo a notebook's interactive mode.
+            figure = plt.figure()
+            with mpl.rc_context(STYLE):
+                draw(data, figure)
+            return figure
+
+        styled.__name__, styled.__doc__ = draw.__name__, draw.__doc__
+        return styled
+
+    return styling
+
+
+def _refuse_others(name: str, data: Any, source: str, needs: tuple[str, ...]) -> None:
+    """Say what a figure is drawn from, if it is given something else."""
+    told = f"{name} draws {source}. For a recording of your own, use flocking.plot."
+    attributes = getattr(data, "attrs", None)
+    if not isinstance(attributes, dict) or not hasattr(data, "keys"):
+        raise TypeError(f"data is a {type(data).__name__}, and {told}")
+    lacking = [each for each in needs if each not in data]
+    lacking += ["caption"] if "caption" not in attributes else []
+    if lacking:
+        raise ValueError(f"data has no {lacking[0]!r}, and {told}")
 
 
 def page(
-    figure: Figure, data: xr.Dataset, rows: int, columns: int, *, height: float, **options: object
+    figure: Figure, told: str, rows: int, columns: int, *, height: float, **options: object
 ) -> tuple[SubFigure, np.ndarray]:
-    """Axes a column wide, with the data's caption below them."""
-    lines = textwrap.wrap(data.attrs["caption"], 82)
+    """Axes a column wide, with a line or two below them; captions stand beside figures."""
+    lines = textwrap.wrap(told, 82)
     below = 0.105 * len(lines) + 0.05
     figure.set_size_inches(_WIDTH, height + below)
     figure.set_layout_engine("constrained")
@@ -148,10 +180,31 @@ def save(figure: Figure, folder: Path, name: str, model: str, caption: str) -> N
     plt.close(figure)
 
 
+def save_grain(figure: Figure, path: Path, about: dict[str, str], dpi: int) -> None:
+    """Write a picture of many small cells as a PNG of 256 colours, a third of the size."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    told = PngInfo()
+    for key, text in about.items():
+        told.add_text(key, text)
+    with Image.open(drawn) as image:
+        few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(path, format="PNG", pnginfo=told, optimize=True, dpi=(dpi, dpi))
+    plt.close(figure)
+
+
+def described(name: str, model: str, caption: str, source: str) -> str:
+    """A page of Markdown about a figure that :func:`save` wrote, with its caption."""
+    title = f"# {name}, {model}"
+    return "\n\n".join([title, f"![{name}]({name}.svg)", caption, source]) + "\n"
+
+
 def titled(path: Path, name: str) -> bool:
-    """Whether a PNG or SVG is one that :func:`save` wrote under this name."""
+    """Whether a PNG, SVG or page of Markdown is one that was written here under this name."""
     title = f"{name}, "
     try:
+        if path.suffix == ".md":
+            return path.read_text(encoding="utf-8").startswith(f"# {title}")
         if path.suffix == ".png":
             with Image.open(path) as image:
                 return str(image.info.get("Title", "")).startswith(title)

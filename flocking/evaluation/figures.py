@@ -8,7 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from flocking.drawing import BY_SELECTION, below, guide, in_style, legend, logarithmic, page
+from flocking.drawing import (
+    BY_SELECTION,
+    CHANCE,
+    below,
+    guide,
+    in_style,
+    legend,
+    logarithmic,
+    page,
+)
 from flocking.evaluation.summary import is_loss
 
 _FULL = {"color": "0.15", "ls": "-", "lw": 1, "label": "full model"}
@@ -18,13 +27,17 @@ _BY_METHOD["static"] = _BY_METHOD["static"] | {"label": "static: calibration tex
 _BY_METHOD["static-domain"] = _BY_METHOD["static-domain"] | {"label": "static: the task's others"}
 _MEANS = ["estimate", "low", "high"]
 _DIFFERENCES = ["difference", "difference_low", "difference_high"]
+_SUMMARY = "a summary of an evaluation, as flocking.evaluation.report.write makes it"
+_NEEDS = ("task", "metric", "method", "density", "estimate", "chance", *_DIFFERENCES)
+_STEP = 0.02  # in density, by which methods stand beside each other
 
 
-@in_style
+@in_style(_SUMMARY, *_NEEDS)
 def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
     """Each task's score by the fraction of neurons kept.
 
-    `data` is from :func:`flocking.evaluation.summary.headlines`, with a caption in its ``attrs``.
+    `data` is from :func:`flocking.evaluation.summary.headlines`, with ``told`` and a caption in its
+    ``attrs``.
     """
     upper, axes = _panels(data, figure)
     for ax, part in _each(data, axes):
@@ -34,18 +47,17 @@ def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
         ax.axhline(_shown(part, full["estimate"]), **_FULL)
         if not np.isnan(full["chance"]):
             guide(full["chance"], ax)
-        pruned = part[part["method"] != "full"]
-        for number, (method, own) in enumerate(pruned.groupby("method", sort=False)):
+        pruned = _beside(part[part["method"] != "full"])
+        for method, own in pruned.groupby("method", sort=False):
             own = own.sort_values("density")
-            shifted = own["density"] + 0.02 * (number - pruned["method"].nunique() / 2 + 0.5)
-            _errors(ax, shifted, _shown(part, own[_MEANS]), _BY_METHOD[method])
+            _errors(ax, own["shown_at"], _shown(part, own[_MEANS]), _BY_METHOD[method])
         ax.set_xlim(0, 1)
         _scale(ax, part)
     below(axes, "density (fraction kept)")
     legend(upper, axes, ncols=2)
 
 
-@in_style
+@in_style(_SUMMARY, *_NEEDS)
 def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
     """Differences from the full model on each task, by method, at one density.
 
@@ -55,7 +67,7 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
     parts = [part for part in (data[~losses], data[losses]) if len(part)]
     counts = [part.groupby(["task", "metric"]).ngroups for part in parts]
     upper, axes = page(
-        figure, data, len(parts), 1, height=0.75 + 0.5 * sum(counts), height_ratios=counts
+        figure, _told(data), len(parts), 1, height=0.75 + 0.5 * sum(counts), height_ratios=counts
     )
     for ax, part in zip(axes[:, 0], parts, strict=True):
         loss = is_loss(part["metric"].iloc[0])
@@ -71,7 +83,7 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
                 ax.errorbar(middle, y, xerr=[[middle - low], [high - middle]], lw=1, **style)
             if not np.isnan(full["chance"]):
                 gone = full["chance"] - full["estimate"]
-                ax.plot([gone] * 2, [row - 0.35, row + 0.35], color="0.35", ls=":", label="chance")
+                ax.plot([gone] * 2, [row - 0.35, row + 0.35], **CHANCE, label="chance")
         ax.axvline(1 if loss else 0, **_FULL)
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
@@ -84,7 +96,7 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
     legend(upper, axes, ncols=2)
 
 
-@in_style
+@in_style(_SUMMARY, *_NEEDS)
 def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
     """Differences from the full model by how many tokens the kept neurons were selected from.
 
@@ -99,15 +111,25 @@ def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
             own = own.sort_values("prompt_tokens")
             _errors(ax, own["prompt_tokens"], _shown(part, own[_DIFFERENCES]), _BY_METHOD[method])
         logarithmic(ax, ax.xaxis, sorted(part["prompt_tokens"].unique()))
+        name = _metric(part["metric"].iloc[0])
+        ax.set_ylabel(f"{name},\n" + ("times full's" if loss else "minus full's"))
         _scale(ax, part)
     below(axes, "prompt (tokens)")
     legend(upper, axes, ncols=2)
 
 
+def _beside(pruned: pd.DataFrame) -> pd.DataFrame:
+    """Where methods are drawn: side by side where there are several at a density."""
+    groups = pruned.groupby("density")["method"]
+    order = groups.cumcount()
+    middle = (groups.transform("size") - 1) / 2
+    return pruned.assign(shown_at=pruned["density"] + _STEP * (order - middle))
+
+
 def _panels(data: pd.DataFrame, figure: Figure) -> tuple:
     count = data.groupby(["task", "metric"]).ngroups
     rows = -(-count // 2)
-    upper, axes = page(figure, data, rows, 2, height=0.6 + 1.15 * rows)
+    upper, axes = page(figure, _told(data), rows, 2, height=0.6 + 1.15 * rows)
     for ax in axes.flat[count:]:
         ax.set_axis_off()
     return upper, axes
@@ -122,6 +144,11 @@ def _each(data: pd.DataFrame, axes: np.ndarray) -> list[tuple[Axes, pd.DataFrame
         ax.set(title=task, ylabel=_metric(metric))
         found.append((ax, part))
     return found
+
+
+def _told(data: pd.DataFrame) -> str:
+    """A line or two below the figure; its caption stands beside it."""
+    return str(data.attrs.get("told", ""))
 
 
 def _metric(name: str) -> str:

@@ -47,15 +47,19 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
         partial = first.parent
         items.to_parquet(partial / "items.parquet", index=False)
         rows.to_csv(partial / "summary.csv", index=False, float_format="%.6g")
-        (partial / "tables.md").write_text(_tables(items, rows, density, source), encoding="utf-8")
         wanted = {
             "quality_by_density": (quality_by_density, headlines(rows), _by_density),
             "quality_by_method": (quality_by_method, headlines(here), _by_method),
             "quality_by_prompt": (quality_by_prompt, headlines(by_prompt(of_same)), _by_prompt),
         }
+        captions = {}
         for name, (draw, data, caption) in wanted.items():
-            data.attrs["caption"] = caption(source["model"], density)
-            save(draw(data), partial, name, source["model"], data.attrs["caption"])
+            captions[name] = data.attrs["caption"] = caption(source["model"], density)
+            at = "" if name == "quality_by_density" else f", density {density:g}"
+            data.attrs["told"] = f"{source['model']}{at}. {_BAND}."
+            save(draw(data), partial, name, source["model"], captions[name])
+        told = _tables(items, rows, density, source, captions)
+        (partial / "tables.md").write_text(told, encoding="utf-8")
 
 
 def files_in(out: Path) -> list[Path]:
@@ -115,9 +119,13 @@ def _by_prompt(model: str, density: float) -> str:
 
 
 def _tables(
-    items: pd.DataFrame, rows: pd.DataFrame, density: float, source: Mapping[str, str]
+    items: pd.DataFrame,
+    rows: pd.DataFrame,
+    density: float,
+    source: Mapping[str, str],
+    captions: Mapping[str, str],
 ) -> str:
-    """All of it in Markdown."""
+    """All of it in Markdown, with the figures and their captions."""
     told = "; ".join(f"{key} {value}" for key, value in source.items())
     parts = [
         f"# {source['model']}{_HEADING}",
@@ -150,6 +158,8 @@ def _tables(
         share = "generation" if pd.isna(one.pruned_share) else f"{one.pruned_share:.1%}"
         lines.append(f"| {one.task} | {one.protocol} | {share} | {one.items_cut} of {one.items} |")
     parts.append("\n".join(lines) + "\n")
+    parts.append("## Figures")
+    parts += [f"![{name}]({name}.svg)\n\n{caption}" for name, caption in captions.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

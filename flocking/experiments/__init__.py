@@ -1,9 +1,9 @@
 """The runs behind the figures, and the figures drawn from them.
 
-Imports ``pruning``, ``drawing`` and ``artifacts``, and the rooms below; not ``evaluation``,
-which is on the same floor.
+Imports ``pruning``, ``plotting``, ``drawing`` and ``artifacts``, and the rooms below; not
+``evaluation``, which is on the same floor.
 """
 
-from flocking.experiments.reproduce import EXPERIMENTS, check, regenerate
+from flocking.experiments.reproduce import EXPERIMENTS, check, redraw, regenerate
 
-__all__ = ["EXPERIMENTS", "check", "regenerate"]
+__all__ = ["EXPERIMENTS", "check", "redraw", "regenerate"]

@@ -88,7 +88,7 @@ def heatmaps(
     caption = (
         f"Relative activations in layer {layer} of {source['model']}, {data.sizes['neuron']} of "
         f"{data.d_ff.item()} neurons: vertical streaks are neurons "
-        f"that flock. Flocking score, here over {len(ids[0]) - 1} tokens (chance 0): trained "
+        f"that flock. Flocking score, here over {len(ids[0]) - 1} tokens (chance 0): model "
         f"{score[0]:.2f}, random weights {score[1]:.2f}."
     )
     return finished(data, source, names, ids, seed, caption, layer=layer)
@@ -128,7 +128,7 @@ def scores(
     top = int(np.argmax(trained.flocking_score.values))
     caption = (
         f"Flocking of {source['model']} by layer, mean over {counted(ids)} with 95% "
-        "bootstrap bands. Score over all layers: trained "
+        "bootstrap bands. Score over all layers: model "
         f"{said(mean.flocking_score, 'trained')}, random weights "
         f"{said(mean.flocking_score, 'control')}; rank consistency "
         f"{said(mean.rank_consistency, 'trained')} and {said(mean.rank_consistency, 'control')}. "
@@ -177,10 +177,10 @@ def sequence_overlap(
     caption = (
         f"Kept neurons of {source['model']} at density {_DENSITY}: Jaccard overlap of the two "
         "halves of one text, and of one text's first half with another's second, over "
-        f"{counted(ids)} with 95% bootstrap bands. Over all layers: trained "
+        f"{counted(ids)} with 95% bootstrap bands. Over all layers: model "
         f"{said(mean.within, 'trained')} within, {said(mean.between, 'trained')} between; random "
         f"weights {said(mean.within, 'control')} and {said(mean.between, 'control')}; chance "
-        f"{chance:.2f}. Specificity: trained {said(mean.specificity, 'trained')} "
+        f"{chance:.2f}. Specificity: model {said(mean.specificity, 'trained')} "
         f"({said(mean.different_tokens, 'trained')} without pairs of identical tokens), random "
         f"weights {said(mean.specificity, 'control')}."
     )
@@ -416,7 +416,7 @@ def text_kinds(
     caption = (
         f"Effective neurons of {source['model']} (participation ratio of the energy) by layer and "
         f"text, {count} excerpts of {len(excerpts[0])} tokens each; right: mean over layers, with "
-        f"the lowest and the highest excerpt. All texts: trained {said(overall, 'trained', 0)} of "
+        f"the lowest and the highest excerpt. All texts: model {said(overall, 'trained', 0)} of "
         f"{d_ff} neurons, random weights {said(overall, 'control', 0)}; "
         f"{trained.text.values[np.argmin(trained.values)]} has the fewest "
         f"({float(trained.min()):.0f}), {trained.text.values[np.argmax(trained.values)]} the most "
@@ -425,7 +425,7 @@ def text_kinds(
     if count > 1 and len(names) > 1:
         test = f_oneway(*np.log(by_excerpt.sel(weights="trained").values))
         caption += (
-            f" Texts against excerpts of one text, trained: F({len(names) - 1}, "
+            f" Texts against excerpts of one text, model: F({len(names) - 1}, "
             f"{len(names) * (count - 1)}) = {test.statistic:.1f}, p = {test.pvalue:.2g}."
         )
     return finished(data, source, names, excerpts, seed, caption, d_ff=d_ff)

@@ -212,7 +212,7 @@ def loss_by_density(
         f"{len(ids[0]) - prompt} tokens after prompts of {prompt}, by density, over {len(ids)} "
         "texts with 95% bootstrap bands. Absolute, at density "
         f"{'. At '.join(absolute)}. Static: from the other texts; GRIFFIN's over static's: "
-        f"{', '.join(over)}. Guessing would give {_vocabulary(model):,}. Right: the same, enlarged."
+        f"{', '.join(over)}. Guessing would give {_vocabulary(model):,}. Right: that ratio."
     )
     return finished(data, source, names, ids, seed, caption, prompt=prompt)
 

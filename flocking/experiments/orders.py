@@ -180,17 +180,17 @@ def _caption(data: xr.Dataset, name: str, ids: list[list[int]], chance: float) -
     return (
         f"Flocking of {name} on {counted(ids)} in order, on the same tokens permuted within each "
         "text, and on as many drawn at random from the vocabulary (the first token stays), with "
-        f"95% bootstrap bands. Score over all layers (chance 0), trained: {each('flocking_score')};"
+        f"95% bootstrap bands. Score over all layers (chance 0), model: {each('flocking_score')};"
         f" random weights: {each('flocking_score', 'control')}. Paired differences on the same "
-        "texts, order: in order - permuted, words: permuted - drawn. Trained: "
+        "texts, order: in order - permuted, words: permuted - drawn. Model: "
         f"{each('flocking_score_change')}; random weights: "
-        f"{each('flocking_score_change', 'control')}. So, of the trained model's score on text, "
+        f"{each('flocking_score_change', 'control')}. So, of the model's score on text, "
         f"the order {_adds(order)}, and the choice of words {_adds(words)} (their repetition "
         f"included: {_identical(ids):.1%} of a text's pairs of tokens are identical); random "
-        f"tokens, where only the model is left, have {alone:.0%} of it. Trained minus random "
-        f"weights: {over}. Rank consistency, trained: "
+        f"tokens, where only the model is left, have {alone:.0%} of it. Model minus random "
+        f"weights: {over}. Rank consistency, model: "
         f"{each('rank_consistency')}, differences {each('rank_consistency_change')}. Overlap of "
-        f"the text's selection at density {_DENSITY} with the others', trained: "
+        f"the text's selection at density {_DENSITY} with the others', model: "
         f"{each('overlap')}; random weights: {each('overlap', 'control')}; chance {chance:.2f}."
     )
 

@@ -17,7 +17,7 @@ from flocking.artifacts import (
     set_aside,
     to_json,
 )
-from flocking.drawing import save, titled
+from flocking.drawing import described, save, titled
 from flocking.experiments import activations, allocations, distances, losses, orders, references
 from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
@@ -31,7 +31,7 @@ EXPERIMENTS = (
     | allocations.EXPERIMENTS
     | distances.EXPERIMENTS
 )
-_SUFFIXES = (".json", ".png", ".svg")
+_SUFFIXES = (".json", ".png", ".svg", ".md")
 
 
 def regenerate(
@@ -49,7 +49,8 @@ def regenerate(
     Parameters
     ----------
     out : Path
-        Folder for ``NAME.png``, ``NAME.svg`` and ``NAME.json``.
+        Folder for ``NAME.png``, ``NAME.svg``, ``NAME.json`` (the numbers) and ``NAME.md`` (the
+        caption).
     load : callable
         Gives model and tokenizer; called at the first experiment that has to run, if any.
     identity : str
@@ -83,12 +84,64 @@ def regenerate(
                 say(f"{name}: {why}; running")
                 subject = subject or load()
                 written = to_json(EXPERIMENTS[name](*subject, texts, seed=seed), key)
-            partial.write_text(written, encoding="utf-8")
-            # Drawn from what was written, so that the picture shows exactly those numbers.
-            data = from_json(written)
-            about = data.attrs["model"], data.attrs["caption"]
-            save(FIGURES[name](data), partial.parent, name, *about)
-        say(f"{out / name}.png  {data.attrs['caption']}\n")
+            caption = _draw(name, written, partial)
+        say(f"{out / name}.png  {caption}\n")
+
+
+def redraw(
+    out: Path, *, only: Iterable[str] | None = None, say: Callable[[str], None] = print
+) -> None:
+    """Draw figures again from the numbers that are there, however old; run no model.
+
+    Numbers are out of date where their key says so (:func:`check`); a change of how they are drawn
+    makes none so.
+
+    Parameters
+    ----------
+    out : Path
+        Folder with ``NAME.json``; the pictures and pages beside it are replaced.
+    only : iterable of str, optional
+        Names of experiments; by default, those whose numbers are there.
+    say : callable
+        Takes each line of the report.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, for numbers that are not there, cannot be read or were changed, or if
+        there is a file of that name that is not a figure's.
+    OSError
+        If `out` cannot be written, or another process is writing a figure there.
+    """
+    there = [name for name in EXPERIMENTS if (out / f"{name}.json").exists()]
+    names = there if only is None else _known(only)
+    if not names:
+        raise ValueError(f"{out} has no numbers of figures: run flocking figures without --redraw.")
+    for name in names:
+        path = out / f"{name}.json"
+        _refuse_foreign(path)
+        read_content(path)  # refuses what is not as it was written
+        places = [out / f"{name}{suffix}" for suffix in _SUFFIXES]
+        with replacing(*places, check=_refuse_foreign) as partial:
+            _draw(name, path.read_text(encoding="utf-8"), partial)
+        say(f"{out / name}.png  drawn again")
+
+
+def _draw(name: str, written: str, numbers: Path) -> str:
+    """Write numbers, and beside them what is drawn from exactly these; their caption."""
+    numbers.write_text(written, encoding="utf-8")
+    data = from_json(written)
+    model, caption = data.attrs["model"], data.attrs["caption"]
+    save(FIGURES[name](data), numbers.parent, name, model, caption)
+    about = data.attrs
+    source = (
+        f"Numbers: [{name}.json]({name}.json), made with flocking {about['flocking_version']}, "
+        f"transformers {about['transformers_version']} and torch {about['torch_version']} in "
+        f"{about['dtype']}, seed {about['seed']}; texts: {', '.join(about['texts'])}."
+    )
+    page = described(name, model, caption, source)
+    numbers.with_suffix(".md").write_text(page, encoding="utf-8")
+    return str(caption)
 
 
 def check(
@@ -129,17 +182,24 @@ def _keys(
     out: Path, identity: str, texts: Sequence[str], only: Iterable[str] | None, seed: int
 ) -> dict[str, Key]:
     """Of the figures that are asked for; refuses unknown names, and files that are not ours."""
-    names = list(EXPERIMENTS) if only is None else list(only)
+    names = list(EXPERIMENTS) if only is None else _known(only)
     names_of(texts)  # what they refuse, before a model is loaded
     named = [(getattr(text, "name", ""), str(text)) for text in texts]
     keys = {}
     for name in names:
-        if name not in EXPERIMENTS:
-            raise ValueError(f"there is no figure {name!r}: choose from {', '.join(EXPERIMENTS)}.")
         _refuse_foreign(out / f"{name}.json")
         module = EXPERIMENTS[name].__module__
         keys[name] = Key.of(module, [name, identity, named, seed], packages=["xarray"])
     return keys
+
+
+def _known(names: Iterable[str]) -> list[str]:
+    """Names of experiments; others are refused."""
+    wanted = list(names)
+    for name in wanted:
+        if name not in EXPERIMENTS:
+            raise ValueError(f"there is no figure {name!r}: choose from {', '.join(EXPERIMENTS)}.")
+    return wanted
 
 
 def _since_commit(path: Path) -> list[str]:
@@ -178,8 +238,9 @@ def _refuse_foreign(path: Path) -> None:
     numbers, *pictures = (path.with_suffix(suffix) for suffix in _SUFFIXES)
     keyed = _has_key(numbers)
     foreign = [numbers] if keyed is False else []
-    if not keyed:
-        foreign += [one for one in pictures if one.exists() and not _is_ours(one)]
+    # Beside numbers of ours, pictures are ours; a page may be somebody's notes.
+    asked = [one for one in pictures if not keyed or one.suffix == ".md"]
+    foreign += [one for one in asked if one.exists() and not _is_ours(one)]
     if foreign:
         raise ValueError(
             f"{foreign[0]} exists and is not a figure of flocking: choose another --out."

@@ -1,7 +1,8 @@
 """From a model and texts to a recording: a Dataset of windowed moments.
 
 ``dataset`` knows the schema, ``entrance`` in which form measures get it, whatever was selected
-from it. Imports ``feedforward`` and ``models``.
+from it; ``stores`` keeps it on disk. Imports ``feedforward``, ``models``, ``texts`` and
+``artifacts``.
 """
 
 from flocking.recording.continuations import Wanted
@@ -15,10 +16,18 @@ from flocking.recording.dataset import (
     VARIABLES,
     coordinates_of,
 )
-from flocking.recording.entrance import measure, require, whole_neurons
+from flocking.recording.entrance import canonical, measure, require, whole_neurons
 from flocking.recording.joining import concat
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import check_numbers, record, whole_number
+from flocking.recording.stores import (
+    not_a_recording,
+    open_recording,
+    refuse_store,
+    save_recording,
+    store_path,
+    write_store,
+)
 from flocking.recording.windows import Windows
 
 __all__ = [
@@ -32,12 +41,19 @@ __all__ = [
     "Moments",
     "Wanted",
     "Windows",
+    "canonical",
     "check_numbers",
     "concat",
     "coordinates_of",
     "measure",
+    "not_a_recording",
+    "open_recording",
     "record",
+    "refuse_store",
     "require",
+    "save_recording",
+    "store_path",
     "whole_neurons",
     "whole_number",
+    "write_store",
 ]

@@ -231,7 +231,7 @@ def attributes_of(
         "generation": generation,
         "flocking_version": FLOCKING_VERSION,
         "transformers_version": transformers.__version__,
-        "torch_version": torch.__version__,
+        "torch_version": str(torch.__version__),
     }
 
 

@@ -150,8 +150,8 @@ def record(
     Returns
     -------
     xarray.Dataset
-        Save it with ``.to_zarr(path, zarr_format=2)``. Dimensions: ``sequence``,
-        ``layer``, ``window``, ``neuron``, ``token``. Variables:
+        Save it with :func:`flocking.save_recording`. Dimensions: ``sequence``, ``layer``,
+        ``window``, ``neuron``, ``token``. Variables:
 
         ``energy``, ``mass`` (sequence, layer, window, neuron), float32
             Sums over the window's tokens of ``r ** 2`` and of ``r``; unitless. Layers

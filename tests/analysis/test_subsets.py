@@ -84,8 +84,8 @@ def parts_of(recording: xr.Dataset) -> list[xr.Dataset]:
 
 
 def stored(recording: xr.Dataset, folder: pathlib.Path) -> xr.Dataset:
-    recording.to_zarr(folder / "r.zarr", zarr_format=2)
-    return xr.open_zarr(folder / "r.zarr", chunks=None)
+    flocking.save_recording(recording, folder / "r.zarr")
+    return flocking.open_recording(folder / "r.zarr")
 
 
 def chunked(recording: xr.Dataset, folder: pathlib.Path) -> xr.Dataset:

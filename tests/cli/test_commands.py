@@ -41,7 +41,7 @@ def test_record_writes_what_the_options_ask_for(tmp_path: Path, model: str, text
         stdin="Flocks.",
     )
     assert result.exit_code == 0, result.output
-    assert "xarray.open_zarr" in result.output
+    assert "flocking.open_recording" in result.output
     with xr.open_zarr(out) as recording:
         assert recording.file.values.tolist() == [text, "-"]
         assert recording.text.values.tolist() == ["Birds of a feather flock together.", "Flocks."]
@@ -122,13 +122,19 @@ def test_an_existing_output_is_only_replaced_when_told(
 
 
 def test_nothing_but_a_recording_is_ever_replaced(tmp_path: Path, model: str, text: str) -> None:
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    folder, file = tmp_path / "precious.zarr", tmp_path / "file.zarr"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    file.write_text("years of work")
     before = sorted(tmp_path.rglob("*"))
-    for output in (tmp_path / "precious", text, tmp_path, ".."):
+    for output in (folder, file):
         result = run("record", text, "-o", output, "--model", model, "--overwrite")
         assert result.exit_code == 2
         assert "exists and is not a recording" in result.output
+    for output in (text, tmp_path, "..", "mine.nc", "mine"):
+        result = run("record", text, "-o", output, "--model", "no/such-model", "--overwrite")
+        assert result.exit_code == 2
+        assert "recordings are Zarr stores, whose names end in .zarr" in result.output
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -204,6 +210,7 @@ def test_demo_prints_the_scores_by_layer_and_writes_its_files(tmp_path: Path) ->
         result = run("demo", "--out", tmp_path)
         assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "demo.zarr"]
+    assert (tmp_path / "demo.png").stat().st_size < 300_000
     with xr.open_zarr(tmp_path / "demo.zarr") as recording:
         assert recording.sizes["layer"] == 30
         assert (recording.tokens.sum("window") == 512).all()

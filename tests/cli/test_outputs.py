@@ -123,7 +123,10 @@ def unloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("record a.txt --output=", "--output names no file or folder: give it a name."),
         ("record a.txt -o file/x.zarr", "file/x.zarr cannot be written"),
         ("record a.txt -o /proc/x.zarr", "/proc/x.zarr cannot be written"),
-        ("record a.txt -o file --overwrite", "file exists and is not a recording"),
+        (
+            "record a.txt -o file --overwrite",
+            "file: recordings are Zarr stores, whose names end in .zarr",
+        ),
         ("record a.txt -o busy.zarr", "busy.zarr is being written by process 1 on elsewhere"),
         ("demo --out file", "cannot be written"),
         ("demo --out theirs", "demo.png exists and is not from flocking demo"),

@@ -73,7 +73,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
         "dangling is a link to nowhere, which is not there: name another place",
     ),
     (writing("{}/loop"), "loop is a link to loop, which is not there: name another place"),
-    (writing("{}/" + LONG), "its name is longer than 255 bytes"),
+    (writing("{}/" + LONG + ".zarr"), "its name is longer than 255 bytes"),
     (writing("{}/" + LONG + "/x.zarr"), "cannot be written (File name too long)"),
     ((*RECORD, "--window", "1" * 23), f"window={'1' * 23}: give a number below 2 ** 63"),
     ((*RECORD, "--max-new-tokens", "1" * 23), f"max_new_tokens={'1' * 23}: give a number below"),

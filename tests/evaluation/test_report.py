@@ -52,7 +52,40 @@ def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
     prompts = headlines(by_prompt(several))
     prompts.attrs["caption"] = "made up"
     axes = figures.quality_by_prompt(prompts).subfigs[0].axes
-    assert (axes[3].get_title(), axes[3].get_ylabel()) == ("wikitext", "perplexity of 256")
+    assert (axes[3].get_title(), axes[3].get_ylabel()) == (
+        "wikitext",
+        "perplexity of 256,\ntimes full's",
+    )
+    assert axes[0].get_ylabel() == "acc,\nminus full's"
+
+
+def test_methods_stand_beside_each_other_only_where_there_are_several(
+    several: pd.DataFrame,
+) -> None:
+    rows = headlines(summarise(several))
+    rows.attrs["caption"] = "made up"
+    axes = figures.quality_by_density(rows).subfigs[0].axes
+    piqa = rows[(rows["task"] == "piqa") & (rows["method"] != "full")]
+    shown = {one.get_label(): one[0].get_xdata() for one in axes[0].containers}
+    alone = [d for d, own in piqa.groupby("density") if len({*own["method"]}) == 1]
+    shared = [d for d, own in piqa.groupby("density") if len({*own["method"]}) > 1]
+    assert alone
+    assert shared
+    places = np.concatenate(list(shown.values())).astype(float)
+    for density in alone:
+        assert density in places
+    for density in shared:
+        near = np.sort(places[np.abs(places - density) < 0.1])
+        np.testing.assert_allclose(np.diff(near), 0.02)
+        assert near.mean() == pytest.approx(density)
+
+
+@pytest.mark.parametrize("name", report.FIGURES)
+def test_given_something_else_they_say_what_they_draw(name: str, several: pd.DataFrame) -> None:
+    with pytest.raises(TypeError, match="draws a summary of an evaluation"):
+        getattr(figures, name)(None)
+    with pytest.raises(ValueError, match=r"use flocking\.plot"):
+        getattr(figures, name)(several)
 
 
 def test_a_report_is_complete_and_says_where_it_comes_from(
@@ -67,6 +100,8 @@ def test_a_report_is_complete_and_says_where_it_comes_from(
     assert "(model tiny; torch 2)" in told
     assert "## GRIFFIN against the other methods at density 0.5" in told
     assert table(summarise(several)).strip() in told
+    for name in report.FIGURES:
+        assert f"![{name}]({name}.svg)\n\nScores of tiny" in told
 
 
 def test_a_report_says_what_is_from_older_code(several: pd.DataFrame, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_heatmap_shows_tokens_by_neurons(relative) -> None:
     ax = heatmap(data, axes[0])
     assert ax is axes[0]
     (image,) = ax.images
-    np.testing.assert_allclose(image.get_array(), data.values.astype(np.float32))
+    shown = data.values.astype(np.float32)
+    np.testing.assert_allclose(image.get_array(), np.repeat(shown, 256 // len(shown), axis=0))
     assert image.get_extent() == [9.5, 39.5, 29.5, 0.5]  # neuron and token numbers, first on top
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("neuron", "token (position in the text)")
     assert image.norm.vmin == 0
@@ -46,7 +47,7 @@ def test_heatmap_shows_tokens_by_neurons(relative) -> None:
 def test_heatmap_leaves_padding_out(relative) -> None:
     figure, ax = plt.subplots()
     heatmap(relative.sel(sequence=1), ax, colorbar=False)
-    assert ax.images[0].get_array().shape == (12, 160)
+    assert ax.images[0].get_array().shape == (12 * 21, 160)
     assert len(figure.axes) == 1
     plt.close(figure)
 
@@ -110,15 +111,19 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
                 *(data.text.values if "text" in data.dims else ()),
             }
             assert ax.get_ylabel() or not at.is_first_col() or texts[0] in named
-    (caption,) = figure.subfigs[1].texts
-    assert caption.get_text().replace("\n", " ") == data.attrs["caption"]
+    (told,) = figure.subfigs[1].texts
+    assert 1 <= len(told.get_text().splitlines()) <= 2
+    assert data.attrs["model"] in told.get_text()
+    page = (COMMITTED / f"{name}.md").read_text()
+    assert page.startswith(f"# {name}, {data.attrs['model']}\n\n![{name}]({name}.svg)\n")
+    assert data.attrs["caption"] in page.splitlines()
 
     numbers = content["data_vars"]  # read a second time, without xarray
     if name == "heatmaps":
         images = [ax.images[0].get_array() for ax in axes[:4]]
         expected = np.array(numbers["relative"]["data"], float)
         for image, values in zip(images, expected.reshape(-1, *expected.shape[2:]), strict=True):
-            np.testing.assert_allclose(image, values, rtol=1e-6)
+            np.testing.assert_allclose(image[::2], values, rtol=1e-6)
     elif name == "text_kinds":
         assert numbers["effective_neurons"]["dims"] == ["weights", "text", "layer"]
         rows = {tuple(row) for row in numbers["effective_neurons"]["data"][0]}
@@ -171,9 +176,9 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             "generation": ["jaccard_mean", "captured_mean"],
             "drift": ["jaccard", "captured"],
             "loss_by_prompt": ["relative"],
-            "loss_by_density": ["relative"],
+            "loss_by_density": ["relative", "over_static"],
             "loss_by_allocation": ["over_one"],
-            "loss_by_batch": ["relative"],
+            "loss_by_batch": ["relative", "over_alone", "over_static"],
             "loss_by_distance": ["relative", "agreement"],
         }[name]
 
@@ -204,3 +209,46 @@ def test_committed_captions_are_of_this_model() -> None:
         assert (COMMITTED / f"{name}.png").exists()
         assert (COMMITTED / f"{name}.svg").exists()
     assert activations.WEIGHTS == ["trained", "control"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_given_something_else_they_say_what_they_draw(name: str, relative) -> None:
+    recording = relative.to_dataset(name="relative")
+    for given in (None, "scores", [1.0], relative.values):
+        with pytest.raises(TypeError, match=f"{name} draws the numbers of an experiment"):
+            FIGURES[name](given)
+    for given in (recording, recording.assign_attrs(caption=""), {}):
+        with pytest.raises((ValueError, TypeError), match=r"of your own, use flocking\.plot"):
+            FIGURES[name](given)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_chance_is_dotted_and_other_levels_are_not(name: str) -> None:
+    data = artifacts.from_json((COMMITTED / f"{name}.json").read_text("utf-8"))
+    figure = FIGURES[name](data)
+    levels = {"full model", "no difference", "all equal ($d_{ff}$)", "as similar as two texts"}
+    for ax in figure.findobj(Axes):
+        for line in ax.lines:
+            if line.get_label() == "chance":
+                assert (line.get_linestyle(), line.get_color()) == (":", "0.35")
+            elif line.get_label() in levels:
+                assert (line.get_linestyle(), line.get_color()) == ("-", "0.1")
+    plt.close(figure)
+
+
+def test_drift_uses_its_axes_and_chance_takes_little_of_the_losses() -> None:
+    def figure_of(name: str) -> list[Axes]:
+        data = artifacts.from_json((COMMITTED / f"{name}.json").read_text("utf-8"))
+        figure = FIGURES[name](data)
+        figure.canvas.draw()
+        return figure.subfigs[0].axes
+
+    for ax in figure_of("drift"):
+        values = np.concatenate([y for y in lines_of(ax) if np.isfinite(y).any()])
+        low, high = ax.get_ylim()
+        assert np.ptp(values[np.isfinite(values)]) > 0.75 * (high - low)
+    axes = figure_of("loss_by_prompt")
+    (chance,) = [ax for ax in axes if any("random" in str(y.get_label()) for y in ax.lines)]
+    heights = [ax.get_position().height for ax in axes if ax is not chance and ax.axison]
+    assert chance.get_position().height < 0.25 * max(heights)
+    plt.close("all")

@@ -33,7 +33,9 @@ def made(subject: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_figures_come_with_their_numbers(made: Path) -> None:
     names = sorted(path.name for path in made.iterdir())
     stems = ("scores", "text_kinds")
-    assert names == [f"{stem}{suffix}" for stem in stems for suffix in (".json", ".png", ".svg")]
+    assert names == [
+        f"{stem}{suffix}" for stem in stems for suffix in (".json", ".md", ".png", ".svg")
+    ]
     content = json.loads((made / "scores.json").read_text())
     wanted = {"model", "revision", "texts", "seed", "torch_version", "flocking_version", "caption"}
     assert wanted <= content["attrs"].keys()
@@ -57,6 +59,67 @@ def test_a_redraw_needs_no_model(made: Path, subject: tuple) -> None:
             reproduce.regenerate(made, load, **inputs)
 
 
+def test_old_numbers_are_drawn_again_without_a_model(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However old: what computes numbers is in their key, and what draws them is not."""
+    copied(made, tmp_path)
+    content = json.loads((tmp_path / "scores.json").read_text())
+    content["key"] = {"code": "older", "inputs": "other", "versions": {}}
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    for suffix in (".png", ".svg", ".md"):
+        (tmp_path / f"scores{suffix}").unlink()
+    drawn: list[str] = []
+    draw = reproduce.FIGURES["scores"]
+    monkeypatch.setitem(
+        reproduce.FIGURES, "scores", lambda data: drawn.append(data.attrs["model"]) or draw(data)
+    )
+    monkeypatch.setattr("flocking.cli.commands.load", None)  # no model
+    result = CliRunner().invoke(app, ["figures", "--redraw", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert len(drawn) == 1
+    assert json.loads((tmp_path / "scores.json").read_text()) == content
+    for suffix in (".png", ".md"):
+        assert (tmp_path / f"scores{suffix}").read_bytes() == (
+            made / f"scores{suffix}"
+        ).read_bytes()
+
+
+def test_drawing_is_no_part_of_a_key() -> None:
+    for module in {run.__module__ for run in EXPERIMENTS.values()}:
+        rooms = {path.parent.name for path in artifacts.sources(module)}
+        assert not rooms & {"drawing", "plotting"}
+        names = {path.name for path in artifacts.sources(module)}
+        assert not names & {"figures.py", "loss_figures.py", "reproduce.py"}
+
+
+def test_numbers_that_are_not_there_or_were_changed_are_not_drawn(
+    made: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="has no numbers of figures"):
+        reproduce.redraw(tmp_path)
+    with pytest.raises(ValueError, match=r"scores\.json cannot be read"):
+        reproduce.redraw(tmp_path, only=["scores"])
+    with pytest.raises(ValueError, match="there is no figure 'score': choose from"):
+        reproduce.redraw(tmp_path, only=["score"])
+    copied(made, tmp_path)
+    content = json.loads((tmp_path / "scores.json").read_text())
+    content["data_vars"]["flocking_score"]["data"][0][0][0] += 0.1
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"scores\.json was changed after it was written"):
+        reproduce.redraw(tmp_path, only=["scores"])
+    result = CliRunner().invoke(app, ["figures", "--redraw", "--check"])
+    assert (result.exit_code, "give one of the two" in result.output) == (2, True)
+
+
+def test_notes_beside_a_figure_stay(made: Path, tmp_path: Path) -> None:
+    copied(made, tmp_path)
+    (tmp_path / "scores.md").write_text("# my notes")
+    with pytest.raises(ValueError, match=r"scores\.md exists and is not a figure of flocking"):
+        reproduce.redraw(tmp_path, only=["scores"])
+    assert (tmp_path / "scores.md").read_text() == "# my notes"
+
+
 def test_nothing_foreign_is_replaced(tmp_path: Path, subject: tuple) -> None:
     (tmp_path / "scores.png").write_bytes(b"mine")
     with pytest.raises(ValueError, match="is not a figure of flocking"):
@@ -68,7 +131,7 @@ def test_nothing_foreign_is_replaced(tmp_path: Path, subject: tuple) -> None:
 
 def copied(made: Path, tmp_path: Path) -> Path:
     for name in ("scores", "text_kinds"):
-        for suffix in (".json", ".png", ".svg"):
+        for suffix in (".json", ".md", ".png", ".svg"):
             (tmp_path / f"{name}{suffix}").write_bytes((made / f"{name}{suffix}").read_bytes())
     return tmp_path
 
@@ -110,7 +173,7 @@ def test_a_figure_out_of_step_is_made_whole(
             made / f"scores{suffix}"
         ).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"scores{suffix}" for suffix in (".json", ".png", ".svg")
+        f"scores{suffix}" for suffix in (".json", ".md", ".png", ".svg")
     ]
 
 

@@ -1,0 +1,174 @@
+"""What plots are given: recordings, from which they call the measures, or a measure's results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from flocking.analysis import intervals
+from flocking.drawing import CONTROL, MODEL
+
+
+def is_recording(data: object) -> TypeGuard[xr.Dataset]:
+    """Whether something is a recording rather than a measure's result; measures check the rest."""
+    return isinstance(data, xr.Dataset) and "phase" in data.variables
+
+
+def results(data: object, measure: Callable[[xr.Dataset], Any], *names: str) -> xr.Dataset:
+    """Results by name: of `measure` for a recording, or those that were given.
+
+    Raises
+    ------
+    TypeError
+        If `data` is neither a recording nor results.
+    ValueError
+        If the results lack one of the names.
+    """
+    if is_recording(data):
+        refuse_empty(data)
+        found = measure(data)
+        return found if isinstance(found, xr.Dataset) else found.to_dataset(name=names[0])
+    if isinstance(data, xr.DataArray) and len(names) == 1:
+        return data.to_dataset(name=names[0])
+    if not isinstance(data, xr.Dataset):
+        raise TypeError(
+            f"data is a {type(data).__name__}: give a recording (the Dataset that flocking.record "
+            f"returns), or {'a Dataset with ' if names else ''}{', '.join(names) or 'results'}."
+        )
+    if lacking := [name for name in names if name not in data]:
+        raise ValueError(
+            f"data has no {lacking[0]!r}: give a recording, or a Dataset with {', '.join(names)}."
+        )
+    return data
+
+
+def refuse_empty(data: Any) -> None:
+    """Refuse a recording from which nothing is left."""
+    for dim in ("sequence", "layer"):
+        if dim in data.dims and not data.sizes[dim]:
+            raise ValueError(f"there is no {dim} to draw: the recording has none left.")
+
+
+def compared(data: Any, control: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """What is drawn, and how: the control, if there is one, after the model."""
+    return [(data, MODEL), *([] if control is None else [(control, CONTROL)])]
+
+
+def summary(values: xr.DataArray, dim: str) -> xr.DataArray:
+    """Mean over sequences with its interval, along `dim`.
+
+    Parameters
+    ----------
+    values : xarray.DataArray, ([interval,] [sequence, [other,]] [dim])
+        As a measure returns it; or averaged over sequences, with intervals or without. One of
+        `dim` may have been selected.
+
+    Returns
+    -------
+    xarray.DataArray, (interval, dim)
+        NaN for an interval that is not known, as of one sequence.
+
+    Raises
+    ------
+    ValueError
+        If there are other dimensions.
+    """
+    if dim not in values.dims:
+        values = values.expand_dims(dim)
+    if "sequence" in values.dims:
+        values = intervals(values)
+    elif "interval" not in values.dims:
+        unknown = xr.full_like(values, np.nan, dtype=np.float64)
+        names = xr.DataArray(["estimate", "low", "high"], dims="interval", name="interval")
+        values = xr.concat([values, unknown, unknown], names)
+    if more := [str(d) for d in values.dims if d not in ("interval", dim)]:
+        raise ValueError(
+            f"{values.name} has dimensions {', '.join(more)}, too: select one of each, or average."
+        )
+    return values.transpose("interval", dim)
+
+
+def one_of(data: xr.Dataset | xr.DataArray, dim: str, label: object, name: str) -> Any:
+    """What has one label of a dimension; the only one if none is asked for.
+
+    Raises
+    ------
+    ValueError
+        If the label is not there or is there twice, or none is given where there are several.
+    """
+    if dim not in data.dims:
+        if label is not None and dim in data.coords and data[dim].item() != label:
+            raise ValueError(f"{name}={label!r}: data is of {name} {data[dim].item()!r} alone.")
+        return data
+    labels = data[dim].values.tolist() if dim in data.coords else list(range(data.sizes[dim]))
+    found = list(range(len(labels))) if label is None else _places(labels, label)
+    if len(found) == 1:
+        return data.isel({dim: found[0]})
+    if label is None:
+        raise ValueError(
+            f"there are {len(labels)} {name}s ({listed(labels)}): choose one, as in "
+            f"{name}={labels[0]!r}."
+            if labels
+            else f"there is no {name} to draw: the recording has none left."
+        )
+    if found:
+        raise ValueError(
+            f"{name}={label!r} is there {len(found)} times: select one by its position first, with "
+            f"isel({dim}=[{found[0]}])."
+        )
+    raise ValueError(f"there is no {name} {label!r}: choose from {listed(labels)}.")
+
+
+def _places(labels: Sequence[object], label: object) -> list[int]:
+    return [place for place, other in enumerate(labels) if other == label]
+
+
+def listed(labels: Sequence[object], most: int = 8) -> str:
+    """Labels in a sentence: runs of whole numbers by their ends, and of many the first ones."""
+    numbers = [label for label in labels if isinstance(label, int)]
+    if len(numbers) == len(labels) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    shown = ", ".join(map(repr, labels[:most]))
+    return shown if len(labels) <= most else f"{shown}, ..."
+
+
+def several(axes: Iterable[Axes] | None, count: int, size: tuple[float, float]) -> np.ndarray:
+    """Axes to draw on: those given, or of a new figure, one below the other.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many.
+    """
+    if axes is None:
+        figure = plt.figure(figsize=size, layout="constrained")
+        return np.asarray(figure.subplots(count, 1, sharex=True))
+    given = np.empty(0, object) if isinstance(axes, Axes) else np.ravel(np.asarray(axes, object))
+    if len(given) != count or not all(isinstance(ax, Axes) for ax in given):
+        raise ValueError(f"axes: give {count}, as plt.subplots({count})[1] has them.")
+    return given
+
+
+def free(ax: Axes | None) -> Axes:
+    """Axes to draw on: those given; the current ones if they are empty, or those of a new figure.
+
+    (After a plot of several panels, the current axes are one of these.)
+    """
+    if ax is not None:
+        return ax
+    return plt.figure().gca() if plt.get_fignums() and plt.gca().has_data() else plt.gca()
+
+
+def small() -> float:
+    """Size of markers on a line, in points, in the user's style."""
+    return float(plt.rcParams["lines.markersize"]) / 2
+
+
+def above(ax: Axes, ncols: int = 3) -> None:
+    """Put a legend above axes."""
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, frameon=False)

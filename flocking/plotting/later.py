@@ -1,0 +1,132 @@
+"""How well a prompt's selection serves what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import seaborn as sns
+import xarray as xr
+from matplotlib.axes import Axes
+
+from flocking import analysis
+from flocking.drawing import BLUE, CONTROL, HINDSIGHT, band, guide, known
+from flocking.plotting.given import above, is_recording, results, several, small, summary
+from flocking.recording import PROMPT, canonical
+
+_MOST = 4  # prompt lengths that are told apart by shade and marker
+
+
+def drift(
+    data: xr.Dataset,
+    density: float | Iterable[float] = 0.5,
+    *,
+    prompt_lengths: Iterable[int] | None = None,
+    control: xr.Dataset | None = None,
+    axes: Iterable[Axes] | None = None,
+) -> np.ndarray:
+    """Draw how a prompt's selection serves the text that follows, by distance from its end.
+
+    Parameters
+    ----------
+    data : xarray.Dataset
+        A recording with windows, as of ``record(..., window=16)``; or results: what
+        :func:`flocking.drift` returns, or its mean over sequences and layers.
+    density : float or iterable of float
+        Fraction of neurons kept, or one for each layer. Of results, that which they have.
+    prompt_lengths : iterable of int, optional
+        Tokens of the prompt, edges of windows: at most four. By default up to four, from the
+        shortest to one of half the text.
+    control : xarray.Dataset, optional
+        The same of another network; drawn after the longest prompt.
+    axes : iterable of matplotlib.axes.Axes, optional
+        Two to draw on. By default those of a new figure, one below the other.
+
+    Returns
+    -------
+    numpy.ndarray of matplotlib.axes.Axes, (2,)
+        Captured energy, and the Jaccard overlap with what each later window would select itself;
+        their figure is ``axes[0].figure``. Lines are means over layers and sequences, darker after
+        longer prompts, with 95% bootstrap bands if there are several sequences. "Best in
+        hindsight" is the most that any selection of this size could capture. Dotted: chance.
+
+    Raises
+    ------
+    TypeError
+        If `data` or `control` is neither a recording nor a Dataset of results.
+    ValueError
+        If there are fewer than three windows of prompt, a length is not the edge of a window, more
+        than four are given, or there are not two axes.
+
+    Examples
+    --------
+    >>> texts = flocking.passages()[:2]
+    >>> recording = flocking.record(model, texts, window=16, max_tokens=129, progress=False)
+    >>> axes = flocking.plot.drift(recording, prompt_lengths=[17, 65])
+    >>> axes[0].get_legend_handles_labels()[1]
+    ['best in hindsight', 'prompt of 17', 'prompt of 65', 'chance']
+    """
+    panels = several(axes, 2, (6.4, 5.2))
+    found = _drifts(data, density, prompt_lengths)
+    lengths = np.atleast_1d(found.prompt_length.values).tolist()
+    if len(lengths) > _MOST:
+        raise ValueError(
+            f"data has {len(lengths)} prompt lengths: draw at most {_MOST}, as in "
+            f"data.sel(prompt_length={lengths[:2]})."
+        )
+    energy, overlaps = panels
+    if "oracle" in found:
+        band(_far(found["oracle"].isel(prompt_length=-1)), energy, **HINDSIGHT)
+    shades = sns.light_palette(BLUE, len(lengths) + 1)[1:]
+    for number, (length, shade, marker) in enumerate(zip(lengths, shades, "os^D", strict=False)):
+        style = {"color": shade, "marker": marker, "ms": small(), "label": f"prompt of {length:g}"}
+        for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
+            band(_far(found[name].isel(prompt_length=number)), ax, **style)
+    if control is not None:
+        other = _drifts(control, density, lengths[-1:] if is_recording(control) else None)
+        for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
+            band(_far(other[name].isel(prompt_length=-1)), ax, **CONTROL)
+    if (kept := found.coords.get("density")) is not None and kept.ndim == 0:
+        guide(kept.item(), energy)
+        guide(analysis.chance_jaccard(kept.item()), overlaps)
+    energy.set_ylabel("captured energy")
+    overlaps.set_ylabel("Jaccard overlap")
+    overlaps.set_xlabel("tokens after the prompt")
+    if axes is None:
+        above(energy, ncols=2)
+    return panels
+
+
+def _drifts(
+    data: object, density: float | Iterable[float], lengths: Iterable[int] | None
+) -> xr.Dataset:
+    """Results of :func:`flocking.drift` along prompt lengths."""
+
+    def measured(recording: xr.Dataset) -> xr.Dataset:
+        cuts = _cuts(recording) if lengths is None else lengths
+        return analysis.drift(recording, density, prompt_lengths=cuts)
+
+    found = results(data, measured, "captured_energy", "jaccard")
+    if "distance" not in found.dims:
+        raise ValueError("data has no dimension 'distance': give what flocking.drift returns.")
+    if lengths is not None and not is_recording(data):
+        found = found.sel(prompt_length=list(lengths))
+    return found if "prompt_length" in found.dims else found.expand_dims("prompt_length")
+
+
+def _cuts(recording: xr.Dataset) -> list[int] | None:
+    """Up to four prompt lengths that leave half of the prompt phase, each some times longer."""
+    whole = canonical(recording, "energy", "tokens", "start").recording
+    starts = whole.start.values[whole.phase.values == PROMPT]
+    early = starts[1 : 1 + max(1, len(starts) // 2)]
+    if not len(early):
+        return None  # too few windows, as the measure says
+    places = np.geomspace(1, len(early), _MOST).round().astype(int) - 1
+    return [int(start) for start in early[np.unique(places)]]
+
+
+def _far(values: xr.DataArray) -> xr.DataArray:
+    """Along distances, over layers and sequences, without those that no text reaches."""
+    if "layer" in values.dims:
+        values = values.mean("layer")
+    return known(summary(values, "distance"))

@@ -1,0 +1,241 @@
+"""Measures by layer, with chance and a control beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from flocking import analysis
+from flocking.drawing import CHANCE, LEVEL, MODEL, band, by_layer, guide, logarithmic
+from flocking.plotting.given import (
+    above,
+    compared,
+    free,
+    is_recording,
+    refuse_empty,
+    results,
+    several,
+    small,
+    summary,
+)
+from flocking.recording import GENERATION
+
+_SCORES = {
+    "flocking_score": "flocking score",
+    "rank_consistency": "rank consistency",
+    "effective_neurons": "effective neurons",
+}
+_OVERLAPS = {  # label and marker
+    "within": ("within a text", None),
+    "between": ("between two texts", "o"),
+    "jaccard": ("prompt and generation", "^"),
+}
+_EQUAL = "all equal ($d_{ff}$)"
+_NO_RANKS = "no ranks in the recording:\nmake it with record(..., ranks=True)"
+
+
+def scores(
+    data: xr.Dataset,
+    *,
+    control: xr.Dataset | None = None,
+    axes: Iterable[Axes] | None = None,
+) -> np.ndarray:
+    """Draw flocking score, rank consistency and effective neurons, by layer.
+
+    A score says little without what it is compared with: chance is 0 in the first two panels, and
+    `control` is a network with random weights on the same texts, which often scores higher. Few
+    effective neurons alone give a high score; rank consistency does not depend on how large they
+    are.
+
+    Parameters
+    ----------
+    data : xarray.Dataset
+        A recording (made with ``ranks=True`` for rank consistency); or results:
+        ``flocking_score``, ``effective_neurons`` and, if there are any, ``rank_consistency``, as
+        the functions of these names return them, or averaged over sequences, as
+        :func:`flocking.bootstrap` does.
+    control : xarray.Dataset, optional
+        The same of another network, such as a recording of ``flocking.control(model)`` on the
+        same texts.
+    axes : iterable of matplotlib.axes.Axes, optional
+        Three to draw on. By default those of a new figure, one below the other.
+
+    Returns
+    -------
+    numpy.ndarray of matplotlib.axes.Axes, (3,)
+        Flocking score, rank consistency and effective neurons; their figure is
+        ``axes[0].figure``. Lines are means over sequences, with 95% bootstrap bands if there are
+        several. Without ranks, the second panel says how to record them. The thin line in the
+        third is ``d_ff``, where all neurons would have the same energy.
+
+    Raises
+    ------
+    TypeError
+        If `data` or `control` is neither a recording nor a Dataset of results.
+    ValueError
+        If results are missing, or there are not three axes.
+
+    Examples
+    --------
+    >>> texts = flocking.passages()[:3]
+    >>> recording = flocking.record(model, texts, ranks=True, max_tokens=64, progress=False)
+    >>> random = flocking.control(model)
+    >>> control = flocking.record(
+    ...     random, texts, tokenizer=tokenizer, ranks=True, max_tokens=64, progress=False
+    ... )
+    >>> axes = flocking.plot.scores(recording, control=control)
+    >>> [ax.get_ylabel() for ax in axes]
+    ['flocking score', 'rank consistency', 'effective neurons']
+    >>> axes[0].figure.savefig("scores.png")
+    """
+    panels = several(axes, len(_SCORES), (6.4, 6.4))
+    for given, style in compared(data, control):
+        found = results(given, _scores_of, "flocking_score", "effective_neurons")
+        for ax, name in zip(panels, _SCORES, strict=True):
+            if name in found:
+                band(summary(found[name], "layer"), ax, **style)
+        if style is MODEL:
+            _draw_levels(panels, found)
+    for ax, label in zip(panels, _SCORES.values(), strict=True):
+        ax.set_ylabel(label)
+    logarithmic(panels[2], panels[2].yaxis)
+    by_layer(panels)
+    for ax in panels[:-1]:
+        ax.label_outer()
+    if axes is None:
+        above(panels[0])
+        panels[2].legend(*_only(panels[2], _EQUAL), frameon=False)
+    return panels
+
+
+def _scores_of(recording: xr.Dataset) -> xr.Dataset:
+    functions = [analysis.flocking_score, analysis.effective_neurons]
+    functions += [analysis.rank_consistency] if "rank" in recording else []
+    return xr.Dataset({function.__name__: function(recording) for function in functions})
+
+
+def _draw_levels(panels: np.ndarray, found: xr.Dataset) -> None:
+    """Chance where there is one, and what the number of effective neurons can be."""
+    guide(0, panels[0])
+    if "rank_consistency" in found:
+        guide(0, panels[1])
+    else:
+        panels[1].text(0.5, 0.5, _NO_RANKS, transform=panels[1].transAxes, ha="center", va="center")
+        panels[1].set_yticks([])
+    if "d_ff" in found.coords:
+        widths = found.d_ff if "layer" in found.d_ff.dims else found.d_ff.expand_dims("layer")
+        layers = widths.layer.values if "layer" in widths.coords else np.arange(len(widths))
+        if len({*widths.values.tolist()}) == 1:
+            panels[2].axhline(int(widths[0]), **LEVEL, label=_EQUAL)
+        else:
+            panels[2].plot(layers, widths, **LEVEL, label=_EQUAL, drawstyle="steps-mid")
+
+
+def _only(ax: Axes, label: str) -> tuple[list[Any], list[str]]:
+    """One entry for a legend."""
+    entries = zip(*ax.get_legend_handles_labels(), strict=True)
+    found = [(handle, text) for handle, text in entries if text == label]
+    return [handle for handle, _ in found], [text for _, text in found]
+
+
+def overlap(
+    data: xr.Dataset | xr.DataArray,
+    density: float | Iterable[float] = 0.5,
+    *,
+    control: xr.Dataset | xr.DataArray | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw how much selections overlap within a text and between two, by layer.
+
+    Parameters
+    ----------
+    data : xarray.Dataset or xarray.DataArray
+        A recording, of two texts or more, or with a generation; or results: what
+        :func:`flocking.between_sequence_overlap`, :func:`flocking.prompt_generation_overlap` or
+        :func:`flocking.jaccard` returns, or its mean over sequences, as of
+        :func:`flocking.bootstrap`.
+    density : float or iterable of float
+        Fraction of neurons kept, or one for each layer. Of results, that which they have.
+    control : xarray.Dataset or xarray.DataArray, optional
+        The same of another network, such as a recording of ``flocking.control(model)`` on the
+        same texts.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; by default the current axes if they are empty, or those of a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Lines are Jaccard overlaps, means over sequences with 95% bootstrap bands if there are
+        several: of the two halves of one text, and of one text's first half and another's second,
+        if there are several texts; of the prompt's and the generation's selections, if there is a
+        generation. The dotted line is chance.
+
+    Raises
+    ------
+    TypeError
+        If `data` or `control` is neither a recording nor results.
+    ValueError
+        If there is one text only, without a generation, or texts are shorter than two windows.
+
+    Examples
+    --------
+    >>> texts = flocking.passages()[:3]
+    >>> recording = flocking.record(model, texts, window=16, max_tokens=65, progress=False)
+    >>> ax = flocking.plot.overlap(recording)
+    >>> ax.get_legend_handles_labels()[1]
+    ['within a text', 'between two texts', 'chance']
+
+    Of results, and of one's own:
+
+    >>> halves = [flocking.statistic(recording, stop=33), flocking.statistic(recording, start=33)]
+    >>> early, late = (flocking.select(half, density=0.25) for half in halves)
+    >>> ax = flocking.plot.overlap(flocking.jaccard(early, late))
+    """
+    ax = free(ax)
+    for given, style in compared(data, control):
+        found = _overlaps(given, density)
+        suffix = "" if control is None else f", {style['label'].partition(' (')[0]}"
+        for name, values in found.items():
+            label, marker = _OVERLAPS.get(str(name), (str(name), None))
+            look = {**style, "label": f"{label}{suffix}", "marker": marker, "ms": small()}
+            band(summary(values, "layer"), ax, **look)
+        if style is MODEL:
+            _draw_chance(ax, found)
+    ax.set(ylabel="Jaccard overlap", ylim=(0, 1))
+    by_layer([ax])
+    if ax.get_legend() is None:
+        ax.legend(frameon=False)
+    return ax
+
+
+def _overlaps(data: object, density: float | Iterable[float]) -> xr.Dataset:
+    """Overlaps by name, from a recording or as given."""
+    if isinstance(data, xr.DataArray):
+        return data.to_dataset(name=data.name or "jaccard")
+    if not is_recording(data):
+        found = results(data, analysis.between_sequence_overlap)
+        return found[[name for name in found if name in _OVERLAPS] or [*found]]
+    refuse_empty(data)
+    parts = xr.Dataset()
+    generated = GENERATION in np.atleast_1d(data.phase.values)
+    if data.sizes.get("sequence", 1) > 1 or not generated:
+        parts = analysis.between_sequence_overlap(data, density)
+    if generated:
+        parts["jaccard"] = analysis.prompt_generation_overlap(data, density)
+    return parts
+
+
+def _draw_chance(ax: Axes, found: xr.Dataset) -> None:
+    """Chance, if it is known at which density selections were made."""
+    density = found.coords.get("density")
+    if density is None:
+        return
+    if density.ndim == 0:
+        guide(analysis.chance_jaccard(density.item()), ax)
+    elif density.dims == ("layer",):
+        levels = analysis.chance_jaccard(density.values.tolist())
+        ax.plot(found.layer.values, levels, **CHANCE, label="chance")

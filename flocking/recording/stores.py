@@ -1,0 +1,257 @@
+"""Recordings on disk: Zarr stores, written whole or not at all, and opened lazily."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from flocking.artifacts import replacing
+from flocking.recording.dataset import COORDINATES, VARIABLES
+from flocking.recording.entrance import canonical
+from flocking.texts import dangling
+
+# Variables that every recording has, and attributes that tell its store from any other.
+_VARIABLES = ("energy", "mass", "tokens")
+_ATTRIBUTES = ("flocking_version", "architecture", "window")
+# Files of a store, in version 2 and 3 of the format: descriptions, and chunks named by numbers.
+_FILES = re.compile(
+    r"(\.zgroup|\.zattrs|\.zmetadata|zarr\.json)"
+    r"|[^/]+/(\.zarray|\.zattrs|zarr\.json|(c/)?\d+([./]\d+)*|c)"
+)
+
+
+def save_recording(
+    recording: xr.Dataset, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Save a recording as a Zarr store, whole or not at all.
+
+    What :func:`flocking.record` gives is read back by :func:`open_recording` as it was, in every
+    name, value and dtype. (``recording.to_zarr`` of xarray writes the same, with
+    ``zarr_format=2``; an interruption leaves a part.)
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        From :func:`flocking.record`, or what was selected from it or put together; in memory or
+        opened lazily.
+    path : str or Path
+        Of a folder that ends in ``.zarr``. The folder that it is in is made if there is none.
+    overwrite : bool
+        Replace a recording that is there. Nothing else is replaced.
+
+    Raises
+    ------
+    TypeError
+        If `recording` is not a recording.
+    ValueError
+        If it was changed so that its parts contradict each other, or holds what Zarr cannot; if
+        `path` has another suffix, is a URL or exists.
+    OSError
+        If `path` cannot be written, or another process is writing it.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, "The starlings turned as one.", progress=False)
+    >>> flocking.save_recording(recording, "starlings.zarr")
+    >>> flocking.open_recording("starlings.zarr").identical(recording)
+    True
+    >>> flocking.save_recording(recording, "starlings.zarr", overwrite=True)
+    """
+    canonical(recording)
+    place = store_path(path)
+    refuse = functools.partial(refuse_store, overwrite=overwrite, remedy="overwrite=True")
+    with replacing(place, check=refuse) as partial:
+        write_store(recording, partial)
+
+
+def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Open a recording that was saved; arrays stay on disk until they are used.
+
+    Every measure takes it as it is, and reads what it needs. ``.load()`` reads all of it.
+
+    Parameters
+    ----------
+    path : str or Path
+        From :func:`save_recording`, ``flocking record`` or xarray's ``to_zarr``.
+
+    Returns
+    -------
+    xarray.Dataset
+        As :func:`flocking.record` returned it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing.
+    ValueError
+        If it is something else than a recording, or one of another schema version.
+
+    Examples
+    --------
+    >>> recording = flocking.record(model, flocking.passages()[:2], progress=False)
+    >>> flocking.save_recording(recording, "passages.zarr")
+    >>> saved = flocking.open_recording("passages.zarr")
+    >>> flocking.flocking_score(saved).equals(flocking.flocking_score(recording))
+    True
+    """
+    place = store_path(path)
+    if not os.path.lexists(place):
+        raise FileNotFoundError(f"there is no {place}: save a recording there first.")
+    if not place.is_dir():
+        raise ValueError(f"{place} is not a folder, as the store of a recording is.")
+    attributes = attributes_of_store(place)
+    if attributes is None:
+        raise ValueError(f"{place} is not a Zarr store: give a recording's.")
+    try:
+        recording = xr.open_zarr(place, chunks=None, consolidated=_is_consolidated(place))
+    except Exception as problem:
+        # Of many kinds, zarr's, xarray's and the file system's.
+        raise ValueError(f"{place} cannot be read ({_first_line(problem)}).") from problem
+    recording = _with_python_strings(recording)
+    try:
+        canonical(recording)
+    except TypeError:
+        variables = ", ".join(map(str, recording.data_vars)) or "none"
+        raise ValueError(
+            f"{place} is not a recording: it has no 'phase' (its variables: {variables})."
+        ) from None
+    return recording
+
+
+def write_store(recording: xr.Dataset, folder: Path) -> None:
+    """Write a recording into a folder that is not there yet."""
+    # How an earlier file was laid out says nothing about this one.
+    plain = recording.drop_encoding()
+    for name, variable in plain.variables.items():
+        if variable.dtype.kind in "OTU":
+            _refuse_halves(str(name), variable.values)
+            plain[name] = plain[name].compute()
+        elif variable.chunks is not None:  # dask's may differ in size, and Zarr's do not
+            sizes = {dim: sizes[0] for dim, sizes in variable.chunksizes.items()}
+            plain[name] = plain[name].chunk(sizes)
+    plain.to_zarr(folder, zarr_format=2)
+
+
+def _refuse_halves(name: str, texts: np.ndarray) -> None:
+    """Refuse halves of characters, which no file can hold."""
+    for text in texts.flat:
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as problem:
+            raise ValueError(
+                f"{name!r} has {text[problem.start]!r} in a text, which is half of a character and "
+                "cannot be stored: replace it."
+            ) from problem
+
+
+def store_path(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """The place of a store.
+
+    Raises
+    ------
+    TypeError
+        If it is no path.
+    ValueError
+        If it is a URL, or has another suffix than ``.zarr``.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} is a {type(path).__name__}: give the name of a folder.")
+    if re.match(r"[a-z0-9+]{2,}:/", str(path)):
+        raise ValueError(
+            f"{name} {path}: name a folder on a disk, since URLs are left to xarray's to_zarr and "
+            "open_zarr."
+        )
+    place = Path(path)
+    if place.suffix.lower() != ".zarr":
+        wanted = place.with_suffix(".zarr").name if place.name else "recording.zarr"
+        raise ValueError(
+            f"{name} {path}: recordings are Zarr stores, whose names end in .zarr, such as "
+            f"{wanted}."
+        )
+    return place
+
+
+def refuse_store(path: Path, overwrite: bool, remedy: str) -> None:
+    """Raise a ValueError where something is, unless it is a recording that may be replaced."""
+    if why := dangling(path):
+        raise ValueError(f"{path} {why}: choose another name, or make what the link names.")
+    if not os.path.lexists(path):
+        return
+    if (other := not_a_recording(path)) is not None:
+        raise ValueError(f"{path} exists and is not a recording ({other}): choose another name.")
+    if not overwrite:
+        raise ValueError(f"{path} exists: choose another name, or pass {remedy}.")
+
+
+def not_a_recording(store: Path) -> str | None:
+    """Why something is not the store of a recording and nothing else; None if it is."""
+    if not store.is_dir():
+        return "it is a file"
+    attributes = attributes_of_store(store) or {}
+    lacking = [name for name in _ATTRIBUTES if name not in attributes]
+    lacking += [name for name in _VARIABLES if not (store / name).is_dir()]
+    if lacking:
+        return f"it has no {lacking[0]}"
+    for path in sorted(store.rglob("*")):
+        name = path.relative_to(store).as_posix()
+        first, _, rest = name.partition("/")
+        known = _FILES.fullmatch(name) and (not rest or _is_array(store / first))
+        if path.is_symlink() or (path.is_file() and not known):
+            return f"there is {name} in it"
+    return None
+
+
+def attributes_of_store(store: Path) -> dict[str, Any] | None:
+    """Attributes of a Zarr group in either version of the format; None if there is no group."""
+    if isinstance(found := _json(store / "zarr.json"), dict):
+        attributes = found.get("attributes", {})
+        return attributes if isinstance(attributes, dict) else {}
+    if not isinstance(_json(store / ".zgroup"), dict):
+        return None
+    attributes = _json(store / ".zattrs")
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _is_array(folder: Path) -> bool:
+    """Whether a folder in a store is one of its arrays: other folders may have numbers in them."""
+    return (folder / ".zarray").is_file() or (folder / "zarr.json").is_file()
+
+
+def _with_python_strings(data: xr.Dataset) -> xr.Dataset:
+    """Texts as Python's strings, as they were: numpy and xarray have other types for them."""
+    fields = VARIABLES | COORDINATES
+    ours = {name for name, field in fields.items() if field.dtype == "object"}
+    found = {
+        name: variable.astype(object)
+        for name, variable in data.variables.items()
+        if variable.dtype.kind == "T" or (name in ours and variable.dtype.kind == "U")
+    }
+    return data.assign_coords({name: v for name, v in found.items() if name in data.coords}).assign(
+        {name: v for name, v in found.items() if name in data.data_vars}
+    )
+
+
+def _is_consolidated(store: Path) -> bool:
+    """Whether all descriptions are in one file: xarray warns where it has to find out."""
+    described = _json(store / "zarr.json")
+    if isinstance(described, dict):
+        return described.get("consolidated_metadata") is not None
+    return (store / ".zmetadata").is_file()
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__

@@ -1,0 +1,77 @@
+"""Drift: what a prompt's selection captures of later windows, by distance."""
+
+from __future__ import annotations
+
+import helpers
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.axes import Axes
+
+import flocking
+
+
+def line(ax: Axes, label: str) -> np.ndarray:
+    (found,) = [line for line in ax.lines if line.get_label() == label]
+    return np.asarray(found.get_ydata(), float)
+
+
+@pytest.fixture(scope="module")
+def plain() -> xr.Dataset:
+    return helpers.record(helpers.proved("llama"), helpers.random_ids(65, 57, seed=3), window=8)
+
+
+def test_draws_what_the_measure_says(plain: xr.Dataset) -> None:
+    axes = flocking.plot.drift(plain, 0.25, prompt_lengths=[9, 33], control=plain)
+    found = flocking.drift(plain, 0.25, prompt_lengths=[9, 33]).mean("layer")
+    for ax, name in zip(axes, ("captured_energy", "jaccard"), strict=True):
+        for length in (9, 33):
+            values = found[name].sel(prompt_length=length).mean("sequence").dropna("distance")
+            np.testing.assert_allclose(line(ax, f"prompt of {length}"), values)
+        np.testing.assert_allclose(line(ax, "random weights (control)"), values)
+    oracle = found.oracle.sel(prompt_length=33).mean("sequence").dropna("distance")
+    np.testing.assert_allclose(line(axes[0], "best in hindsight"), oracle)
+    assert set(line(axes[0], "chance")) == {0.25}
+    assert set(line(axes[1], "chance")) == {0.25 / 1.75}
+
+
+def test_chooses_prompts_from_the_first_half(plain: xr.Dataset) -> None:
+    axes = flocking.plot.drift(plain)
+    labels = [one.get_label() for one in axes[1].lines]
+    assert labels == ["prompt of 9", "prompt of 17", "prompt of 25", "prompt of 33", "chance"]
+
+
+def test_takes_results_and_their_averages(plain: xr.Dataset) -> None:
+    values = flocking.drift(plain, prompt_lengths=[9, 33])
+    expected = values.captured_energy.mean(["layer", "sequence"]).sel(prompt_length=9)
+    for given in (values, flocking.bootstrap(values.mean("layer")), values.sel(prompt_length=[9])):
+        axes = flocking.plot.drift(given)
+        np.testing.assert_allclose(line(axes[0], "prompt of 9"), expected.dropna("distance"))
+    axes = flocking.plot.drift(values.sel(prompt_length=9, sequence=0, layer=1))
+    expected = values.captured_energy.sel(prompt_length=9, sequence=0, layer=1)
+    np.testing.assert_allclose(line(axes[0], "prompt of 9"), expected.dropna("distance"))
+    axes = flocking.plot.drift(values, prompt_lengths=[33])
+    assert [one.get_label() for one in axes[1].lines] == ["prompt of 33", "chance"]
+
+
+def test_one_sequence_and_layer(plain: xr.Dataset) -> None:
+    one = plain.isel(sequence=0, layer=1)
+    axes = flocking.plot.drift(one, axes=plt.subplots(1, 2)[1])
+    expected = flocking.drift(one, prompt_lengths=[17]).jaccard.squeeze()
+    np.testing.assert_allclose(line(axes[1], "prompt of 17"), expected.dropna("distance"))
+
+
+def test_says_what_is_missing(plain: xr.Dataset) -> None:
+    with pytest.raises(ValueError, match="expected three windows of prompt or more, got 2"):
+        flocking.plot.drift(plain.isel(window=[0, 1]))
+    with pytest.raises(ValueError, match="data has 8 prompt lengths: draw at most 4"):
+        flocking.plot.drift(flocking.drift(plain))
+    with pytest.raises(ValueError, match="data has 5 prompt lengths"):
+        flocking.plot.drift(plain, prompt_lengths=[1, 9, 17, 25, 33])
+    with pytest.raises(ValueError, match="prompt_lengths=10 is not an edge of a window"):
+        flocking.plot.drift(plain, prompt_lengths=[10])
+    with pytest.raises(ValueError, match="data has no 'captured_energy'"):
+        flocking.plot.drift(plain[["energy"]].reset_coords(drop=True))
+    with pytest.raises(ValueError, match="axes: give 2"):
+        flocking.plot.drift(plain, axes=plt.subplots(3)[1])

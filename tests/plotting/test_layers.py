@@ -1,0 +1,194 @@
+"""Scores and overlaps by layer: lines hold what the measures say, with chance and a control."""
+
+from __future__ import annotations
+
+import helpers
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.axes import Axes
+
+import flocking
+
+NAMES = ["flocking_score", "rank_consistency", "effective_neurons"]
+
+
+@pytest.fixture(scope="module")
+def control() -> xr.Dataset:
+    ids = helpers.random_ids(41, 49, 45, seed=4)
+    random = flocking.control(helpers.proved("llama"), 1)
+    return helpers.record(random, ids, window=8, prompt_tokens=33, ranks=True)
+
+
+def line(ax: Axes, label: str) -> np.ndarray:
+    (found,) = [line for line in ax.lines if line.get_label() == label]
+    return np.asarray(found.get_ydata(), float)
+
+
+def bands(ax: Axes) -> list[np.ndarray]:
+    return [band.get_paths()[0].vertices[:, 1] for band in ax.collections if len(band.get_paths())]
+
+
+def test_scores_are_the_measures_with_their_bands(
+    recording: xr.Dataset, control: xr.Dataset
+) -> None:
+    axes = flocking.plot.scores(recording, control=control)
+    assert axes.shape == (3,)
+    assert [ax.get_ylabel() for ax in axes] == [name.replace("_", " ") for name in NAMES]
+    for given, label in ((recording, "model"), (control, "random weights (control)")):
+        for ax, name in zip(axes, NAMES, strict=True):
+            expected = flocking.bootstrap(getattr(flocking, name)(given))
+            np.testing.assert_allclose(line(ax, label), expected.sel(interval="estimate"))
+            low, high = (expected.sel(interval=end).values for end in ("low", "high"))
+            assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in bands(ax))
+    assert set(line(axes[0], "chance")) == set(line(axes[1], "chance")) == {0}
+    equal = line(axes[2], "all equal ($d_{ff}$)")
+    assert set(equal) == {160}
+    looks = [
+        (drawn.get_linestyle(), drawn.get_color())
+        for ax, label in ((axes[0], "chance"), (axes[2], "all equal ($d_{ff}$)"))
+        for drawn in ax.lines
+        if drawn.get_label() == label
+    ]
+    assert looks[0] != looks[1]
+    legends = [text.get_text() for ax in axes if ax.get_legend() for text in ax.get_legend().texts]
+    assert legends == ["model", "chance", "random weights (control)", "all equal ($d_{ff}$)"]
+
+
+def test_scores_without_ranks_say_how_to_record_them(recording: xr.Dataset) -> None:
+    figure, given = plt.subplots(3, 1)
+    axes = flocking.plot.scores(recording.drop_vars("rank"), axes=given)
+    assert [*axes] == [*given]
+    assert [text.get_text() for text in axes[1].texts] == [
+        "no ranks in the recording:\nmake it with record(..., ranks=True)"
+    ]
+    assert not axes[1].lines
+    assert len(axes[0].lines) == 2
+    assert not figure.legends
+    assert axes[0].get_legend() is None
+
+
+def test_scores_of_results_and_their_averages(recording: xr.Dataset) -> None:
+    values = xr.Dataset({name: getattr(flocking, name)(recording) for name in NAMES})
+    for given in (values, flocking.bootstrap(values), values.mean("sequence")):
+        axes = flocking.plot.scores(given)
+        for ax, name in zip(axes, NAMES, strict=True):
+            np.testing.assert_allclose(line(ax, "model"), values[name].mean("sequence"))
+
+
+@pytest.mark.parametrize("layer", [1, [1]])
+def test_scores_of_one_layer_and_one_sequence_are_points(recording: xr.Dataset, layer) -> None:
+    one = recording.sel(sequence="b", layer=layer)
+    axes = flocking.plot.scores(one)
+    (drawn,) = [found for found in axes[0].lines if found.get_label() == "model"]
+    expected = flocking.flocking_score(recording.sel(layer=1)).sel(sequence="b")
+    assert (drawn.get_xdata().item(), drawn.get_marker()) == (1, "o")
+    assert drawn.get_ydata().item() == pytest.approx(expected.item())
+    # Of several sequences, the interval is a stroke.
+    axes = flocking.plot.scores(recording.sel(layer=[1]))
+    ends = axes[0].collections[0].get_segments()[0][:, 1]
+    interval = flocking.bootstrap(flocking.flocking_score(recording)).sel(layer=1)
+    np.testing.assert_allclose(ends, interval.sel(interval=["low", "high"]))
+
+
+def test_scores_of_chosen_windows(recording: xr.Dataset) -> None:
+    part = recording.sel(window=recording.phase == "generation")
+    axes = flocking.plot.scores(part)
+    expected = flocking.flocking_score(part).mean("sequence")
+    np.testing.assert_allclose(line(axes[0], "model"), expected)
+
+
+def test_scores_of_a_mixture_with_narrower_layers() -> None:
+    ids = helpers.random_ids(17, 20)
+    given = helpers.record(helpers.proved("mixtral"), ids)
+    narrow = given.assign_coords(d_ff=("layer", [160, 40]))
+    for name in ("energy", "mass"):
+        narrow[name] = narrow[name].where((narrow.neuron < 40) | (narrow.layer == 0), 0)
+    axes = flocking.plot.scores(narrow)
+    assert line(axes[2], "all equal ($d_{ff}$)").tolist() == [160, 40]
+
+
+@pytest.mark.filterwarnings("ignore:1 of 1 sequences have fewer than two tokens")
+def test_scores_of_one_token_are_empty() -> None:
+    given = helpers.record(helpers.proved("llama"), [[5]], ranks=True)
+    axes = flocking.plot.scores(given)
+    assert all(np.isnan(line(ax, "model")).all() for ax in axes)
+
+
+def test_scores_by_words_for_layers(recording: xr.Dataset) -> None:
+    axes = flocking.plot.scores(recording.assign_coords(layer=["first", "last"]))
+    axes[0].figure.canvas.draw()
+    assert {label.get_text() for label in axes[2].get_xticklabels()} == {"first", "last"}
+
+
+def test_scores_refuse_what_they_cannot_draw(recording: xr.Dataset) -> None:
+    with pytest.raises(TypeError, match="data is a list: give a recording"):
+        flocking.plot.scores([recording])
+    with pytest.raises(TypeError, match="data is a NoneType: give a recording"):
+        flocking.plot.scores(None)
+    with pytest.raises(ValueError, match="data has no 'flocking_score': give a recording"):
+        flocking.plot.scores(xr.Dataset())
+    with pytest.raises(ValueError, match="axes: give 3"):
+        flocking.plot.scores(recording, axes=plt.subplots(2)[1])
+    with pytest.raises(ValueError, match="axes: give 3"):
+        flocking.plot.scores(recording, axes=plt.gca())
+    with pytest.raises(ValueError, match="measure before averaging"):
+        flocking.plot.scores(recording.mean("layer"))
+
+
+def test_overlaps_within_and_between_texts_and_of_the_generation(
+    recording: xr.Dataset, control: xr.Dataset
+) -> None:
+    ax = flocking.plot.overlap(recording, 0.25, control=control)
+    for given, weights in ((recording, "model"), (control, "random weights")):
+        overlaps = flocking.between_sequence_overlap(given, 0.25)
+        overlaps["generation"] = flocking.prompt_generation_overlap(given, 0.25)
+        names = ("within a text", "between two texts", "prompt and generation")
+        for name, label in zip(overlaps, names, strict=True):
+            expected = flocking.bootstrap(overlaps[name])
+            drawn = line(ax, f"{label}, {weights}")
+            np.testing.assert_allclose(drawn, expected.sel(interval="estimate"))
+    assert set(line(ax, "chance")) == {0.25 / 1.75}
+
+
+def test_overlap_of_one_text_is_that_of_its_generation(recording: xr.Dataset) -> None:
+    one = recording.isel(sequence=[0])
+    ax = flocking.plot.overlap(one, [0.25, 0.5])
+    expected = flocking.prompt_generation_overlap(one, [0.25, 0.5])
+    np.testing.assert_allclose(line(ax, "prompt and generation"), expected[0])
+    np.testing.assert_allclose(line(ax, "chance"), [0.25 / 1.75, 0.5 / 1.5])
+
+
+def test_overlap_takes_results(recording: xr.Dataset) -> None:
+    early, late = (
+        flocking.select(flocking.statistic(recording, phase=phase), 0.5)
+        for phase in ("prompt", "generation")
+    )
+    values = flocking.jaccard(early, late)
+    ax = flocking.plot.overlap(values)
+    np.testing.assert_allclose(line(ax, "prompt and generation"), values.mean("sequence"))
+    ax = flocking.plot.overlap(
+        flocking.bootstrap(flocking.between_sequence_overlap(recording)), ax=plt.figure().gca()
+    )
+    assert len(ax.lines) == 3
+
+
+def test_overlap_says_what_is_missing(recording: xr.Dataset) -> None:
+    prompt = recording.sel(window=recording.phase != "generation")
+    with pytest.raises(ValueError, match="expected two sequences or more, got 1: record several"):
+        flocking.plot.overlap(prompt.isel(sequence=[0]))
+    with pytest.raises(ValueError, match="record with a smaller window"):
+        flocking.plot.overlap(prompt.isel(window=[0, 1]))
+    with pytest.raises(TypeError, match="data is a NoneType: give a recording"):
+        flocking.plot.overlap(None)
+    swept = flocking.prompt_generation_overlap(recording, densities=[0.25, 0.5])
+    with pytest.raises(ValueError, match="has dimensions density, too: select one of each"):
+        flocking.plot.overlap(swept)
+
+
+@pytest.mark.parametrize("plot", ["scores", "overlap", "drift"])
+def test_what_is_empty_is_said_to_be(recording: xr.Dataset, plot: str) -> None:
+    for dim in ("sequence", "layer"):
+        with pytest.raises(ValueError, match=f"there is no {dim} to draw"):
+            getattr(flocking.plot, plot)(recording.isel({dim: []}))

@@ -1,0 +1,142 @@
+"""Heat maps of recordings show the values of one text and layer, and its tokens."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.axes import Axes
+
+import flocking
+from flocking.drawing.words import printed
+
+
+def shown(ax: Axes, rows: int) -> np.ndarray:
+    """The image's rows, each of which may be repeated."""
+    image = np.asarray(ax.images[0].get_array())
+    times = len(image) // rows
+    assert all((image[n::times] == image[::times]).all() for n in range(times))
+    return image[::times]
+
+
+def labels(ax: Axes) -> list[str]:
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def with_texts(recording: xr.Dataset, *texts: str) -> xr.Dataset:
+    words = np.full(recording.token_text.shape, "x", dtype=object)
+    words[:, : len(texts)] = texts
+    return recording.assign_coords(token_text=(("sequence", "token"), words))
+
+
+def test_shows_one_text_and_layer_without_padding(recording: xr.Dataset) -> None:
+    ax = flocking.plot.heatmap(recording, layer=1, sequence="a")
+    values = recording.relative.sel(layer=1, sequence="a").values.astype(np.float32)
+    assert np.isnan(values[41:]).all()
+    np.testing.assert_array_equal(shown(ax, 41), values[:41])
+    assert ax.images[0].get_extent() == [-0.5, 159.5, 40.5, -0.5]
+    assert ax.get_xlabel() == "neuron of layer 1"
+    assert ax.images[0].norm.vmax == pytest.approx(np.percentile(values[:41], 99))
+
+
+def test_one_layer_or_sequence_needs_no_name(recording: xr.Dataset) -> None:
+    some = recording.sel(sequence=["b"]).assign(relative=recording.relative.sel(layer=[0, 1]))
+    one = some.drop_vars("relative").assign(
+        relative=some.relative.sel(layer=[1]).rename(layer="relative_layer")
+    )
+    values = recording.relative.sel(layer=1, sequence="b").values
+    for given in (one, one.isel(sequence=0), recording.sel(sequence="b", layer=1)):
+        ax = flocking.plot.heatmap(given, ax=plt.figure().gca(), colorbar=False)
+        np.testing.assert_array_equal(shown(ax, 49), values)
+
+
+def test_takes_a_part_of_the_neurons_and_their_labels(recording: xr.Dataset) -> None:
+    part = recording.relative.sel(layer=0, sequence="b").isel(neuron=[3, 90, 7], token=[5, 6])
+    ax = flocking.plot.heatmap(part)
+    np.testing.assert_array_equal(shown(ax, 2), part.values)
+    ax.set_xticks([0, 1, 1.5, 2])
+    texts = [label.get_text() for label in ax.get_xticklabels()]
+    assert texts == ["3", "90", "", "7"]
+
+
+def test_names_tokens_where_there_is_room(recording: xr.Dataset) -> None:
+    known = with_texts(recording, " The", "$x$", "\n", "中", "\x00")
+    part = known.relative.sel(layer=0, sequence="b")
+    ax = flocking.plot.heatmap(part.isel(token=slice(8)))
+    assert labels(ax) == ["·The", "$x$", "↵", "\\u4e2d", "\\x00", "x", "x", "x"]
+    assert not any(label.get_parse_math() for label in ax.get_yticklabels())
+    assert ax.get_ylabel() == "token"
+    small = plt.figure(figsize=(6, 1.5)).gca()
+    flocking.plot.heatmap(part, ax=small)
+    assert small.get_ylabel() == "token (position in the text)"
+    tall = plt.figure(figsize=(6, 8)).gca()
+    flocking.plot.heatmap(part, ax=tall)
+    assert labels(tall)[:2] == ["·The", "$x$"]
+    assert len(labels(tall)) == 49
+
+
+def test_positions_stand_where_no_text_is_known(recording: xr.Dataset) -> None:
+    assert not recording.token_text.values.astype(bool).any()
+    ax = flocking.plot.heatmap(recording.relative.sel(layer=0, sequence="b").isel(token=[4, 5]))
+    assert ax.get_ylabel() == "token (position in the text)"
+    assert ax.images[0].get_extent()[2:] == [5.5, 3.5]
+
+
+def test_long_texts_are_cut_and_strange_ones_escaped() -> None:
+    font = plt.figure().text(0, 0, "").get_fontproperties()
+    texts = ["a" * 40, "", "\u200b", "é", "\ud800"]
+    assert printed(texts, font) == ["a" * 15 + "…", "", "\\u200b", "é", "\\ud800"]
+
+
+def test_one_token_and_nothing_but_zeros(recording: xr.Dataset) -> None:
+    one = recording.relative.sel(layer=0, sequence="a").isel(token=[0])
+    assert shown(flocking.plot.heatmap(one), 1).shape == (1, 160)
+    flocking.plot.heatmap(one * 0, ax=plt.figure().gca())
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (lambda r: r.drop_vars("relative"), {}, "no variable 'relative': make it with record"),
+        (lambda r: r, {"layer": 0}, "there are 3 sequences .'a', 'b', 'c'.: choose one, as in"),
+        (lambda r: r, {"sequence": "a"}, "2 layers .0, 1.: choose one, as in layer=0"),
+        (lambda r: r, {"sequence": "d", "layer": 0}, "no sequence 'd': choose from 'a', 'b', 'c'"),
+        (lambda r: r, {"sequence": "a", "layer": 7}, "no layer 7: choose from 0, 1"),
+        (
+            lambda r: r.assign_coords(sequence=["a", "a", "b"]),
+            {"sequence": "a", "layer": 0},
+            "is there 2 times: select one by its position first",
+        ),
+        (
+            lambda r: r.sel(layer=1),
+            {"sequence": "a", "layer": 0},
+            "there is no layer 0: choose from 1",
+        ),
+        (lambda r: r.relative.sel(layer=0), {}, "there are 3 sequences"),
+        (lambda r: r.energy.isel(sequence=0, layer=0), {}, "select one sequence and one layer"),
+        (lambda r: r.isel(neuron=slice(9)), {"sequence": "a", "layer": 0}, "a part of the neurons"),
+        (
+            lambda r: r.relative.sel(layer=0, sequence="a").isel(token=slice(45, None)),
+            {},
+            "no token with values",
+        ),
+    ],
+)
+def test_says_what_is_missing(recording: xr.Dataset, change, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flocking.plot.heatmap(change(recording), **arguments)
+
+
+@pytest.mark.parametrize("data", [None, "text", np.zeros((3, 4)), xr.Dataset()])
+def test_wants_a_recording(data: object) -> None:
+    with pytest.raises(TypeError, match="expected a recording"):
+        flocking.plot.heatmap(data)
+
+
+def test_draws_over_nothing(recording: xr.Dataset) -> None:
+    panels = flocking.plot.scores(recording)
+    ax = flocking.plot.heatmap(recording, sequence="a", layer=0)
+    assert ax.figure is not panels[0].figure
+    empty = plt.figure().add_subplot(1, 2, 1)
+    assert flocking.plot.overlap(recording) is empty

@@ -1,0 +1,205 @@
+"""Recordings on disk: as they were, lazily, whole or not at all, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import xarray as xr
+
+import flocking
+
+
+@pytest.fixture(scope="module")
+def recording() -> xr.Dataset:
+    ids = helpers.random_ids(21, 30, seed=1)
+    return helpers.record(
+        helpers.proved("llama"), ids, window=8, prompt_tokens=17, relative=[1], ranks=True
+    )
+
+
+def assert_as_it_was(path: Path, recording: xr.Dataset) -> None:
+    opened = flocking.open_recording(path)
+    xr.testing.assert_identical(opened.load(), recording)
+    for name, variable in recording.variables.items():
+        assert opened.variables[name].dtype == variable.dtype, name
+    assert {**opened.attrs} == {**recording.attrs}
+    assert [type(value) for value in opened.attrs.values()] == [
+        type(value) for value in recording.attrs.values()
+    ]
+
+
+def test_everything_comes_back_as_it_was(tmp_path: Path, recording: xr.Dataset) -> None:
+    assert np.isnan(recording.relative.values).any()
+    flocking.save_recording(recording, tmp_path / "deep" / "x.zarr")
+    assert_as_it_was(tmp_path / "deep" / "x.zarr", recording)
+    mixture = helpers.record(helpers.proved("mixtral"), helpers.random_ids(9))
+    flocking.save_recording(mixture, str(tmp_path / "m.zarr"))
+    assert_as_it_was(tmp_path / "m.zarr", mixture)
+
+
+def test_texts_with_odd_characters(tmp_path: Path, recording: xr.Dataset) -> None:
+    odd = np.array(["", "a\x00b\x00", "tab\t\r\n", "\ufffd\u200b中🐦", " ", '"\\'], dtype=object)
+    texts = np.resize(odd, recording.token_text.shape)
+    changed = recording.assign_coords(
+        token_text=(("sequence", "token"), texts),
+        text=("sequence", odd[:2]),
+        sequence=["", "中"],
+        mine=("sequence", [True, False]),
+    ).assign_attrs(model="a\x00'\"中", note=["x", 1.5])
+    flocking.save_recording(changed, tmp_path / "x.zarr")
+    assert_as_it_was(tmp_path / "x.zarr", changed)
+    half = recording.assign_coords(text=("sequence", np.array(["a\ud800", ""])))
+    with pytest.raises(ValueError, match=r"'text' has '\\ud800' in a text, which is half of"):
+        flocking.save_recording(half, tmp_path / "y.zarr")
+    assert not (tmp_path / "y.zarr").exists()
+
+
+def test_parts_come_back_too(tmp_path: Path, recording: xr.Dataset) -> None:
+    parts = [
+        recording.isel(sequence=0),
+        recording.sel(layer=[1]),
+        recording.isel(window=[2, 3]),
+        flocking.concat([recording, recording]),
+    ]
+    for number, part in enumerate(parts):
+        flocking.save_recording(part, tmp_path / f"{number}.zarr")
+        assert_as_it_was(tmp_path / f"{number}.zarr", part)
+
+
+def test_arrays_stay_on_disk_until_they_are_used(tmp_path: Path, recording: xr.Dataset) -> None:
+    flocking.save_recording(recording, tmp_path / "x.zarr")
+    opened = flocking.open_recording(tmp_path / "x.zarr")
+    for name in ("energy", "mass", "rank", "relative"):
+        assert not opened.variables[name]._in_memory, name
+    for path in (tmp_path / "x.zarr" / "energy").glob("[0-9]*"):
+        path.unlink()  # not there from now on
+    assert np.isnan(opened.energy.values).all()
+
+
+def test_an_opened_recording_is_saved_again_over_itself(
+    tmp_path: Path, recording: xr.Dataset
+) -> None:
+    path = tmp_path / "x.zarr"
+    flocking.save_recording(recording, path)
+    with pytest.raises(ValueError, match="exists: choose another name, or pass overwrite=True"):
+        flocking.save_recording(recording, path)
+    opened = flocking.open_recording(path)
+    flocking.save_recording(opened.isel(sequence=[1]), path, overwrite=True)
+    assert_as_it_was(path, recording.isel(sequence=[1]))
+    assert [one.name for one in tmp_path.iterdir()] == ["x.zarr"]
+
+
+def test_chunks_of_any_size_are_written(tmp_path: Path, recording: xr.Dataset) -> None:
+    pytest.importorskip("dask")
+    chunked = recording.chunk(neuron=(50, 7, 103))
+    flocking.save_recording(chunked, tmp_path / "x.zarr")
+    assert_as_it_was(tmp_path / "x.zarr", recording)
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, recording: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.zarr"
+    flocking.save_recording(recording, path)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(xr.Dataset, "to_zarr", fail)
+        for place in (path, tmp_path / "new.zarr"):
+            with pytest.raises(OSError, match="disk full"):
+                flocking.save_recording(recording, place, overwrite=True)
+    assert [one.name for one in tmp_path.iterdir()] == ["x.zarr"]
+    assert_as_it_was(path, recording)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("consolidated", [True, False])
+@pytest.mark.filterwarnings("ignore:Consolidated metadata", "ignore:The data type")
+def test_what_xarray_writes_is_opened(
+    tmp_path: Path, recording: xr.Dataset, version: int, consolidated: bool
+) -> None:
+    path = tmp_path / "x.zarr"
+    recording.to_zarr(path, zarr_format=version, consolidated=consolidated)
+    opened = flocking.open_recording(path).load()
+    xr.testing.assert_equal(opened, recording)
+    flocking.save_recording(opened, path, overwrite=True)
+    assert_as_it_was(path, opened)
+
+
+def test_xarray_opens_what_is_saved(tmp_path: Path, recording: xr.Dataset) -> None:
+    flocking.save_recording(recording, tmp_path / "x.zarr")
+    with xr.open_zarr(tmp_path / "x.zarr") as opened:
+        xr.testing.assert_identical(opened.load(), recording)
+
+
+@pytest.mark.parametrize("name", ["x.nc", "x", "x.zarr.zip", "x.zip", ""])
+def test_other_suffixes_are_refused(tmp_path: Path, recording: xr.Dataset, name: str) -> None:
+    for path in (name, Path(name)):
+        with pytest.raises(ValueError, match=r"whose names end in \.zarr, such as \w+\.zarr"):
+            flocking.save_recording(recording, path)
+        with pytest.raises(ValueError, match=r"whose names end in \.zarr"):
+            flocking.open_recording(path)
+    for url in ("s3://bucket/x.zarr", "https://host/x.zarr"):
+        with pytest.raises(ValueError, match="name a folder on a disk, since URLs are left to"):
+            flocking.open_recording(url)
+    with pytest.raises(TypeError, match="path is a NoneType: give the name of a folder"):
+        flocking.save_recording(recording, None)
+
+
+def test_what_is_no_recording_is_refused(tmp_path: Path, recording: xr.Dataset) -> None:
+    path = tmp_path / "x.zarr"
+    with pytest.raises(FileNotFoundError, match=r"there is no .*x\.zarr: save a recording there"):
+        flocking.open_recording(path)
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"x\.zarr is not a folder"):
+        flocking.open_recording(path)
+    with pytest.raises(ValueError, match="exists and is not a recording"):
+        flocking.save_recording(recording, path, overwrite=True)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"x\.zarr is not a Zarr store"):
+        flocking.open_recording(path)
+    path.rmdir()
+    xr.Dataset({"a": ("x", [1.0])}).to_zarr(path, zarr_format=2)
+    with pytest.raises(ValueError, match="is not a recording: it has no 'phase'"):
+        flocking.open_recording(path)
+    with pytest.raises(ValueError, match="exists and is not a recording"):
+        flocking.save_recording(recording, path, overwrite=True)
+    for given in (
+        None,
+        recording.energy,
+        xr.Dataset(),
+        recording.mean("sequence").drop_vars("d_ff"),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            flocking.save_recording(given, tmp_path / "y.zarr")
+    path = tmp_path / "link.zarr"
+    path.symlink_to(tmp_path / "nowhere.zarr")
+    with pytest.raises(ValueError, match="is a link to"):
+        flocking.save_recording(recording, path)
+
+
+def test_another_layout_or_a_broken_store_is_one_sentence(
+    tmp_path: Path, recording: xr.Dataset
+) -> None:
+    path = tmp_path / "x.zarr"
+    recording.assign_attrs(schema_version=2).to_zarr(path, zarr_format=2)
+    with pytest.raises(ValueError, match=r"has schema version 2.*update flocking"):
+        flocking.open_recording(path)
+    shutil.rmtree(path)
+    flocking.save_recording(recording, path)
+    described = json.loads((path / ".zmetadata").read_text())
+    described["metadata"]["phase/.zarray"]["dtype"] = "nonsense"
+    (path / ".zmetadata").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"x\.zarr cannot be read \("):
+        flocking.open_recording(path)
+    (path / ".zmetadata").write_text("not JSON")
+    with pytest.raises(ValueError, match=r"x\.zarr cannot be read \("):
+        flocking.open_recording(path)
