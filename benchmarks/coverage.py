@@ -366,7 +366,7 @@ def exported(model: tf.PreTrainedModel) -> tuple[str, str]:
             got = again(input_ids=ids, use_cache=False).logits
             expected = _masked(model, kept)(input_ids=ids, use_cache=False).logits
     except Exception as problem:
-        return "no", f"export: {_first_line(problem)}"
+        return "no", f"export: {_first_paragraph(problem)}"
     if not (got - expected).abs().max() <= 1e-4 * expected.abs().max():
         return "no", "export gives other logits, more than rounding explains"
     return "yes", ""

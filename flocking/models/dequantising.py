@@ -161,7 +161,7 @@ def _dequantised(contents: Contents) -> tuple[PreTrainedModel, PreTrainedTokeniz
                 **_unpacked(),
             )
     # The model is not quantised any more, but with these it would refuse to be saved.
-    vars(model.config).pop("quantization_config", None)
+    model.config.__dict__.pop("quantization_config", None)
     model.__dict__["hf_quantizer"] = None
     model.generation_config.update(**generation_of(contents))
     return model, tokenizer

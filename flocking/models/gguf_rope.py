@@ -55,7 +55,7 @@ def rope_of(
         found = {**given, "full_attention": wanted}
         if (base := facts.get("rope.freq_base_swa")) and "sliding_attention" in given:
             found["sliding_attention"] = {**given["sliding_attention"], "rope_theta": float(base)}
-    if all(_same(given.get(key, own), found.get(key, wanted)) for key in _KINDS):
+    if all(_same(given.get(key) or own, found.get(key) or wanted) for key in _KINDS):
         return {}
     original = wanted.get("original_max_position_embeddings")
     changes: dict[str, Any] = {"rope_parameters": found}

@@ -141,7 +141,8 @@ def refuse_other_tensors(config: PreTrainedConfig, contents: Contents) -> None:
     if where is None:
         return
     places, model = where
-    left, sizes = [], {}
+    left: list[str] = []
+    sizes: dict[str, int] = {}
     for tensor in contents.tensors:
         own = places.get(tensor.name) or places.get(tensor.name.removesuffix(".weight"))
         if own is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -71,7 +72,7 @@ def selection(
     kept = _rows("data", data)
     rows = str(kept.dims[0])
     if other is None:
-        kinds = [("kept", BLUE), ("not kept", _PALE)]
+        kinds: list[tuple[str, Any]] = [("kept", BLUE), ("not kept", _PALE)]
         number = np.where(kept.values, 0, 1)
     else:
         second = _rows("other", other)

@@ -295,7 +295,7 @@ def _state(smaller: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _save(smaller: PreTrainedModel, state: dict[str, Tensor], partial: Path) -> None:
-    vars(smaller).pop("hf_device_map", None)  # nothing is offloaded in `state`
+    smaller.__dict__.pop("hf_device_map", None)  # nothing is offloaded in `state`
     smaller.save_pretrained(partial, state_dict=dict(state), max_shard_size=_SHARD)
 
 
@@ -381,7 +381,7 @@ def _prove(model: PreTrainedModel, again: PreTrainedModel, ids: Tensor, expected
     name, whole = type(model).__name__, expected.dtype in (torch.float32, torch.float64)
     places = {parameter.device for parameter in model.parameters()}
     if is_together := len(places) == 1 and not any(place.type == "meta" for place in places):
-        again.to(next(iter(places)))
+        again.to(next(iter(places)))  # type: ignore[arg-type] # wrapped
     with attention(again, model.config._attn_implementation):
         got = _logits(again, ids)
     most = _EXACT if whole and is_together else tolerance(expected.dtype)

@@ -60,7 +60,7 @@ def _called(hook: Any) -> str:
 
 def _refuse_configs(model: PreTrainedModel) -> None:
     """Refuse configs that transformers would not write, which it says when it has to."""
-    configs = {"config": model.config}
+    configs: dict[str, Any] = {"config": model.config}
     if model.can_generate():
         configs["generation_config"] = model.generation_config
     for name, config in configs.items():

@@ -212,7 +212,7 @@ class _Field(NamedTuple):
 
 
 def _member(holder: Any, step: str | int) -> Any:
-    return vars(holder)[step] if isinstance(holder, PreTrainedConfig) else holder[step]
+    return getattr(holder, str(step)) if isinstance(holder, PreTrainedConfig) else holder[step]
 
 
 def _is_whole(value: object) -> bool:
@@ -282,7 +282,7 @@ class _Trials:
 
     def _shapes(self, config: PreTrainedConfig) -> _Shapes:
         with torch.device("meta"), torch.no_grad():
-            return _shapes_of(type(self.model)(copy.deepcopy(config)))  # type: ignore[arg-type]
+            return _shapes_of(type(self.model)(copy.deepcopy(config)))
 
     def fields(self) -> Iterator[_Field]:
         """Fields that may say a width, the likeliest first."""
