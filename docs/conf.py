@@ -47,6 +47,8 @@ include_patterns = [
     "CONTRIBUTING.md",
 ]
 exclude_patterns = [".*", "out", "build", "dist", "tests", "flocking", "docs/_*", "**/.*"]
+# Captions of figures, which pages about them show.
+exclude_patterns += ["figures/*.md", "docs/results/*/loss_by_*.md"]
 templates_path = [str(HERE / "_templates")]
 
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]

@@ -114,7 +114,7 @@ def measure_lost(
     for number in tqdm(usable, desc="comparing", unit="text", disable=not progress):
         inputs = {name: rows[number][None] for name, rows in prompts.inputs.items()}
         ids = prompts.ids[number][None]
-        # (The smaller model first: an error of its own comes before a long pass.)
+        # (The smaller model first: its errors come before a long pass.)
         theirs = _logits(pruned, ids, inputs)
         read.append(_compared(_logits(full, ids, inputs), theirs, ids))
     return _summed(read)

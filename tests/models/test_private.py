@@ -18,7 +18,8 @@ from flocking.models.private import PRIVATE, Private
 
 PACKAGE = Path(flocking.__file__).parent
 LIST = PACKAGE / "models" / "private.py"
-PUBLIC = {"_fields", "_replace"}  # of named tuples, whose names Python documents
+# Of named tuples, whose names Python documents; and ends of names in GGUF files.
+PUBLIC = {"_fields", "_replace", "_exps", "_shexp"}
 
 
 def sources() -> Iterator[ast.Module]:
