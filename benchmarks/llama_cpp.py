@@ -43,10 +43,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import flocking
 from flocking.artifacts import code_digest, file_digest, refuse_unwritable, replacing
-from flocking.drawing import STYLE
-from flocking.pruning import calibration_texts, fixed_selection, split_texts
-from flocking.pruning.lost import Lost, measure_lost
+from flocking.drawing.style import STYLE
+from flocking.models import embedded_file, read_gguf
+from flocking.pruning import (
+    Lost,
+    calibration_texts,
+    fixed_selection,
+    measure_lost,
+    split_texts,
+)
 
+SMALL = "Q5_0"  # of down-projections, where Q8_0 is larger than what it replaces
 COARSER = ("Q4_0", "Q3_K", "Q2_K")
 RESULT = "flocking.pruning.lost", "flocking.pruning.fixed", "flocking.pruning.gguf_files"
 
@@ -120,7 +127,8 @@ def served(path: Path, threads: int, tokens: int) -> Iterator[Any]:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
     parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = tokens, 1, 0
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    for each in (parameters.cpuparams, parameters.cpuparams_batch):
+        each.n_threads, each.poll = threads, 0  # threads that wait do not spin
     parameters.warmup, parameters.verbosity, parameters.port = False, -1, 0
     yield xllamacpp.Server(parameters)
 
@@ -174,14 +182,6 @@ def speeds(files: dict[str, Path], prompt: list[int], args: argparse.Namespace) 
 # What is lost
 
 
-def read_back(path: Path) -> PreTrainedModel:
-    """The model in a GGUF file, without a copy in the cache."""
-    from flocking.models.gguf import dequantised
-
-    model, _ = dequantised(path)
-    return model
-
-
 def described(lost: Lost, texts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict:
     """What is lost, and bits per byte of the texts."""
     size = sum(len(tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in texts)
@@ -214,6 +214,9 @@ def measured(source: Path, args: argparse.Namespace, folder: Path) -> dict[str, 
         files[name] = folder / f"{name.replace(' ', '-')}.gguf"
         selection = fixed_selection(model, tokenizer, "static", calibration, density, multiple=32)
         flocking.export_gguf(source, selection, files[name])
+        if density == args.density[0]:  # with coarser down-projections, too
+            files[f"{name} {SMALL}"] = folder / f"{name.replace(' ', '-')}-{SMALL}.gguf"
+            flocking.export_gguf(source, selection, files[f"{name} {SMALL}"], down=SMALL)
     for kind in COARSER:
         files[kind] = folder / f"{kind}.gguf"
         requantised(source, files[kind], kind)
@@ -221,12 +224,12 @@ def measured(source: Path, args: argparse.Namespace, folder: Path) -> dict[str, 
     flocking.export_gguf(source, random_selection(model, args.density[0]), chance)
     losses: dict[str, Any] = {}
     for name, path in {**files, f"random {args.density[0]:g}": chance}.items():
-        other = model if name == "whole" else read_back(path)
+        other = model if name == "whole" else read_gguf(path)
         losses[name] = {
             kind: described(measure_lost(model, other, ids, progress=False), ids, tokenizer)
             for kind, ids in kinds.items()
         }
-        print(f"{name:12} {losses[name]['same kind']['ratio']:.3g} times the perplexity")
+        print(f"{name:16} {losses[name]['same kind']['ratio']:.3g} times the perplexity")
         del other
     del model
     torch.set_num_threads(1)  # llama.cpp has threads of its own
@@ -252,7 +255,11 @@ def key_of(source: Path, args: argparse.Namespace) -> str:
     options = {name: value for name, value in vars(args).items() if name not in ("files", "out")}
     texts = [str(text) for each in texts_of(args) for text in each]
     return json.dumps(
-        [file_digest(source), {**options, "texts": texts, "other": ""}, code_digest(*RESULT)],
+        [
+            file_digest(source),
+            {**options, "texts": texts, "other": ""},
+            [code_digest(module) for module in RESULT],
+        ],
         default=str,
         sort_keys=True,
     )
@@ -266,17 +273,17 @@ def printed(name: str, found: dict[str, Any]) -> None:
     """The table of one file."""
     whole = found["bytes"]["whole"]
     print(f"\n{name}, {whole / 1e6:.0f} MB")
-    print(f"{'':12}  {'bytes':>5}  {'decode':>18}  {'prompt':>18}  {'loss':>20}  {'other':>6}")
+    print(f"{'':16}  {'bytes':>5}  {'decode':>18}  {'prompt':>18}  {'loss':>20}  {'other':>6}")
     for one, size in found["bytes"].items():
         same, other = (found["lost"][one][kind] for kind in ("same kind", "another kind"))
         loss = f"{same['ratio']:.2f} [{same['ratio_low']:.2f}, {same['ratio_high']:.2f}]"
         decode, prompt = (quartiles(found["speed"][part][one]) for part in ("decode", "prompt"))
         print(
-            f"{one:12}  {size / whole:5.2f}  {decode:>18}  {prompt:>18}  {loss:>20}  "
+            f"{one:16}  {size / whole:5.2f}  {decode:>18}  {prompt:>18}  {loss:>20}  "
             f"{other['ratio']:6.2f}"
         )
     for one in found["lost"].keys() - found["bytes"].keys():
-        print(f"{one:12}  loss {found['lost'][one]['same kind']['ratio']:.3g} (control)")
+        print(f"{one:16}  loss {found['lost'][one]['same kind']['ratio']:.3g} (control)")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -285,7 +292,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure, axes = plt.subplots(
             len(results),
             2,
-            figsize=(5.2, 0.5 + 1.9 * len(results)),
+            figsize=(6.4, 0.5 + 2.2 * len(results)),
             squeeze=False,
             sharey="row",
             layout="constrained",
@@ -328,7 +335,7 @@ def main() -> None:
     refuse_unwritable(numbers)
     kept = json.loads(numbers.read_text()) if numbers.exists() else {}
     results = {}
-    for source in args.files or [flocking.models.embedded_gguf()]:
+    for source in args.files or [embedded_file()]:
         key = key_of(source, args)
         if kept.get(source.stem, {}).get("key") != key:
             with tempfile.TemporaryDirectory() as folder:
