@@ -44,6 +44,11 @@ def rounded_densities(
     found = []
     for block in blocks:
         d_ff = block.d_ff // block.experts
+        if multiple > d_ff:
+            raise ValueError(
+                f"widths cannot be multiples of {multiple:,} where there are {d_ff:,} neurons: "
+                "give a smaller number."
+            )
         kept = kept_count(density, d_ff) // multiple * multiple
         if not kept:
             raise ValueError(
@@ -66,6 +71,7 @@ def fixed_selection(
     texts: list[list[int]] | None,
     density: float = 0.5,
     *,
+    sources: int | None = None,
     multiple: int = 1,
     seed: int = 0,
 ) -> xr.DataArray:
@@ -81,6 +87,8 @@ def fixed_selection(
     texts : list of list of int or None
         Token ids. By default, and where "global-local" needs them, the model writes texts itself:
         see :func:`flocking.global_statistic`.
+    sources : int, optional
+        How many texts there are, if `texts` are pieces of them.
     density, multiple
         As of :func:`rounded_densities`.
     seed : int
@@ -103,6 +111,12 @@ def fixed_selection(
     if method == "magnitude":
         return select(weight_magnitude(model), densities)
     static = global_statistic(model, texts, tokenizer=tokenizer, seed=seed)
+    if texts is not None and sources is not None:
+        pieces = f" of {len(texts)} texts of "
+        told = static.attrs["made_from"].replace(
+            pieces, f" of {len(texts)} pieces of {sources} texts, "
+        )
+        static.attrs["made_from"] = told
     if method == "global-local":
         own = global_statistic(model, tokenizer=tokenizer, seed=seed)
         static = _mean_of_ranks(static, own, blocks)
@@ -124,4 +138,6 @@ def _mean_of_ranks(
         statistic = torch.from_numpy(values[: block.d_ff]).view(block.experts, -1)
         scores = method(statistic, 1, block, nowhere)
         row[: block.d_ff] = scores.flatten().numpy()
-    return named(local.copy(data=mean), "statistic", "mean of ranks by texts and by own samples")
+    told = f"mean of ranks by two statistics: {local.made_from}; and {own.made_from}"
+    values = named(local.copy(data=mean), "statistic", "mean of ranks by texts and own samples")
+    return values.assign_attrs(made_from=told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,14 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.analysis import tails
 from flocking.models import (
+    Prompts,
     Text,
-    context,
     device_of,
     embeddings_of,
     require_model,
     tokenize,
     undisturbed,
 )
+from flocking.pruning.halves import piece_length, special_tokens
 from flocking.pruning.twin import Twin
 
 _RESAMPLES = 2000
@@ -70,7 +72,6 @@ def measure_lost(
     texts: Text,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_tokens: int = 1024,
     progress: bool = True,
 ) -> Lost:
     """Read texts with a model and with a smaller one, and compare what they predict.
@@ -81,11 +82,11 @@ def measure_lost(
         With the same vocabulary. No twin, which would need a prompt: see
         :func:`flocking.perplexity`.
     texts : str, list of str or list of list of int
-        Read one at a time, so that no text depends on the others.
+        Read one at a time, so that no text depends on the others. Those of more than 512 tokens,
+        or than fit the models, are read in pieces of so many, each with the special tokens that
+        the tokenizer puts around a text.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         For text; by default the one in the model's folder.
-    max_tokens : int
-        Read at most this many tokens of each, the first ones, or as many as fit the models.
     progress : bool
         Show progress on standard error.
 
@@ -103,8 +104,9 @@ def measure_lost(
         require_model(model)
         if isinstance(model, Twin):
             raise ValueError("a twin reads prompts: compare it with flocking.perplexity.")
-    room = min(limit for limit in (context(full), context(pruned), max_tokens) if limit)
-    prompts = tokenize(full, texts, tokenizer).cut(room)
+    prompts = tokenize(full, texts, tokenizer)
+    around = special_tokens(prompts.tokenizer)
+    length = min(piece_length(model, around) for model in (full, pruned))
     usable = [number for number, ids in enumerate(prompts.ids) if len(ids) > 1]
     if not usable:
         raise ValueError(
@@ -112,18 +114,41 @@ def measure_lost(
         )
     read = []
     for number in tqdm(usable, desc="comparing", unit="text", disable=not progress):
-        inputs = {name: rows[number][None] for name, rows in prompts.inputs.items()}
-        ids = prompts.ids[number][None]
-        # (The smaller model first: its errors come before a long pass.)
-        theirs = _logits(pruned, ids, inputs)
-        read.append(_compared(_logits(full, ids, inputs), theirs, ids))
+        sums = np.zeros(len(_Sums._fields))
+        for ids, inputs in _pieces(prompts, number, length, around):
+            # (The smaller model first: its errors come before a long pass.)
+            theirs = _logits(pruned, ids, inputs)
+            sums += _compared(_logits(full, ids, inputs), theirs, ids)
+        read.append(_Sums(*sums))
     return _summed(read)
+
+
+def _pieces(
+    prompts: Prompts, number: int, length: int, around: tuple[list[int], list[int]]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Token ids of a text and what else is fed, (1, token), in pieces if it is long."""
+    ids = prompts.ids[number]
+    inputs = {name: rows[number] for name, rows in prompts.inputs.items()}
+    before, after = (len(each) for each in around)
+    whole = ids.tolist()
+    is_opened = whole[:before] == around[0] and whole[len(whole) - after :] == around[1]
+    if not is_opened or inputs:  # what is fed besides says nothing of other tokens around
+        before = after = 0
+    inner = ids[before : len(ids) - after]
+    if len(inner) <= length:
+        yield ids[None], {name: row[None] for name, row in inputs.items()}
+        return
+    for start in range(0, len(inner), length):
+        part = slice(before + start, before + min(start + length, len(inner)))
+        piece = torch.cat([ids[:before], ids[part], ids[len(ids) - after :]])
+        if len(piece) > 1:
+            yield piece[None], {name: row[part][None] for name, row in inputs.items()}
 
 
 class _Sums(NamedTuple):
     """Of one text, over its predicted tokens."""
 
-    tokens: int
+    tokens: float
     surprise: float  # of the model, in nats: minus the log-likelihood
     pruned_surprise: float
     agreeing: float
