@@ -95,7 +95,7 @@ def test_it_shows_what_its_lines_print(
     assert f"layer 28, the last but one, {said}" in PAGE
     capsys.readouterr()
     exec(PYTHON[1], names)
-    assert capsys.readouterr().out.splitlines() == re.findall(r"^# (.*)$", PYTHON[1], re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^# ('.*)$", PYTHON[1], re.MULTILINE)
 
 
 # --------------------------------------------------------------------------------------
