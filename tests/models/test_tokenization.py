@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 
@@ -139,25 +138,6 @@ def test_a_long_text_fits_with_max_tokens(llama: tf.PreTrainedModel) -> None:
             call()
     with pytest.raises(ValueError, match=r"and 300 new ones, .*: shorten it or split it\.$"):
         record(llama, ids, max_new_tokens=300)  # no beginning would fit
-
-
-def test_the_readmes_ten_lines_run_with_a_context_of_1024(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And what it asks of them next: a GPT-2 in the place of the embedded model."""
-    helpers.build("gpt2", n_positions=1024).save_pretrained(tmp_path / "gpt2")
-    letters("$A").save_pretrained(tmp_path / "gpt2")
-    monkeypatch.chdir(tmp_path)
-    load = flocking.load
-    monkeypatch.setattr(flocking, "load", lambda: load("gpt2"))
-    page = Path(__file__).parents[2] / "README.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, object] = {}
-    for block in blocks[:2]:
-        assert "record(" in block
-        exec(block, names)
-    assert names["recording"].sizes["token"] == 1024
-    assert (tmp_path / "recording.zarr").is_dir()
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 1.0, "8"])
