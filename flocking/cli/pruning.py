@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING
 import flocking
 from flocking.cli.options import at_least_one, load, read
 from flocking.cli.outputs import refuse_nothing
-from flocking.texts import expanded
+from flocking.cli.printing import complain
+from flocking.texts import expanded, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,8 +47,7 @@ class Request:
     def check(self) -> None:
         """Refuse what needs no model to be refused."""
         from flocking.analysis import kept_count
-        from flocking.artifacts import refuse_unwritable
-        from flocking.pruning import FIXED, refuse_existing
+        from flocking.pruning import FIXED
         from flocking.recording import check_numbers
 
         refuse_nothing("output", self.output)
@@ -64,17 +63,20 @@ class Request:
                 "--method static."
             )
         self._check_gguf()
-        if os.path.lexists(self.output):
-            place, how = self.output, "pass --overwrite"
-            refuse_existing(place, place, self.overwrite, self.source, how=how)
-        refuse_unwritable(self.output)
 
     def _check_gguf(self) -> None:
+        from flocking.models import contents_of
         from flocking.pruning import type_of_down
 
         if self.is_gguf:
-            self.gguf()
             type_of_down(self.down_type)
+            contents = contents_of(self.gguf())
+            kinds = {one.kind.name for one in contents.tensors if "ffn_down" in one.name}
+            if self.down is not None and kinds <= {"F32", "F16", "BF16"}:
+                raise ValueError(
+                    f"--down {self.down}: down-projections in {self.gguf()} are not quantised "
+                    f"({', '.join(sorted(kinds))}), and are cut without loss: leave it out."
+                )
             if self.multiple is not None and self.multiple % _MULTIPLE:
                 raise ValueError(
                     f"--keep-multiple {self.multiple}: widths in a GGUF file are multiples of "
@@ -86,10 +88,17 @@ class Request:
                 "it out, or give an --output that ends in .gguf."
             )
 
+    def may_replace(self, found: Path) -> None:
+        """Refuse to replace what is at the output, unless it was asked for and is a model."""
+        from flocking.pruning import refuse_existing
+
+        how = "pass --overwrite"
+        refuse_existing(found, self.output, self.overwrite, self.source, how=how)
+
     @property
     def down_type(self) -> str:
         """Type of the down-projections in a GGUF file."""
-        return self.down or "Q8_0"
+        return "Q8_0" if self.down is None else self.down
 
     def gguf(self) -> Path:
         """The GGUF file that a pruned one is made from."""
@@ -105,66 +114,80 @@ class Request:
 
 
 def write_pruned(request: Request) -> Exported:
-    """Write the smaller model; how small it is, and what it loses on held-out texts."""
+    """Write the smaller model; how small it is, and what it loses on held-out texts.
+
+    The output is claimed from the beginning, so that a second command is refused before it has
+    computed anything.
+    """
+    from flocking.artifacts import replacing
     from flocking.pruning import fixed_selection, split_texts
 
     request.check()
     texts = texts_of(request.texts)
-    model, tokenizer = load(request.source, request.device, request.dtype)
-    calibration, held_out = split_texts(model, texts, tokenizer)
-    selection = fixed_selection(
-        model,
-        tokenizer,
-        request.method,
-        None if request.own_samples else calibration,
-        request.density,
-        multiple=request.multiple or (_MULTIPLE if request.is_gguf else 1),
-        seed=request.seed,
-    )
-    if request.is_gguf:
-        return _as_gguf(request, model, tokenizer, selection, held_out)
-    return flocking.export(
-        model,
-        selection,
-        request.output,
-        tokenizer=tokenizer,
-        held_out=held_out,
-        overwrite=request.overwrite,
-    )
+    with replacing(request.output, check=request.may_replace) as partial:
+        model, tokenizer = load(request.source, request.device, request.dtype)
+        calibration, sources, held_out = split_texts(model, texts, tokenizer)
+        selection = fixed_selection(
+            model,
+            tokenizer,
+            request.method,
+            None if request.own_samples else calibration,
+            request.density,
+            sources=sources,
+            multiple=request.multiple or (_MULTIPLE if request.is_gguf else 1),
+            seed=request.seed,
+        )
+        if request.is_gguf:
+            done = _write_gguf(request, partial, selection, (model, tokenizer, held_out))
+        else:
+            done = flocking.export(
+                model, selection, partial, tokenizer=tokenizer, held_out=held_out
+            )
+    return replace(done, path=request.output)
 
 
-def _as_gguf(
+def _write_gguf(
     request: Request,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
     selection: object,
-    held_out: list[list[int]],
+    judged: tuple[PreTrainedModel, PreTrainedTokenizerBase, list[list[int]]],
 ) -> Exported:
     """A GGUF file; what it loses is that of the file's own weights, read again."""
     from flocking.models import read_gguf
     from flocking.pruning import measure_lost
 
-    done = flocking.export_gguf(
-        request.gguf(),
-        selection,
-        request.output,
-        down=request.down_type,
-        overwrite=request.overwrite,
-    )
-    written = read_gguf(done.path)
+    model, tokenizer, held_out = judged
+    done = flocking.export_gguf(request.gguf(), selection, path, down=request.down_type)
+    try:
+        written = read_gguf(path)
+    except (OSError, ValueError) as problem:  # transformers cannot read some narrower models
+        why = str(problem).replace(str(path), str(request.output))
+        complain(f"what is lost was not measured, since the new file cannot be read here: {why}")
+        return done
+    # (Decorated by transformers such that mypy does not see a method.)
+    written.to(model.device)  # type: ignore[arg-type]
+    for parameter in written.parameters():  # buffers stay in their precision, as in `model`
+        parameter.data = parameter.data.to(model.dtype)
     return replace(done, lost=measure_lost(model, written, held_out, tokenizer=tokenizer))
 
 
 def texts_of(names: Sequence[str] | None) -> list[str]:
-    """Texts of files, folders of .txt files and standard input; without any, the packaged ones."""
-    from flocking.pruning import calibration_texts
+    """Texts of files, folders of .txt files and standard input; without any, the packaged ones.
 
+    Lines end as in Unix, and files of a folder in which there is nothing are left out.
+    """
     if not names:
-        return calibration_texts()
+        return list(flocking.passages())
     if list(names).count("-") > 1:
         raise ValueError("- stands for standard input, which can be read once: name it once.")
     found: list[str] = []
     for name in names:
-        is_folder = name not in ("", "-") and expanded(Path(name)).is_dir()
-        found += calibration_texts(name) if is_folder else [read(name)]
-    return found
+        folder = expanded(Path(name))
+        if name in ("", "-") or not folder.is_dir():
+            found.append(read(name))
+            continue
+        inside = list(filter(str.strip, map(read_text, sorted(folder.glob("*.txt")))))
+        if not inside:
+            raise ValueError(f"--texts {name}: there is no .txt file with text in this folder.")
+        found += inside
+    return [text.replace("\r\n", "\n").replace("\r", "\n") for text in found]

@@ -63,7 +63,7 @@ def test_a_folder_that_transformers_loads(files: Path, tmp_path: Path) -> None:
 
     # What it keeps and what it says, by the functions that it is made of.
     model, tokenizer = flocking.load(files / "whole")
-    calibration, held_out = split_texts(model, TEXTS, tokenizer)
+    calibration, _, held_out = split_texts(model, TEXTS, tokenizer)
     kept = fixed_selection(model, tokenizer, "static", calibration, 0.3).values
     for layer, (whole, narrow) in enumerate(
         zip(model.model.layers, smaller.model.layers, strict=True)
@@ -87,13 +87,11 @@ def ids_of(files: Path, text: str) -> list[int]:
 
 def test_a_gguf_file_of_a_gguf_file(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "half.gguf"
-    options = ["--texts", files / "texts", "--own-samples", "--seed", 3, "--down", "Q4_0"]
+    options = ["--texts", files / "texts", "--own-samples", "--seed", 3]
     result = run(files / "whole.gguf", *options, "-o", out)
     assert result.exit_code == 0, result.output
     reader = gguf.GGUFReader(out)
     assert reader.fields["llama.feed_forward_length"].contents() == 64  # 80, rounded down
-    kinds = {t.tensor_type.name for t in reader.tensors if "ffn_down" in t.name}
-    assert kinds in ({"Q4_0"}, {"F32"})  # (what was not quantised is cut without loss)
     assert rows_of(result.stdout)["neurons kept"] == "64 in each of 2 layers"
     smaller, _ = flocking.load(out)
     model, tokenizer = flocking.load(files / "whole.gguf")
@@ -102,7 +100,7 @@ def test_a_gguf_file_of_a_gguf_file(files: Path, tmp_path: Path) -> None:
         smaller.model.layers[1].mlp.up_proj.weight,
         model.model.layers[1].mlp.up_proj.weight[np.flatnonzero(kept[1])],
     )
-    held_out = split_texts(model, TEXTS, tokenizer)[1]
+    held_out = split_texts(model, TEXTS, tokenizer).held_out
     lost = measure_lost(model, smaller, held_out, progress=False)
     assert rows_of(result.stdout)["same likeliest token"] == f"{lost.agreement:.1%}"
 
@@ -134,6 +132,8 @@ def test_bad_input_is_said_in_one_sentence_and_changes_nothing(files: Path, tmp_
         ((whole, *texts, *file), "a GGUF file is made from a GGUF file"),
         ((whole, *texts, *out, "--down", "Q8_0"), "--down Q8_0: "),
         ((files / "whole.gguf", *texts, *file, "--down", "Q4_K"), "no quantiser for it"),
+        ((files / "whole.gguf", *texts, *file, "--down", "Q4_0"), "are not quantised (F32)"),
+        ((files / "whole.gguf", *texts, *file, "--down", ""), "down='' is no type"),
         ((files / "whole.gguf", *texts, *file, "--keep-multiple", 48), "are multiples of 32"),
         ((files / "whole.gguf", *texts, *file, "--density", 0.1), "give 0.2 or more"),
         ((whole, *texts, *out, "--density", 0.001), "keeps none of 160 neurons"),
@@ -144,7 +144,7 @@ def test_bad_input_is_said_in_one_sentence_and_changes_nothing(files: Path, tmp_
         ((whole, *texts, *out, "--method", "magnitude", "--own-samples"), "reads no texts"),
         ((whole, "--texts", short, *out), "give 256 or more"),
         ((whole, "--texts", tmp_path / "gone.txt", *out), "gone.txt does not exist"),
-        ((whole, "--texts", tmp_path / "mine", *out), "there is no text in"),
+        ((whole, "--texts", tmp_path / "mine", *out), "there is no .txt file with text"),
         ((whole, "--texts", "-", "--texts", "-", *out), "name it once"),
         ((tmp_path / "gone.gguf", *texts, *file), "gone.gguf"),
     ]  # fmt: skip
@@ -166,3 +166,61 @@ def test_models_are_replaced_only_if_asked(files: Path, tmp_path: Path) -> None:
     assert "pass --overwrite" in again.stderr
     assert run(*options, "--density", 0.25, "--overwrite").exit_code == 0
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 40
+
+
+def test_down_projections_of_quantised_files(files: Path, tmp_path: Path) -> None:
+    source = ggufs.write(tmp_path / "q8.gguf", ggufs.tiny("llama"), "Q8_0")
+    options = ["--texts", files / "texts", "--method", "magnitude"]
+    for down in ("Q8_0", "Q4_0"):
+        out = tmp_path / f"{down}.gguf"
+        result = run(source, *options, "--down", down, "-o", out)
+        assert result.exit_code == 0, result.output
+        tensors = gguf.GGUFReader(out).tensors
+        assert {t.tensor_type.name for t in tensors if "ffn_down" in t.name} == {down}
+
+
+def test_nothing_is_lost_where_nothing_is_pruned(files: Path, tmp_path: Path) -> None:
+    """Both models are read in the precision that was asked for."""
+    options = ["--texts", files / "texts", "--method", "magnitude", "--density", 1]
+    result = run(files / "whole.gguf", *options, "--dtype", "bfloat16", "-o", tmp_path / "a.gguf")
+    said = rows_of(result.stdout)
+    assert (said["same likeliest token"], said["divergence"]) == ("100.0%", "0 nats a token")
+
+
+def test_a_file_that_transformers_cannot_read_is_written_all_the_same(
+    files: Path, tmp_path: Path
+) -> None:
+    source = ggufs.write(tmp_path / "bloom.gguf", ggufs.tiny("bloom"))
+    out = tmp_path / "half.gguf"
+    result = run(source, "--texts", files / "texts", "--method", "magnitude", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "what is lost was not measured" in result.stderr
+    assert "perplexity" not in rows_of(result.stdout)
+    assert gguf.GGUFReader(out).fields["bloom.feed_forward_length"].contents() == 128
+
+
+def test_line_ends_do_not_matter(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    text = "\n".join(TEXTS)
+    places = [tmp_path / "lf.txt", tmp_path / "cr.txt", tmp_path / "folder" / "crlf.txt"]
+    for place, end in zip(places, ("\n", "\r", "\r\n"), strict=True):
+        place.write_bytes(text.replace("\n", end).encode())
+    places[2] = tmp_path / "folder"
+    tables = []
+    for number, place in enumerate(places):
+        options = ["--method", "magnitude", "-o", tmp_path / str(number)]
+        tables.append(rows_of(run(files / "whole", "--texts", place, *options).stdout))
+    assert len({table["perplexity"] for table in tables}) == 1
+
+
+def test_an_output_that_another_process_writes_is_refused_before_anything_is_read(
+    files: Path, tmp_path: Path
+) -> None:
+    from flocking.artifacts import replacing
+
+    out = tmp_path / "half"
+    with replacing(out) as partial:
+        result = run(tmp_path / "no-such-model", "-o", out)
+        assert result.exit_code == 2
+        assert "is being written by process" in result.stderr
+        partial.mkdir()

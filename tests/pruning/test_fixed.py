@@ -21,6 +21,8 @@ def test_widths_are_multiples_rounded_down() -> None:
         assert [round(share * 160, 9) for share in shares] == [kept, kept]
     with pytest.raises(ValueError, match=r"keeps 16 of 160 neurons.*give 0.2 or more"):
         rounded_densities(blocks, 0.1, 32)
+    with pytest.raises(ValueError, match=r"multiples of 161 where there are 160 neurons"):
+        rounded_densities(blocks, 0.5, 161)
     with pytest.raises(ValueError, match=r"density=1\.5"):
         rounded_densities(blocks, 1.5)
 
@@ -33,6 +35,9 @@ def test_methods_against_their_definitions(name: str) -> None:
     found = fixed_selection(model, None, "static", TEXTS, 0.25)
     xr.testing.assert_identical(found.drop_attrs(), flocking.select(local, 0.25).drop_attrs())
 
+    told = fixed_selection(model, None, "static", TEXTS, 0.25, sources=2).made_from
+    assert "of 3 pieces of 2 texts, 150 tokens" in told
+
     own = flocking.global_statistic(model, seed=3, progress=False)
     found = fixed_selection(model, None, "global-local", TEXTS, 0.25, seed=3)
     for row, block in enumerate(blocks):
@@ -43,6 +48,7 @@ def test_methods_against_their_definitions(name: str) -> None:
             kept = found.values[row, part]
             assert kept.sum() == size // 4
             assert ranks[kept].min() >= ranks[~kept].max()
+    assert found.made_from.startswith("mean of ranks by two statistics: static statistic")
 
     found = fixed_selection(model, None, "magnitude", None, 0.25)
     expected = flocking.select(flocking.weight_magnitude(model), 0.25)

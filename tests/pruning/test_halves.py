@@ -23,8 +23,10 @@ def joined(pieces: list[list[int]], text: list[int]) -> list[int]:
 
 def test_the_end_of_each_text_is_held_out() -> None:
     tokenizer = letters("$A")
-    calibration, held_out = split_texts(build("llama"), TEXTS, tokenizer)
+    calibration, texts, held_out = split_texts(build("llama"), TEXTS, tokenizer)
     assert max(map(len, calibration)) == 256  # the model's context
+    assert texts == 3
+    assert len(held_out) == 2
     for text, held in zip(TEXTS, (280, 0, 140, 0), strict=True):
         ids = tokenizer(text)["input_ids"]
         cut = len(ids) - held
@@ -37,7 +39,7 @@ def test_the_end_of_each_text_is_held_out() -> None:
 
 
 def test_pieces_have_the_special_tokens_of_a_text() -> None:
-    calibration, held_out = split_texts(build("llama"), TEXTS, letters("<s> $A [B] </s>"))
+    calibration, _, held_out = split_texts(build("llama"), TEXTS, letters("<s> $A [B] </s>"))
     assert all(piece[0] == 1 and piece[-2:] == [4, 2] for piece in calibration + held_out)
     assert max(map(len, calibration)) == 256
     assert sum(len(piece) - 3 for piece in calibration + held_out) == sum(map(len, TEXTS)) - 1
@@ -48,7 +50,8 @@ def test_no_more_is_taken_than_is_needed() -> None:
     model = build("llama", max_position_embeddings=4096)
     tokenizer = letters("$A")
     long, short = drawn("abcdefg", 200_000), drawn("hijklmn", 2000)
-    calibration, held_out = split_texts(model, [long, short], tokenizer)
+    calibration, texts, held_out = split_texts(model, [long, short], tokenizer)
+    assert texts == 2
     assert sum(map(len, calibration)) == MOST
     assert sum(map(len, held_out)) == MOST_HELD_OUT
     assert max(map(len, calibration)) == LENGTH
@@ -56,8 +59,24 @@ def test_no_more_is_taken_than_is_needed() -> None:
         joined(calibration, tokenizer(short)["input_ids"]) == tokenizer(short[:1600])["input_ids"]
     )
     assert joined(held_out, tokenizer(short)["input_ids"]) == tokenizer(short[1600:])["input_ids"]
+    assert held_out[0] == tokenizer(long[160_000:164_600])["input_ids"]
 
 
-def test_too_little_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="the texts have 11 tokens in all: give 256 or more"):
-        split_texts(build("llama"), ["a few words"], letters("<s> $A"))
+def test_of_short_texts_every_fifth_is_held_out() -> None:
+    tokenizer = letters("$A")
+    texts = [chr(97 + n % 26) * 7 for n in range(100)]
+    calibration, count, held_out = split_texts(build("llama"), texts, tokenizer)
+    assert held_out == [tokenizer(text)["input_ids"] for text in texts[4::5]]
+    assert count == len(calibration) == 80
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"),
+    [
+        (["a few words"], "the texts have 11 tokens in all: give 256 or more"),
+        (["a"] * 300, "too short .300 tokens in 300 texts. to calibrate on one part"),
+    ],
+)
+def test_too_little_text_is_refused(texts: list[str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        split_texts(build("llama"), texts, letters("$A"))

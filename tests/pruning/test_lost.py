@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from helpers import build, random_ids
+from helpers import build, letters, random_ids
 from scipy.special import log_softmax, rel_entr
 
 import flocking
@@ -83,16 +83,34 @@ def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
     assert 0.9 <= hits / 200 <= 0.99
 
 
-def test_few_texts_have_no_interval_and_texts_are_cut() -> None:
-    full, pruned = build("llama"), other("llama")
-    long = random_ids(250)[0]
-    found = measure_lost(full, pruned, [long, [5]], max_tokens=40, progress=False)
-    assert (found.texts, found.tokens) == (1, 39)
+def test_few_texts_have_no_interval() -> None:
+    found = measure_lost(build("llama"), other("llama"), [*random_ids(40, 9), [5]], progress=False)
+    assert (found.texts, found.tokens) == (2, 39 + 8)  # a single token predicts nothing
     assert math.isnan(found.ratio_low)
-    same = measure_lost(full, pruned, [long[:40]], progress=False)
-    assert same.divergence == found.divergence
-    fits = measure_lost(full, pruned, [long + long], progress=False)
-    assert fits.tokens == 255  # as many as the model's context has room for
+
+
+def test_long_texts_are_read_in_pieces_and_are_one_text_each() -> None:
+    """The interval is over texts, whose pieces are not independent of each other."""
+    full, pruned = build("llama"), other("llama")  # of a context of 256 tokens
+    texts = random_ids(600, 300, 20)
+    found = measure_lost(full, pruned, texts, progress=False)
+    pieces = [text[start : start + 256] for text in texts for start in range(0, len(text), 256)]
+    assert (found.texts, found.tokens) == (3, 920 - len(pieces))
+    for what, value in by_hand(full, pruned, pieces).items():
+        assert getattr(found, what) == pytest.approx(value, rel=1e-4), what
+    assert found.ratio_low < found.ratio < found.ratio_high
+    assert math.isnan(measure_lost(full, pruned, texts[:1], progress=False).ratio_low)
+
+
+def test_each_piece_has_the_special_tokens_of_a_text() -> None:
+    full, pruned = build("llama"), other("llama")
+    tokenizer = letters("<s> $A </s>")
+    found = measure_lost(full, pruned, "abcdefg" * 50, tokenizer=tokenizer, progress=False)
+    inner = tokenizer("abcdefg" * 50)["input_ids"][1:-1]
+    pieces = [[1, *inner[start : start + 254], 2] for start in range(0, 350, 254)]
+    assert found.tokens == sum(map(len, pieces)) - len(pieces)
+    for what, value in by_hand(full, pruned, pieces).items():
+        assert getattr(found, what) == pytest.approx(value, rel=1e-4), what
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
