@@ -2,7 +2,7 @@
 
     PYTHONPATH=.venv/llama-cpp .venv/bin/python benchmarks/llama_cpp.py [FILE.gguf ...]
         [--texts PATH ...] [--other PATH ...] [--density 0.5 0.75] [--rounds 9] [--prompt 256]
-        [--new-tokens 48] [--threads 2] [--out out/llama_cpp]
+        [--new-tokens 48] [--threads 2] [--out out/llama_cpp] [--only lost speed]
 
 Each file (by default that of the embedded model) is pruned by the static statistic of --texts, and
 the whole and the pruned files run in llama.cpp, in random order in every round; printed are medians
@@ -15,8 +15,9 @@ at random. The last fifth of the texts is held out; what is lost is measured ove
 the texts are the packaged passages but for code, which is the other kind.) Bits per byte can be
 compared between models with other tokenizers, perplexities cannot.
 
-Numbers are kept in OUT.json file by file, and taken from there by the next run with the same file,
-texts, arguments and code; the picture is OUT.png.
+Files are kept in OUT/ (remove them to have them made anew), numbers in OUT.json, from which the
+next run with the same file, texts and code takes them; the picture is OUT.png. Losses take long,
+speeds a quiet machine: --only does one part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import ctypes
 import json
 import math
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +35,6 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from measuring import interleaved, quartiles, ratios
@@ -202,40 +201,70 @@ def random_selection(model: PreTrainedModel, density: float) -> Any:
 # One model
 
 
-def measured(source: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything about one file."""
+def selections(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+) -> dict[str, tuple[Any, str]]:
+    """Selections to write, by the file's name, and the type of its down-projections."""
+    calibration, sources, _ = split_texts(model, texts_of(args)[0], tokenizer)
+    found = {}
+    for density in args.density:
+        selection = fixed_selection(
+            model, tokenizer, "static", calibration, density, sources=sources, multiple=32
+        )
+        found[f"pruned {density:g}"] = selection, "Q8_0"
+        if density == args.density[0]:  # with coarser down-projections, too
+            found[f"pruned {density:g} {SMALL}"] = selection, SMALL
+    found[f"random {args.density[0]:g}"] = random_selection(model, args.density[0]), "Q8_0"
+    return found
+
+
+def written(source: Path, args: argparse.Namespace) -> dict[str, Path]:
+    """All files of a model, made if they are not there: the control, too."""
+    folder = args.out / source.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [name for density in args.density for name in (f"pruned {density:g}",)]
+    names += [f"pruned {args.density[0]:g} {SMALL}", f"random {args.density[0]:g}", *COARSER]
+    files = {name: folder / f"{name.replace(' ', '-')}.gguf" for name in names}
+    missing = [name for name in names if not files[name].exists()]
+    for kind in COARSER:
+        if kind in missing:
+            with replacing(files[kind]) as partial:
+                requantised(source, partial, kind)
+    if {*missing} - {*COARSER}:
+        model, tokenizer = flocking.load(source)
+        for name, (selection, down) in selections(model, tokenizer, args).items():
+            if name in missing:
+                flocking.export_gguf(source, selection, files[name], down=down)
+    return {"whole": source, **files}
+
+
+def losses(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What each file loses, on held-out texts of both kinds."""
     model, tokenizer = flocking.load(source)
     texts, others = texts_of(args)
-    calibration, held_out = split_texts(model, texts, tokenizer)
-    kinds = {"same kind": held_out, "another kind": split_texts(model, others, tokenizer)[1]}
-    files = {"whole": source}
-    for density in args.density:
-        name = f"pruned {density:g}"
-        files[name] = folder / f"{name.replace(' ', '-')}.gguf"
-        selection = fixed_selection(model, tokenizer, "static", calibration, density, multiple=32)
-        flocking.export_gguf(source, selection, files[name])
-        if density == args.density[0]:  # with coarser down-projections, too
-            files[f"{name} {SMALL}"] = folder / f"{name.replace(' ', '-')}-{SMALL}.gguf"
-            flocking.export_gguf(source, selection, files[f"{name} {SMALL}"], down=SMALL)
-    for kind in COARSER:
-        files[kind] = folder / f"{kind}.gguf"
-        requantised(source, files[kind], kind)
-    chance = folder / "random.gguf"
-    flocking.export_gguf(source, random_selection(model, args.density[0]), chance)
-    losses: dict[str, Any] = {}
-    for name, path in {**files, f"random {args.density[0]:g}": chance}.items():
+    kinds = {
+        "same kind": split_texts(model, texts, tokenizer).held_out,
+        "another kind": split_texts(model, others, tokenizer).held_out,
+    }
+    found: dict[str, Any] = {}
+    for name, path in written(source, args).items():
         other = model if name == "whole" else read_gguf(path)
-        losses[name] = {
+        found[name] = {
             kind: described(measure_lost(model, other, ids, progress=False), ids, tokenizer)
             for kind, ids in kinds.items()
         }
-        print(f"{name:16} {losses[name]['same kind']['ratio']:.3g} times the perplexity")
+        print(f"{name:16} {found[name]['same kind']['ratio']:.3g} times the perplexity")
         del other
-    del model
-    torch.set_num_threads(1)  # llama.cpp has threads of its own
-    prompt = [token for piece in kinds["same kind"] for token in piece][: args.prompt]
+    return found
+
+
+def timings(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """How fast the files are, the control left out; and their sizes."""
+    files = {name: path for name, path in written(source, args).items() if "random" not in name}
+    tokenizer = flocking.load(source)[1]
+    prompt = tokenizer("\n".join(texts_of(args)[0]))["input_ids"][: args.prompt]
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    return {"bytes": sizes, "lost": losses, "speed": speeds(files, prompt, args)}
+    return {"bytes": sizes, **speeds(files, prompt, args)}
 
 
 def texts_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -252,7 +281,11 @@ def texts_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def key_of(source: Path, args: argparse.Namespace) -> str:
     """What the numbers of one file depend on."""
-    options = {name: value for name, value in vars(args).items() if name not in ("files", "out")}
+    options = {
+        name: value
+        for name, value in vars(args).items()
+        if name in ("density", "prompt", "new_tokens")
+    }
     texts = [str(text) for each in texts_of(args) for text in each]
     return json.dumps(
         [
@@ -271,10 +304,10 @@ def key_of(source: Path, args: argparse.Namespace) -> str:
 
 def printed(name: str, found: dict[str, Any]) -> None:
     """The table of one file."""
-    whole = found["bytes"]["whole"]
+    whole = found["speed"]["bytes"]["whole"]
     print(f"\n{name}, {whole / 1e6:.0f} MB")
     print(f"{'':16}  {'bytes':>5}  {'decode':>18}  {'prompt':>18}  {'loss':>20}  {'other':>6}")
-    for one, size in found["bytes"].items():
+    for one, size in found["speed"]["bytes"].items():
         same, other = (found["lost"][one][kind] for kind in ("same kind", "another kind"))
         loss = f"{same['ratio']:.2f} [{same['ratio_low']:.2f}, {same['ratio_high']:.2f}]"
         decode, prompt = (quartiles(found["speed"][part][one]) for part in ("decode", "prompt"))
@@ -282,7 +315,7 @@ def printed(name: str, found: dict[str, Any]) -> None:
             f"{one:16}  {size / whole:5.2f}  {decode:>18}  {prompt:>18}  {loss:>20}  "
             f"{other['ratio']:6.2f}"
         )
-    for one in found["lost"].keys() - found["bytes"].keys():
+    for one in found["lost"].keys() - found["speed"]["bytes"].keys():
         print(f"{one:16}  loss {found['lost'][one]['same kind']['ratio']:.3g} (control)")
 
 
@@ -298,8 +331,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             layout="constrained",
         )
         for row, (name, found) in zip(axes, results.items(), strict=True):
-            whole = found["bytes"]["whole"]
-            for one, size in found["bytes"].items():
+            whole = found["speed"]["bytes"]["whole"]
+            for one, size in found["speed"]["bytes"].items():
                 is_pruned = one.startswith("pruned")
                 colour = "C0" if is_pruned else "0.15" if one == "whole" else "C1"
                 style = {"color": colour, "marker": "o" if is_pruned else "s", "ls": "none"}
@@ -329,22 +362,29 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/llama_cpp"))
+    parser.add_argument("--only", nargs="+", choices=["lost", "speed"], default=["lost", "speed"])
     args = parser.parse_args()
     random.seed(0)
-    numbers, picture = args.out.with_suffix(".json"), args.out.with_suffix(".png")
+    numbers = args.out.with_suffix(".json")
     refuse_unwritable(numbers)
     kept = json.loads(numbers.read_text()) if numbers.exists() else {}
-    results = {}
-    for source in args.files or [embedded_file()]:
-        key = key_of(source, args)
-        if kept.get(source.stem, {}).get("key") != key:
-            with tempfile.TemporaryDirectory() as folder:
-                kept[source.stem] = {"key": key, **measured(source, args, Path(folder))}
-            with replacing(numbers) as partial:
-                partial.write_text(json.dumps(kept, indent=1) + "\n")
-        results[source.stem] = kept[source.stem]
-        printed(source.stem, results[source.stem])
-    draw(results, picture)
+    sources = args.files or [embedded_file()]
+    for part, measure in (("lost", losses), ("speed", timings)):
+        for source in sources if part in args.only else []:
+            key = key_of(source, args)
+            if kept.setdefault(source.stem, {}).get("key") != key:
+                kept[source.stem] = {"key": key}
+            if part not in kept[source.stem]:
+                print(f"{source.stem}: {part}")
+                kept[source.stem][part] = measure(source, args)
+                with replacing(numbers) as partial:
+                    partial.write_text(json.dumps(kept, indent=1) + "\n")
+    results = {source.stem: kept[source.stem] for source in sources}
+    results = {name: each for name, each in results.items() if {"lost", "speed"} <= {*each}}
+    for name, found in results.items():
+        printed(name, found)
+    if results:
+        draw(results, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ OF_MODELS = {
     if next(iter(inspect.signature(getattr(flocking, name)).parameters), "") == "model"
 }
 MORE = {
+    "export": ({}, "out"),
     "score": ("a prompt", " and more"),
     "allocate": ("a text",),
     "perplexity": ("a text",),
