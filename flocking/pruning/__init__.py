@@ -1,6 +1,7 @@
 """GRIFFIN: a model's pruned twin, its methods, and what is done with it.
 
-Twins are made, scored, calibrated and decoded with here. Imports ``analysis`` and the rooms
+Twins are made, scored, calibrated and decoded with here; selections that hold for all texts are
+written as smaller models, for transformers (``exporting``) and llama.cpp (``gguf_files``). Imports ``analysis`` and the rooms
 below it; no experiment and no evaluation.
 """
 
