@@ -1,8 +1,8 @@
 """GRIFFIN: a model's pruned twin, its methods, and what is done with it.
 
 Twins are made, scored, calibrated and decoded with here; selections that hold for all texts are
-written as smaller models, for transformers (``exporting``) and llama.cpp (``gguf_files``). Imports ``analysis`` and the rooms
-below it; no experiment and no evaluation.
+written as smaller models, for transformers (``exporting``) and llama.cpp (``gguf_files``).
+Imports ``analysis`` and the rooms below it; no experiment and no evaluation.
 """
 
 from flocking.pruning.allocation import MEASURED, allocate, first_runs, layer_harms, spread
