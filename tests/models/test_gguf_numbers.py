@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,24 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[Any, ...]]]] = {
 }
 
 
+def need_rules() -> None:
+    """Skip what older versions of transformers cannot read, and say so: SentencePiece of Gemma."""
+    try:
+        found = find_spec("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pytest.skip("this version of transformers knows fewer tokenizers of GGUF files")
+
+
 @pytest.mark.parametrize("what", MODELS)
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_numbers_are_those_of_the_model_that_was_written(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, changes, metadata = MODELS[what]
+    if name.startswith("gemma"):
+        need_rules()
     if name == "qwen2":  # transformers reads no other rule with this architecture
         monkeypatch.setattr(ggufs, "_add_tokenizer", lambda writer: words(writer, "qwen2"))
     original = ggufs.tiny(name, **frozen(changes))
@@ -232,6 +245,8 @@ def test_what_transformers_lacks_is_named_before_anything_is_read(
     what: str, file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, words = UNKNOWN[what]
+    if what == "tokenizer":
+        need_rules()
     contents = dequantising.contents_of(file)
     metadata = contents.metadata | {key: value for key, (value, _) in changes.items()}
     changed = contents._replace(metadata=metadata)
@@ -298,6 +313,8 @@ RULES: dict[str, list[list[str]]] = {
 def test_texts_are_split_by_the_rule_that_the_file_names(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if rule in ("qwen2", "llama-bpe"):
+        need_rules()
     monkeypatch.setattr(ggufs, "_add_tokenizer", lambda writer: words(writer, rule))
     file = ggufs.write(tmp_path / "a.gguf", ggufs.tiny("llama"))
     assert spelled(file, ["1234", "xyz", "a!"]) == RULES[rule]
@@ -365,4 +382,5 @@ def test_chats_and_settings_for_generating_come_with_the_file(tmp_path: Path) ->
     settings = model.generation_config
     assert settings.eos_token_id == [2, 5]
     assert (settings.do_sample, settings.temperature, settings.top_k) == (True, 0.5, 7)
+    need_rules()
     assert flocking.load(file)[1].pad_token == "<pad>"
