@@ -125,6 +125,8 @@ def read_model(auto: Any, name: str, *, exact: bool = False, **kwargs: Any) -> P
     # Of the model of this name: who gives it another one speaks of other files.
     remembered = {key: said[key] for key in _REMEMBERED if key in said}
     vars(model)["said_when_loaded"] = (model.name_or_path, remembered)
+    if os.path.isdir(name):  # a relative name means another folder from another one
+        vars(model)["folder_when_loaded"] = (model.name_or_path, os.path.abspath(name))
     return model
 
 
@@ -188,6 +190,17 @@ def said_of(model: PreTrainedModel) -> dict[str, Any]:
     """What the user said of a model when :func:`read_model` read it; copies of it have it too."""
     name, said = vars(model).get("said_when_loaded", ("", {}))
     return dict(said) if name == model.name_or_path else {}
+
+
+def folder_of(model: PreTrainedModel) -> Path | None:
+    """The folder that a model was read from, if it is still there and known for certain.
+
+    It is not where the model has a relative name that :func:`read_model` did not see.
+    """
+    given = str(getattr(model, "name_or_path", None) or "")
+    name, folder = vars(model).get("folder_when_loaded", ("", ""))
+    found = folder if name == given else given
+    return Path(found) if os.path.isabs(found) and os.path.isdir(found) else None
 
 
 def trusted(value: object) -> bool:

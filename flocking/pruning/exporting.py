@@ -23,6 +23,7 @@ from flocking.models import (
     context,
     device_of,
     embeddings_of,
+    folder_of,
     loaded,
     put,
     read_model,
@@ -41,7 +42,13 @@ from flocking.pruning.build import griffin, prunable
 from flocking.pruning.cards import card_of
 from flocking.pruning.chosen import layers_of, made_from, masks_of
 from flocking.pruning.exported import Exported
-from flocking.pruning.places import place_of_folder, refuse_existing, refuse_without_room
+from flocking.pruning.places import (
+    place_of_folder,
+    refuse_existing,
+    refuse_likely_source,
+    refuse_without_room,
+    require_bool,
+)
 from flocking.pruning.saveable import refuse_unsaveable
 from flocking.pruning.twin import full_model, read_prompt
 from flocking.pruning.widths import Sized, narrowed, sized
@@ -90,7 +97,9 @@ def export(
         Texts that the selection was not made from. What the smaller model loses on them is
         measured, and the model card says it.
     overwrite : bool
-        Replace a folder that is there, if it is one of a model.
+        Replace a folder that is there, if all of it is what transformers or this function writes
+        of a model, and it is not where `model` is from. Where `model` has a relative name, so that
+        its folder is not known, no folder of a model as wide is replaced.
 
     Returns
     -------
@@ -100,7 +109,7 @@ def export(
     Raises
     ------
     TypeError
-        If `model` is no transformers model, or `selection` no selection.
+        If `model` is no transformers model, `selection` no selection, or `overwrite` no bool.
     ValueError
         If `selection` is of several sequences or does not fit the model; if the folder is there
         already; if the config of the architecture cannot say another width of its FF blocks; if
@@ -138,11 +147,12 @@ def export(
     >>> done.stored
     {0: 16, 1: 16}
     """
-    place = place_of_folder(folder)
+    place, overwrite = place_of_folder(folder), require_bool("overwrite", overwrite)
     model = require_model(model)
 
     def check(path: Path) -> None:
-        refuse_existing(path, place, overwrite, getattr(model, "name_or_path", None))
+        source = folder_of(model) or getattr(model, "name_or_path", None)
+        refuse_existing(path, place, overwrite, source)
 
     if os.path.lexists(place):
         check(place)
@@ -154,6 +164,8 @@ def export(
         _check_texts(model, held_out, tokenizer)
     parts = sized(model, [block for block in blocks if block.call == 0])
     config, widths = narrowed(model, parts, [_width(part, masks) for part in parts])
+    if os.path.lexists(place):
+        refuse_likely_source(place, place, model, config)
     ids = _ids(model)
     with replacing(place, overwrite=overwrite, check=check) as partial:
         expected = _logits_of_twin(model, masks, ids)

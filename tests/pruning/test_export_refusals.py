@@ -174,7 +174,7 @@ def test_output_that_exists(llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_p
     refused(llama, kept, tmp_path, "exists: .*overwrite=True")
     (out / "thesis.docx").write_text("mine")
     refused(llama, kept, tmp_path, "no config.json", overwrite=True)
-    (out / "config.json").write_text("{}")
+    build("llama", intermediate_size=48).save_pretrained(out)
     refused(llama, kept, tmp_path, "there is thesis.docx in it", overwrite=True)
     (out / "thesis.docx").unlink()
     (out / "photos").mkdir()
