@@ -14,7 +14,14 @@ from flocking.models.capabilities import (
     with_inputs,
 )
 from flocking.models.chats import Chats, conversations
-from flocking.models.checkpoints import folder_of, located, prepared, read_model, trusted
+from flocking.models.checkpoints import (
+    folder_of,
+    located,
+    prepared,
+    read_model,
+    said_of,
+    trusted,
+)
 from flocking.models.continuing import check_generation, continued
 from flocking.models.copies import (
     hooks_on,
@@ -37,7 +44,7 @@ from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
 from flocking.models.origins import NOTE
-from flocking.models.problems import reading
+from flocking.models.problems import listed, reading
 from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sampling import opening_token, require_writer, sampled
@@ -92,6 +99,7 @@ __all__ = [
     "identity",
     "is_loaded",
     "load",
+    "listed",
     "loaded",
     "located",
     "opening_token",
@@ -114,6 +122,7 @@ __all__ = [
     "require_writer",
     "resolved",
     "rewinds",
+    "said_of",
     "sampled",
     "separate",
     "settings",

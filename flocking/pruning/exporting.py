@@ -50,6 +50,7 @@ from flocking.pruning.places import (
     require_bool,
 )
 from flocking.pruning.saveable import refuse_unsaveable
+from flocking.pruning.sources import source_of
 from flocking.pruning.twin import full_model, read_prompt
 from flocking.pruning.widths import Sized, narrowed, sized
 
@@ -159,7 +160,7 @@ def export(
     refuse_unsaveable(model)
     blocks = prunable(model)
     masks = masks_of(selection, layers_of(blocks))
-    tokenizer = require_tokenizer(tokenizer) or tokenizer_beside(model)
+    tokenizer = _tokenizer(model, tokenizer)
     if held_out is not None:
         _check_texts(model, held_out, tokenizer)
     parts = sized(model, [block for block in blocks if block.call == 0])
@@ -183,9 +184,28 @@ def export(
             done = Exported(**{**_given(done), "lost": lost})
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        card = card_of(model, config, done, parts, made_from(selection), tokenizer is not None)
+        source = source_of(model, _state(model))
+        told = made_from(selection)
+        card = card_of(model, source, config, done, parts, told, tokenizer is not None)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return done
+
+
+def _tokenizer(
+    model: PreTrainedModel, given: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer to save: that of the model, or another one whose tokens the model has."""
+    own, given = tokenizer_beside(model), require_tokenizer(given)
+    if given is None:
+        return own
+    tokens, rows = len(given), vocabulary_of(model)
+    # (Some models are published with a tokenizer that has more, for images, say.)
+    if tokens > rows and (own is None or own.get_vocab() != given.get_vocab()):
+        raise ValueError(
+            f"tokenizer has {tokens:,} tokens, and the model's embedding {rows:,}: give the model's "
+            "own, or resize the embedding first (model.resize_token_embeddings)."
+        )
+    return given
 
 
 def _check_texts(
