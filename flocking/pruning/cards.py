@@ -11,9 +11,10 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flocking.models import identity, listed
+from flocking.pruning.classes import is_automatic, why_not_importable
 from flocking.pruning.exported import Exported
 from flocking.pruning.lost import Lost
 from flocking.pruning.sources import Source
@@ -80,7 +81,7 @@ def card_of(
         "",
         "## How to load it",
         "",
-        *_loading(model, done.path.name, has_tokenizer),
+        *_loading(model, done, has_tokenizer),
         "",
         "## Versions",
         "",
@@ -231,17 +232,17 @@ def _lost(lost: Lost | None) -> list[str]:
     ]
 
 
-def _loading(model: PreTrainedModel, folder: str, has_tokenizer: bool) -> list[str]:
-    kind = type(model)
-    auto = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    known = kind in (auto if isinstance(auto, tuple) else (auto,))
+def _loading(model: PreTrainedModel, done: Exported, has_tokenizer: bool) -> list[str]:
+    kind, folder = type(model), done.path.name
+    known = is_automatic(kind, type(model.config))
     cls = "AutoModelForCausalLM" if known else kind.__name__
+    hidden = "" if known else why_not_importable(kind)
     module = kind.__module__ if not kind.__module__.startswith("transformers.") else "transformers"
     tokenizer = ["AutoTokenizer"] if has_tokenizer else []
     if known or module == "transformers":
         imports = [f"from transformers import {', '.join([cls, *tokenizer])}"]
     else:
-        imports = [f"from {module} import {cls}"]
+        imports = [f"# {cls}: see above" if hidden else f"from {module} import {cls}"]
         imports += [f"from transformers import {each}" for each in tokenizer]
     # Code that came with the model goes with it, and transformers asks before it runs it.
     trust = (
@@ -252,4 +253,17 @@ def _loading(model: PreTrainedModel, folder: str, has_tokenizer: bool) -> list[s
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})')
     else:
         lines.append("# Its tokenizer is that of the model that it was made from.")
-    return ["```python", *imports, "", *lines, "```"]
+    return [*_warnings(cls, done, hidden), "```python", *imports, "", *lines, "```"]
+
+
+def _warnings(cls: str, done: Exported, hidden: str) -> Iterator[str]:
+    """What goes wrong, or not at all, when the folder is loaded."""
+    if done.only:
+        yield (
+            f"**Only `{cls}` reads it right.** `AutoModelForCausalLM` goes by the config alone, "
+            "and makes a model of another class of it, which computes something else."
+        )
+    if hidden:
+        yield f"`{cls}` cannot be imported, since {hidden}: get its code from who made this."
+    if done.only or hidden:
+        yield ""

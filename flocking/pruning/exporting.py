@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,12 +36,14 @@ from flocking.models import (
     tolerance,
     undisturbed,
     vocabulary_of,
+    warn,
     working_copy,
 )
 from flocking.pruning import lost as losses
 from flocking.pruning.build import griffin, prunable
 from flocking.pruning.cards import card_of
 from flocking.pruning.chosen import layers_of, made_from, masks_of
+from flocking.pruning.classes import misread
 from flocking.pruning.exported import Exported
 from flocking.pruning.places import (
     place_of_folder,
@@ -123,6 +126,12 @@ def export(
     RuntimeError
         Inside of a :func:`flocking.observe` of `model`.
 
+    Warns
+    -----
+    UserWarning
+        If only the model's own class reads the folder right, as a subclass with another
+        ``forward``: ``AutoModelForCausalLM`` goes by the config alone.
+
     Examples
     --------
     >>> statistic = flocking.global_statistic(
@@ -178,10 +187,11 @@ def export(
         again = _read_again(type(model), partial, smaller, state)
         _prove(model, again, ids, expected)
         del smaller, state
+        done = dataclasses.replace(done, only=_only(model, partial, place, ids, expected))
         if held_out is not None:
             measure: Callable[..., Any] = losses.measure_lost
             lost = measure(model, again, held_out, tokenizer=tokenizer)
-            done = Exported(**{**_given(done), "lost": lost})
+            done = dataclasses.replace(done, lost=lost)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         source = source_of(model, _state(model))
@@ -299,10 +309,6 @@ def _sizes(
         kept=kept,
         stored=stored,
     )
-
-
-def _given(done: Exported) -> dict[str, Any]:
-    return {name: value for name, value in vars(done).items() if name != "zeros"}
 
 
 # --------------------------------------------------------------------------------------
@@ -426,3 +432,18 @@ def _prove(model: PreTrainedModel, again: PreTrainedModel, ids: Tensor, expected
             "Something that the model computes is in none of its files, such as a module, function "
             "or buffer that was replaced."
         )
+
+
+def _only(
+    model: PreTrainedModel, partial: Path, place: Path, ids: Tensor, expected: Tensor
+) -> str:
+    """The model's class if no other one reads the folder right, with a warning; else empty."""
+    other = misread(model, partial, lambda found: _prove(model, found, ids, expected))
+    if not other:
+        return ""
+    name = type(model).__name__
+    warn(
+        f"{place} is to be read by {name} alone: AutoModelForCausalLM and flocking.load make a "
+        f"{other} of it, which computes something else: load it with {name}.from_pretrained."
+    )
+    return name
