@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.analysis import named, statistic
+from flocking.analysis import made_of, named, statistic
 from flocking.models import (
     Text,
     context,
@@ -154,9 +154,10 @@ def global_statistic(
     per_token = energy**2 / energy.tokens
     values = np.sqrt(per_token.mean("sequence"))
     by_whom = " that the model wrote itself" if written else ""
-    return named(values, "statistic", "statistic over a calibration set").assign_attrs(
-        made_from=f"static statistic (root of the mean over texts of energy per token) of "
-        f"{_texts_in_words(recording)}{by_whom}"
+    return made_of(
+        named(values, "statistic", "statistic over a calibration set"),
+        "static statistic (root of the mean over texts of energy per token) of "
+        f"{_texts_in_words(recording)}{by_whom}",
     )
 
 

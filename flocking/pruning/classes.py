@@ -22,9 +22,7 @@ def is_automatic(kind: type[PreTrainedModel], config: type[PreTrainedConfig]) ->
     return kind in _made_of(config)
 
 
-def misread(
-    model: PreTrainedModel, folder: Path, prove: Callable[[PreTrainedModel], None]
-) -> str:
+def misread(model: PreTrainedModel, folder: Path, prove: Callable[[PreTrainedModel], None]) -> str:
     """The class of which AutoModelForCausalLM makes a wrong model of a folder; empty if of none.
 
     It goes by the config's model type, so that a subclass of a class that it knows is ignored.

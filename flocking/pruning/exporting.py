@@ -195,7 +195,7 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         source = source_of(model, _state(model))
-        told = made_from(selection)
+        told = made_from(selection, masks)
         card = card_of(model, source, config, done, parts, told, tokenizer is not None)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return done
@@ -212,8 +212,8 @@ def _tokenizer(
     # (Some models are published with a tokenizer that has more, for images, say.)
     if tokens > rows and (own is None or own.get_vocab() != given.get_vocab()):
         raise ValueError(
-            f"tokenizer has {tokens:,} tokens, and the model's embedding {rows:,}: give the model's "
-            "own, or resize the embedding first (model.resize_token_embeddings)."
+            f"tokenizer has {tokens:,} tokens, and the model's embedding {rows:,}: give the "
+            "model's own, or resize the embedding first (model.resize_token_embeddings)."
         )
     return given
 
@@ -434,9 +434,7 @@ def _prove(model: PreTrainedModel, again: PreTrainedModel, ids: Tensor, expected
         )
 
 
-def _only(
-    model: PreTrainedModel, partial: Path, place: Path, ids: Tensor, expected: Tensor
-) -> str:
+def _only(model: PreTrainedModel, partial: Path, place: Path, ids: Tensor, expected: Tensor) -> str:
     """The model's class if no other one reads the folder right, with a warning; else empty."""
     other = misread(model, partial, lambda found: _prove(model, found, ids, expected))
     if not other:

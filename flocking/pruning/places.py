@@ -17,10 +17,8 @@ from flocking.models import NOTE, folder_of
 from flocking.pruning.exported import in_words
 from flocking.texts import dangling, expanded
 
-# What transformers and flocking.export write into a model's folder; anything else is somebody's own.
-_WEIGHTS = re.compile(
-    r"(model|pytorch_model)(\.[A-Za-z]\w*)?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
-)
+# What transformers and flocking.export write for a model; anything else is somebody's own.
+_WEIGHTS = re.compile(r"(model|pytorch_model)(\.[A-Za-z]\w*)?(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 _BESIDE = {
     "config.json", "generation_config.json", "model.safetensors.index.json",
     "pytorch_model.bin.index.json", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt",

@@ -76,9 +76,7 @@ def _in_cache(model: PreTrainedModel, name: str, commit: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _changed(
-    model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor]
-) -> list[str] | None:
+def _changed(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor]) -> list[str] | None:
     """Names of weights that differ from those in the files; None if these cannot be read."""
     folder = folder / (said_of(model).get("subfolder") or "")
     tied = getattr(model, "all_tied_weights_keys", {})
