@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from flocking.models.devices import check_places
 from flocking.models.folders import check_config, check_folder, other_shapes
 from flocking.models.notices import warn
 from flocking.models.problems import UnexplainedError, listed, of_suspect, reading, told
@@ -63,7 +63,7 @@ def prepared(auto: Any, name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         As :func:`read_model`.
     """
     full = _with_defaults(name, kwargs)
-    _check_places(full)
+    check_places(name, full)
     if os.path.isdir(name):
         check_folder(Path(name), auto, full)
     elif (cached := _config_of_hub(name, full)) is not None:
@@ -328,23 +328,6 @@ def _config_of_hub(name: str, kwargs: Mapping[str, Any]) -> Path | None:
         return None
     found = Path(folder) / subfolder
     return found if (found / "config.json").is_file() else None
-
-
-def _check_places(kwargs: Mapping[str, Any]) -> None:
-    """Refuse the device that holds no values, and dtypes that there are not."""
-    for name in ("device_map", "device"):  # (the latter is the harness's)
-        given = kwargs.get(name)
-        places = given.values() if isinstance(given, Mapping) else [given]
-        if any(str(place).partition(":")[0] == "meta" for place in places):
-            raise ValueError(
-                f"{name} names the device meta, which holds no values: give cpu or cuda."
-            )
-    for name in ("dtype", "torch_dtype"):
-        given = kwargs.get(name)
-        if isinstance(given, str) and given != "auto":
-            short = given.removeprefix("torch.")
-            if not isinstance(getattr(torch, short, None), torch.dtype):
-                raise ValueError(f"{name}={given!r}: give float32, bfloat16 or float16.")
 
 
 @contextmanager

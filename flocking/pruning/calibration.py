@@ -28,6 +28,8 @@ from flocking.texts import expanded, passages, read_text, why_no_file
 
 _SEQUENCES, _TOKENS = 32, 256  # that are drawn from a model
 
+_STATIC = "static statistic (root of the mean over texts of energy per token) of"
+
 
 def global_statistic(
     model: PreTrainedModel,
@@ -154,11 +156,8 @@ def global_statistic(
     per_token = energy**2 / energy.tokens
     values = np.sqrt(per_token.mean("sequence"))
     by_whom = " that the model wrote itself" if written else ""
-    return made_of(
-        named(values, "statistic", "statistic over a calibration set"),
-        "static statistic (root of the mean over texts of energy per token) of "
-        f"{_texts_in_words(recording)}{by_whom}",
-    )
+    values = named(values, "statistic", "statistic over a calibration set")
+    return made_of(values, f"{_STATIC} {_texts_in_words(recording)}{by_whom}")
 
 
 def _texts_in_words(recording: xr.Dataset) -> str:

@@ -181,7 +181,7 @@ def test_what_looks_like_a_selection_is_named() -> None:
         masks_of({"0": [1], "1": [2]}, layers)
     ones = np.array([1, 0, 1, 1, 0, 0])
     for mask in (ones, torch.tensor(ones), ones.astype(np.uint8), ones[:5], ones * 0):
-        with pytest.raises(TypeError, match="layer 0 is a mask of the numbers 0 and 1.*bool"):
+        with pytest.raises(TypeError, match=r"layer 0 is a mask of the numbers 0 and 1.*bool"):
             masks_of({0: mask, 1: [2]}, layers)
     assert masks_of({0: [0, 1], 1: [1]}, layers)[0].sum() == 2
     kept = xr.DataArray(np.ones((2, 6), bool), {"layer": [0, 1]}, ("layer", "neuron"))
