@@ -22,6 +22,7 @@ from flocking.analysis.overlap import (
     jaccard,
     prompt_generation_overlap,
 )
+from flocking.analysis.provenance import is_changed, made_of, mark_of, marked, said_by
 from flocking.analysis.selection import (
     densities_in_words,
     density_by_layer,
@@ -49,12 +50,17 @@ __all__ = [
     "effective_neurons",
     "flocking_score",
     "intervals",
+    "is_changed",
     "jaccard",
     "kept_count",
+    "made_of",
     "magnitude",
+    "mark_of",
+    "marked",
     "named",
     "prompt_generation_overlap",
     "rank_consistency",
+    "said_by",
     "select",
     "specificity",
     "statistic",

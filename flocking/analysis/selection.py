@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from flocking.analysis.labels import checked
 from flocking.analysis.metrics import named
+from flocking.analysis.provenance import made_of, said_by
 from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
 from flocking.feedforward import FeedForward, dense, feedforwards, fused_rows, row_norms
 from flocking.models import warn
@@ -112,7 +113,7 @@ def statistic(
     if start is not None or stop is not None or by is not None:
         made_from += f" (start={start}, stop={stop}, by={by})"
     values = named(values, "statistic", "l2 norm of relative activations over tokens")
-    return values.assign_attrs(made_from=made_from)
+    return made_of(values, made_from)
 
 
 def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
@@ -157,7 +158,7 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     others = np.sqrt(others.clip(min=0)).transpose(*values.dims)
     made_from = f"static statistic of {values.sizes['sequence'] - 1} other texts"
     others = named(others, "statistic", "statistic of the other sequences")
-    return others.assign_attrs(made_from=made_from)
+    return made_of(others, made_from)
 
 
 def weight_magnitude(model: PreTrainedModel) -> xr.DataArray:
@@ -193,7 +194,7 @@ def weight_magnitude(model: PreTrainedModel) -> xr.DataArray:
     result = xr.DataArray(values, {"neuron": np.arange(values.shape[1])}, ("layer", "neuron"))
     by_layer = {name: ("layer", each) for name, each in coordinates_of(blocks).items()}
     result = named(result.assign_coords(by_layer), "statistic", "weight magnitude")
-    return result.assign_attrs(made_from="norms of the weights (magnitude), without any text")
+    return made_of(result, "norms of the weights (magnitude), without any text")
 
 
 # --------------------------------------------------------------------------------------
@@ -256,8 +257,8 @@ def select(
     if densities is not None:
         swept = xr.DataArray(several_densities(densities), dims="density", name="density")
         each = [select(values, d).drop_vars("density") for d in swept.values.tolist()]
-        told = _told(values, swept.values.tolist())
-        return xr.concat(each, swept, coords="minimal").assign_attrs(made_from=told)
+        # (Each of them may be taken out: no density is named, which is that of the mask.)
+        return made_of(xr.concat(each, swept, coords="minimal"), _told(values))
     by_layer = values if "layer" in values.dims else values.expand_dims("layer")
     by_layer = by_layer.transpose("layer", ..., "neuron")
     layers = len(by_layer)
@@ -275,17 +276,17 @@ def select(
     if "layer" not in values.dims:
         labelled = labelled[0]
     labelled = labelled.transpose(*(dim for dim in values.dims if dim != "neuron"), "neuron")
-    return (
-        labelled.assign_coords(density=shares[0] if len({*shares}) == 1 else ("layer", shares))
-        .rename("selection")
-        .assign_attrs(long_name="selected neurons", made_from=_told(values, shares))
+    labelled = labelled.assign_coords(
+        density=shares[0] if len({*shares}) == 1 else ("layer", shares)
     )
+    labelled = labelled.rename("selection").assign_attrs(long_name="selected neurons")
+    return made_of(labelled, f"{_told(values)}, {densities_in_words(shares)}")
 
 
-def _told(values: xr.DataArray, densities: list[float]) -> str:
-    """What neurons were selected by, and how many, in words."""
-    by = values.attrs.get("made_from") or values.attrs.get("long_name") or "a statistic"
-    return f"{by}; those with the largest, {densities_in_words(densities)}"
+def _told(values: xr.DataArray) -> str:
+    """What neurons were selected by, in words."""
+    by = said_by(values) or values.attrs.get("long_name") or "a statistic"
+    return f"{by}; those with the largest"
 
 
 def densities_in_words(densities: list[float]) -> str:

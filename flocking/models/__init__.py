@@ -14,7 +14,15 @@ from flocking.models.capabilities import (
     with_inputs,
 )
 from flocking.models.chats import Chats, conversations
-from flocking.models.checkpoints import located, prepared, read_model, trusted
+from flocking.models.checkpoints import (
+    folder_of,
+    located,
+    prepared,
+    read_config,
+    read_model,
+    said_of,
+    trusted,
+)
 from flocking.models.continuing import check_generation, continued
 from flocking.models.copies import (
     hooks_on,
@@ -36,7 +44,8 @@ from flocking.models.loading import embedded, embedded_file, identity, load, res
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
 from flocking.models.notices import warn
-from flocking.models.problems import reading
+from flocking.models.origins import NOTE
+from flocking.models.problems import listed, reading
 from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sampling import opening_token, require_writer, sampled
@@ -59,6 +68,7 @@ from flocking.models.weights import (
 from flocking.models.wrapping import require_model, unwrap
 
 __all__ = [
+    "NOTE",
     "Bookmark",
     "Chats",
     "Original",
@@ -82,12 +92,14 @@ __all__ = [
     "embedded_file",
     "embeddings_of",
     "exclusive",
+    "folder_of",
     "forcing",
     "forward",
     "hooks_on",
     "hooks_on_everything",
     "identity",
     "is_loaded",
+    "listed",
     "load",
     "loaded",
     "located",
@@ -98,6 +110,7 @@ __all__ = [
     "prepared",
     "private_randomness",
     "put",
+    "read_config",
     "read_gguf",
     "read_model",
     "reading",
@@ -111,6 +124,7 @@ __all__ = [
     "require_writer",
     "resolved",
     "rewinds",
+    "said_of",
     "sampled",
     "separate",
     "settings",

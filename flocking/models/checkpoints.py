@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from flocking.models.devices import check_places
 from flocking.models.folders import check_config, check_folder, other_shapes
 from flocking.models.notices import warn
 from flocking.models.problems import UnexplainedError, listed, of_suspect, reading, told
@@ -63,7 +63,7 @@ def prepared(auto: Any, name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         As :func:`read_model`.
     """
     full = _with_defaults(name, kwargs)
-    _check_places(full)
+    check_places(name, full)
     if os.path.isdir(name):
         check_folder(Path(name), auto, full)
     elif (cached := _config_of_hub(name, full)) is not None:
@@ -125,6 +125,8 @@ def read_model(auto: Any, name: str, *, exact: bool = False, **kwargs: Any) -> P
     # Of the model of this name: who gives it another one speaks of other files.
     remembered = {key: said[key] for key in _REMEMBERED if key in said}
     vars(model)["said_when_loaded"] = (model.name_or_path, remembered)
+    if os.path.isdir(name):  # a relative name means another folder from another one
+        vars(model)["folder_when_loaded"] = (model.name_or_path, os.path.abspath(name))
     return model
 
 
@@ -188,6 +190,17 @@ def said_of(model: PreTrainedModel) -> dict[str, Any]:
     """What the user said of a model when :func:`read_model` read it; copies of it have it too."""
     name, said = vars(model).get("said_when_loaded", ("", {}))
     return dict(said) if name == model.name_or_path else {}
+
+
+def folder_of(model: PreTrainedModel) -> Path | None:
+    """The folder that a model was read from, if it is still there and known for certain.
+
+    It is not where the model has a relative name that :func:`read_model` did not see.
+    """
+    given = str(getattr(model, "name_or_path", None) or "")
+    name, folder = vars(model).get("folder_when_loaded", ("", ""))
+    found = folder if name == given else given
+    return Path(found) if os.path.isabs(found) and os.path.isdir(found) else None
 
 
 def trusted(value: object) -> bool:
@@ -315,23 +328,6 @@ def _config_of_hub(name: str, kwargs: Mapping[str, Any]) -> Path | None:
         return None
     found = Path(folder) / subfolder
     return found if (found / "config.json").is_file() else None
-
-
-def _check_places(kwargs: Mapping[str, Any]) -> None:
-    """Refuse the device that holds no values, and dtypes that there are not."""
-    for name in ("device_map", "device"):  # (the latter is the harness's)
-        given = kwargs.get(name)
-        places = given.values() if isinstance(given, Mapping) else [given]
-        if any(str(place).partition(":")[0] == "meta" for place in places):
-            raise ValueError(
-                f"{name} names the device meta, which holds no values: give cpu or cuda."
-            )
-    for name in ("dtype", "torch_dtype"):
-        given = kwargs.get(name)
-        if isinstance(given, str) and given != "auto":
-            short = given.removeprefix("torch.")
-            if not isinstance(getattr(torch, short, None), torch.dtype):
-                raise ValueError(f"{name}={given!r}: give float32, bfloat16 or float16.")
 
 
 @contextmanager

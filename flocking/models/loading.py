@@ -24,6 +24,7 @@ from flocking.models.checkpoints import (
     read_tokenizer,
 )
 from flocking.models.dequantising import CacheError, dequantised
+from flocking.models.devices import check_places
 from flocking.models.gguf import looks_like_gguf
 from flocking.models.notices import warn
 from flocking.models.problems import brief
@@ -72,8 +73,8 @@ def load(
     ValueError
         If weights of the model are in none of its files, or have other shapes there; if its
         config describes no causal language model that transformers knows, or a field of a file
-        cannot be what it is; if the device is meta, or there is no such dtype; or if it needs
-        code that comes with it and is not trusted.
+        cannot be what it is; if the device is meta or not there, or there is no such dtype; or if
+        it needs code that comes with it and is not trusted.
     TypeError
         If `name` is not a string or path, ``trust_remote_code`` not a bool, or there is no such
         argument.
@@ -135,6 +136,8 @@ def resolved(
     OSError, ValueError, TypeError, MemoryError
         As :func:`load`.
     """
+    # (As the user named it, and before a file is converted.)
+    check_places("the embedded model" if name is None else path_of(name), kwargs)
     rest = dict(kwargs)
     inside = rest.pop("gguf_file", None)
     if name is None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models.capabilities import traits
 from flocking.models.chats import Message, templated
-from flocking.models.checkpoints import read_tokenizer, said_of
+from flocking.models.checkpoints import folder_of, read_tokenizer, said_of
 from flocking.models.forms import Text, given, require_tokenizer, whole_numbers
 from flocking.models.inputs import check_values, fed, rows_of, starting_again
 from flocking.models.memo import PerModel
@@ -263,7 +263,8 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
         )
     try:
         revision = getattr(model.config, "_commit_hash", None) or "main"
-        return read_tokenizer(model.name_or_path, revision=revision, **said_of(model))
+        place = str(folder_of(model) or model.name_or_path)
+        return read_tokenizer(place, revision=revision, **said_of(model))
     except (OSError, ValueError, TypeError) as problem:
         raise ValueError(
             "No tokenizer was found with the model: pass tokenizer=, or give token ids. "

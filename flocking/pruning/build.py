@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from flocking.analysis import densities_in_words, density_by_layer, kept_count
+from flocking.analysis import densities_in_words, density_by_layer, kept_count, said_by
 from flocking.feedforward import (
     FeedForward,
     by_interface,
@@ -225,7 +225,7 @@ def _in_words(
     if known == "global-local":
         text += f" (weight {weight:g})"
     if known in WITH_REFERENCE and reference is not None:
-        text += f" with {reference.attrs.get('made_from') or 'a static statistic'}"
+        text += f" with {said_by(reference) or 'a static statistic'}"
     return f"{text}, {densities_in_words(shares)}"
 
 

@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.analysis import named, statistic
+from flocking.analysis import made_of, named, statistic
 from flocking.models import (
     Text,
     context,
@@ -27,6 +27,8 @@ from flocking.recording import check_numbers, record, whole_number
 from flocking.texts import expanded, passages, read_text, why_no_file
 
 _SEQUENCES, _TOKENS = 32, 256  # that are drawn from a model
+
+_STATIC = "static statistic (root of the mean over texts of energy per token) of"
 
 
 def global_statistic(
@@ -154,10 +156,8 @@ def global_statistic(
     per_token = energy**2 / energy.tokens
     values = np.sqrt(per_token.mean("sequence"))
     by_whom = " that the model wrote itself" if written else ""
-    return named(values, "statistic", "statistic over a calibration set").assign_attrs(
-        made_from=f"static statistic (root of the mean over texts of energy per token) of "
-        f"{_texts_in_words(recording)}{by_whom}"
-    )
+    values = named(values, "statistic", "statistic over a calibration set")
+    return made_of(values, f"{_STATIC} {_texts_in_words(recording)}{by_whom}")
 
 
 def _texts_in_words(recording: xr.Dataset) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from flocking.models import identity
+from flocking.models import identity, listed
+from flocking.pruning.classes import is_automatic, why_not_importable
 from flocking.pruning.exported import Exported
 from flocking.pruning.lost import Lost
+from flocking.pruning.sources import Source
 from flocking.pruning.widths import Sized
 
 _LICENCE = ("license", "license_name", "license_link")
@@ -27,6 +26,7 @@ _README = "README.md"
 
 def card_of(
     model: PreTrainedModel,
+    source: Source,
     config: PreTrainedConfig,
     done: Exported,
     parts: Sequence[Sized],
@@ -39,6 +39,8 @@ def card_of(
     ----------
     model : transformers.PreTrainedModel
         What the smaller model was made from.
+    source : Source
+        Where that is from.
     config : transformers.PreTrainedConfig
         Of the smaller model.
     done : Exported
@@ -53,16 +55,17 @@ def card_of(
         "not known. The selection was given as a list of neurons, without a word about the "
         "statistic or the texts behind it."
     )
+    called = _source(source, type(model).__name__)
     lines = [
         f"# {done.path.name}",
         "",
-        f"{_source(model)} with {done.parameters / done.parameters_before:.1%} of its parameters: "
-        "in its feed-forward (FF) blocks, only some of the neurons were kept. Nothing was trained "
-        "or changed beside that.",
+        f"{called} with {done.parameters / done.parameters_before:.1%} of its parameters: "
+        "in its feed-forward (FF) blocks, only some of the neurons were kept. "
+        f"{_weights(source)}",
         "",
         "## How it was made",
         "",
-        f"- From: {_source(model)}{_identity(model)}",
+        f"- From: {called}{_identity(source)}",
         f"- Neurons kept by: {how}",
         *_widths(done, parts),
         *(f"- In the config: {text}" for text in _changed(model.config, config)),
@@ -78,7 +81,7 @@ def card_of(
         "",
         "## How to load it",
         "",
-        *_loading(model, done.path.name, has_tokenizer),
+        *_loading(model, done, has_tokenizer),
         "",
         "## Versions",
         "",
@@ -87,7 +90,7 @@ def card_of(
         f"{torch.__version__}. flocking is not needed to use it.",
         "",
     ]
-    header = _header(model).to_yaml()
+    header = _header(source).to_yaml()
     return f"---\n{header}\n---\n\n" + "\n".join(lines)
 
 
@@ -95,68 +98,54 @@ def card_of(
 # Where it is from
 
 
-def _name(model: PreTrainedModel) -> str:
-    return str(getattr(model, "name_or_path", "") or "").rstrip("/")
-
-
-def _is_here(name: str) -> bool:
-    return bool(name) and os.path.exists(name)
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not _is_here(name)
-
-
-def _source(model: PreTrainedModel) -> str:
-    name, kind = _name(model), type(model).__name__
-    if not name:
+def _source(source: Source, kind: str) -> str:
+    if not source.name:
         return f"A {kind} that was in memory and has no name"
-    if _is_here(name):  # where that is on somebody's disk is nobody's business
-        name = os.path.basename(os.path.realpath(name))
-    elif _is_hub_id(name):
-        name = f"[{name}](https://huggingface.co/{name})"
-    return f"{name} ({kind})"
+    if source.commit:
+        return f"[{source.name}](https://huggingface.co/{source.name}) ({kind})"
+    return f"{source.name} ({kind})"
 
 
-def _identity(model: PreTrainedModel) -> str:
+def _identity(source: Source) -> str:
     """What tells the source from every other model, as far as it has files."""
-    name = _name(model)
-    commit = getattr(model.config, "_commit_hash", None)
-    if _is_here(name):
+    if source.commit:
+        return f", commit {source.commit}"
+    if source.changed == [] and source.folder is not None:
         try:
-            return f", its files' SHA-256 {identity(name)}"
+            return f", its files' SHA-256 {identity(source.folder)}"
         except (OSError, ValueError):  # they are not there any more, or are something else
             return ""
-    return f", commit {commit}" if _is_hub_id(name) and commit else ""
+    return ""
 
 
-def _header(model: PreTrainedModel) -> huggingface_hub.ModelCardData:
-    name = _name(model)
-    said: dict[str, Any] = _said_by(_readme(name, model))
-    if _is_hub_id(name):
-        said["base_model"] = name
+def _weights(source: Source) -> str:
+    """What became of the other weights, as far as that can be told."""
+    if source.changed == []:
+        return "Nothing was trained or changed beside that."
+    if source.changed:
+        count = len(source.changed)
+        return (
+            f"**Its weights were changed after loading**, before that: {count:,} of its tensors "
+            f"are others than in the files of that name ({listed(source.changed)})."
+        )
+    if not source.name:
+        return "Its other weights are as they were in memory."
+    return (
+        "Its other weights are as they were in memory; they could not be compared with the files "
+        "of that name."
+    )
+
+
+def _header(source: Source) -> huggingface_hub.ModelCardData:
+    said: dict[str, Any] = _said_by(source.folder and source.folder / _README)
+    if source.commit:
+        said["base_model"] = source.name
     return huggingface_hub.ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["flocking", "pruned"],
         **said,
     )
-
-
-def _readme(name: str, model: PreTrainedModel) -> Path | None:
-    """The README beside the source's files, if there is one on this machine."""
-    if _is_here(name):
-        return Path(name, _README)
-    revision = getattr(model.config, "_commit_hash", None)
-    try:
-        found = huggingface_hub.try_to_load_from_cache(name, _README, revision=revision)
-    except (ValueError, OSError):  # it is no hub id
-        return None
-    return Path(found) if isinstance(found, str) else None
 
 
 def _said_by(readme: Path | None) -> dict[str, Any]:
@@ -243,17 +232,17 @@ def _lost(lost: Lost | None) -> list[str]:
     ]
 
 
-def _loading(model: PreTrainedModel, folder: str, has_tokenizer: bool) -> list[str]:
-    kind = type(model)
-    auto = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    known = kind in (auto if isinstance(auto, tuple) else (auto,))
+def _loading(model: PreTrainedModel, done: Exported, has_tokenizer: bool) -> list[str]:
+    kind, folder = type(model), done.path.name
+    known = is_automatic(kind, type(model.config))
     cls = "AutoModelForCausalLM" if known else kind.__name__
+    hidden = "" if known else why_not_importable(kind)
     module = kind.__module__ if not kind.__module__.startswith("transformers.") else "transformers"
     tokenizer = ["AutoTokenizer"] if has_tokenizer else []
     if known or module == "transformers":
         imports = [f"from transformers import {', '.join([cls, *tokenizer])}"]
     else:
-        imports = [f"from {module} import {cls}"]
+        imports = [f"# {cls}: see above" if hidden else f"from {module} import {cls}"]
         imports += [f"from transformers import {each}" for each in tokenizer]
     # Code that came with the model goes with it, and transformers asks before it runs it.
     trust = (
@@ -264,4 +253,17 @@ def _loading(model: PreTrainedModel, folder: str, has_tokenizer: bool) -> list[s
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})')
     else:
         lines.append("# Its tokenizer is that of the model that it was made from.")
-    return ["```python", *imports, "", *lines, "```"]
+    return [*_warnings(cls, done, hidden), "```python", *imports, "", *lines, "```"]
+
+
+def _warnings(cls: str, done: Exported, hidden: str) -> Iterator[str]:
+    """What goes wrong, or not at all, when the folder is loaded."""
+    if done.only:
+        yield (
+            f"**Only `{cls}` reads it right.** `AutoModelForCausalLM` goes by the config alone, "
+            "and makes a model of another class of it, which computes something else."
+        )
+    if hidden:
+        yield f"`{cls}` cannot be imported, since {hidden}: get its code from who made this."
+    if done.only or hidden:
+        yield ""

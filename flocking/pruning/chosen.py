@@ -10,6 +10,7 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.analysis import is_changed, mark_of, marked
 from flocking.feedforward import FeedForward
 from flocking.recording import whole_neurons
 
@@ -101,14 +102,43 @@ class Kept(dict[int, Tensor]):
 
     def __init__(self, indices: Mapping[int, Tensor], made_from: str) -> None:
         super().__init__(indices)
-        self.attrs = {"made_from": made_from}
+        several = any(kept.ndim > 1 and len(kept) != 1 for kept in indices.values())
+        # (Of several sequences, none can be taken out with its attributes.)
+        marks = [] if several else [_mark({n: _in_mask(kept) for n, kept in indices.items()})]
+        self.attrs = marked(made_from, *marks)
 
 
-def made_from(selection: Any) -> str:
-    """What a selection says of how it was made, ``selection.attrs["made_from"]``; else empty."""
+def _in_mask(indices: Tensor) -> np.ndarray:
+    """A mask that ends with the last neuron that is kept."""
+    kept = indices.cpu().numpy().ravel()
+    mask = np.zeros(kept.max(initial=0) + 1, bool)
+    mask[kept] = True
+    return mask
+
+
+def _mark(masks: Mapping[int, np.ndarray]) -> str:
+    """The mark of masks by layer, as that of the array that :func:`flocking.select` returns."""
+    rows = np.zeros((len(masks), max(map(len, masks.values()))), bool)
+    for row, layer in zip(rows, sorted(masks), strict=True):
+        row[: len(masks[layer])] = masks[layer]
+    return mark_of(rows)
+
+
+def made_from(selection: Any, masks: Mapping[int, np.ndarray]) -> str:
+    """What a selection says of how it was made, ``selection.attrs["made_from"]``; else empty.
+
+    Parameters
+    ----------
+    selection : dict or xarray.DataArray
+    masks : dict of ndarray of bool, shape (d_ff,)
+        What it is now, as of :func:`masks_of`: where that is not what was made, this is said.
+    """
     attributes = getattr(selection, "attrs", None)
-    told = str(attributes.get("made_from") or "") if isinstance(attributes, Mapping) else ""
-    if told and isinstance(selection, xr.DataArray) and "sequence" in selection.coords:
+    if not isinstance(attributes, Mapping) or not (told := str(attributes.get("made_from") or "")):
+        return ""
+    if is_changed(attributes, _mark(masks)):
+        return f"not known: the selection was changed after it was made. It was made from: {told}"
+    if isinstance(selection, xr.DataArray) and "sequence" in selection.coords:
         told += f"; of sequence {np.ravel(selection['sequence'].values)[0]} of the recording"
     return told
 
@@ -129,6 +159,8 @@ def _no_selection(given: Any) -> str:
 
 def _of_array(selection: xr.DataArray, layers: Sequence[Wide]) -> dict[int, np.ndarray]:
     _check_dtype(selection.dtype, "")
+    if not {"layer", "neuron"} <= {*selection.dims, *selection.coords}:
+        raise ValueError(_other_dims(selection))
     _refuse_several(selection)
     for dim in ("layer", "neuron"):
         if dim not in selection.dims and dim in selection.coords:
@@ -137,10 +169,7 @@ def _of_array(selection: xr.DataArray, layers: Sequence[Wide]) -> dict[int, np.n
     more = [dim for dim in selection.dims if dim not in ("layer", "neuron")]
     selection = selection.squeeze(more, drop=True)
     if {*selection.dims} != {"layer", "neuron"}:
-        raise ValueError(
-            f"selection has dimensions {_listed(selection.dims)}: give one over layer and neuron, "
-            "as flocking.select(statistic, density) returns."
-        )
+        raise ValueError(_other_dims(selection))
     try:
         selection = whole_neurons(selection).transpose("layer", "neuron")
     except ValueError as problem:
@@ -156,6 +185,13 @@ def _of_array(selection: xr.DataArray, layers: Sequence[Wide]) -> dict[int, np.n
     _check_widths(selection.isel(layer=rows), layers)
     values = selection.values
     return {wide.layer: values[row, : wide.d_ff] for wide, row in zip(layers, rows, strict=True)}
+
+
+def _other_dims(selection: xr.DataArray) -> str:
+    return (
+        f"selection has dimensions {_listed(selection.dims)}: give one over layer and neuron, as "
+        "flocking.select(statistic, density) returns."
+    )
 
 
 def _refuse_several(selection: xr.DataArray) -> None:
@@ -239,6 +275,11 @@ def _widths(layers: Sequence[Wide]) -> str:
 
 
 def _of_indices(selection: Mapping[Any, Any], layers: Sequence[Wide]) -> dict[int, np.ndarray]:
+    if texts := [key for key in selection if isinstance(key, str)]:
+        raise TypeError(
+            f"selection names layers by strings ({_listed(map(repr, texts))}): give their whole "
+            "numbers, as {int(layer): kept for layer, kept in selection.items()}."
+        )
     _check_layers(selection, [wide.layer for wide in layers])
     return {wide.layer: _mask(selection[wide.layer], wide) for wide in layers}
 
@@ -271,6 +312,11 @@ def _mask(indices: Any, wide: Wide) -> np.ndarray:
             f"has those from 0 to {wide.d_ff - 1}: make it from this model."
         )
     if len(np.unique(values)) < len(values):
+        if {*np.unique(values).tolist()} <= {0, 1}:
+            raise TypeError(
+                f"selection{where} is a mask of the numbers 0 and 1, where whole numbers are "
+                "indices of neurons: make it bool."
+            )
         raise ValueError(f"selection{where} has a neuron twice: give each kept neuron once.")
     mask = np.zeros(wide.d_ff, bool)
     mask[values] = True

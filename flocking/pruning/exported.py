@@ -29,6 +29,9 @@ class Exported:
         How many neurons each layer has in the files: `kept`, and those that fill it up.
     lost : Lost or None
         What the smaller model loses on other texts; None if that was not measured.
+    only : str
+        The class that alone reads the folder right, where ``AutoModelForCausalLM`` makes a model
+        with other logits of it; else empty.
     zeros : int
         Neurons of zero weights in the files, all layers together: what they need where an
         architecture has one width for layers of different widths. They change no result.
@@ -49,6 +52,7 @@ class Exported:
     kept: dict[int, int]
     stored: dict[int, int]
     lost: Lost | None = None
+    only: str = ""
     zeros: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +74,8 @@ class Exported:
             share = self.zeros / sum(self.stored.values())
             stored = f"{by_layer(self.stored)}: {self.zeros:,} are zeros ({share:.1%})"
             found.append(("neurons in the files", stored))
+        if self.only:
+            found.append(("loaded by", f"{self.only}, not by AutoModelForCausalLM"))
         if self.lost is not None:
             found += _lost_rows(self.lost)
         return found

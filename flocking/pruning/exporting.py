@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from flocking.models import (
     context,
     device_of,
     embeddings_of,
+    folder_of,
     loaded,
     put,
     read_model,
@@ -34,15 +36,24 @@ from flocking.models import (
     tolerance,
     undisturbed,
     vocabulary_of,
+    warn,
     working_copy,
 )
 from flocking.pruning import lost as losses
 from flocking.pruning.build import griffin, prunable
 from flocking.pruning.cards import card_of
 from flocking.pruning.chosen import layers_of, made_from, masks_of
+from flocking.pruning.classes import misread
 from flocking.pruning.exported import Exported
-from flocking.pruning.places import place_of_folder, refuse_existing, refuse_without_room
+from flocking.pruning.places import (
+    place_of_folder,
+    refuse_existing,
+    refuse_likely_source,
+    refuse_without_room,
+    require_bool,
+)
 from flocking.pruning.saveable import refuse_unsaveable
+from flocking.pruning.sources import source_of
 from flocking.pruning.twin import full_model, read_prompt
 from flocking.pruning.widths import Sized, narrowed, sized
 
@@ -90,7 +101,9 @@ def export(
         Texts that the selection was not made from. What the smaller model loses on them is
         measured, and the model card says it.
     overwrite : bool
-        Replace a folder that is there, if it is one of a model.
+        Replace a folder that is there, if all of it is what transformers or this function writes
+        of a model, and it is not where `model` is from. Where `model` has a relative name, so that
+        its folder is not known, no folder of a model as wide is replaced.
 
     Returns
     -------
@@ -100,7 +113,7 @@ def export(
     Raises
     ------
     TypeError
-        If `model` is no transformers model, or `selection` no selection.
+        If `model` is no transformers model, `selection` no selection, or `overwrite` no bool.
     ValueError
         If `selection` is of several sequences or does not fit the model; if the folder is there
         already; if the config of the architecture cannot say another width of its FF blocks; if
@@ -112,6 +125,12 @@ def export(
         If the folder cannot be written, or there is no room for it.
     RuntimeError
         Inside of a :func:`flocking.observe` of `model`.
+
+    Warns
+    -----
+    UserWarning
+        If only the model's own class reads the folder right, as a subclass with another
+        ``forward``: ``AutoModelForCausalLM`` goes by the config alone.
 
     Examples
     --------
@@ -138,22 +157,25 @@ def export(
     >>> done.stored
     {0: 16, 1: 16}
     """
-    place = place_of_folder(folder)
+    place, overwrite = place_of_folder(folder), require_bool("overwrite", overwrite)
     model = require_model(model)
 
     def check(path: Path) -> None:
-        refuse_existing(path, place, overwrite, getattr(model, "name_or_path", None))
+        source = folder_of(model) or getattr(model, "name_or_path", None)
+        refuse_existing(path, place, overwrite, source)
 
     if os.path.lexists(place):
         check(place)
     refuse_unsaveable(model)
     blocks = prunable(model)
     masks = masks_of(selection, layers_of(blocks))
-    tokenizer = require_tokenizer(tokenizer) or tokenizer_beside(model)
+    tokenizer = _tokenizer(model, tokenizer)
     if held_out is not None:
         _check_texts(model, held_out, tokenizer)
     parts = sized(model, [block for block in blocks if block.call == 0])
     config, widths = narrowed(model, parts, [_width(part, masks) for part in parts])
+    if os.path.lexists(place):
+        refuse_likely_source(place, place, model, config)
     ids = _ids(model)
     with replacing(place, overwrite=overwrite, check=check) as partial:
         expected = _logits_of_twin(model, masks, ids)
@@ -165,15 +187,35 @@ def export(
         again = _read_again(type(model), partial, smaller, state)
         _prove(model, again, ids, expected)
         del smaller, state
+        done = dataclasses.replace(done, only=_only(model, partial, place, ids, expected))
         if held_out is not None:
             measure: Callable[..., Any] = losses.measure_lost
             lost = measure(model, again, held_out, tokenizer=tokenizer)
-            done = Exported(**{**_given(done), "lost": lost})
+            done = dataclasses.replace(done, lost=lost)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        card = card_of(model, config, done, parts, made_from(selection), tokenizer is not None)
+        source = source_of(model, _state(model))
+        told = made_from(selection, masks)
+        card = card_of(model, source, config, done, parts, told, tokenizer is not None)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return done
+
+
+def _tokenizer(
+    model: PreTrainedModel, given: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer to save: that of the model, or another one whose tokens the model has."""
+    own, given = tokenizer_beside(model), require_tokenizer(given)
+    if given is None:
+        return own
+    tokens, rows = len(given), vocabulary_of(model)
+    # (Some models are published with a tokenizer that has more, for images, say.)
+    if tokens > rows and (own is None or own.get_vocab() != given.get_vocab()):
+        raise ValueError(
+            f"tokenizer has {tokens:,} tokens, and the model's embedding {rows:,}: give the "
+            "model's own, or resize the embedding first (model.resize_token_embeddings)."
+        )
+    return given
 
 
 def _check_texts(
@@ -267,10 +309,6 @@ def _sizes(
         kept=kept,
         stored=stored,
     )
-
-
-def _given(done: Exported) -> dict[str, Any]:
-    return {name: value for name, value in vars(done).items() if name != "zeros"}
 
 
 # --------------------------------------------------------------------------------------
@@ -394,3 +432,16 @@ def _prove(model: PreTrainedModel, again: PreTrainedModel, ids: Tensor, expected
             "Something that the model computes is in none of its files, such as a module, function "
             "or buffer that was replaced."
         )
+
+
+def _only(model: PreTrainedModel, partial: Path, place: Path, ids: Tensor, expected: Tensor) -> str:
+    """The model's class if no other one reads the folder right, with a warning; else empty."""
+    other = misread(model, partial, lambda found: _prove(model, found, ids, expected))
+    if not other:
+        return ""
+    name = type(model).__name__
+    warn(
+        f"{place} is to be read by {name} alone: AutoModelForCausalLM and flocking.load make a "
+        f"{other} of it, which computes something else: load it with {name}.from_pretrained."
+    )
+    return name

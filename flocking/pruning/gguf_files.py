@@ -29,7 +29,13 @@ from flocking.pruning.gguf_cuts import (
     pieces,
 )
 from flocking.pruning.gguf_metadata import Pair, Writer, pairs_of
-from flocking.pruning.places import is_gguf, refuse_existing, refuse_without_room
+from flocking.pruning.places import (
+    is_gguf,
+    refuse_existing,
+    refuse_nul,
+    refuse_without_room,
+    require_bool,
+)
 from flocking.texts import expanded
 
 if TYPE_CHECKING:
@@ -86,7 +92,7 @@ def export_gguf(
     Raises
     ------
     TypeError
-        If `selection` is no selection, `down` no string, or a path no path.
+        If `selection` is no selection, `down` no string, `overwrite` no bool, or a path no path.
     ValueError
         If the selection is not of this model or of several sequences; if the file is of an
         architecture that cannot be pruned, or has a tensor that is not known; if `down` is no type
@@ -125,6 +131,7 @@ def export_gguf(
     no-such-file.gguf does not exist: give a GGUF file.
     """
     kind, place = type_of_down(down), _place(path)
+    overwrite = require_bool("overwrite", overwrite)
     contents = contents_of(source)
     whole = Path(expanded(os.fspath(source)))
     blocks = blocks_of(contents, str(whole))
@@ -279,6 +286,7 @@ def type_of_down(down: object) -> GGMLQuantizationType:
 def _place(path: object) -> Path:
     if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
         raise TypeError(f"path is a {type(path).__name__}: give the name of a file.")
+    refuse_nul("path", text)
     place = Path(expanded(text))
     if not place.name:
         raise ValueError(f"path={text!r} names no file: give it a name.")

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from flocking.models import NOTE, folder_of
 from flocking.pruning.exported import in_words
 from flocking.texts import dangling, expanded
 
-# What models' folders have in them, by the ends of the names; anything else is somebody's own.
-_OF_MODELS = (
-    ".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken",
-    "license",
-)  # fmt: skip
+# What transformers and flocking.export write for a model; anything else is somebody's own.
+_WEIGHTS = re.compile(r"(model|pytorch_model)(\.[A-Za-z]\w*)?(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+_BESIDE = {
+    "config.json", "generation_config.json", "model.safetensors.index.json",
+    "pytorch_model.bin.index.json", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json",
+    "qwen.tiktoken", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", ".gitattributes", NOTE,
+}  # fmt: skip
+_TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
 
 
 def place_of_folder(folder: object) -> Path:
     """Where a folder is to be written, from what a user gives as its name."""
     if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
         raise TypeError(f"folder is a {type(folder).__name__}: give the name of a folder.")
+    refuse_nul("folder", os.fspath(folder))
     place = Path(expanded(os.fspath(folder)))
     if not place.name:
         raise ValueError(f"folder={os.fspath(folder)!r} names no folder: give it a name.")
@@ -29,6 +45,25 @@ def place_of_folder(folder: object) -> Path:
             "files."
         )
     return place
+
+
+def refuse_nul(argument: str, text: str) -> None:
+    """Refuse the character that no name of a file has, before the system does."""
+    if "\0" in text:
+        raise ValueError(f"{argument}={text!r} has a NUL character, which no name has: remove it.")
+
+
+def require_bool(argument: str, value: object) -> bool:
+    """A plain yes or no, since any text (``"no"``) would count as a yes.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{argument}={value!r}: give True or False.")
+    return bool(value)
 
 
 def refuse_existing(
@@ -72,6 +107,52 @@ def refuse_existing(
         raise ValueError(f"{path} exists: choose another name, or {how}.")
 
 
+def refuse_likely_source(
+    found: Path, path: Path, model: PreTrainedModel, smaller: PreTrainedConfig
+) -> None:
+    """Refuse to replace what may be a model's own folder, where it is not known which that is.
+
+    That is a folder of a model of its type, whose blocks are as wide as the full model's.
+
+    Parameters
+    ----------
+    found, path : Path
+        As of :func:`refuse_existing`.
+    model : transformers.PreTrainedModel
+        The full model.
+    smaller : transformers.PreTrainedConfig
+        Of the smaller one: it has other widths.
+
+    Raises
+    ------
+    ValueError
+        If it may be the model's own.
+    """
+    if folder_of(model) is not None or getattr(model.config, "_commit_hash", None):
+        return
+    config = _config_in(found)
+    before, after = model.config.to_dict(), smaller.to_dict()
+    kind = before.get("model_type")
+    inside = [config, *(each for each in config.values() if isinstance(each, dict))]
+    if any(each.get("model_type", kind) == kind and _as_wide(each, before, after)
+           for each in inside if "model_type" in each or each is config):  # fmt: skip
+        raise ValueError(
+            f"{path} has a model of the full width, and may be where this one is from (its name, "
+            f"{getattr(model, 'name_or_path', '')!r}, does not tell): choose another name, or load "
+            "the model by its absolute path."
+        )
+
+
+def _as_wide(config: Any, before: Any, after: Any) -> bool:
+    """Whether a config says what a model's does wherever a smaller model's says something else."""
+    if isinstance(before, dict) and isinstance(after, dict) and isinstance(config, dict):
+        return all(
+            _as_wide(config[key], before[key], after.get(key))
+            for key in before.keys() & config.keys()
+        )
+    return before == after or config == before
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a path is named as a GGUF file."""
     return path.suffix.lower() == ".gguf"
@@ -90,13 +171,45 @@ def _not_a_model(folder: Path) -> str | None:
     if not folder.is_dir():
         return "it is a file"
     inside = sorted(folder.iterdir())
-    if not any(path.name == "config.json" for path in inside):
-        return "it has no config.json" if inside else None
+    if not inside:
+        return None
+    names = [path.name for path in inside]
+    if "config.json" not in names:
+        return "it has no config.json"
+    config = _config_in(folder)
+    own = {f"{module}.py" for module in _modules(config)}
     for path in inside:
-        known = path.is_file() and path.name.lower().endswith(_OF_MODELS)
-        if not known and not path.name.startswith("."):
+        if not (_is_of_models(path) or (path.is_file() and path.name in own)):
             return f"there is {path.name} in it"
-    return None
+    if not (config.get("model_type") or config.get("architectures")):
+        return "its config.json is of no model"
+    return None if any(map(_WEIGHTS.fullmatch, names)) else "it has no weights"
+
+
+def _is_of_models(path: Path) -> bool:
+    """Whether models' folders have something by that name."""
+    if path.is_file():
+        return path.name in _BESIDE or bool(_WEIGHTS.fullmatch(path.name))
+    return path.name == _TEMPLATES and all(
+        inside.is_file() and inside.suffix == ".jinja" for inside in path.iterdir()
+    )
+
+
+def _modules(config: Mapping[str, Any]) -> Iterator[str]:
+    """The modules of code that a config names, which are copied into the folder with it."""
+    named = config.get("auto_map")
+    for one in named.values() if isinstance(named, dict) else ():
+        for text in one if isinstance(one, list) else [one]:
+            yield str(text).partition(".")[0]
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    """What the config.json in a folder says; nothing if it is none."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def refuse_without_room(place: Path, folder: Path, size: int) -> None:

@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.analysis import made_of
 from flocking.models import byte_count, hooks_on, unwrap, warn
 from flocking.pruning.chosen import Kept
 from flocking.pruning.history import drawn_up
@@ -129,7 +130,7 @@ class Twin(_Generating):
         if state.read is None:
             raise RuntimeError("this twin has no selection yet: call generate first.")
         drawn = drawn_up(state.read.history, state.compacts)
-        return drawn.assign_attrs(made_from=self._told(state.read))
+        return made_of(drawn, self._told(state.read))
 
     def report(self) -> Report:
         """Parameters, bytes and times: see :class:`Report`."""

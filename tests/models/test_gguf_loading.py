@@ -311,3 +311,27 @@ flocking.load({str(file)!r})
     assert len(list(cache.rglob("model.safetensors"))) == 1
     assert not [path for path in cache.rglob(".*") if path.name != origins.NOTE]
     assert math.isfinite(logits(model).sum())
+
+
+@pytest.mark.parametrize("place", ["cuda:7", 7, {"": "cuda:7"}, torch.device("cuda", 7)])
+def test_a_device_that_is_not_there(
+    place: object, file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is named with the file that was given, before that is converted."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    text = f"^{file} cannot be loaded: device_map names cuda:7, and torch finds no such device"
+    with pytest.raises(ValueError, match=text):
+        flocking.load(file, device_map=place)
+    assert not cache.exists()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"finds devices 0 to 1 of the kind cuda: give 'cuda:0'"):
+        flocking.load(file, device_map=place)
+    with pytest.raises(ValueError, match=r"device_map names 'gpu', which is no device: give 'cpu'"):
+        flocking.load(file, device_map="gpu")
+
+
+@pytest.mark.parametrize("place", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")])
+def test_a_device_that_is_there(place: object, file: Path) -> None:
+    model, _ = flocking.load(file, device_map=place)
+    places = {parameter.device.type for parameter in model.parameters()}
+    assert places == {"cpu"} or place == "auto"

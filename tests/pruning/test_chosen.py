@@ -157,8 +157,9 @@ def test_what_flocking_selects(name: str) -> None:
 
 
 def test_says_how_it_was_made() -> None:
-    assert made_from(array().assign_attrs(made_from="a coin")) == "a coin"
-    assert made_from(array()) == made_from({0: [1]}) == ""
+    masks = {0: np.array([True, False])}
+    assert made_from(array().assign_attrs(made_from="a coin"), masks) == "a coin"
+    assert made_from(array(), masks) == made_from({0: [1]}, masks) == ""
 
 
 def test_export_in_words() -> None:
@@ -172,3 +173,22 @@ def test_export_in_words() -> None:
     ):  # fmt: skip
         assert part in words
         assert part in done._repr_html_()
+
+
+def test_what_looks_like_a_selection_is_named() -> None:
+    layers = [Wide(0, 6), Wide(1, 6)]
+    with pytest.raises(TypeError, match=r"by strings \('0', '1'\): give their whole numbers"):
+        masks_of({"0": [1], "1": [2]}, layers)
+    ones = np.array([1, 0, 1, 1, 0, 0])
+    for mask in (ones, torch.tensor(ones), ones.astype(np.uint8), ones[:5], ones * 0):
+        with pytest.raises(TypeError, match=r"layer 0 is a mask of the numbers 0 and 1.*bool"):
+            masks_of({0: mask, 1: [2]}, layers)
+    assert masks_of({0: [0, 1], 1: [1]}, layers)[0].sum() == 2
+    kept = xr.DataArray(np.ones((2, 6), bool), {"layer": [0, 1]}, ("layer", "neuron"))
+    for other, dims in (
+        (kept.rename(neuron="n"), "layer, n"),
+        (kept.drop_vars("layer").rename(layer="block"), "block, neuron"),
+        (kept.rename(neuron="n").expand_dims("sequence"), "sequence, layer, n"),
+    ):
+        with pytest.raises(ValueError, match=f"has dimensions {dims}: give one over layer and n"):
+            masks_of(other, layers)

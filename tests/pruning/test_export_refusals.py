@@ -164,6 +164,30 @@ def test_other_arguments(llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path
 
 
 @pytest.mark.usefixtures("early")
+def test_a_tokenizer_of_another_model(
+    llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path: Path
+) -> None:
+    tokenizer = letters("<s> $A")
+    rows = llama.config.vocab_size
+    tokenizer.add_tokens([f"word{n}" for n in range(rows + 1 - len(tokenizer))])
+    assert len(tokenizer) == rows + 1
+    text = f"tokenizer has {rows + 1} tokens, and the model's embedding {rows}: give"
+    refused(llama, kept, tmp_path, text, tokenizer=tokenizer)
+
+
+def test_a_published_tokenizer_may_have_more(
+    llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path: Path
+) -> None:
+    tokenizer = letters("<s> $A")
+    tokenizer.add_tokens([f"word{n}" for n in range(llama.config.vocab_size)])
+    llama.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    model, tokenizer = flocking.load(tmp_path / "source")
+    flocking.export(model, kept, tmp_path / "out", tokenizer=tokenizer)
+    assert len(tf.AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tokenizer)
+
+
+@pytest.mark.usefixtures("early")
 def test_output_that_exists(llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
@@ -174,7 +198,7 @@ def test_output_that_exists(llama: tf.PreTrainedModel, kept: xr.DataArray, tmp_p
     refused(llama, kept, tmp_path, "exists: .*overwrite=True")
     (out / "thesis.docx").write_text("mine")
     refused(llama, kept, tmp_path, "no config.json", overwrite=True)
-    (out / "config.json").write_text("{}")
+    build("llama", intermediate_size=48).save_pretrained(out)
     refused(llama, kept, tmp_path, "there is thesis.docx in it", overwrite=True)
     (out / "thesis.docx").unlink()
     (out / "photos").mkdir()
