@@ -44,8 +44,8 @@ def common_windows(recording: xr.Dataset) -> np.ndarray:
     if not len(found):
         short = int(tokens[:, recording.phase.values == PROMPT].sum(axis=1).min())
         raise ValueError(
-            f"the shortest of these sequences has {short} tokens of a prompt after the first, fewer "
-            "than a window: record longer texts, or with a smaller window."
+            f"the shortest of these sequences has {short} tokens of a prompt after the first, "
+            "fewer than a window: record longer texts, or with a smaller window."
         )
     return found
 

@@ -101,9 +101,13 @@ def one_of(data: xr.Dataset | xr.DataArray, dim: str, label: object, name: str) 
 
     Raises
     ------
+    TypeError
+        If the label is several.
     ValueError
         If the label is not there or is there twice, or none is given where there are several.
     """
+    if np.ndim(label) > 0:  # type: ignore[arg-type]  # (of anything)
+        raise TypeError(f"{name}={label!r} is several: give one label, as in {name}=0.")
     if dim not in data.dims:
         if label is not None and dim in data.coords and data[dim].item() != label:
             raise ValueError(f"{name}={label!r}: data is of {name} {data[dim].item()!r} alone.")
@@ -172,16 +176,16 @@ def several(axes: Iterable[Axes] | None, count: int, size: tuple[float, float]) 
     if axes is None:
         figure = plt.figure(figsize=size, layout="constrained")
         return np.asarray(figure.subplots(count, 1, sharex=True))
-    wanted = f"give {count}, as plt.subplots({count})[1] has them"
+    wanted = f"axes: give {count}, as plt.subplots({count})[1] has them"
     if isinstance(axes, Axes):
-        raise ValueError(f"axes has one only: {wanted}.")
+        raise ValueError(f"{wanted}, and not one only.")
     if isinstance(axes, str) or not isinstance(axes, Iterable):
-        raise TypeError(f"axes is a {type(axes).__name__}: {wanted}.")
+        raise TypeError(f"{wanted}, and not a {type(axes).__name__}.")
     given = list(_flat(axes.values() if isinstance(axes, Mapping) else axes))
     if wrong := [one for one in given if not isinstance(one, Axes)]:
-        raise TypeError(f"axes has a {type(wrong[0]).__name__} among them: {wanted}.")
+        raise TypeError(f"{wanted}, and not a {type(wrong[0]).__name__} among them.")
     if len(given) != count or len({*map(id, given)}) != count:
-        raise ValueError(f"axes has {len({*map(id, given)})} different ones: {wanted}.")
+        raise ValueError(f"{wanted}, and not {len({*map(id, given)})} different ones.")
     found = np.empty(count, object)
     found[:] = given
     return found

@@ -88,6 +88,9 @@ def drift(
             f"data has {len(lengths)} prompt lengths: draw at most {_MOST}, as in "
             f"prompt_lengths={lengths[:2]}."
         )
+    other = None
+    if control is not None:
+        other = _drifts(control, density, lengths[-1:] if is_recording(control) else None)
     energy, overlaps = panels
     if "oracle" in found:
         band(_far(found["oracle"].isel(prompt_length=-1)), energy, **HINDSIGHT)
@@ -96,8 +99,7 @@ def drift(
         style = {"color": shade, "marker": marker, "ms": small(), "label": f"prompt of {length:g}"}
         for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
             band(_far(found[name].isel(prompt_length=number)), ax, **style)
-    if control is not None:
-        other = _drifts(control, density, lengths[-1:] if is_recording(control) else None)
+    if other is not None:
         for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
             band(_far(other[name].isel(prompt_length=-1)), ax, **CONTROL)
     if (kept := found.coords.get("density")) is not None and kept.ndim == 0:

@@ -97,8 +97,11 @@ def scores(
     >>> axes[0].figure.savefig("scores.png")
     """
     panels = several(axes, len(_SCORES), (6.4, 6.4))
-    for given, style in compared(data, control):
-        found = results(given, _scores_of, "flocking_score", "effective_neurons")
+    drawn = [
+        (results(given, _scores_of, "flocking_score", "effective_neurons"), style)
+        for given, style in compared(data, control)
+    ]
+    for found, style in drawn:
         for ax, name in zip(panels, _SCORES, strict=True):
             if name in found:
                 band(summary(found[name], "layer"), ax, **style)
@@ -186,8 +189,8 @@ def overlap(
     matplotlib.axes.Axes
         Lines are Jaccard overlaps, means over sequences with 95% bootstrap bands if there are
         several: of the two halves of one text, and of one text's first half and another's second,
-        if there are several texts of two windows or more; of the prompt's and the generation's selections, if there is a
-        generation. The dotted line is chance.
+        if there are several texts of two windows or more; of the prompt's and the generation's
+        selections, if there is a generation. The dotted line is chance.
 
     Raises
     ------
@@ -261,8 +264,8 @@ def _refuse_others(found: xr.Dataset) -> xr.Dataset:
         other = name in {*analysis.__all__} - _MEASURES or "overlap" not in told
         if other or values.dtype.kind not in "fiu" or bool(((values < 0) | (values > 1)).any()):
             raise ValueError(
-                f"data has {str(name)!r}, which is no overlap of selections, from 0 to 1: give what "
-                "flocking.jaccard or flocking.between_sequence_overlap returns."
+                f"data has {str(name)!r}, which is no overlap of selections, from 0 to 1: give "
+                "what flocking.jaccard or flocking.between_sequence_overlap returns."
             )
     return found
 
