@@ -81,7 +81,7 @@ def _check_texts(name: str, texts: np.ndarray) -> None:
 
 
 def _small(data: xr.Dataset) -> xr.Dataset:
-    """Each variable with dimensions of its own: of numbers, which all come back, the first."""
+    """Each variable, with dimensions that no other has; of numbers, which come back, the first."""
     variables = {}
     for name, variable in data.variables.items():
         numbers = isinstance(variable.dtype, np.dtype) and variable.dtype.kind in _NUMBERS

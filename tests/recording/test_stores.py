@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+import zarr
 
 import flocking
 
@@ -263,7 +264,9 @@ def test_lost_and_cut_files_are_one_sentence(
     (chunk, *_) = sorted((path / name).glob("[0-9]*"))
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:-3])
-    with pytest.raises(ValueError, match=rf"{name}/0[.0]* is {len(whole) - 3} bytes long instead"):
+    with pytest.raises(
+        ValueError, match=rf"{name}/0[.0]* is cut \({len(whole) - 3} bytes, not {len(whole)}"
+    ):
         flocking.open_recording(path)
     chunk.unlink()
     with pytest.raises(ValueError, match=rf"x\.zarr is not as it was saved: {name}/0[.0]* is lost"):
@@ -285,6 +288,17 @@ def test_chunks_of_nothing_but_zeros_are_missed_too(tmp_path: Path, recording: x
     (path / "sequence" / "0").unlink()
     with pytest.raises(ValueError, match="sequence/0 is lost"):
         flocking.open_recording(path)
+
+
+def test_values_that_were_written_in_place_are_read(tmp_path: Path, recording: xr.Dataset) -> None:
+    path = tmp_path / "x.zarr"
+    flocking.save_recording(recording, path)
+    before = (path / "energy" / "0.0.0.0").stat().st_size
+    zarr.open_group(path, mode="r+")["energy"][0] = 0
+    assert (path / "energy" / "0.0.0.0").stat().st_size != before
+    opened = flocking.open_recording(path)
+    np.testing.assert_array_equal(opened.energy[1], recording.energy[1])
+    assert not opened.energy[0].any()
 
 
 def test_stores_without_a_list_of_files_are_opened(tmp_path: Path, recording: xr.Dataset) -> None:
