@@ -42,10 +42,10 @@ def common_windows(recording: xr.Dataset) -> np.ndarray:
     same = (tokens == tokens.max(axis=0, initial=0)).all(axis=0) & (tokens > 0).all(axis=0)
     found = np.flatnonzero(same & (recording.phase.values == PROMPT))
     if not len(found):
-        short = int(recording.tokens.sum("window").min())
+        short = int(tokens[:, recording.phase.values == PROMPT].sum(axis=1).min())
         raise ValueError(
-            f"the shortest of these sequences has {short} tokens, fewer than a window: record "
-            "longer texts, or with a smaller window."
+            f"the shortest of these sequences has {short} tokens of a prompt after the first, "
+            "fewer than a window: record longer texts, or with a smaller window."
         )
     return found
 
@@ -424,7 +424,11 @@ def _by_token_id(
     for sequence, real in enumerate(counting):
         ids, group = np.unique(recording.token_id.values[sequence, real], return_inverse=True)
         r = recording.relative[sequence].transpose("token", "neuron").values[real]
-        r = np.nan_to_num(r.astype(np.float32))
+        if np.isnan(r[:, : int(recording.d_ff)]).any():
+            raise ValueError(
+                "'relative' has no value at some tokens: select with isel and sel instead of where."
+            )
+        r = np.nan_to_num(r.astype(np.float32))  # beyond the width of a narrower layer
         member = sparse.csr_matrix(
             (np.ones(len(group), np.float32), (group, np.arange(len(group))))
         )

@@ -125,12 +125,12 @@ def record(
 
     from flocking.artifacts import replacing
     from flocking.cli.outputs import refuse_existing, refuse_nothing
-    from flocking.recording import Wanted, check_numbers, store_path, write_store
+    from flocking.recording import Wanted, check_numbers, new_store_path, write_store
 
     check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
     refuse_nothing("output", output)
-    store_path(output, "--output")
+    output = new_store_path(output, "--output")
     texts, answers = read_all(files, continuation)
     Wanted(prompt_tokens, answers, max_new_tokens).check()
     known = functools.partial(refuse_existing, overwrite=overwrite)

@@ -8,12 +8,14 @@ from flocking.drawing.pieces import (
     band,
     below,
     by_layer,
+    check_brightest,
     guide,
     heatmap,
     known,
     legend,
     level,
     logarithmic,
+    named,
     powers_of_two,
     tall,
 )
@@ -40,6 +42,7 @@ from flocking.drawing.style import (
     save_grain,
     titled,
 )
+from flocking.drawing.words import literal
 
 __all__ = [
     "BLUE",
@@ -60,6 +63,7 @@ __all__ = [
     "band",
     "below",
     "by_layer",
+    "check_brightest",
     "described",
     "guide",
     "heatmap",
@@ -67,7 +71,9 @@ __all__ = [
     "known",
     "legend",
     "level",
+    "literal",
     "logarithmic",
+    "named",
     "page",
     "powers_of_two",
     "save",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,6 +13,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import SubFigure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
@@ -21,10 +24,12 @@ from matplotlib.ticker import (
 )
 
 from flocking.drawing.style import CHANCE, LEVEL
-from flocking.drawing.words import printed
+from flocking.drawing.words import literal, printed
 
 _ROWS = 256  # that an image has at least half of
 _SMALLEST = 5.0  # points: the height of a row in which a token's text can be read
+# How the cells along the x and y axes of pictures are named.
+_NAMES: WeakKeyDictionary[Axes, dict[str, tuple[str, ...] | None]] = WeakKeyDictionary()
 
 
 def heatmap(
@@ -48,7 +53,7 @@ def heatmap(
     ax : matplotlib.axes.Axes, optional
         Where to draw; the current axes by default.
     vmax : float, optional
-        Value of the brightest colour; by default the 99th percentile, so that a few
+        Value of the brightest colour, above 0; by default the 99th percentile, so that a few
         outliers do not darken the rest.
     colorbar : bool
         Draw a colour bar beside the axes.
@@ -59,40 +64,59 @@ def heatmap(
 
     Raises
     ------
+    TypeError
+        If `vmax` is no number.
     ValueError
-        If `relative` has other dimensions than token and neuron, or no token with values.
+        If `relative` has other dimensions than token and neuron, or no token with values; if `vmax`
+        is not above 0; if an axis is shared with a picture that has other names.
     """
     if set(relative.dims) != {"token", "neuron"}:
         raise ValueError(
             f"relative has dimensions {relative.dims}: select one sequence and one layer, so that "
             "token and neuron are left."
         )
-    ax = plt.gca() if ax is None else ax
+    check_brightest(vmax)
     values = relative.transpose("token", "neuron").dropna("token", how="all")
     shown = values.values.astype(np.float32)
     if not shown.size:
         raise ValueError("relative has no token with values: select one that is not padding.")
-    if vmax is None:
-        vmax = float(np.percentile(shown, 99))
+    if vmax is None:  # (Neurons beyond the width of a narrower layer have no values.)
+        vmax = float(np.percentile(shown[~np.isnan(shown)], 99)) or 1.0
+    ax = plt.gca() if ax is None else ax
     across, down = (_extent(axis.values) for axis in (values.neuron, values.token))
+    rows, columns = _places(values.token.values), _places(values.neuron.values)
+    texts = _texts(ax, values)
+    named(ax, "x", columns)
+    named(ax, "y", texts or rows)
     image = ax.imshow(
         tall(shown),
         aspect="auto",
+        origin="upper",
         interpolation="antialiased",
         cmap=sns.color_palette("rocket", as_cmap=True),
         vmin=0,
-        vmax=vmax or 1,
+        vmax=vmax,
         extent=(*across, *down[::-1]),
     )
     ax.set(xlabel="neuron", ylabel="token (position in the text)")
-    for axis, labels in ((ax.xaxis, values.neuron.values), (ax.yaxis, values.token.values)):
-        if not _in_a_row(labels):
+    for axis, labels in ((ax.xaxis, columns), (ax.yaxis, rows)):
+        if labels is not None:
             _name_places(axis, labels)
-    if "token_text" in values.coords:
-        _name_tokens(ax, values.token_text.values.tolist(), down[0] + 0.5)
+    if texts:
+        _name_tokens(ax, texts, down[0] + 0.5)
     if colorbar:
         ax.figure.colorbar(image, ax=ax, extend="max", label="relative activation $|z|/\\|z\\|_2$")
     return ax
+
+
+def check_brightest(vmax: object) -> None:
+    """Refuse what is not the value of a colour: anything but a number above 0, or None."""
+    if vmax is None:
+        return
+    if isinstance(vmax, bool | np.bool_) or not isinstance(vmax, Real):
+        raise TypeError(f"vmax is a {type(vmax).__name__}: give a number above 0, such as 0.1.")
+    if not 0 < vmax < np.inf:
+        raise ValueError(f"vmax={vmax!r}: give a number above 0, such as 0.1.")
 
 
 def tall(rows: np.ndarray) -> np.ndarray:
@@ -114,27 +138,69 @@ def _extent(labels: np.ndarray) -> tuple[float, float]:
     return first - 0.5, first + len(labels) - 0.5
 
 
-def _name_places(axis: Axis, labels: np.ndarray) -> None:
+def _places(labels: np.ndarray) -> tuple[str, ...] | None:
+    """Names of cells whose labels are not in a row."""
+    return None if _in_a_row(labels) else tuple(str(label) for label in labels.tolist())
+
+
+def named(ax: Axes, which: Literal["x", "y"], names: tuple[str, ...] | None) -> None:
+    """Note what the cells along an axis are named; others that share it must have the same names.
+
+    Matplotlib has one set of names for all axes that share one.
+
+    Raises
+    ------
+    ValueError
+        If something is drawn there that is named otherwise.
+    """
+    shared = ax.get_shared_x_axes() if which == "x" else ax.get_shared_y_axes()
+    for other in shared.get_siblings(ax):
+        if other is not ax and other.has_data() and _NAMES.get(other, {}).get(which) != names:
+            raise ValueError(
+                f"ax shares its {which} axis with axes on which something else is drawn, and both "
+                "would have the same names: give axes that are not shared, as plt.subplots makes "
+                f"without share{which}."
+            )
+    _NAMES.setdefault(ax, {})[which] = names
+
+
+def _name_places(axis: Axis, labels: tuple[str, ...]) -> None:
     """Show labels that are not in a row at the places where they are drawn."""
 
     def label(place: float, _: int | None = None) -> str:
         number = round(place)
-        return str(labels[number]) if number in range(len(labels)) and place == number else ""
+        here = number in range(len(labels)) and place == number
+        return literal(labels[number]) if here else ""
 
     axis.set_major_formatter(FuncFormatter(label))
 
 
-def _name_tokens(ax: Axes, texts: list[str], first: float) -> None:
-    """Each token's text beside its row, if texts are known and there is room for them."""
-    box = ax.get_window_extent()
-    points = 72 * box.height / ax.figure.get_dpi() / len(texts)
-    if not any(texts) or points < _SMALLEST:
-        return
+def _room(ax: Axes, rows: int) -> float:
+    """Height of a row, in points."""
+    return float(72 * ax.get_window_extent().height / ax.figure.get_dpi() / rows)
+
+
+def _texts(ax: Axes, values: xr.DataArray) -> tuple[str, ...] | None:
+    """Each token's text as it is drawn, if texts are known and there is room for them."""
+    if "token_text" not in values.coords:
+        return None
+    texts = values.token_text.values.tolist()
+    if not any(texts) or _room(ax, len(texts)) < _SMALLEST:
+        return None
+    return tuple(printed(texts, _font(ax)))
+
+
+def _font(ax: Axes) -> FontProperties:
+    # (The labels of a shared axis may be hidden, and are not among get_yticklabels().)
+    return ax.yaxis.get_major_ticks(1)[0].label1.get_fontproperties()
+
+
+def _name_tokens(ax: Axes, texts: tuple[str, ...], first: float) -> None:
+    """Each token's text beside its row."""
     ax.set_yticks(first + np.arange(len(texts)))
-    font = ax.get_yticklabels()[0].get_fontproperties()
-    size = min(font.get_size_in_points(), 0.95 * points)
+    size = min(_font(ax).get_size_in_points(), 0.95 * _room(ax, len(texts)))
     # (A dollar sign in a text is one, and begins no formula.)
-    ax.set_yticklabels(printed(texts, font), fontsize=size, parse_math=False)
+    ax.set_yticklabels(texts, fontsize=size, parse_math=False)
     ax.set_ylabel("token")
 
 

@@ -28,3 +28,8 @@ def printed(texts: Iterable[str], font: FontProperties) -> list[str]:
 
     cut = (text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…" for text in texts)
     return ["".join(map(shown, text)) for text in cut]
+
+
+def literal(text: str) -> str:
+    """A text in which a dollar sign begins no formula."""
+    return text.replace("$", "\\$")

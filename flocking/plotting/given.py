@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeGuard
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 
 from flocking.analysis import intervals
 from flocking.drawing import CONTROL, MODEL
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def is_recording(data: object) -> TypeGuard[xr.Dataset]:
@@ -98,9 +101,13 @@ def one_of(data: xr.Dataset | xr.DataArray, dim: str, label: object, name: str) 
 
     Raises
     ------
+    TypeError
+        If the label is several.
     ValueError
         If the label is not there or is there twice, or none is given where there are several.
     """
+    if np.ndim(label) > 0:  # type: ignore[arg-type]  # (of anything)
+        raise TypeError(f"{name}={label!r} is several: give one label, as in {name}=0.")
     if dim not in data.dims:
         if label is not None and dim in data.coords and data[dim].item() != label:
             raise ValueError(f"{name}={label!r}: data is of {name} {data[dim].item()!r} alone.")
@@ -137,21 +144,68 @@ def listed(labels: Sequence[object], most: int = 8) -> str:
     return shown if len(labels) <= most else f"{shown}, ..."
 
 
+def leaving_no_figure(function: _Function) -> _Function:
+    """Make a plot that is refused close the figures that it has opened until then."""
+
+    @functools.wraps(function)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        before = plt.get_fignums()
+        current = plt.gcf().number if before else None
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            for number in {*plt.get_fignums()} - {*before}:
+                plt.close(number)
+            if current is not None:
+                plt.figure(current)
+            raise
+
+    return cast(_Function, drawn)
+
+
 def several(axes: Iterable[Axes] | None, count: int, size: tuple[float, float]) -> np.ndarray:
     """Axes to draw on: those given, or of a new figure, one below the other.
 
     Raises
     ------
+    TypeError
+        If they are no axes.
     ValueError
-        If there are not as many.
+        If there are not as many, or one is there twice.
     """
     if axes is None:
         figure = plt.figure(figsize=size, layout="constrained")
         return np.asarray(figure.subplots(count, 1, sharex=True))
-    given = np.empty(0, object) if isinstance(axes, Axes) else np.ravel(np.asarray(axes, object))
-    if len(given) != count or not all(isinstance(ax, Axes) for ax in given):
-        raise ValueError(f"axes: give {count}, as plt.subplots({count})[1] has them.")
-    return given
+    wanted = f"axes: give {count}, as plt.subplots({count})[1] has them"
+    if isinstance(axes, Axes):
+        raise ValueError(f"{wanted}, and not one only.")
+    if isinstance(axes, str) or not isinstance(axes, Iterable):
+        raise TypeError(f"{wanted}, and not a {type(axes).__name__}.")
+    given = list(_flat(axes.values() if isinstance(axes, Mapping) else axes))
+    if wrong := [one for one in given if not isinstance(one, Axes)]:
+        raise TypeError(f"{wanted}, and not a {type(wrong[0]).__name__} among them.")
+    if len(given) != count or len({*map(id, given)}) != count:
+        raise ValueError(f"{wanted}, and not {len({*map(id, given)})} different ones.")
+    found = np.empty(count, object)
+    found[:] = given
+    return found
+
+
+def _flat(axes: Iterable[Any]) -> Iterator[Any]:
+    """Rows and columns of axes, one after the other."""
+    for one in axes:
+        if isinstance(one, list | tuple | np.ndarray):
+            yield from _flat(np.ravel(np.asarray(one, object)))
+        else:
+            yield one
+
+
+def check_ax(ax: object) -> None:
+    """Raise a TypeError if something that was given to draw on is no axes."""
+    if ax is not None and not isinstance(ax, Axes):
+        raise TypeError(
+            f"ax is a {type(ax).__name__}: give axes to draw on, as plt.subplots()[1] has them."
+        )
 
 
 def free(ax: Axes | None) -> Axes:
@@ -159,6 +213,7 @@ def free(ax: Axes | None) -> Axes:
 
     (After a plot of several panels, the current axes are one of these.)
     """
+    check_ax(ax)
     if ax is not None:
         return ax
     return plt.figure().gca() if plt.get_fignums() and plt.gca().has_data() else plt.gca()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -11,12 +13,22 @@ from matplotlib.axes import Axes
 
 from flocking import analysis
 from flocking.drawing import BLUE, CONTROL, HINDSIGHT, band, guide, known
-from flocking.plotting.given import above, is_recording, results, several, small, summary
+from flocking.plotting.given import (
+    above,
+    is_recording,
+    leaving_no_figure,
+    listed,
+    results,
+    several,
+    small,
+    summary,
+)
 from flocking.recording import PROMPT, canonical
 
 _MOST = 4  # prompt lengths that are told apart by shade and marker
 
 
+@leaving_no_figure
 def drift(
     data: xr.Dataset,
     density: float | Iterable[float] = 0.5,
@@ -53,10 +65,11 @@ def drift(
     Raises
     ------
     TypeError
-        If `data` or `control` is neither a recording nor a Dataset of results.
+        If `data` or `control` is neither a recording nor a Dataset of results, `prompt_lengths` are
+        no numbers, or `axes` are none.
     ValueError
-        If there are fewer than three windows of prompt, a length is not the edge of a window, more
-        than four are given, or there are not two axes.
+        If there are fewer than three windows of prompt, a length is not the edge of a window or
+        not among those of results, more than four are given, or there are not two axes.
 
     Examples
     --------
@@ -66,14 +79,18 @@ def drift(
     >>> axes[0].get_legend_handles_labels()[1]
     ['best in hindsight', 'prompt of 17', 'prompt of 65', 'chance']
     """
+    wanted = _lengths(prompt_lengths)
     panels = several(axes, 2, (6.4, 5.2))
-    found = _drifts(data, density, prompt_lengths)
+    found = _drifts(data, density, wanted)
     lengths = np.atleast_1d(found.prompt_length.values).tolist()
     if len(lengths) > _MOST:
         raise ValueError(
             f"data has {len(lengths)} prompt lengths: draw at most {_MOST}, as in "
-            f"data.sel(prompt_length={lengths[:2]})."
+            f"prompt_lengths={lengths[:2]}."
         )
+    other = None
+    if control is not None:
+        other = _drifts(control, density, lengths[-1:] if is_recording(control) else None)
     energy, overlaps = panels
     if "oracle" in found:
         band(_far(found["oracle"].isel(prompt_length=-1)), energy, **HINDSIGHT)
@@ -82,8 +99,7 @@ def drift(
         style = {"color": shade, "marker": marker, "ms": small(), "label": f"prompt of {length:g}"}
         for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
             band(_far(found[name].isel(prompt_length=number)), ax, **style)
-    if control is not None:
-        other = _drifts(control, density, lengths[-1:] if is_recording(control) else None)
+    if other is not None:
         for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
             band(_far(other[name].isel(prompt_length=-1)), ax, **CONTROL)
     if (kept := found.coords.get("density")) is not None and kept.ndim == 0:
@@ -97,10 +113,25 @@ def drift(
     return panels
 
 
+def _lengths(given: object) -> list[Any] | None:
+    """Prompt lengths that were asked for, each once."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"prompt_lengths={given!r}: give a list of numbers, as in [17].")
+    lengths = list(given)
+    for length in lengths:
+        if isinstance(length, bool | np.bool_) or not isinstance(length, Real):
+            raise TypeError(f"prompt_lengths={lengths}: {length!r} is not a number of tokens.")
+    if not 0 < len({*lengths}) <= _MOST:
+        raise ValueError(f"prompt_lengths={lengths}: give one to {_MOST} numbers of tokens.")
+    return sorted({*lengths})
+
+
 def _drifts(
-    data: object, density: float | Iterable[float], lengths: Iterable[int] | None
+    data: object, density: float | Iterable[float], lengths: list[Any] | None
 ) -> xr.Dataset:
-    """Results of :func:`flocking.drift` along prompt lengths."""
+    """Results of :func:`flocking.drift` along prompt lengths, the shortest first."""
 
     def measured(recording: xr.Dataset) -> xr.Dataset:
         cuts = _cuts(recording) if lengths is None else lengths
@@ -109,9 +140,19 @@ def _drifts(
     found = results(data, measured, "captured_energy", "jaccard")
     if "distance" not in found.dims:
         raise ValueError("data has no dimension 'distance': give what flocking.drift returns.")
-    if lengths is not None and not is_recording(data):
-        found = found.sel(prompt_length=list(lengths))
-    return found if "prompt_length" in found.dims else found.expand_dims("prompt_length")
+    if "prompt_length" not in found.dims:
+        found = found.expand_dims("prompt_length")
+    known_lengths = found["prompt_length"].values.tolist()
+    if lengths is not None and (unknown := [n for n in lengths if n not in known_lengths]):
+        raise ValueError(
+            f"prompt_lengths={lengths}: {unknown[0]!r} is not among those of data "
+            f"({listed(known_lengths)})."
+        )
+    if lengths is not None:
+        found = found.isel(prompt_length=[known_lengths.index(n) for n in lengths])
+    if not found.sizes["prompt_length"]:
+        raise ValueError("there is no prompt length to draw: data has none left.")
+    return found.isel(prompt_length=np.argsort(found["prompt_length"].values, kind="stable"))
 
 
 def _cuts(recording: xr.Dataset) -> list[int] | None:

@@ -10,12 +10,14 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from flocking import analysis
-from flocking.drawing import CHANCE, LEVEL, MODEL, band, by_layer, guide, logarithmic
+from flocking.drawing import CHANCE, LEVEL, MODEL, band, by_layer, guide, literal, logarithmic
 from flocking.plotting.given import (
     above,
+    check_ax,
     compared,
     free,
     is_recording,
+    leaving_no_figure,
     refuse_empty,
     results,
     several,
@@ -34,10 +36,12 @@ _OVERLAPS = {  # label and marker
     "between": ("between two texts", "o"),
     "jaccard": ("prompt and generation", "^"),
 }
+_MEASURES = {"jaccard", "between_sequence_overlap", "prompt_generation_overlap"}
 _EQUAL = "all equal ($d_{ff}$)"
 _NO_RANKS = "no ranks in the recording:\nmake it with record(..., ranks=True)"
 
 
+@leaving_no_figure
 def scores(
     data: xr.Dataset,
     *,
@@ -75,7 +79,7 @@ def scores(
     Raises
     ------
     TypeError
-        If `data` or `control` is neither a recording nor a Dataset of results.
+        If `data` or `control` is neither a recording nor a Dataset of results, or `axes` are none.
     ValueError
         If results are missing, or there are not three axes.
 
@@ -93,8 +97,11 @@ def scores(
     >>> axes[0].figure.savefig("scores.png")
     """
     panels = several(axes, len(_SCORES), (6.4, 6.4))
-    for given, style in compared(data, control):
-        found = results(given, _scores_of, "flocking_score", "effective_neurons")
+    drawn = [
+        (results(given, _scores_of, "flocking_score", "effective_neurons"), style)
+        for given, style in compared(data, control)
+    ]
+    for found, style in drawn:
         for ax, name in zip(panels, _SCORES, strict=True):
             if name in found:
                 band(summary(found[name], "layer"), ax, **style)
@@ -105,11 +112,21 @@ def scores(
     logarithmic(panels[2], panels[2].yaxis)
     by_layer(panels)
     for ax in panels[:-1]:
-        ax.label_outer()
+        if _is_above(ax, panels[-1]):
+            ax.set_xlabel("")
     if axes is None:
         above(panels[0])
         panels[2].legend(*_only(panels[2], _EQUAL), frameon=False)
     return panels
+
+
+def _is_above(ax: Axes, other: Axes) -> bool:
+    """Whether axes stand above others whose labels of the x axis are theirs, too."""
+    places = ax.get_subplotspec(), other.get_subplotspec()
+    if None in places or not ax.get_shared_x_axes().joined(ax, other):
+        return False
+    upper, lower = (place.colspan for place in places if place is not None)
+    return upper == lower
 
 
 def _scores_of(recording: xr.Dataset) -> xr.Dataset:
@@ -142,6 +159,7 @@ def _only(ax: Axes, label: str) -> tuple[list[Any], list[str]]:
     return [handle for handle, _ in found], [text for _, text in found]
 
 
+@leaving_no_figure
 def overlap(
     data: xr.Dataset | xr.DataArray,
     density: float | Iterable[float] = 0.5,
@@ -171,15 +189,16 @@ def overlap(
     matplotlib.axes.Axes
         Lines are Jaccard overlaps, means over sequences with 95% bootstrap bands if there are
         several: of the two halves of one text, and of one text's first half and another's second,
-        if there are several texts; of the prompt's and the generation's selections, if there is a
-        generation. The dotted line is chance.
+        if there are several texts of two windows or more; of the prompt's and the generation's
+        selections, if there is a generation. The dotted line is chance.
 
     Raises
     ------
     TypeError
-        If `data` or `control` is neither a recording nor results.
+        If `data` or `control` is neither a recording nor results, or `ax` no axes.
     ValueError
-        If there is one text only, without a generation, or texts are shorter than two windows.
+        If there is no generation, and one text only or texts shorter than two windows; if results
+        are no overlaps.
 
     Examples
     --------
@@ -195,12 +214,13 @@ def overlap(
     >>> early, late = (flocking.select(half, density=0.25) for half in halves)
     >>> ax = flocking.plot.overlap(flocking.jaccard(early, late))
     """
+    check_ax(ax)
+    drawn = [(_overlaps(given, density), style) for given, style in compared(data, control)]
     ax = free(ax)
-    for given, style in compared(data, control):
-        found = _overlaps(given, density)
+    for found, style in drawn:
         suffix = "" if control is None else f", {style['label'].partition(' (')[0]}"
         for name, values in found.items():
-            label, marker = _OVERLAPS.get(str(name), (str(name), None))
+            label, marker = _OVERLAPS.get(str(name), (literal(str(name)), None))
             look = {**style, "label": f"{label}{suffix}", "marker": marker, "ms": small()}
             band(summary(values, "layer"), ax, **look)
         if style is MODEL:
@@ -215,18 +235,39 @@ def overlap(
 def _overlaps(data: object, density: float | Iterable[float]) -> xr.Dataset:
     """Overlaps by name, from a recording or as given."""
     if isinstance(data, xr.DataArray):
-        return data.to_dataset(name=data.name or "jaccard")
+        return _refuse_others(data.to_dataset(name=data.name or "jaccard"))
     if not is_recording(data):
         found = results(data, analysis.between_sequence_overlap)
-        return found[[name for name in found if name in _OVERLAPS] or [*found]]
+        return _refuse_others(found[[name for name in found if name in _OVERLAPS] or [*found]])
     refuse_empty(data)
     parts = xr.Dataset()
     generated = GENERATION in np.atleast_1d(data.phase.values)
     if data.sizes.get("sequence", 1) > 1 or not generated:
-        parts = analysis.between_sequence_overlap(data, density)
+        try:
+            parts = analysis.between_sequence_overlap(data, density)
+        except ValueError:  # texts too short; of anything else, the generation's overlap says so
+            if not generated:
+                raise
     if generated:
         parts["jaccard"] = analysis.prompt_generation_overlap(data, density)
     return parts
+
+
+def _refuse_others(found: xr.Dataset) -> xr.Dataset:
+    """Results, which must be overlaps: fractions, and of no other measure."""
+    if not found.data_vars:
+        raise ValueError(
+            "data has no overlaps: give a recording, or what flocking.jaccard returns."
+        )
+    for name, values in found.items():
+        told = str(values.attrs.get("long_name", "overlap"))
+        other = name in {*analysis.__all__} - _MEASURES or "overlap" not in told
+        if other or values.dtype.kind not in "fiu" or bool(((values < 0) | (values > 1)).any()):
+            raise ValueError(
+                f"data has {str(name)!r}, which is no overlap of selections, from 0 to 1: give "
+                "what flocking.jaccard or flocking.between_sequence_overlap returns."
+            )
+    return found
 
 
 def _draw_chance(ax: Axes, found: xr.Dataset) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
 from flocking import analysis
-from flocking.drawing import BLUE, GREEN, ORANGE, tall
-from flocking.plotting.given import free, one_of, refuse_empty
+from flocking.drawing import BLUE, GREEN, ORANGE, named, tall
+from flocking.plotting.given import check_ax, free, leaving_no_figure, one_of, refuse_empty
 from flocking.recording import canonical, whole_neurons
 
 _PALE, _NOTHING = "0.9", "1.0"
 
 
+@leaving_no_figure
 def selection(
     data: xr.DataArray,
     other: xr.DataArray | None = None,
@@ -53,9 +54,11 @@ def selection(
     Raises
     ------
     TypeError
-        If `data` or `other` is not a DataArray.
+        If `data` or `other` is not a DataArray, `labels` is no tuple, or `ax` no axes.
     ValueError
-        If it is not a selection over neurons, has more dimensions, or the layers of the two differ.
+        If it is not a selection over neurons, has more dimensions, none of a dimension, or the
+        layers of the two differ; if there are not two labels; if `ax` shares its y axis with a
+        picture of other rows.
 
     Examples
     --------
@@ -68,7 +71,8 @@ def selection(
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['both', 'code alone', 'dialogue alone', 'neither']
     """
-    ax = free(ax)
+    check_ax(ax)
+    names = _two(labels)
     kept = _rows("data", data)
     rows = str(kept.dims[0])
     if other is None:
@@ -82,30 +86,44 @@ def selection(
                 f"data is by {rows} and other by {second.dims[0]}: give two of the same dimensions."
             )
         second = second if rows not in second.indexes else second.sel({rows: kept[rows]})
-        first, alone = (f"{label} alone" for label in labels)
+        first, alone = (f"{label} alone" for label in names)
         kinds = [("both", BLUE), (first, ORANGE), (alone, GREEN), ("neither", _PALE)]
         number = 3 - 2 * kept.values - second.values
     number = np.where(_there(kept), number, len(kinds))
     if other is not None:
         number = np.sort(number, axis=1)
+    ax = free(ax)
+    named(ax, "y", _labels(kept, rows))
     colours = np.array([to_rgb(colour) for _, colour in [*kinds, ("", _NOTHING)]])
     ax.imshow(
         tall(colours[number]),
         aspect="auto",
+        origin="upper",
         interpolation="antialiased",
         interpolation_stage="rgba",
         extent=(-0.5, number.shape[1] - 0.5, len(number) - 0.5, -0.5),
     )
     _name_rows(ax, kept, rows)
     ax.set_xlabel("neuron" if other is None else "neurons, sorted")
-    ax.legend(
+    legend = ax.legend(
         handles=[Patch(color=colour, label=label) for label, colour in kinds],
         loc="lower left",
         bbox_to_anchor=(0, 1),
         ncols=2,
         frameon=False,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return ax
+
+
+def _two(labels: object) -> tuple[str, str]:
+    """Names of two selections."""
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
+        raise TypeError(f"labels is a {type(labels).__name__}: give two names, as in ('a', 'b').")
+    if len(labels) != 2:
+        raise ValueError(f"labels has {len(labels)} names: give two, as in ('a', 'b').")
+    return str(labels[0]), str(labels[1])
 
 
 def _rows(name: str, values: object) -> xr.DataArray:
@@ -137,6 +155,9 @@ def _rows(name: str, values: object) -> xr.DataArray:
             f"{name} has dimensions {', '.join(more)} beside neuron: select one, as in "
             f"selection.isel({drop}=0)."
         )
+    for dim in (*more, "neuron"):
+        if not values.sizes[dim]:
+            raise ValueError(f"there is no {dim} to draw: {name} has none left.")
     return values.transpose(*more, "neuron")
 
 
@@ -146,14 +167,20 @@ def _there(kept: xr.DataArray) -> np.ndarray:
     return np.broadcast_to(np.arange(kept.sizes["neuron"]) < np.reshape(width, (-1, 1)), kept.shape)
 
 
-def _name_rows(ax: Axes, values: xr.DataArray, dim: str) -> None:
-    ax.set_ylabel(dim)
+def _labels(values: xr.DataArray, dim: str) -> tuple[str, ...]:
     labels = values[dim].values if dim in values.coords else np.arange(values.sizes[dim])
+    return tuple(str(label) for label in labels)
+
+
+def _name_rows(ax: Axes, values: xr.DataArray, dim: str) -> None:
+    ax.set_ylabel(dim, parse_math=False)
+    labels = _labels(values, dim)
     most = 16
     step = -(-len(labels) // most)
-    ax.set_yticks(np.arange(len(labels))[::step], [str(label) for label in labels[::step]])
+    ax.set_yticks(np.arange(len(labels))[::step], labels[::step], parse_math=False)
 
 
+@leaving_no_figure
 def experts(
     data: xr.Dataset,
     *,
@@ -184,9 +211,10 @@ def experts(
     Raises
     ------
     TypeError
-        If `data` is not a recording.
+        If `data` is not a recording, or `ax` no axes.
     ValueError
-        If it is of a model without experts, or has no token.
+        If it is of a model without experts, has no token, or a part of the experts only; if `ax`
+        shares its y axis with a picture of other layers.
 
     Examples
     --------
@@ -203,21 +231,24 @@ def experts(
         ...
     ValueError: the recording is of a model without mixtures of experts: there is no routing ...
     """
+    check_ax(ax)
     canonical(data, "tokens")  # refuses what is no recording
     if "routed" not in data.variables:
         raise ValueError(
             "the recording is of a model without mixtures of experts: there is no routing to draw."
         )
     refuse_empty(data)
-    whole = canonical(data, "routed", "tokens", "experts").recording
+    whole = _all_experts(canonical(data, "routed", "tokens", "experts").recording)
     whole = whole.isel(layer=np.flatnonzero(whole.experts.values > 1))
     if sequence is not None:
         whole = one_of(whole, "sequence", sequence, "sequence").expand_dims("sequence")
     shares, equal = _shares(whole)
     ax = free(ax)
+    named(ax, "y", _labels(shares, "layer"))
     image = ax.imshow(
         np.ma.masked_invalid(shares.values),
         aspect="auto",
+        origin="upper",
         interpolation="nearest",
         cmap=sns.color_palette("rocket", as_cmap=True),
         vmin=0,
@@ -230,6 +261,25 @@ def experts(
         for share in {*equal.tolist()}:
             bar.ax.axhline(share, color="white", lw=1)
     return ax
+
+
+def _all_experts(recording: xr.Dataset) -> xr.Dataset:
+    """A recording with all experts in the model's order, by their labels if they have any."""
+    number = recording.sizes["routed_expert"]
+    if "routed_expert" in recording.coords:
+        labels = recording["routed_expert"].values
+        order = np.argsort(labels, kind="stable")
+        whole = labels.dtype.kind in "iuf" and np.array_equal(labels[order], np.arange(number))
+        recording = recording.isel(routed_expert=order)
+    else:
+        whole = True
+    if not whole or number < recording.experts.values.max(initial=0):
+        raise ValueError(
+            f"the recording has {number} experts of "
+            f"{recording.experts.values.max(initial=0):.0f}, or others twice: give all of them, "
+            "without a selection along routed_expert."
+        )
+    return recording
 
 
 def _shares(recording: xr.Dataset) -> tuple[xr.DataArray, np.ndarray]:

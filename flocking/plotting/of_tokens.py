@@ -6,10 +6,11 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from flocking import drawing
-from flocking.plotting.given import free, one_of
+from flocking.plotting.given import check_ax, free, leaving_no_figure, one_of
 from flocking.recording import canonical
 
 
+@leaving_no_figure
 def heatmap(
     data: xr.Dataset | xr.DataArray,
     *,
@@ -36,7 +37,8 @@ def heatmap(
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default the current axes if they are empty, or those of a new figure.
     vmax : float, optional
-        Value of the brightest colour, to compare several pictures; by default the 99th percentile.
+        Value of the brightest colour, above 0, to compare several pictures; by default the 99th
+        percentile.
     colorbar : bool
         Draw a colour bar beside the axes.
 
@@ -52,10 +54,11 @@ def heatmap(
     Raises
     ------
     TypeError
-        If `data` is neither a recording nor a DataArray.
+        If `data` is neither a recording nor a DataArray, `ax` no axes, or `vmax` no number.
     ValueError
         If the recording has no ``relative``, or none of that layer or sequence; if neither is
-        named and there are several; if a DataArray has other dimensions than token and neuron.
+        named and there are several; if a DataArray has other dimensions than token and neuron;
+        if `vmax` is not above 0; if `ax` shares an axis with a picture of other tokens.
 
     Examples
     --------
@@ -70,6 +73,8 @@ def heatmap(
     >>> part = recording.relative.sel(sequence=0, layer=1).isel(neuron=slice(32))
     >>> ax = flocking.plot.heatmap(part, colorbar=False)
     """
+    check_ax(ax)
+    drawing.check_brightest(vmax)
     if isinstance(data, xr.DataArray):
         relative = one_of(one_of(data, "sequence", sequence, "sequence"), "layer", layer, "layer")
         return drawing.heatmap(relative, free(ax), vmax=vmax, colorbar=colorbar)
@@ -78,5 +83,5 @@ def heatmap(
     dim = "relative_layer" if "relative_layer" in one["relative"].dims else "layer"
     relative = one_of(one[["relative"]], dim, layer, "layer")["relative"]
     ax = drawing.heatmap(relative, free(ax), vmax=vmax, colorbar=colorbar)
-    ax.set_xlabel(f"neuron of layer {relative[dim].item()}")
+    ax.set_xlabel(f"neuron of layer {relative[dim].item()}", parse_math=False)
     return ax

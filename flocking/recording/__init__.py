@@ -21,11 +21,11 @@ from flocking.recording.joining import concat
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import check_numbers, record, whole_number
 from flocking.recording.stores import (
+    new_store_path,
     not_a_recording,
     open_recording,
     refuse_store,
     save_recording,
-    store_path,
     write_store,
 )
 from flocking.recording.windows import Windows
@@ -46,13 +46,13 @@ __all__ = [
     "concat",
     "coordinates_of",
     "measure",
+    "new_store_path",
     "not_a_recording",
     "open_recording",
     "record",
     "refuse_store",
     "require",
     "save_recording",
-    "store_path",
     "whole_neurons",
     "whole_number",
     "write_store",

@@ -154,10 +154,7 @@ def canonical(recording: object, *names: str, some_layers: bool = False) -> Cano
     if (np.diff(labels) < 0).any():
         data = data.isel(window=np.argsort(labels))
     _check_tokens(data)
-    if "norm" in needed and "token_window" in data.coords:
-        missing = data.norm.isnull().any("layer") & (data.token_window >= 0)
-        if bool(missing.any()):
-            raise ValueError(f"'norm' has no value at some tokens, {_as_after_where()}.")
+    _check_missing(data, needed)
     if "relative" in needed and not some_layers and "relative_layer" in data["relative"].dims:
         data = _for_all_layers(data)
     return Canonical(data, single)
@@ -290,9 +287,25 @@ def _check_values(data: xr.Dataset) -> None:
             continue  # labels of the user's
         if values.dtype.kind not in "iuf" or (values != np.trunc(values)).any():
             raise ValueError(f"{name!r} is not whole numbers, as in a recording: {_REMEDY}.")
+    if (data["d_ff"].values < 1).any():
+        raise ValueError("'d_ff' is below 1 at some layers, which have a neuron or more each.")
     known = {FIRST, PROMPT, GENERATION}
     if not set(data.phase.values.tolist()) <= known:
         raise ValueError(f"'phase' is not first, prompt or generation, {_as_after_where()}.")
+
+
+def _check_missing(data: xr.Dataset, needed: Iterable[str]) -> None:
+    """Values at all tokens of a window, in whatever is needed of each token."""
+    if "token_window" not in data.coords:
+        return
+    inside = data.token_window >= 0
+    for name in needed:
+        dims = _FIELDS[name].dims
+        if "token" not in dims or set(dims) & set(_LARGE):
+            continue
+        missing = data[name].isnull() & inside
+        if bool(missing.any()):
+            raise ValueError(f"{name!r} has no value at some tokens, {_as_after_where()}.")
 
 
 def _check_tokens(data: xr.Dataset) -> None:

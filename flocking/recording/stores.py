@@ -13,9 +13,10 @@ import numpy as np
 import xarray as xr
 
 from flocking.artifacts import replacing
-from flocking.recording.dataset import COORDINATES, VARIABLES
 from flocking.recording.entrance import canonical
-from flocking.texts import dangling
+from flocking.recording.inventory import note_files, refuse_losses
+from flocking.recording.storable import refuse_unstorable, with_python_strings
+from flocking.texts import dangling, expanded
 
 # Variables that every recording has, and attributes that tell its store from any other.
 _VARIABLES = ("energy", "mass", "tokens")
@@ -33,8 +34,8 @@ def save_recording(
     """Save a recording as a Zarr store, whole or not at all.
 
     What :func:`flocking.record` gives is read back by :func:`open_recording` as it was, in every
-    name, value and dtype. (``recording.to_zarr`` of xarray writes the same, with
-    ``zarr_format=2``; an interruption leaves a part.)
+    name, value and dtype. (``recording.to_zarr`` of xarray writes a store that is read, too, with
+    ``zarr_format=2``; an interruption leaves a part, and files that are lost later are not missed.)
 
     Parameters
     ----------
@@ -42,17 +43,18 @@ def save_recording(
         From :func:`flocking.record`, or what was selected from it or put together; in memory or
         opened lazily.
     path : str or Path
-        Of a folder that ends in ``.zarr``. The folder that it is in is made if there is none.
+        Of a folder that ends in ``.zarr``; ``~`` is the user's folder. The folder that it is in is
+        made if there is none.
     overwrite : bool
         Replace a recording that is there. Nothing else is replaced.
 
     Raises
     ------
     TypeError
-        If `recording` is not a recording.
+        If `recording` is not a recording, or `overwrite` not a bool.
     ValueError
         If it was changed so that its parts contradict each other, or holds what Zarr cannot; if
-        `path` has another suffix, is a URL or exists.
+        `path` has another suffix, is a URL, exists or is inside of another store.
     OSError
         If `path` cannot be written, or another process is writing it.
 
@@ -65,7 +67,10 @@ def save_recording(
     >>> flocking.save_recording(recording, "starlings.zarr", overwrite=True)
     """
     canonical(recording)
-    place = store_path(path)
+    place = new_store_path(path)
+    if not isinstance(overwrite, bool | np.bool_):
+        raise TypeError(f"overwrite is a {type(overwrite).__name__}: give True or False.")
+    refuse_unstorable(recording)
     refuse = functools.partial(refuse_store, overwrite=overwrite, remedy="overwrite=True")
     with replacing(place, check=refuse) as partial:
         write_store(recording, partial)
@@ -91,7 +96,8 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
     FileNotFoundError
         If there is nothing.
     ValueError
-        If it is something else than a recording, or one of another schema version.
+        If it is something else than a recording, or one of another schema version; if files that
+        :func:`save_recording` wrote are lost or cut.
 
     Examples
     --------
@@ -109,12 +115,16 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
     attributes = attributes_of_store(place)
     if attributes is None:
         raise ValueError(f"{place} is not a Zarr store: give a recording's.")
+    refuse_losses(place)
     try:
-        recording = xr.open_zarr(place, chunks=None, consolidated=_is_consolidated(place))
+        # (Of other paths, zarr and xarray would expand "~" themselves.)
+        recording = xr.open_zarr(
+            place.absolute(), chunks=None, consolidated=_is_consolidated(place)
+        )
     except Exception as problem:
         # Of many kinds, zarr's, xarray's and the file system's.
         raise ValueError(f"{place} cannot be read ({_first_line(problem)}).") from problem
-    recording = _with_python_strings(recording)
+    recording = with_python_strings(recording)
     try:
         canonical(recording)
     except TypeError:
@@ -127,28 +137,18 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
 
 def write_store(recording: xr.Dataset, folder: Path) -> None:
     """Write a recording into a folder that is not there yet."""
+    refuse_unstorable(recording)
     # How an earlier file was laid out says nothing about this one.
     plain = recording.drop_encoding()
     for name, variable in plain.variables.items():
         if variable.dtype.kind in "OTU":
-            _refuse_halves(str(name), variable.values)
             plain[name] = plain[name].compute()
         elif variable.chunks is not None:  # dask's may differ in size, and Zarr's do not
             sizes = {dim: sizes[0] for dim, sizes in variable.chunksizes.items()}
             plain[name] = plain[name].chunk(sizes)
-    plain.to_zarr(folder, zarr_format=2)
-
-
-def _refuse_halves(name: str, texts: np.ndarray) -> None:
-    """Refuse halves of characters, which no file can hold."""
-    for text in texts.flat:
-        try:
-            str(text).encode()
-        except UnicodeEncodeError as problem:
-            raise ValueError(
-                f"{name!r} has {text[problem.start]!r} in a text, which is half of a character and "
-                "cannot be stored: replace it."
-            ) from problem
+    # (Chunks that hold nothing but zeros, too, so that one that is absent is one that was lost.)
+    plain.to_zarr(folder.absolute(), zarr_format=2, write_empty_chunks=True)
+    note_files(folder)
 
 
 def store_path(path: str | os.PathLike[str], name: str = "path") -> Path:
@@ -163,18 +163,31 @@ def store_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{name} is a {type(path).__name__}: give the name of a folder.")
+    if "\0" in os.fsdecode(path):
+        raise ValueError(f"{name} has the character NUL, which no path has: leave it out.")
     if re.match(r"[a-z0-9+]{2,}:/", str(path)):
         raise ValueError(
             f"{name} {path}: name a folder on a disk, since URLs are left to xarray's to_zarr and "
             "open_zarr."
         )
-    place = Path(path)
+    place = Path(expanded(os.fsdecode(path)))
     if place.suffix.lower() != ".zarr":
         wanted = place.with_suffix(".zarr").name if place.name else "recording.zarr"
         raise ValueError(
             f"{name} {path}: recordings are Zarr stores, whose names end in .zarr, such as "
             f"{wanted}."
         )
+    return place
+
+
+def new_store_path(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """The place of a store that is to be written: as :func:`store_path`, inside of no other."""
+    place = store_path(path, name)
+    for folder in Path(os.path.realpath(place)).parents:
+        if attributes_of_store(folder) is not None:
+            raise ValueError(
+                f"{name} {path} is inside of {folder}, which is a store: choose another folder."
+            )
     return place
 
 
@@ -229,20 +242,6 @@ def _json(path: Path) -> Any:
 def _is_array(folder: Path) -> bool:
     """Whether a folder in a store is one of its arrays: other folders may have numbers in them."""
     return (folder / ".zarray").is_file() or (folder / "zarr.json").is_file()
-
-
-def _with_python_strings(data: xr.Dataset) -> xr.Dataset:
-    """Texts as Python's strings, as they were: numpy and xarray have other types for them."""
-    fields = VARIABLES | COORDINATES
-    ours = {name for name, field in fields.items() if field.dtype == "object"}
-    found = {
-        name: variable.astype(object)
-        for name, variable in data.variables.items()
-        if variable.dtype.kind == "T" or (name in ours and variable.dtype.kind == "U")
-    }
-    return data.assign_coords({name: v for name, v in found.items() if name in data.coords}).assign(
-        {name: v for name, v in found.items() if name in data.data_vars}
-    )
 
 
 def _is_consolidated(store: Path) -> bool:

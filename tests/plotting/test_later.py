@@ -67,7 +67,7 @@ def test_says_what_is_missing(plain: xr.Dataset) -> None:
         flocking.plot.drift(plain.isel(window=[0, 1]))
     with pytest.raises(ValueError, match="data has 8 prompt lengths: draw at most 4"):
         flocking.plot.drift(flocking.drift(plain))
-    with pytest.raises(ValueError, match="data has 5 prompt lengths"):
+    with pytest.raises(ValueError, match="give one to 4 numbers of tokens"):
         flocking.plot.drift(plain, prompt_lengths=[1, 9, 17, 25, 33])
     with pytest.raises(ValueError, match="prompt_lengths=10 is not an edge of a window"):
         flocking.plot.drift(plain, prompt_lengths=[10])
@@ -75,3 +75,44 @@ def test_says_what_is_missing(plain: xr.Dataset) -> None:
         flocking.plot.drift(plain[["energy"]].reset_coords(drop=True))
     with pytest.raises(ValueError, match="axes: give 2"):
         flocking.plot.drift(plain, axes=plt.subplots(3)[1])
+
+
+def test_prompt_lengths_in_any_order(plain: xr.Dataset) -> None:
+    expected = flocking.plot.drift(plain, prompt_lengths=[9, 25])
+    ordered = flocking.drift(plain, prompt_lengths=[25, 9])
+    for axes in (
+        flocking.plot.drift(plain, prompt_lengths=[25, 9]),
+        flocking.plot.drift(plain, prompt_lengths=iter([25, 9, 25])),
+        flocking.plot.drift(ordered),
+        flocking.plot.drift(ordered, prompt_lengths=[25, 9]),
+    ):
+        for ax, other in zip(axes, expected, strict=True):
+            labels = [one.get_label() for one in ax.lines]
+            assert labels == [one.get_label() for one in other.lines]
+            for label in labels:
+                np.testing.assert_array_equal(line(ax, label), line(other, label))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kind", "message"),
+    [
+        ([10], ValueError, "10"),
+        ([], ValueError, "give one to 4 numbers of tokens"),
+        (["a"], TypeError, "'a' is not a number of tokens"),
+        ([True], TypeError, "True is not a number of tokens"),
+        ("17", TypeError, r"prompt_lengths='17': give a list of numbers, as in \[17\]"),
+        (9, TypeError, r"prompt_lengths=9: give a list of numbers, as in \[17\]"),
+        ([float("nan")], ValueError, "nan"),
+    ],
+)
+@pytest.mark.parametrize("measured", [True, False])
+def test_prompt_lengths_that_are_not_there(
+    plain: xr.Dataset, lengths: object, kind: type[Exception], message: str, measured: bool
+) -> None:
+    data = flocking.drift(plain, prompt_lengths=[9, 25]) if measured else plain
+    with pytest.raises(kind, match=message):
+        flocking.plot.drift(data, prompt_lengths=lengths)
+    one = flocking.drift(plain, prompt_lengths=[9, 25]).isel(prompt_length=0)
+    with pytest.raises(ValueError, match="25 is not among those of data"):
+        flocking.plot.drift(one, prompt_lengths=[25])
+    assert plt.get_fignums() == []

@@ -192,3 +192,111 @@ def test_what_is_empty_is_said_to_be(recording: xr.Dataset, plot: str) -> None:
     for dim in ("sequence", "layer"):
         with pytest.raises(ValueError, match=f"there is no {dim} to draw"):
             getattr(flocking.plot, plot)(recording.isel({dim: []}))
+
+
+@pytest.mark.parametrize("options", [{}, {"sharex": True}, {"sharey": True}])
+@pytest.mark.parametrize("shape", [(1, 3), (3, 1)])
+def test_panels_keep_the_labels_of_their_own_scales(
+    recording: xr.Dataset, shape: tuple[int, int], options: dict
+) -> None:
+    figure, given = plt.subplots(*shape, **options)
+    axes = flocking.plot.scores(recording, axes=given)
+    figure.canvas.draw()
+    for number, ax in enumerate(axes):
+        inner = shape == (3, 1) and "sharex" in options and number < 2
+        assert ax.get_xlabel() == ("" if inner else "layer")
+        shared = shape == (1, 3) and "sharey" in options and number > 0
+        shown = [label for label in ax.get_yticklabels() if label.get_visible()]
+        assert bool(shown) != shared
+
+
+def test_axes_may_be_any_iterable(recording: xr.Dataset) -> None:
+    for make in (
+        lambda: plt.figure().subplot_mosaic("ab;cc").values(),
+        lambda: plt.figure().subplot_mosaic("ab;cc"),
+        lambda: iter(plt.subplots(3)[1]),
+        lambda: [plt.subplots(2)[1], plt.figure().gca()],
+        lambda: plt.subplots(1, 3, squeeze=False)[1],
+    ):
+        assert flocking.plot.scores(recording, axes=make()).shape == (3,)
+
+
+@pytest.mark.parametrize("give", [lambda: "abc", lambda: 3, plt.figure, lambda: [1, 2, 3]])
+def test_what_is_no_axes_is_refused_by_all(recording: xr.Dataset, give) -> None:
+    given = give()
+    kept = flocking.select(flocking.statistic(recording)).isel(sequence=0)
+    with pytest.raises(TypeError, match="axes: give 3, as"):
+        flocking.plot.scores(recording, axes=given)
+    with pytest.raises(TypeError, match="axes: give 2, as"):
+        flocking.plot.drift(recording, axes=given)
+    for draw in (
+        lambda ax: flocking.plot.overlap(recording, ax=ax),
+        lambda ax: flocking.plot.heatmap(recording, layer=0, sequence="a", ax=ax),
+        lambda ax: flocking.plot.selection(kept, ax=ax),
+        lambda ax: flocking.plot.experts(recording, ax=ax),
+    ):
+        with pytest.raises(TypeError, match=f"ax is a {type(given).__name__}: give axes to draw"):
+            draw(given)
+    with pytest.raises(TypeError, match="ax is a ndarray"):
+        flocking.plot.overlap(recording, ax=plt.subplots(2)[1])
+
+
+def test_the_same_axes_are_no_three(recording: xr.Dataset) -> None:
+    with pytest.raises(ValueError, match=r"axes: give 3, as .* not 1 different ones"):
+        flocking.plot.scores(recording, axes=[plt.gca()] * 3)
+
+
+def test_refusals_leave_no_figure_and_nothing_on_those_that_are_there(
+    recording: xr.Dataset,
+) -> None:
+    averaged = recording.mean("layer")
+    mine, other = plt.figure(), plt.figure()
+    given = mine.subplots(3)
+    plt.figure(other.number)
+    for draw in (
+        lambda: flocking.plot.scores(recording, control=averaged, axes=given),
+        lambda: flocking.plot.scores(averaged),
+        lambda: flocking.plot.overlap(averaged),
+        lambda: flocking.plot.drift(averaged),
+        lambda: flocking.plot.heatmap(recording),
+        lambda: flocking.plot.scores(flocking.drift(recording)),
+        lambda: flocking.plot.experts(recording),
+        lambda: flocking.plot.selection(recording.energy),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            draw()
+        assert plt.get_fignums() == [mine.number, other.number]
+        assert plt.gcf() is other
+        assert not other.axes
+    assert not any(ax.has_data() for ax in given)
+
+
+def test_what_is_no_overlap_is_refused(recording: xr.Dataset) -> None:
+    for measure in (flocking.flocking_score, flocking.consistency, flocking.effective_neurons):
+        values = measure(recording)
+        for given in (values, values.mean("sequence"), values.to_dataset(), values * 0.5):
+            with pytest.raises(ValueError, match="is no overlap of selections, from 0 to 1"):
+                flocking.plot.overlap(given)
+    with pytest.raises(ValueError, match="'mine', which is no overlap"):
+        flocking.plot.overlap(xr.DataArray([0.5, 1.5], dims="layer", name="mine"))
+    ax = flocking.plot.overlap(xr.DataArray([0.5, np.nan, 1], dims="layer", name="$x$ and $y$"))
+    ax.figure.canvas.draw()
+    (text,) = ax.get_legend().get_texts()
+    assert text._preprocess_math(text.get_text()) == ("$x$ and $y$", False)
+
+
+def test_short_texts_with_a_generation(recording: xr.Dataset) -> None:
+    ids = helpers.random_ids(27, 30, seed=7)
+    short = helpers.record(helpers.proved("llama"), ids, window=16, prompt_tokens=9)
+    ax = flocking.plot.overlap(short)
+    expected = flocking.prompt_generation_overlap(short).mean("sequence")
+    np.testing.assert_allclose(line(ax, "prompt and generation"), expected)
+    assert [one.get_label() for one in ax.lines] == ["prompt and generation", "chance"]
+    longer = helpers.record(helpers.proved("llama"), ids, window=16, prompt_tokens=[9, 12])
+    with pytest.raises(ValueError, match="has 8 tokens of a prompt after the first, fewer than a"):
+        flocking.between_sequence_overlap(longer)
+    ax = flocking.plot.overlap(longer, ax=plt.figure().gca())
+    expected = flocking.prompt_generation_overlap(longer).mean("sequence")
+    np.testing.assert_allclose(line(ax, "prompt and generation"), expected)
+    with pytest.raises(ValueError, match="density=7"):
+        flocking.plot.overlap(short, 7)

@@ -148,3 +148,68 @@ def test_routing_that_cannot_be_drawn(recording: xr.Dataset, mixture: xr.Dataset
         flocking.plot.experts(mixture, sequence=5)
     with pytest.raises(TypeError, match="expected a recording"):
         flocking.plot.experts(mixture.routed)
+
+
+def test_a_part_of_the_experts_is_refused_and_labels_give_their_order(mixture: xr.Dataset) -> None:
+    for part in (mixture.isel(routed_expert=[0, 1]), mixture.isel(routed_expert=[3])):
+        with pytest.raises(ValueError, match=r"the recording has \d experts of 4"):
+            flocking.plot.experts(part)
+    labelled = mixture.assign_coords(routed_expert=np.arange(4))
+    ax = flocking.plot.experts(labelled.isel(routed_expert=[2, 0, 3, 1]))
+    expected = mixture.routed.values.sum(axis=(0, 2)) / 32
+    np.testing.assert_allclose(ax.images[0].get_array(), expected)
+    for wrong in ([0, 0, 1, 2], [1, 2, 3, 0, 1]):
+        with pytest.raises(ValueError, match="or others twice: give all of them"):
+            flocking.plot.experts(labelled.isel(routed_expert=wrong))
+
+
+def test_nothing_is_no_selection(recording: xr.Dataset) -> None:
+    kept = flocking.select(flocking.statistic(recording)).isel(sequence=0)
+    for other in (None, kept.isel(layer=[])):
+        with pytest.raises(ValueError, match="there is no layer to draw: data has none left"):
+            flocking.plot.selection(kept.isel(layer=[]), other)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        (("a", "b", "c"), ValueError, "labels has 3 names: give two"),
+        ((), ValueError, "labels has 0 names"),
+        (None, TypeError, "labels is a NoneType: give two names"),
+        ("ab", TypeError, "labels is a str: give two names"),
+    ],
+)
+def test_there_are_two_labels(labels: object, kind: type[Exception], message: str) -> None:
+    kept = selection(["0110", "1000"])
+    for other in (None, kept):
+        with pytest.raises(kind, match=message):
+            flocking.plot.selection(kept, other, labels=labels)
+    assert plt.get_fignums() == []
+
+
+def test_labels_are_no_mathematics() -> None:
+    kept = selection(["0110", "1000"]).rename(layer="$a$").assign_coords({"$a$": ["$x$", "$y_$"]})
+    ax = flocking.plot.selection(kept, kept, labels=("$5 and $6", "$\\bad$"))
+    texts = [*ax.get_legend().get_texts(), *ax.get_yticklabels(), ax.yaxis.label]
+    assert not any(text.get_parse_math() for text in texts)
+    assert [text.get_text() for text in texts][1:3] == ["$5 and $6 alone", "$\\bad$ alone"]
+
+
+def test_the_first_row_is_on_top_in_any_style(mixture: xr.Dataset) -> None:
+    with plt.rc_context({"image.origin": "lower"}):
+        for ax in (
+            flocking.plot.selection(selection(["0110", "1000"])),
+            flocking.plot.experts(mixture),
+        ):
+            assert ax.images[0].origin == "upper"
+
+
+def test_pictures_that_share_an_axis_have_the_same_rows() -> None:
+    kept = selection(["0110", "1000"])
+    _, (first, second) = plt.subplots(2, 1, sharey=True)
+    flocking.plot.selection(kept, ax=first)
+    flocking.plot.selection(~kept, ax=second)
+    _, (first, second) = plt.subplots(2, 1, sharey=True)
+    flocking.plot.selection(kept, ax=first)
+    with pytest.raises(ValueError, match="shares its y axis"):
+        flocking.plot.selection(kept.assign_coords(layer=[5, 6]), ax=second)

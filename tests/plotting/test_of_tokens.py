@@ -140,3 +140,63 @@ def test_draws_over_nothing(recording: xr.Dataset) -> None:
     assert ax.figure is not panels[0].figure
     empty = plt.figure().add_subplot(1, 2, 1)
     assert flocking.plot.overlap(recording) is empty
+
+
+def test_a_narrower_layer_has_its_own_scale(recording: xr.Dataset) -> None:
+    values = recording.relative.sel(layer=0, sequence="b")
+    narrow = values.where(values.neuron < 40)
+    ax = flocking.plot.heatmap(narrow)
+    expected = np.percentile(values.values[:, :40].astype(np.float32), 99)
+    assert ax.images[0].get_clim() == (0, expected)
+
+
+@pytest.mark.parametrize("vmax", [np.nan, -1.0, 0, np.inf, "1", True, [0.1]])
+def test_the_brightest_value_is_a_number_above_0(recording: xr.Dataset, vmax: object) -> None:
+    for data in (recording, recording.relative):
+        with pytest.raises((ValueError, TypeError), match=r"vmax.*: give a number above 0"):
+            flocking.plot.heatmap(data, layer=0, sequence="b", vmax=vmax)
+    flocking.plot.heatmap(recording, layer=0, sequence="b", vmax=np.float32(0.5))
+
+
+def test_the_first_token_is_on_top_in_any_style(recording: xr.Dataset) -> None:
+    with plt.rc_context({"image.origin": "lower"}):
+        ax = flocking.plot.heatmap(recording, sequence="a", layer=1)
+    assert ax.images[0].origin == "upper"
+
+
+def test_pictures_that_share_an_axis_share_its_names(recording: xr.Dataset) -> None:
+    part = with_texts(recording, "one", "two").relative.sel(layer=0).isel(token=slice(8))
+    other = with_texts(recording, "three", "four").relative.sel(layer=0).isel(token=slice(8))
+    for shape in ((1, 2), (2, 1)):
+        figure, (first, second) = plt.subplots(*shape, sharey=True)
+        flocking.plot.heatmap(part.sel(sequence="a"), ax=first)
+        flocking.plot.heatmap(part.sel(sequence="b"), ax=second)
+        figure.canvas.draw()
+        assert labels(first)[:3] == ["one", "two", "x"]
+        figure, (first, second) = plt.subplots(*shape, sharey=True)
+        flocking.plot.heatmap(part.sel(sequence="a"), ax=first)
+        for texts in (other, part.drop_vars("token_text")):
+            with pytest.raises(
+                ValueError, match=r"shares its y axis .*give axes that are not shar"
+            ):
+                flocking.plot.heatmap(texts.sel(sequence="b"), ax=second)
+            assert not second.has_data()
+        figure.canvas.draw()
+        assert labels(first)[:3] == ["one", "two", "x"]
+    _, (first, second) = plt.subplots(2, 1, sharex=True)
+    flocking.plot.heatmap(part.sel(sequence="a").isel(neuron=[3, 90, 7]), ax=first)
+    with pytest.raises(ValueError, match="shares its x axis"):
+        flocking.plot.heatmap(part.sel(sequence="a").isel(neuron=[4, 91, 7]), ax=second)
+    _, (first, second) = plt.subplots(1, 2, sharex=True, sharey=True)
+    for ax, layer in ((first, 0), (second, 1)):  # numbers are the same on both
+        flocking.plot.heatmap(recording, layer=layer, sequence="a", ax=ax)
+
+
+@pytest.mark.parametrize("several", [[0, 1], np.array([0, 1]), (0,)])
+def test_one_layer_and_one_sequence(recording: xr.Dataset, several: object) -> None:
+    for data in (recording, recording.relative, recording.relative.sel(sequence="a", layer=0)):
+        with pytest.raises(TypeError, match=r"layer=.* is several: give one label"):
+            flocking.plot.heatmap(data, layer=several, sequence="a")
+        with pytest.raises(TypeError, match=r"sequence=.* is several: give one label"):
+            flocking.plot.heatmap(data, layer=0, sequence=several)
+    flocking.plot.heatmap(recording, layer=np.int64(1), sequence=np.str_("a"))

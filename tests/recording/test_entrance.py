@@ -151,6 +151,33 @@ def test_absent_norms_are_refused_where_they_are_used() -> None:
     assert flocking.statistic(masked).equals(flocking.statistic(recording))
 
 
+@pytest.mark.parametrize("name", ["l1", "relative", "token_id"])
+def test_whatever_is_absent_of_tokens_is_refused_where_it_is_used(name: str) -> None:
+    model = helpers.proved("llama")
+    recording = helpers.record(model, helpers.random_ids(17, 20), relative=True)
+    outside = recording.token_window >= 0
+    padded = recording.assign({name: recording[name].where(outside)})
+    masked = recording.assign({name: recording[name].where(outside & (recording.token != 5))})
+
+    def different(data: xr.Dataset) -> xr.DataArray:
+        return flocking.consistency(data, different_tokens=True)
+
+    using = [different] if name != "l1" else [flocking.flocking_score, flocking.chance_consistency]
+    for measure in using:
+        assert measure(padded).equals(measure(recording))
+        with pytest.raises(ValueError, match=f"'{name}' has no value at some tokens"):
+            measure(masked)
+    assert flocking.consistency(masked).equals(flocking.consistency(recording))
+
+
+def test_layers_without_a_neuron_are_refused() -> None:
+    """As of a store that lost its widths."""
+    recording = recordings()[0]
+    for measure in MEASURES:
+        with pytest.raises(ValueError, match="'d_ff' is below 1"):
+            measure(recording.assign_coords(d_ff=("layer", [0, 0])))
+
+
 def test_a_recording_appended_to_one_with_other_windows(tmp_path) -> None:
     """As many windows of the same names, but three of prompt and three of generation."""
     model = helpers.proved("llama")

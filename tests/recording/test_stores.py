@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 import shutil
 from pathlib import Path
 
 import helpers
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
+import zarr
 
 import flocking
 
@@ -203,3 +207,206 @@ def test_another_layout_or_a_broken_store_is_one_sentence(
     (path / ".zmetadata").write_text("not JSON")
     with pytest.raises(ValueError, match=r"x\.zarr cannot be read \("):
         flocking.open_recording(path)
+
+
+def test_a_tilde_is_the_users_folder(
+    tmp_path: Path, recording: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    flocking.save_recording(recording, "~/x.zarr")
+    flocking.save_recording(recording.isel(sequence=[0]), Path("~/deep/y.zarr"))
+    assert [*here.iterdir()] == []
+    assert_as_it_was(home / "x.zarr", recording)
+    xr.testing.assert_identical(flocking.open_recording("~/x.zarr").load(), recording)
+    assert flocking.open_recording(Path("~/deep/y.zarr")).sizes["sequence"] == 1
+    # A folder of this name is one, to both.
+    flocking.save_recording(recording.isel(sequence=[1]), here / "~" / "x.zarr")
+    assert flocking.open_recording("~/x.zarr")["sequence"].item() == 1
+
+
+def test_a_nul_in_a_path_is_one_sentence(recording: xr.Dataset) -> None:
+    for use in (lambda path: flocking.save_recording(recording, path), flocking.open_recording):
+        with pytest.raises(ValueError, match="path has the character NUL"):
+            use("a\0b.zarr")
+
+
+def test_overwrite_is_a_bool(tmp_path: Path, recording: xr.Dataset) -> None:
+    with pytest.raises(TypeError, match="overwrite is a str: give True or False"):
+        flocking.save_recording(recording, tmp_path / "x.zarr", overwrite="no")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("inside", ["y.zarr", "energy/y.zarr", "deep/er/y.zarr"])
+def test_no_store_is_written_inside_of_another(
+    tmp_path: Path, recording: xr.Dataset, inside: str
+) -> None:
+    flocking.save_recording(recording, tmp_path / "x.zarr")
+    before = sorted((tmp_path / "x.zarr").rglob("*"))
+    with pytest.raises(ValueError, match=r"is inside of .*x\.zarr, which is a store"):
+        flocking.save_recording(recording, tmp_path / "x.zarr" / inside)
+    assert sorted((tmp_path / "x.zarr").rglob("*")) == before
+
+
+NAMES = ["energy", "l1", "layer", "d_ff", "tokens", "token_text", "phase"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lost_and_cut_files_are_one_sentence(
+    tmp_path: Path, recording: xr.Dataset, name: str
+) -> None:
+    path = tmp_path / "x.zarr"
+    zeros = recording.assign_coords(layer=[0, 1]).assign(relative=recording.relative * 0)
+    flocking.save_recording(zeros, path)
+    (chunk, *_) = sorted((path / name).glob("[0-9]*"))
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-3])
+    with pytest.raises(
+        ValueError, match=rf"{name}/0[.0]* is cut \({len(whole) - 3} bytes, not {len(whole)}"
+    ):
+        flocking.open_recording(path)
+    chunk.unlink()
+    with pytest.raises(ValueError, match=rf"x\.zarr is not as it was saved: {name}/0[.0]* is lost"):
+        flocking.open_recording(path)
+    shutil.rmtree(path / name)
+    with pytest.raises(ValueError, match=r"is lost \(\d files are\)\. Copy the store again"):
+        flocking.open_recording(path)
+
+
+def test_chunks_of_nothing_but_zeros_are_missed_too(tmp_path: Path, recording: xr.Dataset) -> None:
+    path = tmp_path / "x.zarr"
+    empty = xr.zeros_like(recording["relative"])
+    given = recording.isel(sequence=[0]).assign_coords(mine=("neuron", np.zeros(160)))
+    given = given.assign(relative=empty.isel(sequence=[0]) * np.nan, zero=("neuron", np.zeros(160)))
+    flocking.save_recording(given, path)
+    assert_as_it_was(path, given)
+    for name in ("relative", "sequence", "mine", "zero"):
+        assert [*(path / name).glob("[0-9]*")], name
+    (path / "sequence" / "0").unlink()
+    with pytest.raises(ValueError, match="sequence/0 is lost"):
+        flocking.open_recording(path)
+
+
+def test_values_that_were_written_in_place_are_read(tmp_path: Path, recording: xr.Dataset) -> None:
+    path = tmp_path / "x.zarr"
+    flocking.save_recording(recording, path)
+    before = (path / "energy" / "0.0.0.0").stat().st_size
+    zarr.open_group(path, mode="r+")["energy"][0] = 0
+    assert (path / "energy" / "0.0.0.0").stat().st_size != before
+    opened = flocking.open_recording(path)
+    np.testing.assert_array_equal(opened.energy[1], recording.energy[1])
+    assert not opened.energy[0].any()
+
+
+def test_stores_without_a_list_of_files_are_opened(tmp_path: Path, recording: xr.Dataset) -> None:
+    """Of xarray, or changed by it later: chunks of nothing but zeros may be absent."""
+    path = tmp_path / "x.zarr"
+    flocking.save_recording(recording, path)
+    recording.isel(sequence=[0]).to_zarr(path, mode="w", zarr_format=2)
+    assert flocking.open_recording(path).sizes["sequence"] == 1
+    flocking.save_recording(recording, path, overwrite=True)
+    xr.Dataset({"more": ("neuron", np.ones(160))}).to_zarr(path, mode="a", zarr_format=2)
+    assert flocking.open_recording(path).more.sum() == 160
+
+
+def named(name: object) -> dict:
+    return {name: ("sequence", [1.5, 2.5])}
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "", 5, "..", ".", ".zattrs", "zarr.json", "a\0", "n" * 300]
+)
+@pytest.mark.parametrize("way", ["assign", "assign_coords"])
+def test_names_that_are_no_folders_are_refused(
+    tmp_path: Path, recording: xr.Dataset, name: object, way: str
+) -> None:
+    changed = getattr(recording, way)(named(name))
+    with pytest.raises(ValueError, match=f"has the name {re.escape(repr(name))}, which .*rename"):
+        flocking.save_recording(changed, tmp_path / "x.zarr")
+    assert [*tmp_path.iterdir()] == []
+
+
+ATTRIBUTES = {
+    "a path": Path("x"),
+    "a date": datetime.date(2020, 1, 2),
+    "bytes": b"x",
+    "an object": object(),
+    "a set": {1},
+    "numbers as keys": {1: "x"},
+    "a dtype": np.dtype("f4"),
+    "coordinates": "text",
+    "a time": np.datetime64("2020-01-01"),
+}
+
+
+@pytest.mark.parametrize("key", ATTRIBUTES)
+def test_attributes_that_do_not_come_back_are_refused(
+    tmp_path: Path, recording: xr.Dataset, key: str
+) -> None:
+    of_one = recording.copy()
+    of_one["energy"] = of_one.energy.assign_attrs({key: ATTRIBUTES[key]})
+    for changed, of in (
+        (recording.assign_attrs({key: ATTRIBUTES[key]}), "the recording"),
+        (of_one, "'energy'"),
+    ):
+        with pytest.raises(ValueError, match=f"attribute '{key}' of {of} is "):
+            flocking.save_recording(changed, tmp_path / "x.zarr")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_FillValue", 0.0),
+        ("missing_value", 1),
+        ("scale_factor", 2.0),
+        ("units", "days since 2000"),
+    ],
+)
+def test_attributes_that_change_values_are_refused(
+    tmp_path: Path, recording: xr.Dataset, key: str, value: object
+) -> None:
+    changed = recording.assign_coords(mine=("sequence", [0.0, 1.0], {key: value}))
+    with pytest.raises(ValueError, match=f"attribute '{key}' of 'mine' is"):
+        flocking.save_recording(changed, tmp_path / "x.zarr")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array(["x", None], dtype=object), "'mine' has (None|nan) among its texts, which is"),
+        (np.array(["x", 1.5], dtype=object), "'mine' has 1.5 among its texts, which is a float"),
+        (np.array([Path("x"), Path("y")], dtype=object), "'mine' has PosixPath"),
+        (pd.Categorical(["x", "y"]), "coordinate 'mine' is of category, which Zarr does not give"),
+    ],
+)
+def test_values_that_do_not_come_back_are_refused(
+    tmp_path: Path, recording: xr.Dataset, values: object, message: str
+) -> None:
+    changed = recording.assign_coords(mine=("sequence", values))
+    with pytest.raises(ValueError, match=message):
+        flocking.save_recording(changed, tmp_path / "x.zarr")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_an_index_of_several_levels_is_refused(tmp_path: Path, recording: xr.Dataset) -> None:
+    index = pd.MultiIndex.from_arrays([[1, 2], ["x", "y"]], names=["a", "b"])
+    levels = recording.assign_coords(xr.Coordinates.from_pandas_multiindex(index, "other"))
+    with pytest.raises(ValueError, match="coordinate 'other' has an index of several levels"):
+        flocking.save_recording(levels, tmp_path / "x.zarr")
+
+
+def test_the_users_own_comes_back(tmp_path: Path, recording: xr.Dataset) -> None:
+    mine = recording.assign_coords(
+        when=("sequence", np.array(["2020-01-01", "2021-06-01T12:00"], "M8[ns]")),
+        took=("sequence", np.array([1, 5], "m8[s]")),
+        half=("neuron", np.linspace(0, 1, 160).astype(np.float16)),
+        place=("sequence", [1 + 2j, 0j]),
+        words=("sequence", ["a", "bc"]),
+    ).assign_attrs(seen=True, many=[1, 2], pair=(1, 2), nothing=None, tree={"a": [1.5]})
+    mine = mine.assign_attrs(array=np.arange(3), number=np.float32(0.1))
+    flocking.save_recording(mine, tmp_path / "x.zarr")
+    xr.testing.assert_identical(flocking.open_recording(tmp_path / "x.zarr").load(), mine)
