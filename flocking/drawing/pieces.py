@@ -115,7 +115,7 @@ def check_brightest(vmax: object) -> None:
         return
     if isinstance(vmax, bool | np.bool_) or not isinstance(vmax, Real):
         raise TypeError(f"vmax is a {type(vmax).__name__}: give a number above 0, such as 0.1.")
-    if not 0 < vmax < np.inf:
+    if not 0 < float(vmax) < np.inf:
         raise ValueError(f"vmax={vmax!r}: give a number above 0, such as 0.1.")
 
 

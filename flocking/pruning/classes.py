@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -63,5 +64,5 @@ def why_not_importable(kind: type) -> str:
 
 
 def _made_of(config: type[PreTrainedConfig]) -> tuple[type[PreTrainedModel], ...]:
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
     return found if isinstance(found, tuple) else (found,)
