@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
 import math
 import random
@@ -287,7 +288,7 @@ def key_of(source: Path, args: argparse.Namespace) -> str:
         if name in ("density", "prompt", "new_tokens")
     }
     texts = [str(text) for each in texts_of(args) for text in each]
-    return json.dumps(
+    content = json.dumps(
         [
             file_digest(source),
             {**options, "texts": texts, "other": ""},
@@ -296,6 +297,7 @@ def key_of(source: Path, args: argparse.Namespace) -> str:
         default=str,
         sort_keys=True,
     )
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------
