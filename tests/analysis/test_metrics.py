@@ -288,7 +288,7 @@ def test_what_is_missing_is_named(repetitive: tuple, change: object, message: st
 
 def test_sequences_that_share_no_window(llama) -> None:
     recording = flocking.record(llama, helpers.random_ids(40, 5), window=16, progress=False)
-    with pytest.raises(ValueError, match="the shortest of these sequences has 5 tokens, fewer"):
+    with pytest.raises(ValueError, match="has 4 tokens of a prompt after the first"):
         flocking.between_consistency(recording)
 
 
