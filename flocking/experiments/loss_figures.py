@@ -177,7 +177,7 @@ def loss_by_reference(data: xr.Dataset, figure: Figure) -> None:
         ax.axvline(1, **LEVEL)
         ax.set(title=f"after {length} tokens", xlim=(0, None))
     for ax in axes[1]:
-        ax.set(xlabel="perplexity\n(times the full model's)", xlim=(0, None))
+        ax.set(xlabel="perplexity,\n$\\times$ full model's", xlim=(0, None))
 
 
 @in_style(FROM_EXPERIMENTS, "relative", "over_alone", "over_static")
