@@ -17,7 +17,6 @@ from typing import Any
 
 import ggufs
 import huggingface_hub
-import platformdirs
 import psutil
 import pytest
 import torch
@@ -26,31 +25,7 @@ import transformers as tf
 import flocking
 from flocking.models import dequantising, loading, origins
 
-IDS = torch.arange(3, 43)[None] * 7 % ggufs.VOCABULARY
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama's file."""
-    folder = tmp_path_factory.mktemp("made")
-    return ggufs.write(folder / "birds.Q8_0.gguf", ggufs.tiny("llama"), "Q8_0")
-
-
-@pytest.fixture
-def file(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(made, tmp_path))
-
-
-def logits(model: tf.PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS % model.config.vocab_size).logits
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # --------------------------------------------------------------------------------------
@@ -77,10 +52,10 @@ def test_a_file_is_given_in_many_ways(
         assert Path(model.name_or_path).name == ("link" if args == ("link",) else "birds.Q8_0")
         assert len(tokenizer) == ggufs.VOCABULARY
         assert not model.training
-        expected = logits(model) if expected is None else expected
-        assert torch.equal(logits(model), expected)
+        expected = ggufs.logits(model) if expected is None else expected
+        assert torch.equal(ggufs.logits(model), expected)
     # (A file in Q8_0 is close to the model that it is of.)
-    assert torch.allclose(expected, logits(ggufs.tiny("llama")), atol=0.1)
+    assert torch.allclose(expected, ggufs.logits(ggufs.tiny("llama")), atol=0.1)
     recording = flocking.record(model, "birds of a feather", progress=False)
     assert recording.attrs["model"].endswith("link")
 
@@ -310,7 +285,7 @@ flocking.load({str(file)!r})
     model, _ = flocking.load(file)
     assert len(list(cache.rglob("model.safetensors"))) == 1
     assert not [path for path in cache.rglob(".*") if path.name != origins.NOTE]
-    assert math.isfinite(logits(model).sum())
+    assert math.isfinite(ggufs.logits(model).sum())
 
 
 @pytest.mark.parametrize("place", ["cuda:7", 7, {"": "cuda:7"}, torch.device("cuda", 7)])

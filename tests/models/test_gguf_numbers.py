@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import gguf
 import ggufs
 import numpy as np
-import platformdirs
 import pytest
 import torch
 import transformers as tf
@@ -20,31 +18,7 @@ from gguf import GGUFValueType as Value
 import flocking
 from flocking.models import dequantising
 
-IDS = torch.arange(3, 43)[None] * 7 % ggufs.VOCABULARY
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama's file."""
-    folder = tmp_path_factory.mktemp("made")
-    return ggufs.write(folder / "birds.Q8_0.gguf", ggufs.tiny("llama"), "Q8_0")
-
-
-@pytest.fixture
-def file(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(made, tmp_path))
-
-
-def logits(model: tf.PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS % model.config.vocab_size).logits
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # --------------------------------------------------------------------------------------
@@ -139,8 +113,8 @@ def test_numbers_are_those_of_the_model_that_was_written(
     file = ggufs.write(tmp_path / "a.gguf", original, metadata=metadata)
     model, _ = flocking.load(file)
     assert type(model) is type(original)
-    difference = (logits(model) - logits(original)).abs().max()
-    assert difference < 1e-4 * logits(original).abs().max()
+    difference = (ggufs.logits(model) - ggufs.logits(original)).abs().max()
+    assert difference < 1e-4 * ggufs.logits(original).abs().max()
 
 
 class _Frozen(dict):
@@ -191,7 +165,7 @@ def test_the_scaling_of_llama_3_is_read_from_its_frequencies(tmp_path: Path) -> 
     assert divisors.max() == pytest.approx(32)
     model, _ = flocking.load(with_tensors(tmp_path / "a.gguf", original, rope_freqs=divisors))
     assert model.config.rope_parameters == pytest.approx(parameters)
-    assert torch.allclose(logits(model), logits(original), atol=1e-4)
+    assert torch.allclose(ggufs.logits(model), ggufs.logits(original), atol=1e-4)
     other = with_tensors(tmp_path / "b.gguf", original, rope_freqs=np.sqrt(divisors) + 3)
     with pytest.raises(OSError, match=r"b\.gguf scales .* not those of Llama 3.1's rule"):
         flocking.load(other)
