@@ -1,5 +1,5 @@
 """``python -m flocking.cli``."""
 
-from flocking.cli.commands import main
+from flocking.cli import main
 
 main()
