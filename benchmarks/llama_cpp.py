@@ -43,6 +43,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import flocking
 from flocking.artifacts import code_digest, file_digest, refuse_unwritable, replacing
+from flocking.drawing import logarithmic
 from flocking.drawing.style import STYLE
 from flocking.models import embedded_file, read_gguf
 from flocking.pruning import (
@@ -343,8 +344,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 spread = [[lost["ratio"] - lost["ratio_low"]], [lost["ratio_high"] - lost["ratio"]]]
                 for ax, x in ((row[0], speed), (row[1], size / whole)):
                     ax.errorbar(x, lost["ratio"], yerr=spread, ms=3, lw=0.8, **style)
-                    ax.annotate(one, (x, lost["ratio"]), xytext=(3, 3), textcoords="offset points")
-            row[0].set(ylabel=f"{name}\nperplexity, times whole", yscale="log")
+                    place = (3, -9) if one.endswith(SMALL) else (3, 3)  # beside its neighbour
+                    ax.annotate(one, (x, lost["ratio"]), xytext=place, textcoords="offset points")
+            row[0].set(ylabel=f"{name}\nperplexity, times whole")
+            logarithmic(row[0], row[0].yaxis, [1, 2, 5, 10])
             for ax, label in zip(row, ("decoding speed", "bytes"), strict=True):
                 ax.set_xlabel(f"{label}, times whole file")
                 ax.margins(0.25)
