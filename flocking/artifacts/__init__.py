@@ -7,7 +7,7 @@ from flocking.artifacts.code import code_digest, sources
 from flocking.artifacts.folders import file_digest, folder_digest
 from flocking.artifacts.keys import PARTS, Key, Part
 from flocking.artifacts.numbers import UnreadableError, checksum, from_json, read_content, to_json
-from flocking.artifacts.writing import BusyError, refuse_unwritable, replacing, set_aside
+from flocking.artifacts.writing import BusyError, claimed, refuse_unwritable, replacing, set_aside
 
 __all__ = [
     "PARTS",
@@ -16,6 +16,7 @@ __all__ = [
     "Part",
     "UnreadableError",
     "checksum",
+    "claimed",
     "code_digest",
     "file_digest",
     "folder_digest",

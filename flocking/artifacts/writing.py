@@ -87,7 +87,7 @@ def replacing(
     given = (path, *more)
     _check(given, check)
     # From the first move on, signals wait until the old ones and the claim are gone.
-    with ExitStack() as ending, _claimed(path, wait) as claim, ExitStack() as replaced:
+    with ExitStack() as ending, claimed(path, wait) as claim, ExitStack() as replaced:
         _check(given, check)  # what an interrupted command had set aside may be back
         with _told_of_room(path):
             yield claim / path.name
@@ -105,7 +105,7 @@ def replacing(
 
 def refuse_unwritable(path: Path, wait: float = 60.0) -> None:
     """Raise an OSError if a file cannot be written, before anything is computed for it."""
-    with _claimed(path, wait):
+    with claimed(path, wait):
         pass
 
 
@@ -139,8 +139,29 @@ def _real(path: Path) -> Path:
 
 
 @contextmanager
-def _claimed(path: Path, wait: float) -> Iterator[Path]:
-    """Hold a claim on a path, which may have to be waited for; folders made for it go again."""
+def claimed(path: Path, wait: float = 0.0) -> Iterator[Path]:
+    """Keep other processes from writing a file or folder, for what is written in place.
+
+    Parameters
+    ----------
+    path : Path
+        A link is followed. Folders that are missing above it are made, and go again if they are
+        empty at the end.
+    wait : float
+        Seconds to wait for another process that is writing `path`.
+
+    Yields
+    ------
+    Path
+        The claim: a folder, whose content goes at the end.
+
+    Raises
+    ------
+    BusyError
+        If another process is writing `path`.
+    OSError
+        If `path` cannot be written.
+    """
     place, taken = _real(path), False
     claim = beside(place, WRITING)
     with ExitStack() as made:

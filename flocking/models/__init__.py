@@ -37,7 +37,7 @@ from flocking.models.copies import (
 )
 from flocking.models.dequantising import read_gguf
 from flocking.models.following import Original
-from flocking.models.forms import Text, require_tokenizer, unreadable
+from flocking.models.forms import Text, refuse_container, require_tokenizer, unreadable
 from flocking.models.gguf import contents_of
 from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, embedded_file, identity, load, resolved
@@ -114,6 +114,7 @@ __all__ = [
     "read_gguf",
     "read_model",
     "reading",
+    "refuse_container",
     "refuse_forgetful",
     "refuse_long",
     "refuse_unknown",

@@ -130,6 +130,7 @@ def continued(
     *,
     arguments: Mapping[str, Any] | None = None,
     seed: int = 0,
+    earlier: list[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Tensor]:
     """Each prompt with its continuation, without the last token, which is never fed.
@@ -140,7 +141,8 @@ def continued(
 
     Without `arguments`, which :func:`check_generation` has passed, the continuation is greedy. With
     them, each prompt has its own random numbers, which depend on nothing but `seed`, its tokens
-    and how often it came before, so that others in the list make no difference to it.
+    and how often it came before, so that others in the list make no difference to it. `earlier` is
+    this number, of each; by default, the times that it comes before in the list.
 
     Raises
     ------
@@ -163,7 +165,7 @@ def continued(
     if options.get("stop_strings") is not None:
         options["tokenizer"] = tokenizer
     device = device_of(embeddings_of(model))
-    seeds = _seeds(seed, prompts) if arguments else None
+    seeds = _seeds(seed, prompts, earlier) if arguments else None
     sequences = []
     for number, prompt in enumerate(tqdm(prompts, "generating", unit="text", disable=not progress)):
         ids = prompt[None].to(device)
@@ -195,13 +197,14 @@ def _all_hooks(model: PreTrainedModel) -> list[Any]:
     return [hook for module in model.modules() for hook in hooks_on(module)]
 
 
-def _seeds(seed: int, prompts: list[Tensor]) -> list[int]:
+def _seeds(seed: int, prompts: list[Tensor], earlier: list[int] | None) -> list[int]:
     """A seed for each prompt, another one each time that the same tokens come again."""
     seen: Counter[bytes] = Counter()
     seeds = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         key = prompt.numpy().tobytes()
-        digest = hashlib.sha256(f"{seed} {seen[key]} ".encode() + key).digest()
+        times = seen[key] if earlier is None else earlier[number]
+        digest = hashlib.sha256(f"{seed} {times} ".encode() + key).digest()
         seen[key] += 1
         seeds.append(int.from_bytes(digest[:8], "big") >> 1)
     return seeds

@@ -58,8 +58,7 @@ def given(text: Any) -> Given:
         text = text["input_ids"]
     if isinstance(text, str):
         text = [text]
-    if problem := _about_container(text) or unreadable(text):
-        raise TypeError(f"text is {problem}.")
+    refuse_container(text)
     items = _listed(text)
     if len(items) == 0:
         raise ValueError("text is empty: give at least one text or sequence of token ids.")
@@ -97,6 +96,12 @@ def _listed(values: Any) -> Any:
 
 # --------------------------------------------------------------------------------------
 # What is not text, each as the rest of a sentence
+
+
+def refuse_container(text: Any) -> None:
+    """Raise a TypeError for what is no collection of texts, such as a table."""
+    if problem := _about_container(text) or unreadable(text):
+        raise TypeError(f"text is {problem}.")
 
 
 def _about_container(text: Any) -> str:

@@ -5,6 +5,7 @@ from it; ``stores`` keeps it on disk. Imports ``feedforward``, ``models``, ``tex
 ``artifacts``.
 """
 
+from flocking.recording.arguments import check_numbers, whole_number
 from flocking.recording.continuations import Wanted
 from flocking.recording.dataset import (
     COORDINATES,
@@ -19,7 +20,7 @@ from flocking.recording.dataset import (
 from flocking.recording.entrance import canonical, measure, require, whole_neurons
 from flocking.recording.joining import concat
 from flocking.recording.moments import Moments
-from flocking.recording.recorder import check_numbers, record, whole_number
+from flocking.recording.recorder import record
 from flocking.recording.stores import (
     new_store_path,
     not_a_recording,

@@ -86,12 +86,15 @@ class Wanted(NamedTuple):
             _counts(self.prompt_tokens)
         check_generation(self.arguments, self.max_new_tokens)
 
-    def source(self, reading: Reading) -> str:
-        """Where the generation comes from, in words or as arguments of ``generate``."""
+    def source(self, continued: bool) -> str:
+        """Where the generation comes from, in words or as arguments of ``generate``.
+
+        `continued` says whether any text comes with one.
+        """
         if self.max_new_tokens:
             said = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
             return re.sub(" at 0x[0-9a-f]+", "", said) or "greedy"  # (where objects lie in memory)
-        return "as given" if reading.continued else "none"
+        return "as given" if continued else "none"
 
 
 def given_texts(
@@ -265,9 +268,18 @@ def refuse_continuing(model: PreTrainedModel, reading: Reading, max_new_tokens: 
 
 
 def generated(
-    model: PreTrainedModel, prompts: Prompts, wanted: Wanted, seed: int, progress: bool
+    model: PreTrainedModel,
+    prompts: Prompts,
+    wanted: Wanted,
+    seed: int,
+    progress: bool,
+    earlier: list[int] | None = None,
 ) -> Prompts:
-    """The prompts with the continuations that the model writes, if any are wanted."""
+    """The prompts with the continuations that the model writes, if any are wanted.
+
+    Where tokens are drawn, others are drawn each time that a prompt comes again; `earlier` are the
+    times that each has come before these.
+    """
     if not wanted.max_new_tokens:
         return prompts
     ids = continued(
@@ -278,6 +290,7 @@ def generated(
         prompts.inputs,
         arguments=wanted.arguments,
         seed=seed,
+        earlier=earlier,
         tokenizer=prompts.tokenizer,
     )
     return prompts._replace(ids=ids, inputs=continued_inputs(prompts.inputs, list(map(len, ids))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,7 @@ from flocking.feedforward import FeedForward
 
 if TYPE_CHECKING:
     from flocking.recording.collector import Collector
+    from flocking.recording.windows import Layout
 
 FLOCKING_VERSION = version("flocking")
 
@@ -153,7 +154,7 @@ def label(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> xr.Dataset:
     """Collected arrays as a Dataset with the schema's variables and coordinates."""
-    blocks, layout, arrays = collector.blocks, collector.layout, dict(collector.arrays)
+    layout, arrays = collector.layout, dict(collector.arrays)
     windows = len(layout.phase)
     window = layout.window.numpy()
     arrays["tokens"] = np.stack([np.bincount(row[row >= 0], minlength=windows) for row in window])
@@ -161,28 +162,16 @@ def label(
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).numpy()
     coordinates = {
         "sequence": np.arange(len(sequences)),
-        "window": np.arange(windows),
-        "neuron": np.arange(arrays["energy"].shape[-1]),
-        "token": np.arange(ids.shape[1]),
         "text": np.array(texts, dtype=object),
         "prompt_tokens": arrays["tokens"][:, ~new].sum(axis=1),
-        "module": np.array([block.path for block in blocks], dtype=str),
-        "phase": np.array(layout.phase, dtype=str),
-        "start": np.array(layout.start),
         "token_id": ids,
         "token_text": _texts_of(ids, tokenizer),
         "token_window": window,
-        **coordinates_of(blocks),
+        **fixed_coordinates(collector.blocks, collector.raw, layout),
     }
-    if "routed" in arrays:
-        coordinates["expert"] = _expert_of_neurons(blocks)
-    renamed = {}
-    if collector.raw and collector.raw != blocks:
-        coordinates["relative_layer"] = np.array([block.layer for block in collector.raw])
-        renamed["relative"] = ("sequence", "relative_layer", "token", "neuron")
     return xr.Dataset(
         {
-            name: (renamed.get(name, field.dims), arrays[name], field.attributes)
+            name: (dimensions(name, coordinates), arrays[name], field.attributes)
             for name, field in VARIABLES.items()
             if name in arrays
         },
@@ -192,6 +181,34 @@ def label(
             if name in coordinates
         },
     )
+
+
+def fixed_coordinates(
+    blocks: list[FeedForward], raw: list[FeedForward], layout: Layout
+) -> dict[str, np.ndarray]:
+    """Values of the coordinates that are the same for all sequences."""
+    values = {
+        "window": np.arange(len(layout.phase)),
+        "neuron": np.arange(max(block.d_ff for block in blocks)),
+        "token": np.arange(layout.window.shape[1]),
+        "module": np.array([block.path for block in blocks], dtype=str),
+        "phase": np.array(layout.phase, dtype=str),
+        "start": np.array(layout.start),
+        **coordinates_of(blocks),
+    }
+    if "experts" in values:
+        values["expert"] = _expert_of_neurons(blocks)
+    if raw and raw != blocks:
+        values["relative_layer"] = np.array([block.layer for block in raw])
+    return values
+
+
+def dimensions(name: str, coordinates: Container[str]) -> tuple[str, ...]:
+    """Dimensions of a variable in a recording with these coordinates."""
+    dims = VARIABLES[name].dims
+    if name == "relative" and "relative_layer" in coordinates:
+        return tuple("relative_layer" if dim == "layer" else dim for dim in dims)
+    return dims
 
 
 def coordinates_of(blocks: list[FeedForward]) -> dict[str, np.ndarray]:

@@ -18,7 +18,14 @@ def note_files(store: Path) -> None:
     """Note the size in bytes of each file of a store that was just written."""
     file = store / _LIST
     described = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**described, _KEY: _files(store)}), encoding="utf-8")
+    partial = file.with_name(f"{_LIST}.partial")
+    partial.write_text(json.dumps({**described, _KEY: _files(store)}), encoding="utf-8")
+    partial.replace(file)
+
+
+def has_files_noted(store: Path) -> bool:
+    """Whether it was noted which files a store has."""
+    return _noted(store) is not None
 
 
 def refuse_losses(store: Path) -> None:
@@ -27,11 +34,7 @@ def refuse_losses(store: Path) -> None:
     Stores without a list, such as xarray's, are taken as they are. A chunk of another size that
     is whole is taken, too: somebody may have written other values there.
     """
-    try:
-        noted = json.loads((store / _LIST).read_text(encoding="utf-8")).get(_KEY)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return  # what opens the store says so
-    if not isinstance(noted, dict):
+    if (noted := _noted(store)) is None:
         return
     found = _files(store)
     wrong = [
@@ -47,6 +50,14 @@ def refuse_losses(store: Path) -> None:
         f"{store} is not as it was saved: {name} is {what}{more}. Copy the store again, or record "
         "again."
     )
+
+
+def _noted(store: Path) -> dict[str, int] | None:
+    try:
+        noted = json.loads((store / _LIST).read_text(encoding="utf-8")).get(_KEY)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # what opens the store says so
+    return noted if isinstance(noted, dict) else None
 
 
 def _is_whole(file: Path) -> bool:
@@ -67,6 +78,6 @@ def _files(store: Path) -> dict[str, int]:
     for folder, _, names in os.walk(store):
         for name in names:
             path = Path(folder, name)
-            if name != _LIST and path.is_file():
+            if not name.startswith(_LIST) and path.is_file():
                 sizes[path.relative_to(store).as_posix()] = path.stat().st_size
     return dict(sorted(sizes.items()))

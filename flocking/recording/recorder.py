@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-import psutil
-import torch
 import xarray as xr
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from flocking.feedforward import FeedForward, feedforwards, observe, select_layers
-from flocking.models import (
-    Chats,
-    Prompts,
-    Text,
-    batches,
-    chunks,
-    forward,
-    hooks_on,
-    hooks_on_everything,
-    is_loaded,
-    refuse_long,
-    require_model,
-    traits,
-    undisturbed,
-    warn,
-    with_inputs,
+from flocking.models import Chats, Text, require_model
+from flocking.recording.arguments import Options
+from flocking.recording.continuations import Wanted, given_texts
+from flocking.recording.forward_passes import (
+    check_memory,
+    chosen_blocks,
+    recordable,
+    recorded,
+    refuse_unfit,
+    warn_of_training,
 )
-from flocking.recording.collector import Collector
-from flocking.recording.continuations import (
-    Reading,
-    Wanted,
-    generated,
-    given_texts,
-    refuse_continuing,
-)
-from flocking.recording.dataset import attributes_of, label, size_in_bytes
-from flocking.recording.windows import Layout, window_counts
-
-_SHARE_OF_MEMORY = 0.8  # of free memory, that a recording may take
+from flocking.recording.streaming import refuse_without_out, stream
 
 
 def record(
@@ -61,6 +39,9 @@ def record(
     ranks: bool = False,
     batch_size: int = 8,
     seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    num_texts: int | None = None,
+    on_error: str = "stop",
     progress: bool = True,
     **generation: Any,
 ) -> xr.Dataset:
@@ -138,6 +119,21 @@ def record(
     seed : int
         For models with a random forward pass, and for sampling. Global random number generators
         are not touched.
+    out : str or Path, optional
+        A Zarr store, whose name ends in ``.zarr``, to write the recording to, block by block:
+        memory does not grow with the number of texts. `text` is then any iterable of strings, of
+        sequences of token ids, or of conversations: a list, a generator, a column of a dataset.
+        What is returned is the store, opened as by :func:`flocking.open_recording`. The same call
+        goes on with a store that is not finished, whatever ended the run; at most the block in
+        work is recorded again. Several processes, as torchrun or accelerate start them, share the
+        texts. Texts that can be read only once need `max_tokens` where the model has no longest
+        context, and have windows for prompts of this length where there are continuations.
+    num_texts : int, optional
+        With `out`, how many texts there are, if `text` has no length. Several processes need it.
+    on_error : {"stop", "skip"}
+        With `out`, whether a text that cannot be recorded ends the run (what is done is kept) or is
+        left out. Attribute ``skipped`` then lists which were, and why; the others keep their
+        numbers, coordinate ``sequence``.
     progress : bool
         Show progress on standard error.
     **generation
@@ -190,12 +186,16 @@ def record(
         longer than the model's context, weights on the meta device, or activations that are not
         finite; for a prompt that leaves nothing for its continuation, continuations that do not
         match the texts or come from two sources, a chat that the template does not take, and
-        arguments that ``generate`` cannot use here.
+        arguments that ``generate`` cannot use here. With `out`, if something else is there, or a
+        recording that was begun with other texts, another model or other arguments.
     TypeError
         If `model` is not a transformers model, `tokenizer` is no tokenizer, or `text` or a list
         of layers has another form; for an argument that neither this nor ``generate`` knows.
     MemoryError
         If the arrays of the result would not fit in memory. This is checked first.
+    OSError
+        With `out`, if it cannot be written, the disk has no room for the next texts, or another
+        process is writing it.
 
     Examples
     --------
@@ -233,187 +233,42 @@ def record(
     >>> recording = flocking.record(model, flocking.passages(), max_tokens=16, progress=False)
     >>> dict(recording.sizes)
     {'sequence': 12, 'layer': 2, 'window': 2, 'neuron': 64, 'token': 16}
+
+    More texts than memory holds recordings of:
+
+    >>> corpus = (passage for passage in flocking.passages())
+    >>> recording = flocking.record(
+    ...     model, corpus, out="corpus.zarr", max_tokens=16, progress=False
+    ... )
+    >>> flocking.flocking_score(recording).mean("sequence").dims
+    ('layer',)
     """
-    check_numbers(window, max_new_tokens, max_tokens, batch_size, seed)
-    wanted = Wanted(prompt_tokens, continuation, max_new_tokens, generation)
-    wanted.check()
-    model = _checked(require_model(model))
-    given = given_texts(model, text, tokenizer, wanted, max_tokens)
-    refuse_long(model, given.whole.ids, max_new_tokens, "max_tokens")
-    refuse_continuing(model, given, max_new_tokens)
-    blocks = select_layers(feedforwards(model), layers)
-    raw = (
-        select_layers(blocks, None if relative is True else relative, "relative")
-        if relative
-        else []
-    )
-    _check_memory(given, blocks, raw, window, max_new_tokens, ranks, progress)
-    _warn_of_training(model)
-    with undisturbed(model, seed):
-        fed = generated(model, given.whole, wanted, seed, progress)
-        layout = Layout.of(given.prompts, [len(ids) for ids in fed.ids], window)
-        collector = Collector(blocks, raw, layout, ranks)
-        _read(model, collector, fed, batch_size, progress)
-    attributes = attributes_of(
-        model,
-        blocks[0],
-        special_tokens=fed.special,
-        window=window,
-        max_new_tokens=max_new_tokens,
-        max_tokens=max_tokens,
-        seed=seed,
-        generation=wanted.source(given),
-    )
-    return label(collector, fed.ids, fed.texts, fed.tokenizer).assign_attrs(attributes)
-
-
-# --------------------------------------------------------------------------------------
-# Checks before any work
-
-
-def check_numbers(
-    window: object = None,
-    max_new_tokens: object = 0,
-    max_tokens: object = None,
-    batch_size: object = 8,
-    seed: object = 0,
-) -> None:
-    """Refuse numbers that :func:`record` does not take; needs no model."""
-    whole_number("window", 1 if window is None else window, 1)
-    whole_number("max_tokens", 1 if max_tokens is None else max_tokens, 1)
-    whole_number("batch_size", batch_size, 1)
-    whole_number("max_new_tokens", max_new_tokens, 0)
-    whole_number("seed", seed, 0)
-
-
-def whole_number(name: str, value: object, lowest: int) -> None:
-    """Raise a ValueError unless an argument is a whole number from `lowest` up, of 64 bits."""
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        if lowest <= value < 2**63:
-            return
-        if value > 0:
-            raise ValueError(f"{name}={value!r}: give a number below 2 ** 63.")
-    raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
-
-
-def _checked(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, if it can be recorded."""
-    if getattr(model, "is_twin", False):
-        raise ValueError(
-            "model is a twin, which has the kept neurons of one prompt only: record the original, "
-            "or use flocking.observe around the twin's own generate."
+    options = Options(
+        Wanted(prompt_tokens, continuation, max_new_tokens, generation),
+        window,
+        layers,
+        max_tokens,
+        relative,
+        ranks,
+        batch_size,
+        seed,
+    ).checked()
+    if out is not None:
+        return stream(
+            model,
+            text,
+            out,
+            tokenizer=tokenizer,
+            options=options,
+            num_texts=num_texts,
+            on_error=on_error,
+            progress=progress,
         )
-    if model.base_model is not model and hooks_on(model, ("_forward_pre_hooks",)):
-        raise ValueError(
-            f"{type(model).__name__} has a pre-hook itself, and record runs only what is "
-            "inside of it, without its head: register the hook on model.base_model, or below."
-        )
-    if not all(map(is_loaded, model.modules())):
-        raise ValueError(
-            f"{type(model).__name__} has weights on the meta device, without values: load them "
-            "first."
-        )
-    return model
-
-
-def _warn_of_training(model: PreTrainedModel) -> None:
-    if model.training:
-        warn(
-            "The model is in training mode: it is recorded in eval mode (without dropout) and "
-            "set back afterwards.",
-        )
-
-
-def _check_memory(
-    given: Reading,
-    blocks: list[FeedForward],
-    raw: list[FeedForward],
-    window: int | None,
-    max_new_tokens: int,
-    ranks: bool,
-    progress: bool,
-) -> None:
-    """Refuse a recording that would not fit in memory; print how large raw activations are."""
-    totals = [length + max(0, max_new_tokens - 1) for length in given.lengths]
-    sizes = {
-        "sequence": len(totals),
-        "layer": len(blocks),
-        "neuron": max(block.d_ff for block in blocks),
-        "token": max(totals),
-    }
-    names = ["energy", "mass", "norm", "l1"] + (["rank"] if ranks else [])
-    raw_bytes = size_in_bytes(["relative"], {**sizes, "layer": len(raw)})
-
-    def size(window: int | None) -> int:
-        windows = 1 + sum(window_counts(given.prompts, totals, window))
-        return size_in_bytes(names, {**sizes, "window": windows}) + raw_bytes
-
-    room = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY)
-    if size(window) > room:
-        wider = [2**power for power in range(6, 32) if size(2**power) <= room]
-        if wider:
-            remedy = f"window={wider[0]} would fit ({_readable(size(wider[0]))})"
-        elif size(None) <= room:
-            remedy = f"window=None would fit ({_readable(size(None))})"
-        else:
-            remedy = "no window would fit: record fewer texts or layers at a time"
-        raise MemoryError(
-            f"The recording would take {_readable(size(window))} of memory and "
-            f"{_readable(room)} may be used: {remedy}."
-        )
-    if raw and progress:
-        tqdm.write(
-            f"keeping relative activations as float16: {_readable(raw_bytes)}", file=sys.stderr
-        )
-
-
-def _readable(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-# --------------------------------------------------------------------------------------
-# Forward passes
-
-
-def _read(
-    model: PreTrainedModel, collector: Collector, fed: Prompts, batch_size: int, progress: bool
-) -> None:
-    """Run all sequences through the model, batch by batch, chunk by chunk."""
-    layers = [block.layer for block in collector.blocks]
-    lengths = list(map(len, fed.ids))
-    ways = with_inputs(model, fed.inputs) if fed.inputs else None
-    everywhere = hooks_on_everything()
-    if everywhere or any(hooks_on(module, of_weights=False) for module in model.modules()):
-        # They may look at other tokens, or count from the end: texts alone, and each in one piece.
-        ways = (ways or traits(model))._replace(paddable=False, chunkable=False)
-        batch_size = 1
-    ones = [torch.ones_like(row) for row in fed.ids]
-    groups = batches(model, lengths, batch_size, ways)
-    with (
-        observe(model, collector, layers=layers, routed=True),
-        tqdm(total=sum(lengths), desc="recording", unit="token", disable=not progress) as bar,
-    ):
-        for rows in groups:
-            collector.begin(rows)
-            ids = _padded(fed.ids, rows)
-            mask = _padded(ones, rows)
-            inputs = {name: _padded(values, rows) for name, values in fed.inputs.items()}
-            past = None
-            for tokens in chunks(model, len(ids), ids.shape[1], ways):
-                collector.expect(tokens)
-                keep = tokens.stop < ids.shape[1]
-                here = {name: values[:, tokens] for name, values in inputs.items()}
-                output = forward(model, ids[:, tokens], mask[:, : tokens.stop], past, keep, here)
-                past = output.past_key_values if keep else None
-                collector.check()
-                bar.update(int(mask[:, tokens].sum()))
-            collector.end()
-
-
-def _padded(values: list[Tensor], rows: list[int]) -> Tensor:
-    """These rows as one tensor, padded with zeros on the right, where no real token sees them."""
-    return nn.utils.rnn.pad_sequence([values[row] for row in rows], batch_first=True)
+    refuse_without_out(num_texts, on_error)
+    model = recordable(require_model(model))
+    given = given_texts(model, text, tokenizer, options.wanted, max_tokens)
+    refuse_unfit(model, given, options)
+    blocks, raw = chosen_blocks(model, options)
+    check_memory(given, blocks, raw, options, told=progress)
+    warn_of_training(model)
+    return recorded(model, given, blocks, raw, options, progress)

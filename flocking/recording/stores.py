@@ -13,7 +13,9 @@ import numpy as np
 import xarray as xr
 
 from flocking.artifacts import replacing
+from flocking.models import warn
 from flocking.recording.entrance import canonical
+from flocking.recording.growing import RECORDED, without_bookkeeping
 from flocking.recording.inventory import note_files, refuse_losses
 from flocking.recording.storable import refuse_unstorable, with_python_strings
 from flocking.texts import dangling, expanded
@@ -125,6 +127,10 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
         # Of many kinds, zarr's, xarray's and the file system's.
         raise ValueError(f"{place} cannot be read ({_first_line(problem)}).") from problem
     recording = with_python_strings(recording)
+    if RECORDED in recording.variables:
+        recording, missing = without_bookkeeping(recording)
+        if missing:
+            warn(f"{place} is not finished: {missing}. The command that began it goes on with it.")
     try:
         canonical(recording)
     except TypeError:

@@ -13,7 +13,7 @@ import xarray as xr
 from helpers import letters, record, relative
 
 import flocking
-from flocking.recording import GENERATION, recorder
+from flocking.recording import GENERATION, forward_passes
 
 ASK = {"role": "user", "content": "rook"}
 ANSWER = {"role": "assistant", "content": "caws"}
@@ -197,7 +197,7 @@ REFUSED = {
 def test_refused_in_a_sentence(
     case: str, tokenizer: tf.PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "feedforwards", None)
+    monkeypatch.setattr(forward_passes, "feedforwards", None)
     chat, options, problem, message = REFUSED[case]
     with pytest.raises(problem, match=message) as caught:
         record(helpers.proved("llama"), chat, tokenizer=tokenizer, **options)

@@ -14,7 +14,7 @@ from helpers import assert_same, letters, record, relative
 
 import flocking
 from flocking.models import capabilities
-from flocking.recording import GENERATION, PROMPT, recorder
+from flocking.recording import GENERATION, PROMPT, forward_passes
 
 NAMES = ["llama", "gpt2", "mixtral"]
 
@@ -256,7 +256,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_in_a_sentence(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the model is run or its blocks are looked for."""
-    monkeypatch.setattr(recorder, "feedforwards", None)
+    monkeypatch.setattr(forward_passes, "feedforwards", None)
     text, options, message = REFUSED[case]
     with pytest.raises(ValueError, match=message) as caught:
         record(helpers.proved("llama"), text, **options)

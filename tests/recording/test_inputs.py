@@ -14,7 +14,7 @@ from helpers import assert_same, record, relative
 
 import flocking
 from flocking.models import capabilities
-from flocking.recording import recorder
+from flocking.recording import forward_passes
 
 
 def expected(model: tf.PreTrainedModel, **inputs: torch.Tensor) -> dict[int, np.ndarray]:
@@ -309,7 +309,7 @@ def test_all_else_is_refused_by_name(
     llama: tf.PreTrainedModel, name: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the model is run, or its blocks are looked for."""
-    monkeypatch.setattr(recorder, "feedforwards", None)
+    monkeypatch.setattr(forward_passes, "feedforwards", None)
     with pytest.raises(ValueError, match=f"text has '{name}', which cannot be fed") as caught:
         record(llama, {"input_ids": [[5, 6, 7]], name: value})
     assert "position_ids can" in str(caught.value)

@@ -11,7 +11,7 @@ import xarray as xr
 from helpers import record
 
 import flocking
-from flocking.recording import recorder
+from flocking.recording import forward_passes
 
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0}
 
@@ -142,7 +142,7 @@ def test_refused_in_a_sentence(
 ) -> None:
     arguments, problem, message = REFUSED[case]
     if case not in ("cold", "no beams"):  # those are known when generate is called
-        monkeypatch.setattr(recorder, "feedforwards", None)
+        monkeypatch.setattr(forward_passes, "feedforwards", None)
     state = torch.get_rng_state()
     with pytest.raises(problem, match=message) as caught:
         record(llama, [5, 6, 7], **{"max_new_tokens": 3, **arguments})

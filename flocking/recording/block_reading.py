@@ -1,0 +1,230 @@
+"""Reading and recording a block of texts, and what a recording depends on besides its texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flocking.feedforward import FeedForward
+from flocking.models import warn
+from flocking.recording.arguments import Options
+from flocking.recording.continuations import Reading, given_texts
+from flocking.recording.corpora import Block
+from flocking.recording.dataset import attributes_of
+from flocking.recording.forward_passes import (
+    check_memory,
+    chosen_blocks,
+    recorded,
+    recording_bytes,
+    refuse_unfit,
+)
+
+_PROBES = ("The starlings turned as one.", "def f(x):\n    return x ** 2\n", "Größe, 鳥, 🐦", "")
+
+
+class Read(NamedTuple):
+    """Texts of a block that can be recorded.
+
+    Attributes
+    ----------
+    reading : Reading or None
+        None if there is no such text.
+    places : list of int
+        Their places in the block.
+    problems : dict of str
+        Why others cannot be, by their places.
+    """
+
+    reading: Reading | None
+    places: list[int]
+    problems: dict[int, str]
+
+
+class BlockReader(NamedTuple):
+    """What reads and records blocks of texts."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    options: Options
+    on_error: str
+
+    @property
+    def blocks(self) -> list[FeedForward]:
+        """What is recorded; proved once a model."""
+        return chosen_blocks(self.model, self.options)[0]
+
+    @property
+    def raw(self) -> list[FeedForward]:
+        """Blocks of which relative activations are kept."""
+        return chosen_blocks(self.model, self.options)[1]
+
+    def read(self, block: Block) -> Read:
+        """Tokens of a block's texts.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a text that cannot be read or recorded, by its number, if it is to stop at one.
+        """
+        places = list(range(len(block.texts)))
+        try:
+            with _renumbered(block.start):
+                return Read(self._given(block), places, {})
+        except (TypeError, ValueError):
+            if self.on_error == "stop":
+                raise
+        problems = {}
+        for place in places:
+            try:
+                with _renumbered(block.start + place):
+                    self._given(block.only([place]))
+            except (TypeError, ValueError) as problem:
+                problems[place] = str(problem)
+        good = [place for place in places if place not in problems]
+        return Read(self._given(block.only(good)) if good else None, good, problems)
+
+    def _given(self, block: Block) -> Reading:
+        given = given_texts(
+            self.model, block.texts, self.tokenizer, block.wanted, self.options.max_tokens
+        )
+        refuse_unfit(self.model, given, self.options)
+        return given
+
+    def record(
+        self, block: Block, read: Read, bar: tqdm
+    ) -> tuple[xr.Dataset | None, dict[int, str]]:
+        """The recording of a block's texts, and why others are left out, by their places."""
+        if read.reading is None:
+            return None, read.problems
+        one = self.options._replace(wanted=block.wanted)
+        check_memory(read.reading, self.blocks, self.raw, one, told=False)
+        try:
+            with _renumbered(block.start):
+                return self._recorded(block.only(read.places), read.reading, bar), read.problems
+        except ValueError:
+            if self.on_error == "stop":
+                raise
+        problems = dict(read.problems)
+        for place in read.places:
+            alone = block.only([place])
+            try:
+                with _renumbered(block.start + place):
+                    self._recorded(alone, self._given(alone), bar)
+            except ValueError as problem:
+                problems[place] = str(problem)
+        good = [place for place in read.places if place not in problems]
+        if not good:
+            return None, problems
+        rest = block.only(good)
+        return self._recorded(rest, self._given(rest), bar), problems
+
+    def bytes_of(self, reading: Reading) -> int:
+        """Memory that the recording of texts takes."""
+        fed = max(0, self.options.wanted.max_new_tokens - 1)
+        totals = [length + fed for length in reading.lengths]
+        return recording_bytes(self.blocks, self.raw, self.options, reading.prompts, totals)
+
+    def _recorded(self, block: Block, reading: Reading, bar: tqdm) -> xr.Dataset:
+        options = self.options._replace(wanted=block.wanted)
+        return recorded(
+            self.model, reading, self.blocks, self.raw, options, bar, block.earlier or None
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """All that a recording depends on besides its texts, by name."""
+        options = self.options
+        wanted = options.wanted
+        counts = wanted.prompt_tokens
+        return {
+            **self.attributes(special_tokens=""),
+            "weights": _fingerprint(self.model),
+            "tokenizer": _vocabulary(self.tokenizer),
+            "layers": [block.layer for block in self.blocks],
+            "relative": [block.layer for block in self.raw],
+            "ranks": bool(options.ranks),
+            "batch_size": int(options.batch_size),
+            "prompt_tokens": int(counts) if isinstance(counts, int | np.integer) else None,
+        }
+
+    def attributes(self, special_tokens: str) -> dict[str, Any]:
+        """Attributes of the recording."""
+        options = self.options
+        return attributes_of(
+            self.model,
+            self.blocks[0],
+            special_tokens=special_tokens,
+            window=options.window,
+            max_new_tokens=options.wanted.max_new_tokens,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
+            generation=options.wanted.source(True),  # (if no text has one, the end says so)
+        )
+
+
+@contextmanager
+def _renumbered(start: int) -> Iterator[None]:
+    """Let errors and warnings name texts by their numbers among all, not in their block."""
+
+    def renumbered(message: str) -> str:
+        return re.sub(r"\btext (\d+)\b", lambda found: f"text {start + int(found[1])}", message)
+
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            yield
+        except (TypeError, ValueError) as problem:
+            kind = TypeError if isinstance(problem, TypeError) else ValueError
+            raise kind(renumbered(str(problem))) from problem
+    for each in caught:
+        if each.category is UserWarning:
+            warn(renumbered(str(each.message)))
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Some of each tensor's values, so that other weights are noticed without reading all."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_some_values(tensor))
+    return digest.hexdigest()
+
+
+def _some_values(tensor: Any) -> bytes:
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
+        return b""
+    try:
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 256)][:512]
+        return bytes(some.to(device="cpu", dtype=torch.float64).numpy().tobytes())
+    except (RuntimeError, TypeError, NotImplementedError):  # formats that cannot be taken apart
+        return b""
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """What a tokenizer makes of some text, so that another one is noticed."""
+    if tokenizer is None:
+        return ""
+    ids = [tokenizer(text)["input_ids"] for text in _PROBES]
+    return hashlib.sha256(json.dumps([ids, len(tokenizer)]).encode()).hexdigest()
+
+
+def refuse_mixture(before: str, now: str, start: int) -> None:
+    """Raise a ValueError if texts from a number on come in another form than those before."""
+    if before and now != before:
+        raise ValueError(
+            f"from text {start} on, texts come in another form than those before (special tokens: "
+            f"{now}; before: {before}): give all in one form."
+        )

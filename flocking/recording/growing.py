@@ -1,0 +1,390 @@
+"""A recording on disk that grows by blocks of texts, and what says which of them are there.
+
+The arrays are those of a recording (:mod:`flocking.recording.dataset`), with three more along
+``sequence``, which :func:`flocking.open_recording` takes away again: ``recorded`` is 1 where the
+text's values are complete and 2 where it was left out, ``problem`` why it was, and ``text_digest``
+tells the text from others. Blocks of texts are blocks of chunks, so that processes never write the
+same file, and ``recorded`` is written last: whatever ends a process, a block is there or it is not.
+What was asked for stands in the attributes of ``recorded``.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from flocking.recording.dataset import COORDINATES, GENERATION, VARIABLES, Field, dimensions
+from flocking.recording.inventory import has_files_noted, note_files
+
+LAYOUT = 1  # of the attributes of ``recorded``; another number is another layout
+RECORDED, DIGEST, PROBLEM = "recorded", "text_digest", "problem"
+BOOKKEEPING = (RECORDED, DIGEST, PROBLEM)
+DONE, LEFT_OUT = 1, 2  # values of ``recorded``
+
+_CHUNK = 8 * 2**20  # bytes in a chunk, uncompressed, at most
+_PADDED = ("token_id", "token_window")  # whole numbers, whose padding is not 0
+_ZARR = {"array.write_empty_chunks": True}  # so that a chunk that is absent is one that was lost
+
+
+class Sizes(NamedTuple):
+    """How large the arrays are, besides what the fixed coordinates say.
+
+    Attributes
+    ----------
+    sequence : int or None
+        None where it is not known how many texts there are: it grows.
+    prompt_windows : int
+        Windows of a prompt, the first token's among them, at most.
+    routed_expert : int
+    """
+
+    sequence: int | None
+    prompt_windows: int
+    routed_expert: int
+
+
+class GrowingStore:
+    """The store of a recording of which blocks are written, each by one process.
+
+    Attributes
+    ----------
+    path : Path
+    asked : dict
+        What was asked for: ``arguments`` by name, ``block`` (texts in one), ``texts`` (their
+        number, or None), ``tokens`` (in all of them, or None) and ``prompt_windows``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._group = zarr.open_group(path.absolute(), mode="r+", zarr_format=2)
+        self.asked: dict[str, Any] = dict(self._array(RECORDED).attrs)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        names: list[str],
+        fixed: Mapping[str, np.ndarray],
+        sizes: Sizes,
+        attributes: Mapping[str, Any],
+        asked: Mapping[str, Any],
+    ) -> GrowingStore:
+        """An empty store.
+
+        Parameters
+        ----------
+        path : Path
+            Where nothing is.
+        names : list of str
+            Variables of the recording.
+        fixed : dict of numpy.ndarray
+            Coordinates that are the same for all sequences.
+        sizes : Sizes
+        attributes : dict
+            Of the recording.
+        asked : dict
+            ``arguments``, ``block``, ``texts`` and ``tokens``.
+        """
+        group = zarr.open_group(path.absolute(), mode="w-", zarr_format=2)
+        block = asked["block"]
+        extents = {
+            **{name: len(values) for name, values in fixed.items()},
+            "sequence": sizes.sequence or 0,
+            "routed_expert": sizes.routed_expert,
+        }
+        with zarr.config.set(_ZARR):
+            for name, values in fixed.items():
+                field = COORDINATES[name]
+                described = _described(field.dims, field)
+                group.create_array(name, data=values, fill_value=None, attributes=described)
+            for name in names:
+                _allocate(group, name, dimensions(name, fixed), VARIABLES[name], extents, block)
+            for name, field in COORDINATES.items():
+                if "sequence" in field.dims:
+                    _allocate(group, name, field.dims, field, extents, block)
+            for name, dtype in ((DIGEST, "uint64"), (PROBLEM, "object")):
+                _allocate(group, name, ("sequence",), Field(("sequence",), dtype), extents, block)
+            others = [n for n, each in COORDINATES.items() if n in group and each.dims != (n,)]
+            group.attrs.put({**attributes, "coordinates": " ".join(others)})
+            field = Field(("sequence",), "int8")
+            array = _allocate(group, RECORDED, ("sequence",), field, extents, block)
+            windows = {"prompt_windows": sizes.prompt_windows}
+            array.attrs.update({"layout": LAYOUT, "finished": False, **asked, **windows})
+        return cls(path)
+
+    # ----------------------------------------------------------------------------------
+    # What is there
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is missing, the list of files included."""
+        return bool(self.asked["finished"]) and has_files_noted(self.path)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Of the recording."""
+        return {name: value for name, value in self._group.attrs.items() if name != "coordinates"}
+
+    def state(self, rows: slice) -> np.ndarray:
+        """Which of these texts are recorded: 0, ``DONE`` or ``LEFT_OUT``, of shape (text,)."""
+        return self._along(RECORDED, rows)
+
+    def digests(self, rows: slice) -> np.ndarray:
+        """What tells these texts from others, of shape (text,)."""
+        return self._along(DIGEST, rows)
+
+    @property
+    def sequences(self) -> int:
+        """How many texts there is room for."""
+        return int(self._array(RECORDED).shape[0])
+
+    def tokens_recorded(self) -> int:
+        """Tokens of all texts that are recorded."""
+        return sum(int(counts.sum()) for counts in self._counts())
+
+    def _along(self, name: str, rows: slice) -> np.ndarray:
+        values = np.asarray(self._array(name)[rows])
+        missing = rows.stop - rows.start - len(values)
+        return np.pad(values, (0, missing)) if missing else values
+
+    def _array(self, name: str) -> zarr.Array:
+        found = self._group[name]
+        assert isinstance(found, zarr.Array)
+        return found
+
+    def _counts(self) -> Iterator[np.ndarray]:
+        """Tokens by text and window, block by block."""
+        array, block = self._array("tokens"), self.asked["block"]
+        for start in range(0, array.shape[0], block):
+            yield np.asarray(array[start : start + block])
+
+    # ----------------------------------------------------------------------------------
+    # Writing
+
+    def write(
+        self,
+        rows: slice,
+        recording: xr.Dataset | None,
+        digests: np.ndarray,
+        problems: Mapping[int, str],
+    ) -> None:
+        """Write a block.
+
+        Parameters
+        ----------
+        rows : slice
+            Numbers of the block's texts.
+        recording : xarray.Dataset or None
+            Of those that could be recorded, in their order; None if there are none.
+        digests : numpy.ndarray of uint64
+        problems : dict of str
+            Why a text was left out, by its place in the block.
+        """
+        count = rows.stop - rows.start
+        self._make_room(rows.stop)
+        good = [place for place in range(count) if place not in problems]
+        with zarr.config.set(_ZARR):
+            self._array("sequence")[rows] = np.arange(rows.start, rows.stop)
+            if recording is not None:
+                for name in self._by_sequence():
+                    self._put(name, rows, good, recording)
+            self._array(DIGEST)[rows] = digests
+            told = [problems.get(place, "") for place in range(count)]
+            self._array(PROBLEM)[rows] = np.array(told, dtype=object)
+            state = np.full(count, DONE, np.int8)
+            state[list(problems)] = LEFT_OUT
+            self._array(RECORDED)[rows] = state
+
+    def _by_sequence(self) -> list[str]:
+        """Arrays that have values for each text, but for its number."""
+        found = []
+        for name, array in self._group.arrays():
+            dims = array.attrs["_ARRAY_DIMENSIONS"]
+            if dims[0] == "sequence" and name not in (*BOOKKEEPING, "sequence"):
+                found.append(name)
+        return found
+
+    def _put(self, name: str, rows: slice, good: list[int], recording: xr.Dataset) -> None:
+        array = self._array(name)
+        dims = list(array.attrs["_ARRAY_DIMENSIONS"])
+        values = recording.variables[name].transpose(*dims).values
+        if name == "token_window":
+            values = self._windows_here(values, recording)
+        if (count := rows.stop - rows.start) > len(good):
+            field = VARIABLES[name] if name in VARIABLES else COORDINATES[name]
+            fill = "" if field.dtype == "object" else field.fill
+            whole = np.full((count, *values.shape[1:]), fill, values.dtype)
+            whole[good] = values
+            values = whole
+        if name in _PADDED:
+            missing = array.shape[1] - values.shape[1]
+            values = np.pad(values, ((0, 0), (0, missing)), constant_values=-1)
+        pieces = [(slice(None), slice(None))]
+        axis = dims.index("window") if "window" in dims else None
+        if axis is not None:
+            pieces = self._pieces(recording)
+        for place, taken in pieces:
+            where = [slice(0, size) for size in values.shape]
+            source: list[slice] = [slice(None)] * values.ndim
+            where[0] = rows
+            if axis is not None:
+                where[axis], source[axis] = place, taken
+            array[tuple(where)] = values[tuple(source)]
+
+    def _pieces(self, recording: xr.Dataset) -> list[tuple[slice, slice]]:
+        """Windows of the store, and those of a block's recording that belong there."""
+        new = int((recording.phase.values == GENERATION).sum())
+        prompt = recording.sizes["window"] - new
+        first = self.asked["prompt_windows"]
+        pieces = [(slice(0, prompt), slice(0, prompt))]
+        if new:
+            pieces.append((slice(first, first + new), slice(prompt, None)))
+        return pieces
+
+    def _windows_here(self, values: np.ndarray, recording: xr.Dataset) -> np.ndarray:
+        """Windows of tokens, by the store's numbers of windows."""
+        prompt = int((recording.phase.values != GENERATION).sum())
+        return np.where(values >= prompt, values + self.asked["prompt_windows"] - prompt, values)
+
+    def _make_room(self, sequences: int) -> None:
+        if self.sequences >= sequences:
+            return
+        self._resize({"sequence": sequences})
+
+    def _resize(self, sizes: Mapping[str, int]) -> None:
+        # (``recorded`` last: where it has room, so do the others.)
+        arrays = sorted(self._group.arrays(), key=lambda pair: pair[0] == RECORDED)
+        for _, array in arrays:
+            dims = array.attrs["_ARRAY_DIMENSIONS"]
+            shape = tuple(sizes.get(dim, size) for dim, size in zip(dims, array.shape, strict=True))
+            if shape != array.shape:
+                array.resize(shape)
+
+    def room_needed(self, bytes_needed: int) -> None:
+        """Raise an OSError if the disk has less than this free."""
+        free = shutil.disk_usage(self.path).free
+        if free < bytes_needed:
+            raise OSError(
+                f"{self.path} has no room for the next texts, which may take {bytes_needed:,} "
+                f"bytes, and {free:,} are free on the disk: make room, and run the same again, "
+                "which goes on."
+            )
+
+    def finish(self, texts: int, generation: str) -> None:
+        """Cut the arrays to what was needed, and note which files there are.
+
+        Parameters
+        ----------
+        texts : int
+            How many there are.
+        generation : str
+            Attribute of the recording.
+        """
+        self._resize({"sequence": texts})
+        first = self.asked["prompt_windows"]
+        used, longest, any_new = 1, 1, False
+        for counts in self._counts():
+            places = np.flatnonzero(counts.any(axis=0))
+            used = max(used, int(places.max(initial=0)) + 1)
+            longest = max(longest, int(counts.sum(axis=1).max()))
+            any_new |= bool(counts[:, first:].any())
+        self._resize({"window": used, "token": longest})
+        self._group.attrs["generation"] = (
+            "none" if generation == "as given" and not any_new else generation
+        )
+        self._array(RECORDED).attrs.update({"finished": True, "texts": texts})
+        self.asked = dict(self._array(RECORDED).attrs)
+        zarr.consolidate_metadata(self.path.absolute(), zarr_format=2)
+        note_files(self.path)
+
+
+def is_growing(path: Path) -> bool:
+    """Whether a folder is a store that grows, or has grown, by blocks."""
+    return (path / RECORDED / ".zarray").is_file() and (path / ".zgroup").is_file()
+
+
+def without_bookkeeping(recording: xr.Dataset) -> tuple[xr.Dataset, str]:
+    """The texts that are recorded, as a recording, and what is missing, in words.
+
+    Parameters
+    ----------
+    recording : xarray.Dataset
+        As it stands in the store.
+    """
+    asked = recording[RECORDED].attrs
+    state = recording[RECORDED].values
+    there = np.flatnonzero(state == DONE)
+    left_out = np.flatnonzero(state == LEFT_OUT)
+    skipped = [
+        f"{number}: {why}"
+        for number, why in zip(
+            left_out.tolist(), recording[PROBLEM].values[left_out].tolist(), strict=True
+        )
+    ]
+    recording = recording.drop_vars(BOOKKEEPING)
+    if len(there) < len(state):
+        recording = recording.isel(sequence=there)
+    if skipped:
+        recording = recording.assign_attrs(skipped=skipped)
+    missing = ""
+    if not asked["finished"]:
+        of = f" of {asked['texts']}" if asked["texts"] else ""
+        missing = f"{len(there) + len(left_out)}{of} texts are recorded so far"
+    return recording, missing
+
+
+def _allocate(
+    group: zarr.Group,
+    name: str,
+    dims: tuple[str, ...],
+    field: Field,
+    sizes: Mapping[str, int],
+    block: int,
+) -> zarr.Array:
+    """An array with room for all texts, of which no chunk is written yet."""
+    shape = tuple(sizes[dim] for dim in dims)
+    is_text = field.dtype == "object"
+    item = 16 if is_text else np.dtype(field.dtype).itemsize  # (of a text: a guess)
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=_chunks(dims, shape, item, block),
+        dtype=str if is_text else field.dtype,
+        # (xarray takes another one than NaN for the sign of a missing value.)
+        fill_value=math.nan if math.isnan(field.fill) else None,
+        attributes=_described(dims, field),
+    )
+
+
+def _described(dims: tuple[str, ...], field: Field) -> dict[str, Any]:
+    return {**field.attributes, "_ARRAY_DIMENSIONS": list(dims)}
+
+
+def _chunks(
+    dims: tuple[str, ...], shape: tuple[int, ...], item: int, block: int
+) -> tuple[int, ...]:
+    """One layer of some texts, so that reading a layer and reading a text are both cheap."""
+    chunk = dict(zip(dims, (max(1, size) for size in shape), strict=True))
+    for dim in ("layer", "relative_layer"):
+        if dim in chunk:
+            chunk[dim] = 1
+
+    def size() -> int:
+        return math.prod(chunk.values()) * item
+
+    # What a block has must be a multiple of what a chunk has: no two blocks share a file.
+    for texts in (count for count in range(block, 0, -1) if block % count == 0):
+        chunk["sequence"] = texts
+        if size() <= _CHUNK:
+            break
+    for dim in ("window", "token"):
+        if dim in chunk and size() > _CHUNK:
+            chunk[dim] = max(1, chunk[dim] * _CHUNK // size())
+    return tuple(chunk[dim] for dim in dims)

@@ -1,0 +1,129 @@
+"""How large a store is made for texts, and making it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from flocking.models import context
+from flocking.recording.block_reading import BlockReader, refuse_mixture
+from flocking.recording.corpora import Corpus
+from flocking.recording.dataset import GENERATION, fixed_coordinates
+from flocking.recording.forward_passes import recording_bytes
+from flocking.recording.growing import GrowingStore, Sizes
+from flocking.recording.windows import Layout
+
+_BATCHES = 4  # in a block of texts
+_BLOCK = 256 * 2**20  # bytes of a block in memory, unless one text takes more
+_SURVEYED = 256  # texts that are counted at a time
+
+
+class Plan(NamedTuple):
+    """How large a store is made, and what it is of."""
+
+    texts: int | None
+    prompts: int  # tokens of a prompt, at most
+    totals: int  # tokens of a text, at most
+    new: int  # tokens of a continuation, at most
+    tokens: int | None  # of all texts
+    special: str
+
+
+def plan_of(corpus: Corpus, reader: BlockReader, progress: bool) -> Plan:
+    """How large the store has to be: counted where texts can be read twice, or at most."""
+    if corpus.is_lasting:
+        return _counted(corpus, reader, progress)
+    return _at_most(corpus, reader)
+
+
+def _counted(corpus: Corpus, reader: BlockReader, progress: bool) -> Plan:
+    prompts = totals = new = tokens = 0
+    special, problem = "", ""
+    fed = max(0, reader.options.wanted.max_new_tokens - 1)
+    with tqdm(
+        total=corpus.number, desc="reading", unit="text", disable=not progress, leave=False
+    ) as bar:
+        for block in corpus.blocks(_SURVEYED):
+            read = reader.read(block)
+            bar.update(len(block.texts))
+            problem = problem or next(iter(read.problems.values()), "")
+            if read.reading is None:
+                continue
+            refuse_mixture(special, read.reading.whole.special, block.start)
+            special = read.reading.whole.special
+            lengths = [length + fed for length in read.reading.lengths]
+            prompts = max(prompts, *read.reading.prompts)
+            totals = max(totals, *lengths)
+            rest = zip(lengths, read.reading.prompts, strict=True)
+            new = max(new, *(length - prompt for length, prompt in rest))
+            tokens += sum(lengths)
+    if not totals:
+        raise ValueError(f"no text can be recorded: {problem}")
+    return Plan(corpus.number, prompts, totals, new, tokens, special)
+
+
+def _at_most(corpus: Corpus, reader: BlockReader) -> Plan:
+    """From `max_tokens` or the model's context, and the first text."""
+    options = reader.options
+    limit = options.max_tokens or context(reader.model)
+    if not limit:
+        raise ValueError(
+            f"{type(reader.model).__name__} names no longest context, and the texts can be read "
+            "only once: pass max_tokens=, or give a list."
+        )
+    first = corpus.peek()
+    read = reader.read(first)
+    if read.reading is None:
+        raise ValueError(next(iter(read.problems.values())))
+    wanted = first.wanted
+    fed = max(0, wanted.max_new_tokens - 1)
+    counts = options.wanted.prompt_tokens
+    goes_on = counts is not None or wanted.continuation is not None or read.reading.continued
+    total = limit + fed if options.max_tokens else limit
+    prompt = int(counts) if isinstance(counts, int | np.integer) else (total - fed)
+    new = fed if wanted.max_new_tokens else total - 1 if goes_on else 0
+    return Plan(corpus.number, prompt, total, new, None, read.reading.whole.special)
+
+
+def create(place: Path, plan: Plan, reader: BlockReader) -> None:
+    """An empty store."""
+    options, blocks, raw = reader.options, reader.blocks, reader.raw
+    one = bytes_of_text(plan, reader)
+    size = _BATCHES * options.batch_size
+    while size > 1 and size * one > _BLOCK:
+        size //= 2
+    # Sequences whose prompt, continuation and sum are the longest.
+    layout = Layout.of(
+        [plan.prompts, 1, max(1, plan.totals - plan.new)],
+        [plan.prompts, 1 + plan.new, plan.totals],
+        options.window,
+    )
+    names = ["energy", "mass", "norm", "l1", "tokens"]
+    names += ["rank"] if options.ranks else []
+    names += ["routed"] if any(block.kind == "experts" for block in blocks) else []
+    names += ["relative"] if raw else []
+    new = layout.phase.count(GENERATION)
+    sizes = Sizes(plan.texts, len(layout.phase) - new, max(block.experts for block in blocks))
+    GrowingStore.create(
+        place,
+        names,
+        fixed_coordinates(blocks, raw, layout),
+        sizes,
+        reader.attributes(plan.special),
+        {
+            "arguments": reader.arguments(),
+            "block": size,
+            "texts": plan.texts,
+            "tokens": plan.tokens,
+        },
+    )
+
+
+def bytes_of_text(plan: Plan, reader: BlockReader) -> int:
+    """Memory that the recording of a text takes, at most."""
+    prompts, totals = [plan.prompts, 1], [max(plan.prompts, plan.totals), 1 + plan.new]
+    # (The one with the longest prompt need not have the longest continuation.)
+    return recording_bytes(reader.blocks, reader.raw, reader.options, prompts, totals) // 2

@@ -1,0 +1,100 @@
+"""Processes that share one job, as torchrun and accelerate start them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+# The first to come to the end waits for the last one, however long that takes.
+_PATIENCE = timedelta(days=30)
+
+
+class Processes(NamedTuple):
+    """The processes of one job, seen from one of them.
+
+    Attributes
+    ----------
+    rank, number : int
+        Which of them this is, and how many there are.
+    group : torch.distributed.ProcessGroup or None
+        Through which they speak; None where there is one.
+    """
+
+    rank: int = 0
+    number: int = 1
+    group: Any = None
+
+    def of_first(self, function: Callable[[], Any]) -> Any:
+        """What a function returns in the first process; an error in it is one in all.
+
+        The others wait for it, and do not run it.
+        """
+        if self.group is None:
+            return function()
+        told: list[Any] = [None, None]
+        problem: Exception | None = None
+        if self.rank == 0:
+            try:
+                told[0] = function()
+            except Exception as error:
+                problem, told[1] = error, f"{type(error).__name__}: {error}"
+        dist.broadcast_object_list(told, group=self.group, group_src=0)
+        if problem is not None:
+            raise problem
+        if told[1] is not None:
+            raise RuntimeError(f"process 0 of {self.number} failed: {told[1]}")
+        return told[0]
+
+    def settle(self, problem: Exception | None) -> None:
+        """Wait for all processes; raise an error if this one has one, or else another.
+
+        Raises
+        ------
+        Exception
+            `problem`.
+        RuntimeError
+            If another process has failed.
+        """
+        told: list[Any] = [None] * self.number
+        if self.group is not None:
+            mine = None if problem is None else f"{type(problem).__name__}: {problem}"
+            dist.all_gather_object(told, mine, group=self.group)
+        if problem is not None:
+            raise problem
+        for rank, other in enumerate(told):
+            if other is not None:
+                raise RuntimeError(f"process {rank} of {self.number} failed: {other}")
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """The processes that this one was started with; one where there are no others.
+
+    They are those of ``torch.distributed``, where the user's program or accelerate has set it up,
+    or those that torchrun names in the environment.
+    """
+    if not dist.is_available():
+        yield Processes()
+        return
+    started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if started:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            yield Processes()
+            return
+        # (A group of our own: what the program uses on GPUs cannot send words.)
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        try:
+            yield Processes(dist.get_rank(), dist.get_world_size(), group)
+        finally:
+            if not started:
+                dist.destroy_process_group(group)
+    finally:
+        if started:
+            dist.destroy_process_group()

@@ -1,0 +1,252 @@
+"""``record(out=...)``: recordings of any number of texts, written to disk block by block."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from flocking.artifacts import claimed
+from flocking.models import require_model, require_tokenizer
+from flocking.recording.arguments import Options
+from flocking.recording.block_reading import BlockReader, refuse_mixture
+from flocking.recording.corpora import Block, Corpus
+from flocking.recording.forward_passes import (
+    chosen_blocks,
+    readable,
+    recordable,
+    warn_of_training,
+)
+from flocking.recording.growing import LAYOUT, GrowingStore, is_growing
+from flocking.recording.planning import bytes_of_text, create, plan_of
+from flocking.recording.ranks import Processes, processes
+from flocking.recording.stores import new_store_path, open_recording
+
+
+def stream(
+    model: nn.Module,
+    text: Any,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: Options,
+    num_texts: int | None,
+    on_error: str,
+    progress: bool,
+) -> xr.Dataset:
+    """Record texts into a store, or go on with it; see :func:`flocking.record`."""
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error={on_error!r}: give 'stop' or 'skip'.")
+    place = new_store_path(out, "out")
+    model = recordable(require_model(model))
+    corpus = Corpus(text, options.wanted, num_texts)
+    reader = BlockReader(model, require_tokenizer(tokenizer), options, on_error)
+    reader.read(corpus.peek())  # what is wrong with all texts is wrong with the first
+    chosen_blocks(model, options)
+    warn_of_training(model)
+    with processes() as among:
+        _require_number(corpus, among)
+        with claimed(place) if among.rank == 0 else nullcontext(place) as claim:
+            among.of_first(lambda: _prepare(place, claim, corpus, reader, progress))
+            store = GrowingStore(place)
+            if not store.is_finished:
+                _fill(store, corpus, reader, among, progress)
+    return open_recording(place)
+
+
+def refuse_without_out(num_texts: object, on_error: object) -> None:
+    """Raise a ValueError for arguments that say nothing without a store to write to."""
+    for name, value, default in (("num_texts", num_texts, None), ("on_error", on_error, "stop")):
+        if value != default:
+            raise ValueError(f"{name}={value!r} is for out=, a store to write to: give one.")
+
+
+def _require_number(corpus: Corpus, among: Processes) -> None:
+    if among.number > 1 and corpus.number is None:
+        raise ValueError(
+            f"{among.number} processes share the texts, and it is not known how many there are: "
+            "pass num_texts=, or give a list."
+        )
+
+
+def _prepare(place: Path, claim: Path, corpus: Corpus, reader: BlockReader, progress: bool) -> None:
+    """Make the store, or see that the one that is there is of the same texts and arguments."""
+    if os.path.lexists(place):
+        if not is_growing(place):
+            raise ValueError(
+                f"{place} exists and was not written by record(out=...): choose another name."
+            )
+        store = GrowingStore(place)
+        _refuse_other(store, reader.arguments(), corpus)
+        if corpus.is_lasting or store.is_finished:
+            _refuse_changed(store, corpus)
+        if progress and store.is_finished:
+            tqdm.write(f"{place} is finished: nothing is left to record", file=sys.stderr)
+        return
+    plan = plan_of(corpus, reader, progress)
+    create(claim / place.name, plan, reader)
+    (claim / place.name).rename(place)  # in one step: it is there, or it is not
+    if progress:
+        one, texts = bytes_of_text(plan, reader), plan.texts
+        what = f"{texts} texts of" if texts else "each text of"
+        tqdm.write(
+            f"{place}: at most {readable(one * (texts or 1))}, before compression, for {what} up "
+            f"to {plan.totals} tokens",
+            file=sys.stderr,
+        )
+
+
+# --------------------------------------------------------------------------------------
+# What goes on, and what does not
+
+
+def _refuse_other(store: GrowingStore, arguments: dict[str, Any], corpus: Corpus) -> None:
+    """Raise a ValueError if a store was begun with other arguments, or another number of texts."""
+    if store.asked["layout"] != LAYOUT:
+        raise ValueError(
+            f"{store.path} has layout {store.asked['layout']!r}, and this version of flocking goes "
+            f"on with layout {LAYOUT}: record into another store."
+        )
+    before = store.asked["arguments"]
+    now = json.loads(json.dumps(arguments))
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{store.path} was begun with another {name} ({_shown(before.get(name))}; now "
+                f"{_shown(now.get(name))}): give the same, or record into another store."
+            )
+    texts = store.asked["texts"]
+    if None not in (texts, corpus.number) and texts != corpus.number:
+        raise ValueError(
+            f"{store.path} was begun with {texts} texts, and there are {corpus.number} now: give "
+            "the same, or record into another store."
+        )
+
+
+def _shown(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 40 else f"{said[:40]}..."
+
+
+def _refuse_changed(store: GrowingStore, corpus: Corpus) -> None:
+    """Raise a ValueError if a text that is recorded is another one now."""
+    last = 0
+    for block in corpus.blocks(store.asked["block"]):
+        _check_same(store, block)
+        last = block.rows.stop
+    _check_all_there(store, last)
+
+
+def _check_same(store: GrowingStore, block: Block) -> None:
+    state = store.state(block.rows)
+    changed = (state > 0) & (store.digests(block.rows) != block.digests)
+    if changed.any():
+        number = block.start + int(np.argmax(changed))
+        raise ValueError(
+            f"text {number} is another one than when {store.path} was begun: give the same texts "
+            "in the same order, or record into another store."
+        )
+
+
+def _check_all_there(store: GrowingStore, texts: int) -> None:
+    known = store.sequences if store.asked["texts"] is None else store.asked["texts"]
+    if texts < known and store.state(slice(texts, known)).any():
+        raise ValueError(
+            f"text has {texts} texts, and more are recorded in {store.path}: give the same texts, "
+            "or record into another store."
+        )
+    if store.asked["finished"] and texts > known:
+        raise ValueError(
+            f"text has {texts} texts, and {store.path} was finished with {known}: give the same "
+            "texts, or record into another store and put both together with flocking.concat."
+        )
+
+
+# --------------------------------------------------------------------------------------
+# Filling it
+
+
+def _fill(
+    store: GrowingStore, corpus: Corpus, reader: BlockReader, among: Processes, progress: bool
+) -> None:
+    """Record what is missing, and finish the store when all processes are done."""
+    failure, texts = None, 0
+    try:
+        texts = _record_blocks(store, corpus, reader, among, progress)
+    except Exception as problem:
+        failure = problem
+    among.settle(failure)
+    generation = reader.options.wanted.source(True)
+    among.of_first(lambda: store.finish(texts, generation))
+
+
+def _record_blocks(
+    store: GrowingStore, corpus: Corpus, reader: BlockReader, among: Processes, progress: bool
+) -> int:
+    """Record this process's share of the blocks that are missing; gives the number of texts."""
+    size = store.asked["block"]
+    mine = _share(store, among)
+    texts = 0
+    with _bar(store, among, progress) as bar:
+        for block in corpus.blocks(size):
+            texts = block.rows.stop
+            if (store.state(block.rows) > 0).all():
+                _check_same(store, block)
+            elif mine is None or block.start // size in mine:
+                _record_block(store, block, reader, bar)
+    _check_all_there(store, texts)
+    return texts
+
+
+def _record_block(store: GrowingStore, block: Block, reader: BlockReader, bar: tqdm) -> None:
+    with warnings.catch_warnings():
+        if store.asked["tokens"] is not None:  # they were read before, and what there is was said
+            warnings.simplefilter("ignore", UserWarning)
+        read = reader.read(block)
+    if read.reading is not None:
+        special = store.attributes["special_tokens"]
+        refuse_mixture(special, read.reading.whole.special, block.start)
+        store.room_needed(reader.bytes_of(read.reading))
+    recording, problems = reader.record(block, read, bar)
+    store.write(block.rows, recording, block.digests, problems)
+    bar.set_postfix(texts=block.rows.stop, refresh=False)
+
+
+def _share(store: GrowingStore, among: Processes) -> set[int] | None:
+    """Numbers of the blocks that this process records; None for all that are missing."""
+    if among.number == 1:
+        return None
+    size = store.asked["block"]
+    starts = range(0, store.asked["texts"], size)
+
+    def missing() -> list[int]:
+        rows = (slice(start, min(start + size, starts.stop)) for start in starts)
+        return [each.start // size for each in rows if not (store.state(each) > 0).all()]
+
+    # (Asked of one process: others might see what the first blocks' owners have written since.)
+    return set(among.of_first(missing)[among.rank :: among.number])
+
+
+def _bar(store: GrowingStore, among: Processes, progress: bool) -> tqdm:
+    total = store.asked["tokens"]
+    done = 0
+    if total is not None:
+        done = store.tokens_recorded()
+        total = done + (total - done) // among.number
+    return tqdm(
+        total=total,
+        initial=done,
+        desc="recording" if among.number == 1 else f"recording (1 of {among.number} processes)",
+        unit="token",
+        disable=not progress or among.rank > 0,
+    )
