@@ -11,9 +11,7 @@ What was asked for stands in the attributes of ``recorded``.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +19,7 @@ import xarray as xr
 import zarr
 
 from flocking.recording.dataset import COORDINATES, GENERATION, VARIABLES, Field, dimensions
-from flocking.recording.inventory import has_files_noted, note_files
+from flocking.recording.locations import Location
 
 LAYOUT = 1  # of the attributes of ``recorded``; another number is another layout
 RECORDED, DIGEST, PROBLEM = "recorded", "text_digest", "problem"
@@ -55,21 +53,21 @@ class GrowingStore:
 
     Attributes
     ----------
-    path : Path
+    place : Location
     asked : dict
         What was asked for: ``arguments`` by name, ``block`` (texts in one), ``texts`` (their
         number, or None), ``tokens`` (in all of them, or None) and ``prompt_windows``.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._group = zarr.open_group(path.absolute(), mode="r+", zarr_format=2)
+    def __init__(self, place: Location) -> None:
+        self.place = place
+        self._group = place.opened("r+")
         self.asked: dict[str, Any] = dict(self._array(RECORDED).attrs)
 
     @classmethod
     def create(
         cls,
-        path: Path,
+        place: Location,
         names: list[str],
         fixed: Mapping[str, np.ndarray],
         sizes: Sizes,
@@ -80,7 +78,7 @@ class GrowingStore:
 
         Parameters
         ----------
-        path : Path
+        place : Location
             Where nothing is.
         names : list of str
             Variables of the recording.
@@ -92,7 +90,7 @@ class GrowingStore:
         asked : dict
             ``arguments``, ``block``, ``texts`` and ``tokens``.
         """
-        group = zarr.open_group(path.absolute(), mode="w-", zarr_format=2)
+        group = place.opened("w-")
         block = asked["block"]
         extents = {
             **{name: len(values) for name, values in fixed.items()},
@@ -117,7 +115,7 @@ class GrowingStore:
             array = _allocate(group, RECORDED, ("sequence",), field, extents, block)
             windows = {"prompt_windows": sizes.prompt_windows}
             array.attrs.update({"layout": LAYOUT, "finished": False, **asked, **windows})
-        return cls(path)
+        return cls(place)
 
     # ----------------------------------------------------------------------------------
     # What is there
@@ -125,7 +123,7 @@ class GrowingStore:
     @property
     def is_finished(self) -> bool:
         """Whether nothing is missing, the list of files included."""
-        return bool(self.asked["finished"]) and has_files_noted(self.path)
+        return bool(self.asked["finished"]) and self.place.is_finished()
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -267,16 +265,6 @@ class GrowingStore:
             if shape != array.shape:
                 array.resize(shape)
 
-    def room_needed(self, bytes_needed: int) -> None:
-        """Raise an OSError if the disk has less than this free."""
-        free = shutil.disk_usage(self.path).free
-        if free < bytes_needed:
-            raise OSError(
-                f"{self.path} has no room for the next texts, which may take {bytes_needed:,} "
-                f"bytes, and {free:,} are free on the disk: make room, and run the same again, "
-                "which goes on."
-            )
-
     def finish(self, texts: int, generation: str) -> None:
         """Cut the arrays to what was needed, and note which files there are.
 
@@ -301,13 +289,16 @@ class GrowingStore:
         )
         self._array(RECORDED).attrs.update({"finished": True, "texts": texts})
         self.asked = dict(self._array(RECORDED).attrs)
-        zarr.consolidate_metadata(self.path.absolute(), zarr_format=2)
-        note_files(self.path)
+        zarr.consolidate_metadata(self._group.store, zarr_format=2)
+        self.place.finish()
 
 
-def is_growing(path: Path) -> bool:
-    """Whether a folder is a store that grows, or has grown, by blocks."""
-    return (path / RECORDED / ".zarray").is_file() and (path / ".zgroup").is_file()
+def is_growing(place: Location) -> bool:
+    """Whether what is at a place is a store that grows, or has grown, by blocks."""
+    try:
+        return RECORDED in place.opened("r")
+    except (OSError, ValueError):  # zarr's, of what is no group
+        return False
 
 
 def without_bookkeeping(recording: xr.Dataset) -> tuple[xr.Dataset, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from flocking.recording.corpora import Corpus
 from flocking.recording.dataset import GENERATION, fixed_coordinates
 from flocking.recording.forward_passes import recording_bytes
 from flocking.recording.growing import GrowingStore, Sizes
+from flocking.recording.locations import Location
 from flocking.recording.windows import Layout
 
 _BATCHES = 4  # in a block of texts
@@ -88,7 +88,7 @@ def _at_most(corpus: Corpus, reader: BlockReader) -> Plan:
     return Plan(corpus.number, prompt, total, new, None, read.reading.whole.special)
 
 
-def create(place: Path, plan: Plan, reader: BlockReader) -> None:
+def create(place: Location, plan: Plan, reader: BlockReader) -> None:
     """An empty store."""
     options, blocks, raw = reader.options, reader.blocks, reader.raw
     one = bytes_of_text(plan, reader)

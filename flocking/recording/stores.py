@@ -17,6 +17,7 @@ from flocking.models import warn
 from flocking.recording.entrance import canonical
 from flocking.recording.growing import RECORDED, without_bookkeeping
 from flocking.recording.inventory import note_files, refuse_losses
+from flocking.recording.locations import Url, is_url
 from flocking.recording.storable import refuse_unstorable, with_python_strings
 from flocking.texts import dangling, expanded
 
@@ -86,7 +87,8 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
     Parameters
     ----------
     path : str or Path
-        From :func:`save_recording`, ``flocking record`` or xarray's ``to_zarr``.
+        From :func:`save_recording`, ``record(out=...)``, ``flocking record`` or xarray's
+        ``to_zarr``; or an address that fsspec knows, such as ``s3://bucket/corpus.zarr``.
 
     Returns
     -------
@@ -109,23 +111,8 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
     >>> flocking.flocking_score(saved).equals(flocking.flocking_score(recording))
     True
     """
-    place = store_path(path)
-    if not os.path.lexists(place):
-        raise FileNotFoundError(f"there is no {place}: save a recording there first.")
-    if not place.is_dir():
-        raise ValueError(f"{place} is not a folder, as the store of a recording is.")
-    attributes = attributes_of_store(place)
-    if attributes is None:
-        raise ValueError(f"{place} is not a Zarr store: give a recording's.")
-    refuse_losses(place)
-    try:
-        # (Of other paths, zarr and xarray would expand "~" themselves.)
-        recording = xr.open_zarr(
-            place.absolute(), chunks=None, consolidated=_is_consolidated(place)
-        )
-    except Exception as problem:
-        # Of many kinds, zarr's, xarray's and the file system's.
-        raise ValueError(f"{place} cannot be read ({_first_line(problem)}).") from problem
+    place = Url(str(path)) if is_url(path) else store_path(path)
+    recording = _in_object_store(place) if isinstance(place, Url) else _in_folder(place)
     recording = with_python_strings(recording)
     if RECORDED in recording.variables:
         recording, missing = without_bookkeeping(recording)
@@ -139,6 +126,36 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
             f"{place} is not a recording: it has no 'phase' (its variables: {variables})."
         ) from None
     return recording
+
+
+def _in_folder(place: Path) -> xr.Dataset:
+    """What is stored in a folder."""
+    if not os.path.lexists(place):
+        raise FileNotFoundError(f"there is no {place}: save a recording there first.")
+    if not place.is_dir():
+        raise ValueError(f"{place} is not a folder, as the store of a recording is.")
+    if attributes_of_store(place) is None:
+        raise ValueError(f"{place} is not a Zarr store: give a recording's.")
+    refuse_losses(place)
+    # (Of other paths, zarr and xarray would expand "~" themselves.)
+    return _opened(str(place), place.absolute(), consolidated=_is_consolidated(place))
+
+
+def _in_object_store(place: Url) -> xr.Dataset:
+    """What is stored at an address."""
+    if not place.is_there():
+        raise FileNotFoundError(f"there is no {place}: record into it first.")
+    consolidated = place.opened("r").metadata.consolidated_metadata is not None
+    options = {"storage_options": place.options, "consolidated": consolidated}
+    return _opened(str(place), place.address, **options)
+
+
+def _opened(name: str, place: Any, **options: Any) -> xr.Dataset:
+    try:
+        return xr.open_zarr(place, chunks=None, **options)
+    except Exception as problem:
+        # Of many kinds, zarr's, xarray's and the file system's.
+        raise ValueError(f"{name} cannot be read ({_first_line(problem)}).") from problem
 
 
 def write_store(recording: xr.Dataset, folder: Path) -> None:
@@ -171,10 +188,10 @@ def store_path(path: str | os.PathLike[str], name: str = "path") -> Path:
         raise TypeError(f"{name} is a {type(path).__name__}: give the name of a folder.")
     if "\0" in os.fsdecode(path):
         raise ValueError(f"{name} has the character NUL, which no path has: leave it out.")
-    if re.match(r"[a-z0-9+]{2,}:/", str(path)):
+    if is_url(str(path)):
         raise ValueError(
-            f"{name} {path}: name a folder on a disk, since URLs are left to xarray's to_zarr and "
-            "open_zarr."
+            f"{name} {path}: name a folder on a disk, since URLs are left to record(out=...) and "
+            "xarray's to_zarr."
         )
     place = Path(expanded(os.fsdecode(path)))
     if place.suffix.lower() != ".zarr":

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from flocking.artifacts import claimed
 from flocking.models import require_model, require_tokenizer
 from flocking.recording.arguments import Options
 from flocking.recording.block_reading import BlockReader, refuse_mixture
@@ -28,6 +26,7 @@ from flocking.recording.forward_passes import (
     warn_of_training,
 )
 from flocking.recording.growing import LAYOUT, GrowingStore, is_growing
+from flocking.recording.locations import Folder, Location, Url, is_url
 from flocking.recording.planning import bytes_of_text, create, plan_of
 from flocking.recording.ranks import Processes, processes
 from flocking.recording.stores import new_store_path, open_recording
@@ -47,7 +46,7 @@ def stream(
     """Record texts into a store, or go on with it; see :func:`flocking.record`."""
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error={on_error!r}: give 'stop' or 'skip'.")
-    place = new_store_path(out, "out")
+    place: Location = Url(str(out)) if is_url(out) else Folder(new_store_path(out, "out"))
     model = recordable(require_model(model))
     corpus = Corpus(text, options.wanted, num_texts)
     reader = BlockReader(model, require_tokenizer(tokenizer), options, on_error)
@@ -56,12 +55,12 @@ def stream(
     warn_of_training(model)
     with processes() as among:
         _require_number(corpus, among)
-        with claimed(place) if among.rank == 0 else nullcontext(place) as claim:
-            among.of_first(lambda: _prepare(place, claim, corpus, reader, progress))
+        with place.claimed() if among.rank == 0 else nullcontext():
+            among.of_first(lambda: _prepare(place, corpus, reader, progress))
             store = GrowingStore(place)
             if not store.is_finished:
                 _fill(store, corpus, reader, among, progress)
-    return open_recording(place)
+    return open_recording(str(place))
 
 
 def refuse_without_out(num_texts: object, on_error: object) -> None:
@@ -79,9 +78,9 @@ def _require_number(corpus: Corpus, among: Processes) -> None:
         )
 
 
-def _prepare(place: Path, claim: Path, corpus: Corpus, reader: BlockReader, progress: bool) -> None:
+def _prepare(place: Location, corpus: Corpus, reader: BlockReader, progress: bool) -> None:
     """Make the store, or see that the one that is there is of the same texts and arguments."""
-    if os.path.lexists(place):
+    if place.is_there():
         if not is_growing(place):
             raise ValueError(
                 f"{place} exists and was not written by record(out=...): choose another name."
@@ -94,8 +93,7 @@ def _prepare(place: Path, claim: Path, corpus: Corpus, reader: BlockReader, prog
             tqdm.write(f"{place} is finished: nothing is left to record", file=sys.stderr)
         return
     plan = plan_of(corpus, reader, progress)
-    create(claim / place.name, plan, reader)
-    (claim / place.name).rename(place)  # in one step: it is there, or it is not
+    place.make(lambda where: create(where, plan, reader))
     if progress:
         one, texts = bytes_of_text(plan, reader), plan.texts
         what = f"{texts} texts of" if texts else "each text of"
@@ -114,21 +112,21 @@ def _refuse_other(store: GrowingStore, arguments: dict[str, Any], corpus: Corpus
     """Raise a ValueError if a store was begun with other arguments, or another number of texts."""
     if store.asked["layout"] != LAYOUT:
         raise ValueError(
-            f"{store.path} has layout {store.asked['layout']!r}, and this version of flocking goes "
-            f"on with layout {LAYOUT}: record into another store."
+            f"{store.place} has layout {store.asked['layout']!r}, and this version of flocking "
+            f"goes on with layout {LAYOUT}: record into another store."
         )
     before = store.asked["arguments"]
     now = json.loads(json.dumps(arguments))
     for name in {**now, **before}:
         if before.get(name) != now.get(name):
             raise ValueError(
-                f"{store.path} was begun with another {name} ({_shown(before.get(name))}; now "
+                f"{store.place} was begun with another {name} ({_shown(before.get(name))}; now "
                 f"{_shown(now.get(name))}): give the same, or record into another store."
             )
     texts = store.asked["texts"]
     if None not in (texts, corpus.number) and texts != corpus.number:
         raise ValueError(
-            f"{store.path} was begun with {texts} texts, and there are {corpus.number} now: give "
+            f"{store.place} was begun with {texts} texts, and there are {corpus.number} now: give "
             "the same, or record into another store."
         )
 
@@ -153,7 +151,7 @@ def _check_same(store: GrowingStore, block: Block) -> None:
     if changed.any():
         number = block.start + int(np.argmax(changed))
         raise ValueError(
-            f"text {number} is another one than when {store.path} was begun: give the same texts "
+            f"text {number} is another one than when {store.place} was begun: give the same texts "
             "in the same order, or record into another store."
         )
 
@@ -162,12 +160,12 @@ def _check_all_there(store: GrowingStore, texts: int) -> None:
     known = store.sequences if store.asked["texts"] is None else store.asked["texts"]
     if texts < known and store.state(slice(texts, known)).any():
         raise ValueError(
-            f"text has {texts} texts, and more are recorded in {store.path}: give the same texts, "
+            f"text has {texts} texts, and more are recorded in {store.place}: give the same texts, "
             "or record into another store."
         )
     if store.asked["finished"] and texts > known:
         raise ValueError(
-            f"text has {texts} texts, and {store.path} was finished with {known}: give the same "
+            f"text has {texts} texts, and {store.place} was finished with {known}: give the same "
             "texts, or record into another store and put both together with flocking.concat."
         )
 
@@ -216,7 +214,7 @@ def _record_block(store: GrowingStore, block: Block, reader: BlockReader, bar: t
     if read.reading is not None:
         special = store.attributes["special_tokens"]
         refuse_mixture(special, read.reading.whole.special, block.start)
-        store.room_needed(reader.bytes_of(read.reading))
+        store.place.refuse_full(reader.bytes_of(read.reading))
     recording, problems = reader.record(block, read, bar)
     store.write(block.rows, recording, block.digests, problems)
     bar.set_postfix(texts=block.rows.stop, refresh=False)

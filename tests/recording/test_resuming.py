@@ -1,0 +1,227 @@
+"""Runs that write block by block: they end, go on, are refused what changed, and share the work."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import helpers
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from streams import (
+    BLOCK,
+    SMALL,
+    TEXTS,
+    Ended,
+    assert_same_values,
+    by_block,
+    counted,
+    ending_after,
+    stream,
+)
+
+import flocking
+from flocking.artifacts import BusyError, claimed
+
+
+@pytest.mark.parametrize("arrays", [0, 5, 10, 17, 24])
+@pytest.mark.parametrize("kind", [list, iter])
+def test_it_goes_on_where_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrays: int, kind: Any
+) -> None:
+    path = tmp_path / "x.zarr"
+    with monkeypatch.context() as patch:
+        ending_after(patch, arrays)
+        with pytest.raises(Ended):
+            stream(path, kind(TEXTS))
+    assert [each.name for each in tmp_path.iterdir()] == ["x.zarr"]
+    done = arrays // 10 * BLOCK
+    with pytest.warns(UserWarning, match=f"x.zarr is not finished: {done} ") as caught:
+        so_far = flocking.open_recording(path)
+    assert len(caught) == 1
+    assert so_far.sizes["sequence"] == done
+    if done:
+        np.testing.assert_array_equal(
+            so_far.energy.values[:, :, 1], by_block("llama", TEXTS).energy.values[:done, :, 1]
+        )
+    passes = counted(monkeypatch)
+    got = stream(path, kind(TEXTS)).load()
+    assert len(passes) == 3 - done // BLOCK
+    assert_same_values(got, by_block("llama", TEXTS))
+
+
+KILLED = """
+import os, sys
+sys.path[:0] = {paths!r}
+import helpers
+from flocking.recording import growing
+import streams
+
+put, count = growing.GrowingStore._put, iter(range(14))
+def putting(self, *args):
+    if next(count, None) is None:
+        os.kill(os.getpid(), 9)
+    put(self, *args)
+growing.GrowingStore._put = putting
+streams.stream({path!r})
+"""
+
+
+def test_it_goes_on_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "x.zarr"
+    here = Path(__file__).parent
+    program = KILLED.format(paths=[str(here), str(here.parent)], path=str(path))
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+    assert (tmp_path / ".x.zarr.writing").exists()  # the claim of the dead
+    assert_same_values(stream(path).load(), by_block("llama", TEXTS))
+    assert [each.name for each in tmp_path.iterdir()] == ["x.zarr"]
+
+
+def test_a_finished_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = stream(tmp_path / "x.zarr").load()
+    passes = counted(monkeypatch)
+    for text in (TEXTS, iter(TEXTS)):
+        again = stream(tmp_path / "x.zarr", text, progress=True)
+        assert "x.zarr is finished: nothing is left to record" in capsys.readouterr().err
+        xr.testing.assert_identical(again.load(), before)
+    assert not passes
+
+
+def test_a_run_that_ended_in_its_last_step_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(("locations.note_files", "growing.zarr.consolidate_metadata")):
+        path = tmp_path / f"{number}.zarr"
+        with monkeypatch.context() as patch:
+            patch.setattr(f"flocking.recording.{name}", lambda *a, **k: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                stream(path)
+        assert_same_values(stream(path).load(), by_block("llama", TEXTS))
+
+
+def test_what_has_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.zarr"
+    with monkeypatch.context() as patch:
+        ending_after(patch, 25)
+        with pytest.raises(Ended):
+            stream(path)
+    other = [*TEXTS[:9], TEXTS[0], *TEXTS[10:]]
+    for kind in (list, iter):
+        with pytest.raises(ValueError, match=r"text 9 is another one than when .*x.zarr was begun"):
+            stream(path, kind(other))
+    with pytest.raises(ValueError, match="begun with 21 texts, and there are 22 now"):
+        stream(path, [*TEXTS, TEXTS[0]])
+    with pytest.raises(ValueError, match="text has 10 texts, and more are recorded"):
+        stream(path, iter(TEXTS[:10]), max_tokens=None)
+    changed = [
+        ({"window": 16}, "another window (8; now 16)"),
+        ({"ranks": True}, "another ranks (False; now True)"),
+        ({"layers": [0]}, "another layers ([0, 1]; now [0])"),
+        ({"relative": [0]}, "another relative ([]; now [0])"),
+        ({"batch_size": 3}, "another batch_size (2; now 3)"),
+        ({"max_tokens": 80}, "another max_tokens ('all'; now 80)"),
+        ({"seed": 1}, "another seed (0; now 1)"),
+        ({"prompt_tokens": 2}, "another prompt_tokens (None; now 2)"),
+        ({"name": "gemma"}, "another architecture ('LlamaForCausalLM'; now "),
+    ]
+    for changes, said in changed:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            stream(path, **changes)
+    model = helpers.build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.001)
+    with pytest.raises(ValueError, match="begun with another weights"):
+        flocking.record(model, TEXTS, out=path, **SMALL)
+    assert_same_values(stream(path).load(), by_block("llama", TEXTS))
+
+
+def test_a_finished_one_takes_no_other_texts(tmp_path: Path) -> None:
+    path = tmp_path / "x.zarr"
+    stream(path, iter(TEXTS))
+    with pytest.raises(ValueError, match=r"finished with 21.*flocking.concat"):
+        stream(path, iter([*TEXTS, TEXTS[0]]))
+    with pytest.raises(ValueError, match="text has 20 texts, and more are recorded"):
+        stream(path, iter(TEXTS[:20]))
+
+
+def test_two_runs_into_one_store_are_refused(tmp_path: Path) -> None:
+    with claimed(tmp_path / "x.zarr"), pytest.raises(BusyError, match="is being written by"):
+        stream(tmp_path / "x.zarr")
+
+
+def test_other_stores_stay_as_they_are(tmp_path: Path) -> None:
+    flocking.save_recording(by_block("llama", TEXTS[:2]), tmp_path / "x.zarr")
+    (tmp_path / "y.zarr").mkdir()
+    for name in ("x.zarr", "y.zarr"):
+        with pytest.raises(ValueError, match=r"exists and was not written by record\(out"):
+            stream(tmp_path / name)
+    assert flocking.open_recording(tmp_path / "x.zarr").sizes["sequence"] == 2
+
+
+# --------------------------------------------------------------------------------------
+# Several processes
+
+
+SHARE = """
+import os, sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+import helpers, streams
+from flocking.recording import growing
+
+path, dies = sys.argv[1], sys.argv[2:]
+if dies and dies[0] == os.environ["RANK"]:
+    write = growing.GrowingStore.write
+    def writing(self, rows, *args):
+        raise RuntimeError("the machine is gone")
+    growing.GrowingStore.write = writing
+streams.stream(path)
+"""
+
+
+def share(path: Path, count: int, *dies: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run it in several processes, as torchrun starts them."""
+    here = Path(__file__).parent
+    program = SHARE.format(paths=[str(here), str(here.parent)])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    command += ["--standalone", "--no-python", sys.executable, "-c", program, str(path), *dies]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_three_processes_write_what_one_does(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = by_block("llama", TEXTS)
+    finally:
+        torch.set_num_threads(threads)
+    ended = share(tmp_path / "x.zarr", 3)
+    assert ended.returncode == 0, ended.stderr
+    assert_same_values(flocking.open_recording(tmp_path / "x.zarr").load(), expected)
+
+
+def test_a_process_that_dies_is_named_and_others_go_on_without_it(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = by_block("llama", TEXTS)
+        path = tmp_path / "x.zarr"
+        ended = share(path, 2, "1")
+        assert ended.returncode != 0
+        assert "the machine is gone" in ended.stderr
+        with pytest.warns(UserWarning, match="13 of 21 texts are recorded so far"):
+            so_far = flocking.open_recording(path)
+        assert so_far.sequence.values.tolist() == [*range(8), *range(16, 21)]
+        got = stream(path).load()  # alone
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_values(got, expected)
