@@ -49,8 +49,8 @@ from flocking.models import embedded_file, read_gguf
 from flocking.pruning import (
     Lost,
     calibration_texts,
-    fixed_selection,
     measure_lost,
+    rounded_densities,
     split_texts,
 )
 
@@ -207,12 +207,12 @@ def selections(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> dict[str, tuple[Any, str]]:
     """Selections to write, by the file's name, and the type of its down-projections."""
-    calibration, sources, _ = split_texts(model, texts_of(args)[0], tokenizer)
+    calibration = split_texts(model, texts_of(args)[0], tokenizer).calibration
+    statistic = flocking.global_statistic(model, calibration, tokenizer=tokenizer)
     found = {}
     for density in args.density:
-        selection = fixed_selection(
-            model, tokenizer, "static", calibration, density, sources=sources, multiple=32
-        )
+        rounded = rounded_densities(flocking.feedforwards(model), density, multiple=32)
+        selection = flocking.select(statistic, rounded)
         found[f"pruned {density:g}"] = selection, "Q8_0"
         if density == args.density[0]:  # with coarser down-projections, too
             found[f"pruned {density:g} {SMALL}"] = selection, SMALL

@@ -1,10 +1,13 @@
-"""The packaged passages, texts of clearly different kinds, and reading of text files."""
+"""The packaged passages, texts of clearly different kinds, and texts in files."""
 
 from __future__ import annotations
 
 import codecs
+import glob
+import json
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
@@ -90,6 +93,104 @@ def decoded(raw: bytes, where: str) -> str:
         raise ValueError(
             f"{where} is not text in UTF-8 (byte {problem.start}): convert it first."
         ) from problem
+
+
+class TextFiles:
+    """Texts in files, each read when it is its turn, so that they need not fit in memory.
+
+    Parameters
+    ----------
+    names : list of str
+        Text files in UTF-8, one text each; files of JSON lines, whose names end in ``.jsonl`` and
+        of which each line is one text; folders, of which both are taken; and patterns of such,
+        such as ``news/**/*.txt``. ``~`` is the user's folder.
+    field : str
+        Of the objects in JSON lines, the field with the text. (A line may be a string, too.)
+
+    Attributes
+    ----------
+    names : list of str
+        Where each text is from: ``a.txt``, or ``b.jsonl:3`` for the third line.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, none in a folder, or a line is not JSON.
+    """
+
+    def __init__(self, names: Sequence[str], field: str = "text") -> None:
+        self._field = field
+        self._files = [(path, _lines_of(path)) for name in names for path in _files_of(name)]
+        if not self._files:
+            raise ValueError("no file was named: name some with texts.")
+        self.names = [
+            str(path) if lines is None else f"{path}:{line}"
+            for path, lines in self._files
+            for line in ([0] if lines is None else lines)
+        ]
+
+    def __len__(self) -> int:
+        """How many texts there are."""
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        """Each text."""
+        for path, lines in self._files:
+            if lines is None:
+                yield read_text(path)
+            else:
+                yield from _texts_of_lines(path, self._field)
+
+
+def _files_of(name: str) -> list[Path]:
+    """The files that a name stands for."""
+    path = expanded(Path(name))
+    if not (why := why_no_file(path)):
+        return [path]
+    if why == "is a folder":
+        found = sorted(each for each in path.iterdir() if each.suffix in (".txt", _LINES))
+        if not found:
+            raise ValueError(f"{path} has no files whose names end in .txt or {_LINES}: name some.")
+        return found
+    found = sorted(map(Path, glob.glob(str(path), recursive=True))) if glob.has_magic(name) else []
+    if not found:
+        raise ValueError(f"{path} {why}: name a text file, a folder or a pattern.")
+    return [file for each in found for file in _files_of(str(each))]
+
+
+_LINES = ".jsonl"  # files of JSON lines end so
+
+
+def _lines_of(path: Path) -> list[int] | None:
+    """Numbers of the lines that are texts; None where the file is one."""
+    if path.suffix != _LINES:
+        return None
+    with path.open("rb") as file:
+        return [number for number, line in enumerate(file, 1) if line.strip()]
+
+
+def _texts_of_lines(path: Path, field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _text_of_line(line, f"{path}:{number}", field)
+
+
+def _text_of_line(line: bytes, where: str, field: str) -> str:
+    try:
+        found = json.loads(decoded(line, where))
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{where} is not JSON ({problem}): correct it.") from problem
+    if isinstance(found, str):
+        return found
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is neither an object nor a string: give one a line.")
+    if not isinstance(found.get(field), str):
+        there = ", ".join(name for name, value in found.items() if isinstance(value, str))
+        raise ValueError(
+            f"{where} has no text in field {field!r} (texts are in: {there or 'none'}): name one."
+        )
+    return str(found[field])
 
 
 def read_text(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flocking.texts import decoded, read_text
+from flocking.texts import TextFiles, decoded, read_text
 
 TEXT = "naïve 日本 text\n"
 
@@ -43,3 +43,70 @@ def test_files_of_no_text_are_refused(raw: bytes) -> None:
 def test_random_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match="convert it first"):
         decoded(os.urandom(10_000), "it")
+
+
+def folder(tmp_path: Path) -> Path:
+    """Of two text files, a file of JSON lines, and another."""
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("two", encoding="utf-8")
+    lines = ['{"text": "three", "n": 1}', "", '"four"', '{"text": "fünf"}']
+    (tmp_path / "c.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "d.md").write_text("five", encoding="utf-8")
+    return tmp_path
+
+
+def test_texts_of_files_folders_and_patterns(tmp_path: Path) -> None:
+    place = folder(tmp_path)
+    texts = TextFiles([str(place)])
+    assert list(texts) == list(texts) == ["one", "two", "three", "four", "fünf"]
+    names = ["a.txt", "b.txt", "c.jsonl:1", "c.jsonl:3", "c.jsonl:4"]
+    assert texts.names == [str(place / name) for name in names]
+    assert len(texts) == 5
+    assert list(TextFiles([f"{place}/*.txt", f"{place}/d.md"])) == ["one", "two", "five"]
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    (deep / "c.jsonl").write_text('"six"\n', encoding="utf-8")
+    assert list(TextFiles([f"{tmp_path}/**/d*/*.jsonl"])) == ["six"]
+    assert list(TextFiles([f"{tmp_path}/?.jsonl"])) == ["three", "four", "fünf"]
+
+
+def test_other_fields_of_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"id": "7", "article": "one"}\n{"article": 3}\n')
+    with pytest.raises(ValueError, match=r"x.jsonl:1 has no text in field 'text' \(.*id, article"):
+        list(TextFiles([str(tmp_path / "x.jsonl")]))
+    read = iter(TextFiles([str(tmp_path / "x.jsonl")], "article"))
+    assert next(read) == "one"
+    with pytest.raises(ValueError, match=r"x.jsonl:2 has no text in field 'article'"):
+        next(read)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["nothing.txt"], "nothing.txt does not exist: name a text file, a folder or a pattern"),
+        (["no*.txt"], r"no\*.txt does not exist"),
+        (["empty"], "empty has no files whose names end in .txt or .jsonl"),
+        ([], "no file was named"),
+    ],
+)
+def test_what_names_no_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        TextFiles(names)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{", "x.jsonl:1 is not JSON"),
+        (b"[1]", "x.jsonl:1 is neither an object nor a string"),
+        (b'"\xff"', "x.jsonl:1 is not text in UTF-8"),
+    ],
+)
+def test_lines_that_are_no_texts(tmp_path: Path, line: bytes, said: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(line)
+    with pytest.raises(ValueError, match=said):
+        list(TextFiles([str(tmp_path / "x.jsonl")]))

@@ -11,7 +11,7 @@ from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
 from flocking.pruning.exported import Exported
 from flocking.pruning.exporting import export
-from flocking.pruning.fixed import FIXED, fixed_selection
+from flocking.pruning.fixed import FIXED, fixed_selection, rounded_densities
 from flocking.pruning.gguf_files import export_gguf, type_of_down
 from flocking.pruning.halves import split_texts
 from flocking.pruning.lost import Lost, measure_lost
@@ -61,6 +61,7 @@ __all__ = [
     "perplexity",
     "refuse_existing",
     "refuse_unscorable",
+    "rounded_densities",
     "score",
     "side_by_side",
     "split_texts",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class BlockReader(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     options: Options
     on_error: str
+    files: Sequence[str] | None = None  # that the texts are from
 
     @property
     def blocks(self) -> list[FeedForward]:

@@ -11,7 +11,7 @@ What was asked for stands in the attributes of ``recorded``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from flocking.recording.locations import Location
 
 LAYOUT = 1  # of the attributes of ``recorded``; another number is another layout
 RECORDED, DIGEST, PROBLEM = "recorded", "text_digest", "problem"
+FILE = "file"
 BOOKKEEPING = (RECORDED, DIGEST, PROBLEM)
 DONE, LEFT_OUT = 1, 2  # values of ``recorded``
 
@@ -73,6 +74,8 @@ class GrowingStore:
         sizes: Sizes,
         attributes: Mapping[str, Any],
         asked: Mapping[str, Any],
+        *,
+        with_files: bool = False,
     ) -> GrowingStore:
         """An empty store.
 
@@ -89,6 +92,8 @@ class GrowingStore:
             Of the recording.
         asked : dict
             ``arguments``, ``block``, ``texts`` and ``tokens``.
+        with_files : bool
+            Whether there is coordinate ``file``, the name of the file that a text is from.
         """
         group = place.opened("w-")
         block = asked["block"]
@@ -97,6 +102,7 @@ class GrowingStore:
             "sequence": sizes.sequence or 0,
             "routed_expert": sizes.routed_expert,
         }
+        texts = Field(("sequence",), "object")
         with zarr.config.set(_ZARR):
             for name, values in fixed.items():
                 field = COORDINATES[name]
@@ -107,9 +113,12 @@ class GrowingStore:
             for name, field in COORDINATES.items():
                 if "sequence" in field.dims:
                     _allocate(group, name, field.dims, field, extents, block)
-            for name, dtype in ((DIGEST, "uint64"), (PROBLEM, "object")):
-                _allocate(group, name, ("sequence",), Field(("sequence",), dtype), extents, block)
+            for name in (PROBLEM, *([FILE] if with_files else [])):
+                _allocate(group, name, texts.dims, texts, extents, block)
+            digest = Field(("sequence",), "uint64")
+            _allocate(group, DIGEST, digest.dims, digest, extents, block)
             others = [n for n, each in COORDINATES.items() if n in group and each.dims != (n,)]
+            others += [FILE] if with_files else []
             group.attrs.put({**attributes, "coordinates": " ".join(others)})
             field = Field(("sequence",), "int8")
             array = _allocate(group, RECORDED, ("sequence",), field, extents, block)
@@ -172,6 +181,7 @@ class GrowingStore:
         recording: xr.Dataset | None,
         digests: np.ndarray,
         problems: Mapping[int, str],
+        files: Sequence[str] | None = None,
     ) -> None:
         """Write a block.
 
@@ -184,6 +194,8 @@ class GrowingStore:
         digests : numpy.ndarray of uint64
         problems : dict of str
             Why a text was left out, by its place in the block.
+        files : list of str, optional
+            Names of the files that they are from, if there is room for these.
         """
         count = rows.stop - rows.start
         self._make_room(rows.stop)
@@ -193,6 +205,8 @@ class GrowingStore:
             if recording is not None:
                 for name in self._by_sequence():
                     self._put(name, rows, good, recording)
+            if files is not None:
+                self._array(FILE)[rows] = np.array(files, dtype=object)
             self._array(DIGEST)[rows] = digests
             told = [problems.get(place, "") for place in range(count)]
             self._array(PROBLEM)[rows] = np.array(told, dtype=object)
@@ -205,7 +219,7 @@ class GrowingStore:
         found = []
         for name, array in self._group.arrays():
             dims = array.attrs["_ARRAY_DIMENSIONS"]
-            if dims[0] == "sequence" and name not in (*BOOKKEEPING, "sequence"):
+            if dims[0] == "sequence" and name not in (*BOOKKEEPING, FILE, "sequence"):
                 found.append(name)
         return found
 

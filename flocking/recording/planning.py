@@ -119,6 +119,7 @@ def create(place: Location, plan: Plan, reader: BlockReader) -> None:
             "texts": plan.texts,
             "tokens": plan.tokens,
         },
+        with_files=reader.files is not None,
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -42,14 +43,18 @@ def stream(
     num_texts: int | None,
     on_error: str,
     progress: bool,
+    files: Sequence[str] | None = None,
 ) -> xr.Dataset:
-    """Record texts into a store, or go on with it; see :func:`flocking.record`."""
+    """Record texts into a store, or go on with it; see :func:`flocking.record`.
+
+    `files` are the names of the files that texts are from, for coordinate ``file``.
+    """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error={on_error!r}: give 'stop' or 'skip'.")
     place: Location = Url(str(out)) if is_url(out) else Folder(new_store_path(out, "out"))
     model = recordable(require_model(model))
     corpus = Corpus(text, options.wanted, num_texts)
-    reader = BlockReader(model, require_tokenizer(tokenizer), options, on_error)
+    reader = BlockReader(model, require_tokenizer(tokenizer), options, on_error, files)
     reader.read(corpus.peek())  # what is wrong with all texts is wrong with the first
     chosen_blocks(model, options)
     warn_of_training(model)
@@ -216,7 +221,8 @@ def _record_block(store: GrowingStore, block: Block, reader: BlockReader, bar: t
         refuse_mixture(special, read.reading.whole.special, block.start)
         store.place.refuse_full(reader.bytes_of(read.reading))
     recording, problems = reader.record(block, read, bar)
-    store.write(block.rows, recording, block.digests, problems)
+    files = None if reader.files is None else reader.files[block.rows]
+    store.write(block.rows, recording, block.digests, problems, files)
     bar.set_postfix(texts=block.rows.stop, refresh=False)
 
 

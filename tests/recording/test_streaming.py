@@ -26,7 +26,8 @@ from streams import (
 )
 
 import flocking
-from flocking.recording import growing
+from flocking.recording import Wanted, growing, streaming
+from flocking.recording.arguments import Options
 
 
 @pytest.mark.parametrize(
@@ -279,3 +280,21 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(OSError, match="1,000 are free on the disk: make room"):
             stream(path)
     assert_same_values(stream(path).load(), by_block("llama", TEXTS))
+
+
+def test_names_of_files_stand_beside_their_texts(tmp_path: Path) -> None:
+    names = [f"{number}.txt" for number in range(len(TEXTS))]
+    got = streaming.stream(
+        helpers.proved("llama"),
+        TEXTS,
+        tmp_path / "x.zarr",
+        tokenizer=None,
+        options=Options(Wanted(None, None, 0), window=8, batch_size=2),
+        num_texts=None,
+        on_error="stop",
+        progress=False,
+        files=names,
+    )
+    assert got.coords["file"].dims == ("sequence",)
+    assert got.file.values.tolist() == names
+    assert_same_values(got.drop_vars("file").load(), by_block("llama", TEXTS))
