@@ -284,12 +284,53 @@ def text_kinds(data: xr.Dataset, figure: Figure) -> None:
     legend(upper, axes[:, 1:], ncols=3)
 
 
+@in_style(FROM_EXPERIMENTS, "overlap", "share", "settled", "chance")
+def atlas(data: xr.Dataset, figure: Figure) -> None:
+    """Overlap of kinds, how static selections settle, and by how many kinds neurons are kept."""
+    told = (
+        f"{data.attrs['model']}, density {data.attrs['density']}: {data.sizes['kind']} kinds of "
+        f"text, {data.attrs['pieces']} pieces of {data.attrs['piece']} tokens of each."
+    )
+    upper, axes = page(figure, told, 2, 2, height=4.6, height_ratios=[1.5, 1])
+    matrices = data.overlap.values
+    for ax, weights in zip(axes[0], data.weights.values, strict=True):
+        image = ax.pcolormesh(
+            data.overlap.sel(weights=weights).values,
+            vmin=matrices.min(),
+            vmax=matrices.max(),
+            cmap="viridis",
+            rasterized=True,
+        )
+        places = np.arange(data.sizes["kind"]) + 0.5
+        ax.set_yticks(places, data.kind.values if ax is axes[0, 0] else [])
+        ax.set_xticks(places, data.other.values, rotation=90)
+        ax.invert_yaxis()
+        ax.set(title=_NAMES[weights], xlabel="piece of")
+    axes[0, 0].set_ylabel("overlap with piece of")
+    upper.colorbar(image, ax=axes[0], label="Jaccard", aspect=20)
+    counts, settling = axes[1]
+    styles = {"by kind": {"marker": "o"}, "at random": {"ls": ":", "marker": "s"}}
+    for weights, style in BY_WEIGHTS.items():
+        for dealt, more in styles.items():
+            label = _NAMES[weights] + (", pieces dealt" if dealt == "at random" else "")
+            here = data.share.sel(weights=weights, dealt=dealt)
+            counts.plot(data.kinds, here, **{**style, **more, "ms": 2, "label": label})
+        band(data.settled.sel(weights=weights), settling, **style)
+    counts.plot(data.kinds, data.chance, **CHANCE, label="chance")
+    counts.set(xlabel="kinds that keep it", ylabel="share of neurons", ylim=(0, None))
+    guide(data.attrs["chance_jaccard"], settling)
+    powers_of_two(settling, data.pieces.values)
+    settling.set(xlabel="pieces selected from", ylabel="overlap (Jaccard)")
+    legend(upper, axes[1:, :1], ncols=2)
+
+
 FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
     draw.__name__: draw
     for draw in (
         heatmaps,
         scores,
         token_order,
+        atlas,
         sequence_overlap,
         generation,
         drift,

@@ -18,7 +18,15 @@ from flocking.artifacts import (
     to_json,
 )
 from flocking.drawing import described, save, titled
-from flocking.experiments import activations, allocations, distances, losses, orders, references
+from flocking.experiments import (
+    activations,
+    allocations,
+    distances,
+    kinds,
+    losses,
+    orders,
+    references,
+)
 from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
@@ -26,6 +34,7 @@ from flocking.experiments.figures import FIGURES
 EXPERIMENTS = (
     activations.EXPERIMENTS
     | orders.EXPERIMENTS
+    | kinds.EXPERIMENTS
     | losses.EXPERIMENTS
     | references.EXPERIMENTS
     | allocations.EXPERIMENTS

@@ -172,6 +172,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
                 "rank_consistency",
                 "overlap",
             ],
+            "atlas": ["settled"],
             "sequence_overlap": ["within", "between", "specificity", "different_tokens"],
             "generation": ["jaccard_mean", "captured_mean"],
             "drift": ["jaccard", "captured"],
@@ -252,3 +253,17 @@ def test_drift_uses_its_axes_and_chance_takes_little_of_the_losses() -> None:
     heights = [ax.get_position().height for ax in axes if ax is not chance and ax.axison]
     assert chance.get_position().height < 0.25 * max(heights)
     plt.close("all")
+
+
+def test_the_atlas_shows_its_overlaps_and_shares() -> None:
+    data = artifacts.from_json((COMMITTED / "atlas.json").read_text("utf-8"))
+    figure = FIGURES["atlas"](data)
+    axes = figure.subfigs[0].axes
+    for ax, weights in zip(axes[:2], data.weights.values, strict=True):
+        (mesh,) = ax.collections
+        np.testing.assert_allclose(mesh.get_array(), data.overlap.sel(weights=weights))
+    for weights in data.weights.values:
+        for dealt in data.dealt.values:
+            assert drawn(axes[2], data.share.sel(weights=weights, dealt=dealt).values)
+    assert drawn(axes[2], data.chance.values)
+    plt.close(figure)
