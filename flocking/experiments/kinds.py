@@ -123,7 +123,7 @@ def _like(data: xr.Dataset | xr.DataArray, values: np.ndarray) -> xr.DataArray:
 
 def _kept(energy: xr.DataArray) -> xr.DataArray:
     """What GRIFFIN's statistic selects."""
-    return analysis.select(np.sqrt(energy), _DENSITY)
+    return analysis.select(energy**0.5, _DENSITY)
 
 
 def _overlaps(kept: xr.DataArray, names: list[str]) -> xr.DataArray:

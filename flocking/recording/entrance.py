@@ -30,6 +30,8 @@ _FIELDS = VARIABLES | COORDINATES
 _SINGLE = ("sequence", "layer", "window", "relative_layer")  # dimensions of which one may be taken
 _ALWAYS = ("window", "phase", "d_ff")  # what every measure needs
 _LARGE = ("neuron", "routed_expert")  # dimensions of arrays that may stay on disk
+_TEXTS = ("text", "token_text")  # so may these, which no measure reads
+_TOKENS = 2**20  # that are looked at together
 # Whole numbers that are checked wherever a recording has them.
 _WHOLE = (
     "window",
@@ -208,7 +210,8 @@ def _shaped(recording: xr.Dataset, needed: list[str], single: tuple[str, ...]) -
         if name == "relative" and "relative_layer" in data.coords:
             dims = tuple("relative_layer" if dim == "layer" else dim for dim in dims)
         if _fits(data.variables[name], dims, single):
-            shaped[name] = _with_dimensions(data.variables[name], dims)
+            stays = bool({*dims} & {*_LARGE}) or name in _TEXTS or name == "token_window"
+            shaped[name] = _with_dimensions(data.variables[name], dims, stays)
         elif name in wanted:
             raise ValueError(_of_dimensions(name, data.variables[name].dims, dims))
         else:
@@ -223,9 +226,9 @@ def _fits(variable: xr.Variable, dims: tuple[str, ...], single: tuple[str, ...])
     return {*variable.dims} <= {*dims} and {*dims} - {*variable.dims} <= {*single}
 
 
-def _with_dimensions(variable: xr.Variable, dims: tuple[str, ...]) -> xr.Variable:
-    """A variable with these dimensions in this order; in memory, unless it is a large one."""
-    if not set(dims) & set(_LARGE):
+def _with_dimensions(variable: xr.Variable, dims: tuple[str, ...], stays: bool) -> xr.Variable:
+    """A variable with these dimensions in this order; in memory, unless it stays where it is."""
+    if not stays:
         variable = xr.Variable(variable.dims, variable.values, variable.attrs)
     missing = [dim for dim in dims if dim not in variable.dims]
     if missing:
@@ -278,7 +281,7 @@ def whole_neurons(data: _Data) -> _Data:
 def _check_values(data: xr.Dataset) -> None:
     """Whole numbers where the schema has them, and the schema's phases."""
     for name in _WHOLE:
-        if name not in data.variables:
+        if name not in data.variables or data[name].dtype.kind in "iu":
             continue
         values = data[name].values
         if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -312,10 +315,17 @@ def _check_tokens(data: xr.Dataset) -> None:
     """The tokens are those that the windows sum over, and lie where the windows begin."""
     if "token_window" not in data.coords or "tokens" not in data:
         return
+    if not data.sizes["window"] or not data.sizes["token"]:
+        return
+    count = max(1, _TOKENS // data.sizes["token"])
+    for start in range(0, data.sizes["sequence"], count):
+        _check_tokens_of(data.isel(sequence=slice(start, start + count)))
+
+
+def _check_tokens_of(data: xr.Dataset) -> None:
+    """The same, of some sequences."""
     labels, counts = data.window.values, data["tokens"].values
     window = data.token_window.values
-    if not len(labels) or not window.size:
-        return
     number = np.minimum(np.searchsorted(labels, window), len(labels) - 1)
     sequence, token = np.nonzero(labels[number] == window)
     place = (sequence * len(labels)) + number[sequence, token]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,9 @@ def save_recording(
         write_store(recording, partial)
 
 
-def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
+def open_recording(
+    path: str | os.PathLike[str], *, chunks: Mapping[Any, int] | None = None
+) -> xr.Dataset:
     """Open a recording that was saved; arrays stay on disk until they are used.
 
     Every measure takes it as it is, and reads what it needs. ``.load()`` reads all of it.
@@ -89,6 +93,10 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
     path : str or Path
         From :func:`save_recording`, ``record(out=...)``, ``flocking record`` or xarray's
         ``to_zarr``; or an address that fsspec knows, such as ``s3://bucket/corpus.zarr``.
+    chunks : dict, optional
+        Read it with dask, where that is installed: in the store's own chunks, ``{}``, or in chunks
+        of so many entries by dimension, as of ``xarray.open_zarr``. Memory does not grow with the
+        number of texts then.
 
     Returns
     -------
@@ -101,7 +109,12 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
         If there is nothing.
     ValueError
         If it is something else than a recording, or one of another schema version; if files that
-        :func:`save_recording` wrote are lost or cut.
+        :func:`save_recording` wrote are lost or cut; for `chunks` without dask.
+
+    Warns
+    -----
+    UserWarning
+        If :func:`flocking.record` has not finished it: what is there so far is opened.
 
     Examples
     --------
@@ -112,7 +125,10 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
     True
     """
     place = Url(str(path)) if is_url(path) else store_path(path)
-    recording = _in_object_store(place) if isinstance(place, Url) else _in_folder(place)
+    if isinstance(place, Url):
+        recording = _in_object_store(place, chunks)
+    else:
+        recording = _in_folder(place, chunks)
     recording = with_python_strings(recording)
     if RECORDED in recording.variables:
         recording, missing = without_bookkeeping(recording)
@@ -128,7 +144,7 @@ def open_recording(path: str | os.PathLike[str]) -> xr.Dataset:
     return recording
 
 
-def _in_folder(place: Path) -> xr.Dataset:
+def _in_folder(place: Path, chunks: Any) -> xr.Dataset:
     """What is stored in a folder."""
     if not os.path.lexists(place):
         raise FileNotFoundError(f"there is no {place}: save a recording there first.")
@@ -138,21 +154,25 @@ def _in_folder(place: Path) -> xr.Dataset:
         raise ValueError(f"{place} is not a Zarr store: give a recording's.")
     refuse_losses(place)
     # (Of other paths, zarr and xarray would expand "~" themselves.)
-    return _opened(str(place), place.absolute(), consolidated=_is_consolidated(place))
+    return _opened(str(place), place.absolute(), chunks, consolidated=_is_consolidated(place))
 
 
-def _in_object_store(place: Url) -> xr.Dataset:
+def _in_object_store(place: Url, chunks: Any) -> xr.Dataset:
     """What is stored at an address."""
     if not place.is_there():
         raise FileNotFoundError(f"there is no {place}: record into it first.")
     consolidated = place.opened("r").metadata.consolidated_metadata is not None
     options = {"storage_options": place.options, "consolidated": consolidated}
-    return _opened(str(place), place.address, **options)
+    return _opened(str(place), place.address, chunks, **options)
 
 
-def _opened(name: str, place: Any, **options: Any) -> xr.Dataset:
+def _opened(name: str, place: Any, chunks: Any, **options: Any) -> xr.Dataset:
+    if chunks is not None and importlib.util.find_spec("dask") is None:
+        raise ValueError(
+            f"chunks={chunks!r} needs dask, which is not installed: pip install 'flocking[corpus]'."
+        )
     try:
-        return xr.open_zarr(place, chunks=None, **options)
+        return xr.open_zarr(place, chunks=chunks, **options)
     except Exception as problem:
         # Of many kinds, zarr's, xarray's and the file system's.
         raise ValueError(f"{name} cannot be read ({_first_line(problem)}).") from problem

@@ -101,10 +101,10 @@ def _prepare(place: Location, corpus: Corpus, reader: BlockReader, progress: boo
     place.make(lambda where: create(where, plan, reader))
     if progress:
         one, texts = bytes_of_text(plan, reader), plan.texts
-        what = f"{texts} texts of" if texts else "each text of"
+        what = f"{texts:,} text{'s' * (texts > 1)} of" if texts else "each text of"
         tqdm.write(
             f"{place}: at most {readable(one * (texts or 1))}, before compression, for {what} up "
-            f"to {plan.totals} tokens",
+            f"to {plan.totals:,} tokens",
             file=sys.stderr,
         )
 
