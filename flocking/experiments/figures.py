@@ -291,7 +291,7 @@ def atlas(data: xr.Dataset, figure: Figure) -> None:
         f"{data.attrs['model']}, density {data.attrs['density']}: {data.sizes['kind']} kinds of "
         f"text, {data.attrs['pieces']} pieces of {data.attrs['piece']} tokens of each."
     )
-    upper, axes = page(figure, told, 2, 2, height=4.6, height_ratios=[1.5, 1])
+    upper, axes = page(figure, told, 2, 2, height=4.2, height_ratios=[1.4, 1])
     matrices = data.overlap.values
     for ax, weights in zip(axes[0], data.weights.values, strict=True):
         image = ax.pcolormesh(
@@ -303,9 +303,9 @@ def atlas(data: xr.Dataset, figure: Figure) -> None:
         )
         places = np.arange(data.sizes["kind"]) + 0.5
         ax.set_yticks(places, data.kind.values if ax is axes[0, 0] else [])
-        ax.set_xticks(places, data.other.values, rotation=90)
+        ax.set_xticks(places, [])
         ax.invert_yaxis()
-        ax.set(title=_NAMES[weights], xlabel="piece of")
+        ax.set(title=_NAMES[weights], xlabel="piece of (same order)")
     axes[0, 0].set_ylabel("overlap with piece of")
     upper.colorbar(image, ax=axes[0], label="Jaccard", aspect=20)
     counts, settling = axes[1]
