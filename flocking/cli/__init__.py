@@ -3,15 +3,35 @@
 Imports every room, but only inside of the command that needs it, so that help is quick.
 """
 
-from flocking.cli import commands as _study
-from flocking.cli import pruned_commands as _prune
-from flocking.cli.app import app
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flocking.cli.registered import app
 
 __all__ = ["app", "main"]
-
-_REGISTERED = _study, _prune  # each puts its commands on `app`
 
 
 def main() -> None:
     """Entry point of the ``flocking`` command."""
-    app()
+    try:
+        from flocking.cli.registered import app
+
+        app()
+    except KeyboardInterrupt:  # before or after a command, which sees to its own interruptions
+        print("flocking: interrupted: nothing was written.", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; do not end in a traceback
+
+
+def __getattr__(name: str) -> object:
+    """The command itself, whose modules are imported when it is asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from flocking.cli.registered import app
+
+    return app

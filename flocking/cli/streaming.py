@@ -9,10 +9,14 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 class Clock(TextStreamer):
-    """Prints the text as it comes, and notes the time of each new token."""
+    """Prints the text as it comes, unless it is silent, and notes the time of each new token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: object) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, silent: bool = False, **options: object
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, **options)
+        self.silent = silent
+        self.text = ""
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
@@ -21,9 +25,15 @@ class Clock(TextStreamer):
             self.times.append(time.perf_counter())
         super().put(value)
 
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Keep the text, and print it."""
+        self.text += text
+        if not self.silent:
+            super().on_finalized_text(text, stream_end)
+
     @property
-    def speed(self) -> str:
+    def speed(self) -> float | None:
         """Tokens a second after the first new one, which the pass over the prompt gives."""
         if len(self.times) < 2:
-            return "-"
-        return f"{(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f}"
+            return None
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])

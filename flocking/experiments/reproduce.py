@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,28 @@ EXPERIMENTS = (
     | allocations.EXPERIMENTS
     | distances.EXPERIMENTS
 )
+
+
+class Outcome(NamedTuple):
+    """What became of one figure.
+
+    Attributes
+    ----------
+    name : str
+    why : str or None
+        Why its numbers had to be computed, or have to be; None if they were there and up to date,
+        or were not asked about.
+    changed : list of str
+        What is different in its numbers since the last commit, in words; only of a check.
+    picture : Path
+    """
+
+    name: str
+    why: str | None
+    changed: list[str]
+    picture: Path
+
+
 _SUFFIXES = (".json", ".png", ".svg", ".md")
 
 
@@ -43,7 +66,7 @@ def regenerate(
     only: Iterable[str] | None = None,
     seed: int = 0,
     say: Callable[[str], None] = print,
-) -> None:
+) -> list[Outcome]:
     """Run the experiments whose numbers are missing or out of date, and draw all figures.
 
     Parameters
@@ -62,6 +85,11 @@ def regenerate(
     say : callable
         Takes each line of the report.
 
+    Returns
+    -------
+    list of Outcome
+        Of each figure that was asked for.
+
     Raises
     ------
     ValueError
@@ -70,7 +98,7 @@ def regenerate(
         If `out` cannot be written, or another process is writing a figure there.
     """
     keys = _keys(out, identity, texts, only, seed)
-    subject = None
+    subject, done = None, []
     for name, key in keys.items():
         path = out / f"{name}.json"
         # The JSON comes first: if the process is killed before the pictures are there as well,
@@ -86,11 +114,13 @@ def regenerate(
                 written = to_json(EXPERIMENTS[name](*subject, texts, seed=seed), key)
             caption = _draw(name, written, partial)
         say(f"{out / name}.png  {caption}\n")
+        done.append(Outcome(name, why, [], out / f"{name}.png"))
+    return done
 
 
 def redraw(
     out: Path, *, only: Iterable[str] | None = None, say: Callable[[str], None] = print
-) -> None:
+) -> list[Outcome]:
     """Draw figures again from the numbers that are there, however old; run no model.
 
     Numbers are out of date where their key says so (:func:`check`); a change of how they are drawn
@@ -104,6 +134,11 @@ def redraw(
         Names of experiments; by default, those whose numbers are there.
     say : callable
         Takes each line of the report.
+
+    Returns
+    -------
+    list of Outcome
+        Of each figure that was drawn.
 
     Raises
     ------
@@ -125,6 +160,7 @@ def redraw(
         with replacing(*places, check=_refuse_foreign) as partial:
             _draw(name, path.read_text(encoding="utf-8"), partial)
         say(f"{out / name}.png  drawn again")
+    return [Outcome(name, None, [], out / f"{name}.png") for name in names]
 
 
 def _draw(name: str, written: str, numbers: Path) -> str:
@@ -152,30 +188,31 @@ def check(
     only: Iterable[str] | None = None,
     seed: int = 0,
     say: Callable[[str], None] = print,
-) -> bool:
+) -> list[Outcome]:
     """Say which figures are out of date, and what changed in their numbers since git's HEAD.
 
     Runs no model and writes nothing. Parameters are those of :func:`regenerate`.
 
     Returns
     -------
-    bool
-        Whether all figures are up to date.
+    list of Outcome
+        Of each figure; all are up to date if each one's ``why`` is None.
 
     Raises
     ------
     ValueError
         As :func:`regenerate`.
     """
-    stale = {}
+    found = []
     keys = _keys(out, identity, texts, only, seed)
     for name, key in keys.items():
         path = out / f"{name}.json"
-        why = stale[name] = _stale(path, key)
+        why, changed = _stale(path, key), _since_commit(path)
         say(f"{name}: {why or 'up to date'}")
-        for line in _since_commit(path):
+        for line in changed:
             say(line)
-    return not any(stale.values())
+        found.append(Outcome(name, why, [line.strip() for line in changed], out / f"{name}.png"))
+    return found
 
 
 def _keys(
