@@ -21,11 +21,23 @@ def main() -> None:
         from flocking.cli.registered import app
 
         app()
-    except KeyboardInterrupt:  # before or after a command, which sees to its own interruptions
-        print("flocking: interrupted: nothing was written.", file=sys.stderr)
+    except KeyboardInterrupt:
+        _say_interrupted()
         raise SystemExit(130) from None
+    except SystemExit as end:  # of typer, which is silent about an interruption of its own work
+        if end.code == 130:
+            _say_interrupted()
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; do not end in a traceback
+
+
+def _say_interrupted() -> None:
+    """Say it where no command has: before one began, or after it has ended."""
+    from flocking.cli.ending import told
+
+    if not told:
+        print("flocking: interrupted: nothing was written.", file=sys.stderr)
 
 
 def __getattr__(name: str) -> object:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+told: list[str] = []  # what was said of interruptions
 _PATIENCE = 10.0  # seconds in which a second Ctrl-C does not disturb what the first began
 
 
@@ -65,6 +66,11 @@ def left_behind(written: Sequence[Path], goes_on: bool) -> str:
     goes_on : bool
         Whether the same command does only what is not there.
     """
+    told.append(_words(written, goes_on))
+    return told[-1]
+
+
+def _words(written: Sequence[Path], goes_on: bool) -> str:
     if not written:
         return "interrupted: nothing was written."
     more = f" and {len(written) - 3} more" if len(written) > 3 else ""
