@@ -1,4 +1,4 @@
-"""The group of commands: its help, whole at any width, and its complaints, as text."""
+"""The group of commands: its help, whole at any width, and its complaints, in one sentence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from flocking.cli.printing import USAGE_ERROR, printable
+from flocking.cli.printing import USAGE_ERROR, complain
 
 _UNBREAKABLE = str.maketrans("-", "\u2011")  # a hyphen at which no line ends
 _BREAKABLE = str.maketrans("\u2011", "-")
@@ -47,7 +47,7 @@ class _Context(typer.Context):
 
 
 class Commands(TyperGroup):
-    """The commands; what their complaints name is shown as text."""
+    """The commands, whose complaints about their options are one sentence."""
 
     context_class = _Context
 
@@ -70,19 +70,24 @@ class Commands(TyperGroup):
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         """As click does."""
-        with _printable_errors():
+        with _in_one_sentence():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         """As click does."""
-        with _printable_errors():
+        with _in_one_sentence():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _printable_errors() -> Iterator[None]:
+def _in_one_sentence() -> Iterator[None]:
+    """Say what is wrong with a command line as all errors are said."""
     try:
         yield
     except USAGE_ERROR as problem:
-        problem.message = printable(problem.message)  # type: ignore[attr-defined]
-        raise
+        context = getattr(problem, "ctx", None)
+        path = context.command_path if context is not None else "flocking"
+        said = problem.format_message().rstrip(".")  # type: ignore[attr-defined]
+        said = said.partition(", unable to parse")[0].replace("argument(s)", "arguments")
+        complain(f"{said} (see {path} --help).")
+        raise typer.Exit(2) from None

@@ -69,14 +69,16 @@ def laid_out(
             break
         left.insert(0, max(spare, key=lambda column: column.spare))
         shown.remove(left[0])
-    titles = _row(
-        [_words(one.title, n) for one, n in zip(shown, widths, strict=True)], shown, widths
+    parts = {
+        one: [_words(text, n) for text in (one.title, *cells[one])]
+        for one, n in zip(shown, widths, strict=True)
+    }
+    widths = [max(cells_of(line) for lines in parts[one] for line in lines) for one in shown]
+    first, *rest = (
+        _row([parts[one][number] for one in shown], shown, widths)
+        for number in range(len(rows) + 1)
     )
-    lines = []
-    for number in range(len(rows)):
-        parts = [_words(cells[one][number], n) for one, n in zip(shown, widths, strict=True)]
-        lines += _row(parts, shown, widths)
-    return [line for line in titles if line], lines, left
+    return [line for line in first if line], [line for lines in rest for line in lines], left
 
 
 def _fitted(columns: list[tuple[Column, list[str]]], width: int | None) -> list[int]:

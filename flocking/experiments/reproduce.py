@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.artifacts import (
@@ -23,15 +25,43 @@ from flocking.experiments import activations, allocations, distances, losses, or
 from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
+from flocking.models import require_model, require_tokenizer
 
-EXPERIMENTS = (
-    activations.EXPERIMENTS
-    | orders.EXPERIMENTS
-    | losses.EXPERIMENTS
-    | references.EXPERIMENTS
-    | allocations.EXPERIMENTS
-    | distances.EXPERIMENTS
-)
+_Experiment = Callable[..., xr.Dataset]
+
+
+def _asked(experiment: _Experiment) -> _Experiment:
+    """An experiment that says what to give where it is given something else."""
+
+    @functools.wraps(experiment)
+    def run(
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        **options: Any,
+    ) -> xr.Dataset:
+        if require_tokenizer(tokenizer) is None:
+            raise TypeError("tokenizer is None: give the model's own, as flocking.load returns it.")
+        require_model(model)
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            kind = type(texts).__name__
+            raise TypeError(
+                f"texts is of type {kind}: give a list of texts, as flocking.passages()."
+            )
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise TypeError(f"text {number} is of type {kind}: give each text as a string.")
+        return experiment(model, tokenizer, texts, **options)
+
+    return run
+
+
+EXPERIMENTS = {
+    name: _asked(experiment)
+    for room in (activations, orders, losses, references, allocations, distances)
+    for name, experiment in room.EXPERIMENTS.items()
+}
 
 
 class Outcome(NamedTuple):
