@@ -24,12 +24,12 @@ def main() -> None:
     except KeyboardInterrupt:
         _say_interrupted()
         raise SystemExit(130) from None
-    except SystemExit as end:  # of typer, which is silent about an interruption of its own work
+    except SystemExit as end:  # of typer, which says nothing when it is interrupted itself
         if end.code == 130:
             _say_interrupted()
         raise
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; do not end in a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
 
 
 def _say_interrupted() -> None:

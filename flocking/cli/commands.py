@@ -93,7 +93,11 @@ def record(
         names = [name.encode("utf-8", "backslashreplace").decode() for name in files]
         recording = recording.assign_coords(file=("sequence", np.array(names, dtype=str)))
         write_store(recording, partial)
-    sizes = {str(dim): size for dim, size in recording.sizes.items()}
+    _tell(output, {str(dim): size for dim, size in recording.sizes.items()})
+
+
+def _tell(output: Path, sizes: dict[str, int]) -> None:
+    """Say what was recorded, and how to open it."""
     told = ", ".join(counted(size, dim) for dim, size in sizes.items())
     result({"output": output, "sizes": sizes}, lambda: say(f"wrote {output}: {told}"))
     notice(f"open it with flocking.open_recording({str(output)!r})")

@@ -5,10 +5,11 @@ What needs torch is imported inside of the commands, so that help and version ar
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -96,32 +97,31 @@ def generate(
     loaded, tokenizer = load(model, device, dtype)
     prompts = tokenize(loaded, text, tokenizer)
     refuse_long(loaded, prompts.ids, max_new_tokens)
-    known = cast(Literal["shared", "sequence"], scope)
-    twin = flocking.griffin(loaded, density, method=method, scope=known, refresh=refresh)
-    rows = {name: each[0] for name, each in prompts.inputs.items()} | {"input_ids": prompts.ids[0]}
-    inputs: dict[str, Any] = {name: row[None].to(loaded.device) for name, row in rows.items()}
+    options: dict[str, Any] = {"method": method, "scope": scope, "refresh": refresh}
+    twin = flocking.griffin(loaded, density, **options)
+    first = {name: each[0] for name, each in prompts.inputs.items()} | {"input_ids": prompts.ids[0]}
+    inputs: dict[str, Any] = {name: row[None].to(loaded.device) for name, row in first.items()}
     inputs["attention_mask"] = inputs["input_ids"].new_ones(inputs["input_ids"].shape)
     pruned = f"GRIFFIN, density {density:g}" + (f", anew every {refresh}" if refresh else "")
     subjects: dict[str, Any] = {"full model": loaded, pruned: twin}
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name, subject in list(subjects.items())[0 if compare else 1 :]:
         if compare and not as_json():
             heading(name)
-        clock = Clock(tokenizer, skip_special_tokens=True, silent=as_json())
-        if not as_json():
-            typer.echo(text, nl=False)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": clock}
-        subject.generate(**inputs, **options, do_sample=False, num_beams=1)
+        clock = Clock(tokenizer, None if as_json() else text)
+        greedy = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+        subject.generate(**inputs, **greedy, streamer=clock)
         active = twin.report().active_parameters if subject is twin else loaded.num_parameters()
-        rows.append({"model": name, "text": clock.text, "new_tokens": len(clock.times)})
-        rows[-1] |= {"tokens_a_second": clock.speed, "active_parameters": active}
+        rows.append({"model": name, **clock.measured(), "active_parameters": active})
 
-    def shown() -> None:
-        if compare:
-            print_table(_RUNS, rows)
-            notice("Speed is that of decoding, without the prompt; one run says little about it.")
-
+    shown = functools.partial(_print_runs, rows if compare else [])
     result({"prompt": text, "continuations": rows}, shown)
+
+
+def _print_runs(rows: list[dict[str, Any]]) -> None:
+    if rows:
+        print_table(_RUNS, rows)
+        notice("Speed is that of decoding, without the prompt; one run says little about it.")
 
 
 def _speed(row: Row) -> str:

@@ -184,15 +184,16 @@ def test_values_in_what_json_has(value: object, expected: object) -> None:
 
 @pytest.mark.filterwarnings("default")
 def test_quiet_leaves_results_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loud = run("record", "long.txt", "-o", "loud.zarr", "--model", "model")
+    given = ("t.txt", "--model", "model")
+    loud = run("record", *given, "-o", "loud.zarr")
     assert "recording:" in loud.stderr
     assert "Loading weights" in loud.stderr
     assert "open it with" in loud.stdout
-    quiet = run("record", "long.txt", "-o", "quiet.zarr", "--model", "model", "-q")
+    quiet = run("record", *given, "-o", "quiet.zarr", "-q")
     assert quiet.stderr == ""
     assert quiet.stdout == loud.stdout.splitlines()[0].replace("loud", "quiet") + "\n"
     assert "1 sequence, 2 layers" in quiet.stdout
-    again = run("record", "long.txt", "-o", "again.zarr", "--model", "model")
+    again = run("record", *given, "-o", "again.zarr")
     assert "recording:" in again.stderr  # the bars are back
     refused = run("record", "none.txt", "-o", "x.zarr", "-q")
     assert refused.exit_code == 2
