@@ -138,6 +138,18 @@ Continuations = Annotated[
     ),
 ]
 
+# Of `flocking generate`.
+Method = Annotated[
+    str,
+    typer.Option(
+        help="A method of flocking.griffin, such as topk or magnitude.",
+        autocompletion=one_of(choices.METHODS),
+    ),
+]
+Scope = Annotated[
+    str, typer.Option(help="shared or sequence.", autocompletion=one_of(choices.SCOPES))
+]
+
 # Of `flocking evaluate`.
 Tasks = Annotated[
     str,

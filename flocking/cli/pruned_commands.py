@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import flocking
-from flocking.cli import choices
-from flocking.cli.choices import one_of
 from flocking.cli.front import app
 from flocking.cli.options import (
     Calibration,
@@ -29,10 +27,12 @@ from flocking.cli.options import (
     KeepMultiple,
     KeepOlder,
     LimitByTask,
+    Method,
     Methods,
     Model,
     OwnSamples,
     ProtocolByTask,
+    Scope,
     SourceArgument,
     Tasks,
     argument,
@@ -58,16 +58,8 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     density: Annotated[float, typer.Option(help="Fraction of FF neurons kept.")] = 0.5,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="A method of flocking.griffin, such as topk or magnitude.",
-            autocompletion=one_of(choices.METHODS),
-        ),
-    ] = "topk",
-    scope: Annotated[
-        str, typer.Option(help="shared or sequence.", autocompletion=one_of(choices.SCOPES))
-    ] = "shared",
+    method: Method = "topk",
+    scope: Scope = "shared",
     refresh: Annotated[
         int | None, typer.Option(help="Select anew after every so many new tokens.")
     ] = None,
