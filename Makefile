@@ -1,5 +1,5 @@
 # make demo    what the project does, on a real model, in about a minute
-# make test    ruff, imports between rooms, types, and the test suite
+# make test    ruff, imports between rooms, types, the test suite, and the documentation
 # make env     only the environment both of them use, in .venv
 # make help    the rest
 
@@ -35,7 +35,7 @@ figures: env  ## run the experiments and draw figures/ (minutes; only what is ou
 check-figures: env  ## which of figures/ are out of date, and what changed since the last commit
 	$(BIN)/flocking figures --out figures --check
 
-test: env $(VENV)/torchao $(VENV)/dask $(VENV)/llama-cpp $(KERNELS)  ## ruff, imports between rooms, types, and the test suite
+test: env $(VENV)/torchao $(VENV)/dask $(VENV)/llama-cpp $(KERNELS)  ## ruff, imports between rooms, types, the test suite, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -44,6 +44,8 @@ test: env $(VENV)/torchao $(VENV)/dask $(VENV)/llama-cpp $(KERNELS)  ## ruff, im
 	PYTHONPATH=$(VENV)/dask OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/analysis/test_subsets.py tests/recording/test_concat.py -k chunked
 	PYTHONPATH=$(VENV)/llama-cpp OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/*/test_*llama_cpp.py
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
+	@if $(MAKE) --no-print-directory $(VENV)/.docs; then $(MAKE) --no-print-directory docs; \
+		else echo "Sphinx cannot be installed here: the documentation was not built"; fi
 
 fuzz: env  ## random arguments against independent computations, 2,000 of each kind (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile=large

@@ -7,7 +7,14 @@ from flocking.artifacts.code import code_digest, sources
 from flocking.artifacts.folders import file_digest, folder_digest
 from flocking.artifacts.keys import PARTS, Key, Part
 from flocking.artifacts.numbers import UnreadableError, checksum, from_json, read_content, to_json
-from flocking.artifacts.writing import BusyError, claimed, refuse_unwritable, replacing, set_aside
+from flocking.artifacts.writing import (
+    BusyError,
+    claimed,
+    noting,
+    refuse_unwritable,
+    replacing,
+    set_aside,
+)
 
 __all__ = [
     "PARTS",
@@ -21,6 +28,7 @@ __all__ = [
     "file_digest",
     "folder_digest",
     "from_json",
+    "noting",
     "read_content",
     "refuse_unwritable",
     "replacing",

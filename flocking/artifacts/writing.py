@@ -41,6 +41,7 @@ from flocking.artifacts.claims import (
     who,
 )
 
+_noted: list[list[Path]] = []  # where it is noted what was put in its place
 _LEAST_ROOM = 2**20  # bytes that must be free on a disk before anything is computed for it
 
 
@@ -101,6 +102,19 @@ def replacing(
         ending.enter_context(uninterrupted())
         for one in wanted:
             _put(claim / one.name, one, overwrite, check, replaced)
+        for places in _noted:
+            places.append(path)
+
+
+@contextmanager
+def noting() -> Iterator[list[Path]]:
+    """List the first path of each :func:`replacing` that comes to its end meanwhile."""
+    places: list[Path] = []
+    _noted.append(places)
+    try:
+        yield places
+    finally:
+        _noted[:] = [one for one in _noted if one is not places]
 
 
 def refuse_unwritable(path: Path, wait: float = 60.0) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 import flocking
-from flocking.cli.app import app
+from flocking.cli import choices
+from flocking.cli.choices import one_of
+from flocking.cli.front import app
 from flocking.cli.options import (
     Continuations,
     Device,
@@ -23,28 +24,21 @@ from flocking.cli.options import (
     PromptTokens,
     load,
     numbers_of,
-    one_sentence,
     passage,
     read_all,
 )
-from flocking.cli.printing import (
-    add_row,
-    printable,
-    say,
-    wide_console,
-)
-
-if TYPE_CHECKING:
-    pass
+from flocking.cli.printing import counted, heading, printable, say
+from flocking.cli.session import as_json, notice, reporting, result
+from flocking.cli.tables import Column, print_table
 
 
 @app.command(
     epilog="Example: flocking record article.txt notes.txt -o out/mine.zarr --layers 0,10-12"
 )
-@one_sentence
+@reporting
 def record(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Text files; - is standard input.")
+        list[str], typer.Argument(metavar="FILE", help="Text files; - is standard input.")
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT.zarr", help="Zarr store to write.")
@@ -64,7 +58,9 @@ def record(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT.zarr if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT.zarr if it exists.")
+    ] = False,
 ) -> None:
     """Record text files, one sequence each, and save the recording as Zarr."""
     import numpy as np
@@ -97,13 +93,18 @@ def record(
         names = [name.encode("utf-8", "backslashreplace").decode() for name in files]
         recording = recording.assign_coords(file=("sequence", np.array(names, dtype=str)))
         write_store(recording, partial)
-    sizes = dict(recording.sizes)
-    say(f"wrote {output}: " + ", ".join(f"{size} {dim}s" for dim, size in sizes.items()))
-    say(f"open it with flocking.open_recording({str(output)!r})")
+    _tell(output, {str(dim): size for dim, size in recording.sizes.items()})
+
+
+def _tell(output: Path, sizes: dict[str, int]) -> None:
+    """Say what was recorded, and how to open it."""
+    told = ", ".join(counted(size, dim) for dim, size in sizes.items())
+    result({"output": output, "sizes": sizes}, lambda: say(f"wrote {output}: {told}"))
+    notice(f"open it with flocking.open_recording({str(output)!r})")
 
 
 @app.command(epilog="Example: flocking demo --out out")
-@one_sentence
+@reporting
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.zarr and demo.png.")] = Path("out"),
     model: Model = None,
@@ -115,13 +116,12 @@ def demo(
     Beside it, the same tokens in a network of the same shape with random weights.
     """
     from flocking.artifacts import replacing
-    from flocking.cli.demo import beside_control, name_of, table
+    from flocking.cli.demo import beside_control, by_layer, name_of, print_by_layer
     from flocking.cli.outputs import refuse_other_than_demos as known
     from flocking.drawing import save_grain
     from flocking.recording import write_store
 
     stored, picture = out / "demo.zarr", out / "demo.png"
-    console = wide_console()
     with replacing(picture, check=known) as drawn, replacing(stored, check=known) as partial:
         loaded, tokenizer = load(model, device, dtype)
         passages = flocking.passages()
@@ -130,7 +130,12 @@ def demo(
         shown = layers[2 * len(layers) // 3]  # where most models flock clearly
         recording = flocking.record(loaded, ids, tokenizer=tokenizer, relative=[shown])
         recording = recording.assign_coords(sequence=[passage.name for passage in passages])
-        console.print(table(recording))
+        rows = by_layer(recording)
+        document = {"model": name_of(recording), "sequences": len(ids), "layers": rows}
+        result(
+            document | {"recording": stored, "picture": picture},
+            lambda: print_by_layer(recording, rows),
+        )
 
         write_store(recording, partial)
         # The same tokens in the same windows, by one that has learned nothing.
@@ -144,7 +149,7 @@ def demo(
             key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")
         }
         save_grain(figure, drawn, {"Source": name_of(recording), **origin}, dpi=100)
-    say(
+    notice(
         f"\nwrote {stored} and {picture}. Next:\n"
         f"  look at {picture}: vertical streaks are neurons that flock, in random weights, too;\n"
         f"  open the numbers: flocking.open_recording({str(stored)!r});\n"
@@ -154,7 +159,7 @@ def demo(
 
 
 @app.command(epilog="Example: flocking figures --only drift --out out/figures")
-@one_sentence
+@reporting
 def figures(
     out: Annotated[Path, typer.Option(help="Folder for the figures and their numbers.")] = Path(
         "figures"
@@ -165,7 +170,10 @@ def figures(
         typer.Option(help="A text file; repeat it for more. The packaged passages by default."),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="A figure's name; repeat it for more.")
+        list[str] | None,
+        typer.Option(
+            help="A figure's name; repeat it for more.", autocompletion=one_of(choices.FIGURES)
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights and random selections.")] = 0,
     check: Annotated[
@@ -197,55 +205,87 @@ def figures(
     check_numbers(seed=seed)
     if redraw and check:
         raise ValueError("--redraw and --check: give one of the two.")
-    if redraw:
-        experiments.redraw(out, only=only, say=say)
-        return
     passages = [passage(name) for name in texts] if texts else flocking.passages()
-    key = f"{identity(model)} {dtype}"
-    if device and not device.startswith("cpu"):
-        key += f" {device.partition(':')[0]}"  # other devices round otherwise
-    if check:
-        if not experiments.check(out, key, passages, only=only, seed=seed, say=say):
-            raise typer.Exit(1)
-        return
-    experiments.regenerate(
-        out, lambda: load(model, device, dtype), key, passages, only=only, seed=seed, say=say
-    )
+    if redraw:
+        done = experiments.redraw(out, only=only, say=notice)
+    else:
+        key = f"{identity(model)} {dtype}"
+        if device and not device.startswith("cpu"):
+            key += f" {device.partition(':')[0]}"  # other devices round otherwise
+        inputs = (key, passages)
+        if check:
+            done = experiments.check(
+                out, *inputs, only=only, seed=seed, say=notice if as_json() else say
+            )
+        else:
+            read = functools.partial(load, model, device, dtype)
+            done = experiments.regenerate(out, read, *inputs, only=only, seed=seed, say=notice)
+    result({"figures": [each._asdict() for each in done]}, lambda: None)
+    if check and any(each.why for each in done):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")
-@one_sentence
+@reporting
 def inspect(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
     """Show a model's FF blocks, how exactly each was proved, and whether GRIFFIN can prune it."""
     from flocking.feedforward import width
 
     loaded, _ = load(model, device, dtype)
     blocks = flocking.feedforwards(loaded)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("layer", "module", "kind", "hidden", "d_ff", "experts", "proof's error"):
-        table.add_column(column, justify="left" if column in ("module", "kind") else "right")
+    rows = []
     for block in blocks:
         sizes = None if block.kind == "experts" else width(block.down)
-        hidden = sizes[1] if sizes else block.weight.numel() // block.d_ff
-        experts = block.experts if block.kind == "experts" else ""
-        cells = (block.layer, block.path, block.kind, hidden, block.d_ff, experts)
-        add_row(table, *cells, f"{block.error:.1g}")
-    console = wide_console()
-    name = printable(type(loaded).__name__)
-    console.print(name, style="bold", end="")
-    console.print(f", {loaded.num_parameters():,} parameters")
-    console.print(table)
+        rows.append(
+            {
+                "layer": block.layer,
+                "module": block.path,
+                "kind": block.kind,
+                "hidden": sizes[1] if sizes else block.weight.numel() // block.d_ff,
+                "d_ff": block.d_ff,
+                "experts": block.experts if block.kind == "experts" else None,
+                "proof_error": block.error,
+            }
+        )
+    document: dict[str, object] = {
+        "model": type(loaded).__name__,
+        "parameters": loaded.num_parameters(),
+        "blocks": rows,
+        "griffin": True,
+        "why_not": None,
+        "active_parameters": None,
+    }
     try:
-        twin = flocking.griffin(loaded)
+        report = flocking.griffin(loaded).report()
     except ValueError as problem:
-        say(f"recorded: yes; GRIFFIN: no. {problem}")
-        return
-    share = twin.report().active_parameters / loaded.num_parameters()
-    console.print(f"recorded: yes; GRIFFIN: yes, at density 0.5 with {share:.0%} of the parameters")
+        document |= {"griffin": False, "why_not": str(problem)}
+        verdict = f"GRIFFIN: no. {problem}"
+    else:
+        document["active_parameters"] = report.active_parameters
+        share = report.active_parameters / loaded.num_parameters()
+        verdict = f"GRIFFIN: yes, at density 0.5 with {share:.0%} of the parameters"
+
+    def shown() -> None:
+        heading(f"{printable(document['model'])}, {document['parameters']:,} parameters")
+        print_table(_BLOCKS, rows)
+        say(f"recorded: yes; {verdict}")
+
+    result(document, shown)
+
+
+_BLOCKS = (
+    Column("layer", lambda row: row["layer"]),
+    Column("module", lambda row: row["module"], text=True),
+    Column("kind", lambda row: row["kind"], text=True),
+    Column("hidden", lambda row: row["hidden"], spare=1),
+    Column("d_ff", lambda row: row["d_ff"]),
+    Column("experts", lambda row: row["experts"] or ""),
+    Column("proof's error", lambda row: f"{row['proof_error']:.1g}"),
+)
 
 
 @app.command(epilog="Example: flocking check my-model && echo fit for use")
-@one_sentence
+@reporting
 def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = None) -> None:
     """Check that a model's recordings and twins are right; the exit code is 1 if they are not.
 
@@ -253,16 +293,37 @@ def check(model: ModelArgument = None, device: Device = None, dtype: Dtype = Non
     must keep the neurons that the analysis selects, and compute what the full model does, at
     density 1 or with all other neurons masked.
     """
-    import numpy as np
+    import pandas as pd
 
     results = flocking.check(*load(model, device, dtype))
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("check", "", "relative error", "allowed", ""):
-        table.add_column(column)
-    words = {True: "passed", False: "FAILED"}
-    for name, row in results.iterrows():
-        numbers = ("" if np.isnan(x) else f"{x:.1g}" for x in (row.error, row.allowed))
-        add_row(table, name, words.get(row.passed, "does not apply"), *numbers, row.reason)
-    wide_console().print(table)
-    if (results.passed == False).any():  # noqa: E712 (NA is neither)
+    rows = [
+        {
+            "check": name,
+            "passed": None if pd.isna(row.passed) else bool(row.passed),
+            "error": float(row.error),
+            "allowed": float(row.allowed),
+            "reason": row.reason,
+        }
+        for name, row in results.iterrows()
+    ]
+    failed = any(row["passed"] is False for row in rows)
+    result({"passed": not failed, "checks": rows}, lambda: print_table(_CHECKS, rows))
+    if failed:
         raise typer.Exit(1)
+
+
+def _number(value: float) -> str:
+    return "" if value != value else f"{value:.1g}"  # (NaN is not itself)
+
+
+_CHECKS = (
+    Column("check", lambda row: row["check"], text=True),
+    Column(
+        "result",
+        lambda row: {True: "passed", False: "FAILED", None: "does not apply"}[row["passed"]],
+        text=True,
+    ),
+    Column("relative error", lambda row: _number(row["error"])),
+    Column("allowed", lambda row: _number(row["allowed"])),
+    Column("reason", lambda row: row["reason"], text=True),
+)

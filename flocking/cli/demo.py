@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
-from rich.table import Table
-from rich.text import Text
 
 from flocking.analysis import chance_consistency, consistency, effective_neurons, flocking_score
-from flocking.cli.printing import add_row, printable
+from flocking.cli.printing import heading, say
+from flocking.cli.tables import Column, Row, print_table
 from flocking.plotting import heatmap
 
 _SHOWN = 256  # tokens and neurons
@@ -19,34 +21,54 @@ _WIDTH = _LEFT + 4 * _SHOWN + _GAP + 100
 _HEIGHT = _BELOW + 2 * _SHOWN + _STRIP + 64
 
 
-def table(recording: xr.Dataset) -> Table:
+_MEASURES = {
+    "consistency": (consistency, "consistency", 3),
+    "chance": (chance_consistency, "chance level", 3),
+    "flocking_score": (flocking_score, "flocking score", 3),
+    "effective_neurons": (effective_neurons, "eff. neurons", 0),
+}
+
+
+def by_layer(recording: xr.Dataset) -> list[dict[str, Any]]:
     """Means over the passages, by layer, with their standard errors."""
-    columns = {
-        "consistency": (consistency(recording), 3),
-        "chance\nlevel": (chance_consistency(recording), 3),
-        "flocking\nscore": (flocking_score(recording), 3),
-        "eff.\nneurons": (effective_neurons(recording), 0),
-    }
     n = recording.sizes["sequence"]
     tokens = int(recording.tokens.where(recording.phase != "first", 0).sum())
-    table = Table(
-        title=Text(f"How {printable(name_of(recording))} flocks, by layer"),
-        caption=f"Mean over {n} passages ± standard error; the first token of each is left out.\n"
-        "Random weights can score higher, and few effective neurons alone give a high score.",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("layer", "module", "d_ff", "tokens", *columns):
-        table.add_column(name, justify="left" if name == "module" else "right")
-    for layer in recording.layer.values:
+    measured = {name: measure(recording) for name, (measure, _, _) in _MEASURES.items()}
+    rows = []
+    for layer in recording.layer.values.tolist():
         mine = recording.sel(layer=layer)
-        cells = []
-        for values, digits in columns.values():
-            mean = float(values.sel(layer=layer).mean())
-            error = float(values.sel(layer=layer).std("sequence", ddof=1)) / n**0.5
-            cells.append(f"{mean:.{digits}f}±{error:.{digits}f}".replace("±0.", "±."))
-        add_row(table, layer, mine.module.item(), mine.d_ff.item(), tokens, *cells)
-    return table
+        row: dict[str, Any] = {"layer": layer, "module": mine.module.item()}
+        row |= {"d_ff": mine.d_ff.item(), "tokens": tokens}
+        for name, values in measured.items():
+            here = values.sel(layer=layer)
+            row[name] = float(here.mean())
+            row[f"{name}_error"] = float(here.std("sequence", ddof=1)) / n**0.5
+        rows.append(row)
+    return rows
+
+
+def print_by_layer(recording: xr.Dataset, rows: list[dict[str, Any]]) -> None:
+    """Print them as a table."""
+    heading(f"How {name_of(recording)} flocks, by layer")
+    columns = [
+        Column("layer", lambda row: row["layer"]),
+        Column("module", lambda row: row["module"], text=True, spare=3),
+        Column("d_ff", lambda row: row["d_ff"], spare=1),
+        Column("tokens", lambda row: row["tokens"], spare=2),
+    ]
+    for name, (_, title, digits) in _MEASURES.items():
+        columns.append(Column(title, functools.partial(_with_error, name, digits)))
+    print_table(columns, rows)
+    say(
+        f"Mean over {recording.sizes['sequence']} passages ± standard error; the first token of "
+        "each is left out.\nRandom weights can score higher, and few effective neurons alone give "
+        "a high score."
+    )
+
+
+def _with_error(name: str, digits: int, row: Row) -> str:
+    mean, error = row[name], row[f"{name}_error"]
+    return f"{mean:.{digits}f}±{error:.{digits}f}".replace("±0.", "±.")
 
 
 def name_of(recording: xr.Dataset) -> str:

@@ -8,20 +8,25 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import platformdirs
 import typer
 
 import flocking
-from flocking.cli.ending import ended_by_signals
-from flocking.cli.printing import USAGE_ERROR, complain
+from flocking.cli import choices
+from flocking.cli.choices import one_of, several_of
+from flocking.cli.ending import Ended, ended_by_signals, left_behind
+from flocking.cli.printing import USAGE_ERROR, complain, counted
 from flocking.texts import dangling, decoded, expanded, read_bytes, why_no_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_GO_ON = ("evaluate", "figures")  # commands that do only what is not there yet
 _Number = TypeVar("_Number", int, float, str)
 
 
@@ -35,9 +40,12 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
+        written: list[Path] = []
         try:
-            with ended_by_signals():
+            with ended_by_signals(), _noted(written):
                 command(*args, **{name: _usable(name, value) for name, value in kwargs.items()})
+        except BrokenPipeError:  # whoever read the output has enough of it
+            raise
         except (ValueError, OSError, MemoryError) as problem:
             complain(_of_the_system(problem) or problem)
             raise typer.Exit(2) from None
@@ -46,11 +54,24 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as problem:
             complain(_unforeseen(problem))
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            complain("interrupted.")
-            raise typer.Exit(130) from None
+        except (KeyboardInterrupt, Ended) as ending:
+            complain(left_behind(written, command.__name__ in _GO_ON))
+            raise typer.Exit(getattr(ending, "code", 130)) from None
 
     return run
+
+
+@contextmanager
+def _noted(written: list[Path]) -> Iterator[None]:
+    """List what a command has written, but for the cache, which is nobody's output."""
+    from flocking.artifacts import noting  # takes a second, which help need not wait for
+
+    with noting() as places:
+        try:
+            yield
+        finally:
+            cache = platformdirs.user_cache_path("flocking")
+            written += [path for path in places if not path.is_relative_to(cache)]
 
 
 def _usable(name: str, value: object) -> object:
@@ -90,10 +111,16 @@ _MODEL = "Folder, GGUF file or hub id; the embedded model by default."
 Model = Annotated[str | None, typer.Option(help=_MODEL)]
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help=_MODEL),
+    typer.Argument(metavar="MODEL", help=_MODEL),
 ]
-Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda or cuda:1.")]
-Dtype = Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Such as cpu, cuda or cuda:1.", autocompletion=one_of(choices.DEVICES)),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Such as float32 or bfloat16.", autocompletion=one_of(choices.DTYPES)),
+]
 
 # Of `flocking record`.
 PromptTokens = Annotated[
@@ -111,17 +138,33 @@ Continuations = Annotated[
     ),
 ]
 
+# Of `flocking generate`.
+Method = Annotated[
+    str,
+    typer.Option(
+        help="A method of flocking.griffin, such as topk or magnitude.",
+        autocompletion=one_of(choices.METHODS),
+    ),
+]
+Scope = Annotated[
+    str, typer.Option(help="shared or sequence.", autocompletion=one_of(choices.SCOPES))
+]
+
 # Of `flocking evaluate`.
 Tasks = Annotated[
     str,
-    typer.Option(help="Such as hellaswag,piqa,wikitext: the paper's tasks, or any of the harness."),
+    typer.Option(
+        help="Such as hellaswag,piqa,wikitext: the paper's tasks, or any of the harness.",
+        autocompletion=several_of(choices.TASKS),
+    ),
 ]
 Methods = Annotated[
     str,
     typer.Option(
         help="Methods of flocking.griffin, such as topk,static,magnitude, each at all densities or "
         "at one, as in topk@0.25; or static-domain, static from each task's own documents beyond "
-        "those scored. The full model comes first."
+        "those scored. The full model comes first.",
+        autocompletion=several_of(choices.EVALUATED),
     ),
 ]
 Densities = Annotated[str, typer.Option(help="Fractions of FF neurons kept.")]
@@ -129,7 +172,8 @@ ProtocolByTask = Annotated[
     str,
     typer.Option(
         help="For likelihoods, context or last-token; TASK=... for one. With context, answers of "
-        "one token are the full model's."
+        "one token are the full model's.",
+        autocompletion=several_of(choices.PROTOCOLS, equals=choices.TASKS),
     ),
 ]
 LimitByTask = Annotated[
@@ -161,7 +205,7 @@ KeepOlder = Annotated[
 SourceArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[SOURCE]",
+        metavar="SOURCE",
         help="Folder, GGUF file or hub id; the embedded model by default.",
     ),
 ]
@@ -185,7 +229,8 @@ FixedMethod = Annotated[
     str,
     typer.Option(
         help="static (the neurons that matter most over the texts), global-local (the same, "
-        "together with what the model writes itself) or magnitude (of the weights)."
+        "together with what the model writes itself) or magnitude (of the weights).",
+        autocompletion=one_of(choices.FIXED_METHODS),
     ),
 ]
 KeepMultiple = Annotated[
@@ -199,7 +244,8 @@ DownType = Annotated[
     str | None,
     typer.Option(
         help="Of GGUF files: the type of the down-projections, which have to be quantised again: "
-        "Q8_0 (by default), Q4_0 or F16."
+        "Q8_0 (by default), Q4_0 or F16.",
+        autocompletion=one_of(choices.DOWN_TYPES),
     ),
 ]
 
@@ -255,8 +301,8 @@ def read_all(files: list[str], following: list[str] | None) -> tuple[list[str], 
     """Texts of files, and of those that follow them; None if none do."""
     if following and len(following) != len(files):
         raise ValueError(
-            f"--continuation was given {len(following)} times for {len(files)} texts: give one for "
-            "each."
+            f"--continuation was given {counted(len(following), 'time')} for "
+            f"{counted(len(files), 'text')}: give one for each."
         )
     if [*files, *(following or [])].count("-") > 1:
         raise ValueError("- stands for standard input, which can be read once: name it once.")

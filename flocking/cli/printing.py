@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import textwrap
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import TextIO
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from typer.core import TyperGroup
 
 # Joiners, without which some scripts' words and emoji are other ones.
 _HARMLESS = "\u200c\u200d"
@@ -34,50 +32,46 @@ def printable(text: object) -> str:
     )
 
 
-class PrintableErrors(TyperGroup):
-    """Commands whose complaints about their options show what was given as text."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        """As click does."""
-        with _printable_errors():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: Any) -> Any:
-        """As click does."""
-        with _printable_errors():
-            return super().invoke(ctx)
+def width_of(stream: TextIO) -> int | None:
+    """Columns of the terminal that a stream writes to; None for a file or pipe."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
-@contextmanager
-def _printable_errors() -> Iterator[None]:
-    try:
-        yield
-    except USAGE_ERROR as problem:
-        problem.message = printable(problem.message)  # type: ignore[attr-defined]
-        raise
+def say(lines: object) -> None:
+    """Print lines on standard output; in a terminal they break between words."""
+    for line in str(lines).split("\n"):
+        typer.echo(broken(printable(line), width_of(sys.stdout)))
 
 
-def say(line: object) -> None:
-    """Print lines on standard output."""
-    typer.echo("\n".join(map(printable, str(line).split("\n"))))
+def heading(line: str) -> None:
+    """Print a line on standard output, bold in a terminal."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    typer.echo(line if plain else typer.style(line, bold=True))
+
+
+def broken(line: str, width: int | None) -> str:
+    """A line, broken between words where it is wider than `width`."""
+    if width is None or len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
 
 
 def complain(problem: object) -> None:
-    """Print an error on standard error, as one line."""
+    """Print an error on standard error, as one line; a terminal's are broken between words."""
     words = " ".join(map(printable, filter(None, (x.strip() for x in str(problem).split("\n")))))
     if len(words) > _LONGEST:
         words = f"{words[:_LONGEST]} ... ({len(words)} characters)"
-    typer.echo(f"flocking: {words}", err=True)
+    typer.echo(broken(f"flocking: {words}", width_of(sys.stderr)), err=True)
 
 
-def add_row(table: Table, *cells: object) -> None:
-    """Add a row to a table, with cells as plain text."""
-    table.add_row(*(Text(printable(cell)) for cell in cells))
-
-
-def wide_console() -> Console:
-    """A console to print tables on, wide enough for them in a file or pipe."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 120
-    return console
+def counted(number: int, thing: str) -> str:
+    """A number of things in words, such as ``1 text`` or ``2,000 texts``."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -5,16 +5,16 @@ What needs torch is imported inside of the commands, so that help and version ar
 
 from __future__ import annotations
 
+import functools
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.table import Table
 
 import flocking
-from flocking.cli.app import app
-from flocking.cli.ending import Ended
+from flocking.cli.front import app
 from flocking.cli.options import (
     Calibration,
     CalibrationTexts,
@@ -27,10 +27,12 @@ from flocking.cli.options import (
     KeepMultiple,
     KeepOlder,
     LimitByTask,
+    Method,
     Methods,
     Model,
     OwnSamples,
     ProtocolByTask,
+    Scope,
     SourceArgument,
     Tasks,
     argument,
@@ -43,31 +45,28 @@ from flocking.cli.options import (
     one_sentence,
     read,
 )
-from flocking.cli.printing import (
-    add_row,
-    complain,
-    say,
-    wide_console,
-)
+from flocking.cli.printing import heading, say
+from flocking.cli.session import as_json, notice, reporting, result
+from flocking.cli.tables import Column, Row, print_table
 
 if TYPE_CHECKING:
     from flocking.pruning import Protocol
 
 
 @app.command(epilog='Example: flocking generate "Birds of a feather" --compare')
-@one_sentence
+@reporting
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     density: Annotated[float, typer.Option(help="Fraction of FF neurons kept.")] = 0.5,
-    method: Annotated[
-        str, typer.Option(help="A method of flocking.griffin, such as topk or magnitude.")
-    ] = "topk",
-    scope: Annotated[str, typer.Option(help="shared or sequence.")] = "shared",
+    method: Method = "topk",
+    scope: Scope = "shared",
     refresh: Annotated[
         int | None, typer.Option(help="Select anew after every so many new tokens.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
-    compare: Annotated[bool, typer.Option(help="Show the full model's text as well.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the full model's text as well.")
+    ] = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -90,35 +89,47 @@ def generate(
     loaded, tokenizer = load(model, device, dtype)
     prompts = tokenize(loaded, text, tokenizer)
     refuse_long(loaded, prompts.ids, max_new_tokens)
-    known = cast(Literal["shared", "sequence"], scope)
-    twin = flocking.griffin(loaded, density, method=method, scope=known, refresh=refresh)
-    rows = {name: each[0] for name, each in prompts.inputs.items()} | {"input_ids": prompts.ids[0]}
-    inputs: dict[str, Any] = {name: row[None].to(loaded.device) for name, row in rows.items()}
+    options: dict[str, Any] = {"method": method, "scope": scope, "refresh": refresh}
+    twin = flocking.griffin(loaded, density, **options)
+    first = {name: each[0] for name, each in prompts.inputs.items()} | {"input_ids": prompts.ids[0]}
+    inputs: dict[str, Any] = {name: row[None].to(loaded.device) for name, row in first.items()}
     inputs["attention_mask"] = inputs["input_ids"].new_ones(inputs["input_ids"].shape)
     pruned = f"GRIFFIN, density {density:g}" + (f", anew every {refresh}" if refresh else "")
     subjects: dict[str, Any] = {"full model": loaded, pruned: twin}
-    console = wide_console()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "new tokens", "tokens a second", "active parameters"):
-        table.add_column(column, justify="right" if column else "left")
+    rows = []
     for name, subject in list(subjects.items())[0 if compare else 1 :]:
-        if compare:
-            console.print(name, style="bold")
-        clock = Clock(tokenizer, skip_special_tokens=True)
-        typer.echo(text, nl=False)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": clock}
-        subject.generate(**inputs, **options, do_sample=False, num_beams=1)
+        if compare and not as_json():
+            heading(name)
+        clock = Clock(tokenizer, None if as_json() else text)
+        greedy = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+        subject.generate(**inputs, **greedy, streamer=clock)
         active = twin.report().active_parameters if subject is twin else loaded.num_parameters()
-        add_row(table, name, len(clock.times), clock.speed, f"{active:,}")
-    if compare:
-        console.print(table)
-        console.print(
-            "Speed is that of decoding, without the prompt; one run says little about it."
-        )
+        rows.append({"model": name, **clock.measured(), "active_parameters": active})
+
+    shown = functools.partial(_print_runs, rows if compare else [])
+    result({"prompt": text, "continuations": rows}, shown)
+
+
+def _print_runs(rows: list[dict[str, Any]]) -> None:
+    if rows:
+        print_table(_RUNS, rows)
+        notice("Speed is that of decoding, without the prompt; one run says little about it.")
+
+
+def _speed(row: Row) -> str:
+    return "-" if row["tokens_a_second"] is None else f"{row['tokens_a_second']:.1f}"
+
+
+_RUNS = (
+    Column("", lambda row: row["model"], text=True),
+    Column("new tokens", lambda row: row["new_tokens"]),
+    Column("tokens a second", _speed),
+    Column("active parameters", lambda row: f"{row['active_parameters']:,}"),
+)
 
 
 @app.command(epilog="Example: flocking prune my-model --texts news/ --density 0.5 -o my-model-half")
-@one_sentence
+@reporting
 def prune(
     output: Annotated[
         Path,
@@ -139,7 +150,9 @@ def prune(
     seed: Annotated[int, typer.Option(help="Seed of what the model writes.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is a model.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model.")
+    ] = False,
 ) -> None:
     """Write a smaller model, without the FF neurons that matter least on your texts.
 
@@ -164,17 +177,21 @@ def prune(
             overwrite=overwrite,
         )
     )
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for row in done.rows():
-        add_row(table, *row)
-    wide_console().print(table)
+    rows = [{"name": name, "says": says} for name, says in done.rows()]
+    result(asdict(done), lambda: print_table(_NAMED, rows))
+
+
+_NAMED = (
+    Column("", lambda row: row["name"], text=True),
+    Column("", lambda row: row["says"], text=True),
+)
 
 
 @app.command(
     epilog="Example: flocking evaluate --tasks piqa,boolq --methods topk,static,topk@0.25 "
     "--limit 200,boolq=100 --protocol context,boolq=last-token --out out/mine"
 )
-@one_sentence
+@reporting
 def evaluate(
     tasks: Tasks,
     methods: Methods = "topk",
@@ -221,21 +238,13 @@ def evaluate(
     calibration_texts(calibration)
     refuse_foreign(out)
     loaded, tokenizer = load(model, device, dtype)
-    kept = out / "cells"
-    try:
-        items = runner.evaluate(
-            loaded,
-            tokenizer,
-            plan,
-            batch_size=batch_size,
-            cells=Cells(kept, identity(model), keep_older),
-            say=say,
-        )
-    except (KeyboardInterrupt, Ended) as ending:
-        complain(f"interrupted: {kept} has what is finished; the same command goes on.")
-        raise typer.Exit(getattr(ending, "code", 130)) from None
-    report.write(items, out, source_of(loaded, calibration, seed))
-    say(f"wrote {', '.join(report.FILES + report.FIGURES)} in {out}; read {out}/tables.md")
+    cells = Cells(out / "cells", identity(model), keep_older)
+    items = runner.evaluate(loaded, tokenizer, plan, batch_size=batch_size, cells=cells, say=notice)
+    rows = report.write(items, out, source_of(loaded, calibration, seed))
+    written = [out / name for name in report.FILES + report.FIGURES]
+    document = {"out": out, "summary": rows.to_dict("records")}
+    told = f"wrote {', '.join(path.name for path in written)} in {out}; read {out}/tables.md"
+    result(document, lambda: say(told))
 
 
 @app.command(

@@ -5,15 +5,23 @@ from __future__ import annotations
 import time
 
 import torch
+import typer
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 class Clock(TextStreamer):
-    """Prints the text as it comes, and notes the time of each new token."""
+    """Prints a prompt and its continuation as it comes, and notes the time of each new token.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: object) -> None:
-        super().__init__(tokenizer, skip_prompt=True, **options)
+    Without a prompt, nothing is printed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.silent = prompt is None
+        self.text = ""
         self.times: list[float] = []
+        if prompt is not None:
+            typer.echo(prompt, nl=False)
 
     def put(self, value: torch.Tensor) -> None:
         """Print, and note the time."""
@@ -21,9 +29,18 @@ class Clock(TextStreamer):
             self.times.append(time.perf_counter())
         super().put(value)
 
-    @property
-    def speed(self) -> str:
-        """Tokens a second after the first new one, which the pass over the prompt gives."""
-        if len(self.times) < 2:
-            return "-"
-        return f"{(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f}"
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Keep the text, and print it."""
+        self.text += text
+        if not self.silent:
+            super().on_finalized_text(text, stream_end)
+
+    def measured(self) -> dict[str, str | int | float | None]:
+        """The continuation, how many tokens it has, and how many came in a second.
+
+        The first new one does not count for speed, since the pass over the prompt gives it.
+        """
+        speed = None
+        if len(self.times) > 1:
+            speed = (len(self.times) - 1) / (self.times[-1] - self.times[0])
+        return {"text": self.text, "new_tokens": len(self.times), "tokens_a_second": speed}

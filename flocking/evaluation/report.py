@@ -27,7 +27,7 @@ _CHANCE = (
 )
 
 
-def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
+def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> pd.DataFrame:
     """Write ``FILES``, and ``FIGURES`` as PNG and SVG, each in its place only when complete.
 
     Parameters
@@ -38,6 +38,11 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
         Folder; files of an earlier report in it are replaced.
     source : mapping of str to str
         Where the numbers come from: ``model``, and anything else worth stating.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Their summary, as in ``summary.csv``.
     """
     rows = summarise(items)
     density = _common_density(rows)
@@ -60,6 +65,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> None:
             save(draw(data), partial, name, source["model"], captions[name])
         told = _tables(items, rows, density, source, captions)
         (partial / "tables.md").write_text(told, encoding="utf-8")
+    return rows
 
 
 def files_in(out: Path) -> list[Path]:

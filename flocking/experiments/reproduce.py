@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.artifacts import (
@@ -30,16 +33,65 @@ from flocking.experiments import (
 from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
+from flocking.models import require_model, require_tokenizer
 
-EXPERIMENTS = (
-    activations.EXPERIMENTS
-    | orders.EXPERIMENTS
-    | kinds.EXPERIMENTS
-    | losses.EXPERIMENTS
-    | references.EXPERIMENTS
-    | allocations.EXPERIMENTS
-    | distances.EXPERIMENTS
-)
+_Experiment = Callable[..., xr.Dataset]
+
+
+def _asked(experiment: _Experiment) -> _Experiment:
+    """An experiment that says what to give where it is given something else."""
+
+    @functools.wraps(experiment)
+    def run(
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        **options: Any,
+    ) -> xr.Dataset:
+        if require_tokenizer(tokenizer) is None:
+            raise TypeError("tokenizer is None: give the model's own, as flocking.load returns it.")
+        require_model(model)
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            kind = type(texts).__name__
+            raise TypeError(
+                f"texts is of type {kind}: give a list of texts, as flocking.passages()."
+            )
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise TypeError(f"text {number} is of type {kind}: give each text as a string.")
+        return experiment(model, tokenizer, texts, **options)
+
+    return run
+
+
+EXPERIMENTS = {
+    name: _asked(experiment)
+    for room in (activations, orders, kinds, losses, references, allocations, distances)
+    for name, experiment in room.EXPERIMENTS.items()
+}
+
+
+class Outcome(NamedTuple):
+    """What became of one figure.
+
+    Attributes
+    ----------
+    name : str
+    why : str or None
+        Why its numbers had to be computed, or have to be; None if they were there and up to date,
+        or were not asked about.
+    changed : list of str
+        What is different in its numbers since the last commit, in words; only of a check.
+    picture : Path
+    """
+
+    name: str
+    why: str | None
+    changed: list[str]
+    picture: Path
+
+
 _SUFFIXES = (".json", ".png", ".svg", ".md")
 
 
@@ -52,7 +104,7 @@ def regenerate(
     only: Iterable[str] | None = None,
     seed: int = 0,
     say: Callable[[str], None] = print,
-) -> None:
+) -> list[Outcome]:
     """Run the experiments whose numbers are missing or out of date, and draw all figures.
 
     Parameters
@@ -71,6 +123,11 @@ def regenerate(
     say : callable
         Takes each line of the report.
 
+    Returns
+    -------
+    list of Outcome
+        Of each figure that was asked for.
+
     Raises
     ------
     ValueError
@@ -79,7 +136,7 @@ def regenerate(
         If `out` cannot be written, or another process is writing a figure there.
     """
     keys = _keys(out, identity, texts, only, seed)
-    subject = None
+    subject, done = None, []
     for name, key in keys.items():
         path = out / f"{name}.json"
         # The JSON comes first: if the process is killed before the pictures are there as well,
@@ -95,11 +152,13 @@ def regenerate(
                 written = to_json(EXPERIMENTS[name](*subject, texts, seed=seed), key)
             caption = _draw(name, written, partial)
         say(f"{out / name}.png  {caption}\n")
+        done.append(Outcome(name, why, [], out / f"{name}.png"))
+    return done
 
 
 def redraw(
     out: Path, *, only: Iterable[str] | None = None, say: Callable[[str], None] = print
-) -> None:
+) -> list[Outcome]:
     """Draw figures again from the numbers that are there, however old; run no model.
 
     Numbers are out of date where their key says so (:func:`check`); a change of how they are drawn
@@ -113,6 +172,11 @@ def redraw(
         Names of experiments; by default, those whose numbers are there.
     say : callable
         Takes each line of the report.
+
+    Returns
+    -------
+    list of Outcome
+        Of each figure that was drawn.
 
     Raises
     ------
@@ -134,6 +198,7 @@ def redraw(
         with replacing(*places, check=_refuse_foreign) as partial:
             _draw(name, path.read_text(encoding="utf-8"), partial)
         say(f"{out / name}.png  drawn again")
+    return [Outcome(name, None, [], out / f"{name}.png") for name in names]
 
 
 def _draw(name: str, written: str, numbers: Path) -> str:
@@ -161,30 +226,31 @@ def check(
     only: Iterable[str] | None = None,
     seed: int = 0,
     say: Callable[[str], None] = print,
-) -> bool:
+) -> list[Outcome]:
     """Say which figures are out of date, and what changed in their numbers since git's HEAD.
 
     Runs no model and writes nothing. Parameters are those of :func:`regenerate`.
 
     Returns
     -------
-    bool
-        Whether all figures are up to date.
+    list of Outcome
+        Of each figure; all are up to date if each one's ``why`` is None.
 
     Raises
     ------
     ValueError
         As :func:`regenerate`.
     """
-    stale = {}
+    found = []
     keys = _keys(out, identity, texts, only, seed)
     for name, key in keys.items():
         path = out / f"{name}.json"
-        why = stale[name] = _stale(path, key)
+        why, changed = _stale(path, key), _since_commit(path)
         say(f"{name}: {why or 'up to date'}")
-        for line in _since_commit(path):
+        for line in changed:
             say(line)
-    return not any(stale.values())
+        found.append(Outcome(name, why, [line.strip() for line in changed], out / f"{name}.png"))
+    return found
 
 
 def _keys(

@@ -97,7 +97,7 @@ def test_what_follows_is_checked_before_the_model_is_loaded(tmp_path: Path, text
     for options, message in (
         (["--prompt-tokens", 0], "prompt_tokens=0: give a whole number"),
         (["--continuation", text, "--max-new-tokens", 3], "continuation were given, and each"),
-        (["--continuation", text, "--continuation", text], "given 2 times for 1 texts"),
+        (["--continuation", text, "--continuation", text], "given 2 times for 1 text: give one"),
         (["--continuation", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--continuation", "-", "-"], "- stands for standard input"),
     ):

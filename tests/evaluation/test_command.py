@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
+from flocking.artifacts import replacing
 from flocking.cli import app
 from flocking.evaluation import runner
 
@@ -40,18 +41,26 @@ def test_command(embedded: tuple, tmp_path: Path) -> None:
     assert "† Computed by older code" in (tmp_path / "tables.md").read_text()
 
 
+@pytest.mark.parametrize("finished", [0, 1, 5])
 def test_command_interrupted(
-    embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: int, embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object, **options: object) -> None:
+        for number in range(finished):
+            with replacing(tmp_path / "cells" / f"{number}.json") as partial:
+                partial.write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "evaluate", interrupted)
     arguments = ["evaluate", "--tasks", "piqa", "--data-dir", str(TASKS), "--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 130
-    assert "cells has what is finished; the same command goes on" in result.output
-    assert list(tmp_path.iterdir()) == []
+    (line,) = [line for line in result.output.splitlines() if line.startswith("flocking: ")]
+    rest = "complete; the same command does the rest; nothing else was written."
+    said = {0: "nothing was written.", 1: f"0.json is {rest}", 5: f"2.json and 2 more are {rest}"}
+    assert line.startswith("flocking: interrupted: ")
+    assert line.endswith(said[finished])
+    assert len([*tmp_path.glob("cells/*")]) == finished
 
 
 def test_command_refuses_before_a_model_is_loaded(

@@ -243,7 +243,9 @@ def told(out: Path, subject: tuple, **changed: object) -> tuple[bool, list[str]]
     """Whether the check passes, and what it says."""
     lines: list[str] = []
     inputs = {"identity": "tiny", "texts": subject[2], "only": ["scores"], **changed}
-    return reproduce.check(out, **inputs, say=lines.append), lines
+    found = reproduce.check(out, **inputs, say=lines.append)
+    assert [one.name for one in found] == inputs["only"]
+    return all(one.why is None for one in found), lines
 
 
 def altered(path: Path, **parts: object) -> None:
