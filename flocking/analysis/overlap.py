@@ -502,7 +502,7 @@ def _serving(
     *of_layers : ndarray, (layer,)
         Density, d_ff and number of experts of each layer.
     """
-    prompts = energy.cumsum(axis=1)[:, np.array(counts) - 1]
+    prompts = np.nancumsum(energy, axis=1)[:, np.array(counts) - 1]
     chosen, own = (
         kept_neurons(values**0.5, *of_layers).astype(np.float32) for values in (prompts, energy)
     )
