@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
@@ -11,7 +12,8 @@ import xarray as xr
 from flocking.recording import whole_number
 
 Pairs = int | Literal["all"]
-ROOM = 2**27  # bytes of what is held of sequences that are compared with each other
+ROOM = 2**25  # bytes of what is held of sequences that are compared with each other
+MOST = 256  # of these sequences, since the matrix of all their pairs is made
 
 _Data = TypeVar("_Data", xr.DataArray, xr.Dataset)
 
@@ -50,9 +52,9 @@ def chosen(sequences: int, pairs: Pairs, seed: int) -> np.ndarray:
     return np.stack([mine, numbers - begins[mine] + mine + 1], axis=1)
 
 
-def everyone(sequences: int) -> np.ndarray:
-    """Numbers of both members of all ordered pairs, also of each sequence with itself."""
-    return np.indices((sequences, sequences)).reshape(2, -1).T
+def at_a_time(each: int) -> int:
+    """How many sequences are compared with each other at a time, if each takes so many bytes."""
+    return max(2, min(MOST, ROOM // max(1, each)))
 
 
 def groups(couples: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -103,7 +105,7 @@ def of_pairs(
     """
     recording = recording.assign_coords(sequence=recording.sequence.values)  # also if unnamed
     parts, places = [], []
-    for numbers, rows in groups(couples, max(2, ROOM // max(1, each))):
+    for numbers, rows in groups(couples, at_a_time(each)):
         mine, theirs = (
             xr.DataArray(np.searchsorted(rows, couples[numbers, side]), dims="pair")
             for side in (0, 1)
@@ -114,19 +116,29 @@ def of_pairs(
     return joined.isel(pair=np.argsort(np.concatenate(places)))
 
 
-def as_matrix(values: xr.DataArray, sequences: int) -> xr.DataArray:
-    """Values of all ordered pairs, as :func:`everyone` has them, over (sequence, other, ...)."""
-    rest = [dim for dim in values.dims if dim != "pair"]
-    values = values.transpose("pair", *rest)
-    mine = values.coords.to_dataset().isel(pair=slice(None, None, sequences))
-    coordinates = {
-        name: ("sequence", c.values, c.attrs) if "pair" in c.dims else c
-        for name, c in mine.drop_vars("other").variables.items()
+def of_all_pairs(
+    recording: xr.Dataset, matrix: Callable[[xr.Dataset], xr.DataArray], each: int
+) -> xr.DataArray:
+    """What `matrix` gives of all sequences, (sequence, other, ...), from some at a time.
+
+    As :func:`of_pairs`, but for the result.
+    """
+    recording = recording.assign_coords(sequence=recording.sequence.values)
+    n = recording.sizes["sequence"]
+    side = at_a_time(each) // 2
+    begins = range(0, n, side)
+    tiles = [*itertools.combinations(begins, 2)] or [(0, n)]
+    result = None
+    for begin, other in tiles:
+        rows = np.r_[begin : min(begin + side, n), other : min(other + side, n)]
+        part = matrix(recording.isel(sequence=rows))
+        if result is None:
+            result = np.full((n, n, *part.shape[2:]), np.nan)
+        result[np.ix_(rows, rows)] = part.values
+    labels = {
+        name: recording[name].variable if "sequence" in c.dims else c.variable
+        for name, c in part.coords.items()
+        if name != "other"
     }
-    return xr.DataArray(
-        values.values.reshape(sequences, sequences, *values.shape[1:]),
-        {**coordinates, "other": values.other.values[:sequences]},
-        ("sequence", "other", *rest),
-        values.name,
-        values.attrs,
-    )
+    others = recording.sequence.values
+    return xr.DataArray(result, {**labels, "other": others}, part.dims, part.name, part.attrs)

@@ -23,7 +23,7 @@ import xarray as xr
 from scipy import sparse
 
 from flocking.analysis.chunks import by_chunk, is_chunked, measure
-from flocking.analysis.couples import Pairs, as_matrix, chosen, everyone, of_pairs
+from flocking.analysis.couples import Pairs, chosen, of_all_pairs, of_pairs
 from flocking.models import warn
 from flocking.recording import FIRST, PROMPT
 
@@ -438,14 +438,12 @@ def _compared(
     """What `matrix` gives of all pairs of sequences, or of some."""
     part = _at_equal_counts(recording)
     n = part.sizes["sequence"]
-    couples = everyone(n) if pairs is None else chosen(n, pairs, seed)
-    if pairs is None and not is_chunked(part):
-        return matrix(part)
     each = 8 * part.sizes["neuron"] * part.sizes["layer"]
     if different_tokens:  # of one layer at a time
         each += 8 * part.sizes["neuron"] * part.sizes["token"]
-    values = of_pairs(part, couples, matrix, each)
-    return as_matrix(values, n) if pairs is None else values
+    if pairs is not None:
+        return of_pairs(part, chosen(n, pairs, seed), matrix, each)
+    return of_all_pairs(part, matrix, each) if is_chunked(part) else matrix(part)
 
 
 def _at_equal_counts(recording: xr.Dataset) -> xr.Dataset:

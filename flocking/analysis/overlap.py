@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from flocking.analysis.chunks import by_chunk, is_chunked, measure
-from flocking.analysis.couples import Pairs, as_matrix, chosen, everyone, of_pairs
+from flocking.analysis.couples import Pairs, chosen, of_all_pairs, of_pairs
 from flocking.analysis.labels import aligned, checked, checked_selection
 from flocking.analysis.metrics import common_windows, named
 from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
@@ -301,24 +301,25 @@ def between_sequence_overlap(
     density = density_by_layer(density, recording.sizes["layer"], recording.layer.values.tolist())
     halves = windows[:half], windows[half : 2 * half]
     n = recording.sizes["sequence"]
-    couples = everyone(n) if pairs is None else chosen(n, pairs, seed)
-    if pairs is None and not is_chunked(recording):
-        within, between = _within_and_between(recording, halves, density)
+    each = 24 * recording.sizes["neuron"] * recording.sizes["layer"]
+
+    def matrix(part: xr.Dataset) -> xr.DataArray:
+        return _overlap_of_halves(part, halves, density)
+
+    def within_and_between(part: xr.Dataset) -> xr.Dataset:
+        between = matrix(part)
+        own = _own(between).values
+        mean = between.copy(data=(own[:, None] + own[None]) / 2)  # of the two members
+        return xr.Dataset({"within": mean, "between": between})
+
+    if pairs is not None:
+        found = of_pairs(recording, chosen(n, pairs, seed), within_and_between, each)
+        within, between = found.within, found.between
     else:
-        each = 24 * recording.sizes["neuron"] * recording.sizes["layer"]
-
-        def matrix(part: xr.Dataset) -> xr.Dataset:
-            within, between = _within_and_between(part, halves, density)
-            other = within.drop_vars([n for n, c in within.coords.items() if "sequence" in c.dims])
-            ours = (within + other.rename(sequence="other")) / 2
-            return xr.Dataset({"within": ours, "between": between})
-
-        values = of_pairs(recording, couples, matrix, each)
-        within, between = values.within, values.between
-        if pairs is None:
-            within, between = as_matrix(within, n), as_matrix(between, n)
-            own = xr.DataArray(np.arange(n), dims="sequence")
-            within = within.isel(other=own).drop_vars("other")
+        chunked = is_chunked(recording)
+        overlap = of_all_pairs(recording, matrix, each) if chunked else matrix(recording)
+        within = _own(overlap)
+        between = overlap.where(~xr.DataArray(np.eye(n, dtype=bool), dims=("sequence", "other")))
     return xr.Dataset(
         {
             "within": named(within, "within", "Jaccard overlap of a sequence's halves"),
@@ -327,26 +328,27 @@ def between_sequence_overlap(
     )
 
 
-def _within_and_between(
+def _overlap_of_halves(
     recording: xr.Dataset, halves: tuple[np.ndarray, np.ndarray], density: list[float]
-) -> tuple[xr.DataArray, xr.DataArray]:
-    """Overlap of each sequence's own halves, and of those of all pairs."""
+) -> xr.DataArray:
+    """Overlap of each sequence's first half with each one's second, its own as well."""
     selections = []
     for part in halves:
         energy = recording.energy.isel(window=part).sum("window", dtype=np.float64, skipna=False)
         selections.append(select(np.sqrt(energy.compute()), density))
     first, second = (kept.transpose("sequence", "layer", "neuron") for kept in selections)
-    overlap = _of_all_pairs(first.values, second.values)
     coordinates = {name: c for name, c in first.coords.items() if "neuron" not in c.dims}
-    own = np.arange(len(overlap))
-    within = xr.DataArray(overlap[own, own], coordinates, ("sequence", "layer"))
-    overlap[own, own] = np.nan
-    between = xr.DataArray(
-        overlap,
+    return xr.DataArray(
+        _of_all_pairs(first.values, second.values),
         {**coordinates, "other": recording["sequence"].values},
         ("sequence", "other", "layer"),
     )
-    return within, between
+
+
+def _own(overlap: xr.DataArray) -> xr.DataArray:
+    """Values of each sequence with itself."""
+    number = xr.DataArray(np.arange(overlap.sizes["sequence"]), dims="sequence")
+    return overlap.isel(sequence=number, other=number).drop_vars("other")
 
 
 def _of_all_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
