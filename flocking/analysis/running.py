@@ -164,13 +164,16 @@ def energy_per_token(recording: xr.Dataset) -> xr.DataArray:
 def _sums_of(recording: xr.Dataset) -> xr.Dataset:
     """The sums of one recording's texts, (layer, neuron)."""
     require(recording, "energy", "tokens")
-    if "sequence" not in recording.dims:
-        recording = recording.expand_dims("sequence")
-    values = energy_per_token(recording)
+    values = _of_several(recording, energy_per_token(recording))
     known = values.notnull()
     sums = xr.Dataset({"total": values.sum("sequence"), "count": known.sum("sequence")}).compute()
-    sums = sums.assign(texts=values.sizes["sequence"], tokens=int(recording.tokens.sum()))
-    return _without_texts(sums).assign_attrs(_origin(recording))
+    counts = {"texts": values.sizes["sequence"], "tokens": int(recording.tokens.sum())}
+    return _without_texts(sums).assign(counts).assign_attrs(_origin(recording))
+
+
+def _of_several(recording: xr.Dataset, values: xr.DataArray) -> xr.DataArray:
+    """Values over sequences, also where one was selected."""
+    return values if "sequence" in recording.dims else values.expand_dims("sequence")
 
 
 def _origin(recording: xr.Dataset) -> dict[str, Any]:
@@ -260,11 +263,11 @@ class RunningScores(_Running):
             value by sequence; nothing is added then.
         """
         require(recording)
-        if "sequence" not in recording.dims:
-            recording = recording.expand_dims("sequence")
         found: dict[str, xr.DataArray] = {}
         for each in self._measures:
             values = each(recording)
+            if isinstance(values, xr.DataArray):
+                values = _of_several(recording, values)
             if not isinstance(values, xr.DataArray) or "sequence" not in values.dims:
                 raise ValueError(
                     f"{getattr(each, '__name__', each)} gives no values by sequence: give measures "
@@ -272,7 +275,7 @@ class RunningScores(_Running):
                 )
             found |= _moments_of(values, str(values.name or getattr(each, "__name__", "values")))
         sums = xr.Dataset(found, {"summary": _SUMMARY})
-        sums = sums.assign(texts=recording.sizes["sequence"])
+        sums = sums.assign(texts=recording.sizes.get("sequence", 1))
         self._add(_without_texts(sums).assign_attrs(_origin(recording)))
 
     def result(self) -> xr.Dataset:
