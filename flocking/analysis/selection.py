@@ -121,7 +121,8 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     """Static statistic for each sequence, from all the other sequences.
 
     The root of the mean over the other sequences of their energy per token. A selection made from
-    it says something about the model and nothing about the sequence.
+    it says something about the model and nothing about the sequence. Values in chunks are read once
+    when this is called, for the sum over all sequences.
 
     Parameters
     ----------

@@ -95,7 +95,7 @@ def in_turn(
                         **options,
                     )
                 except Exception as error:
-                    error.add_note(f"while texts {', '.join(map(str, sorted(numbers)))} were read")
+                    error.add_note(f"while {_listed(numbers)} read")
                     raise
                 yield Batch(numbers, recording, [ids[row] for row in rows])
                 bar.update(sum(lengths[row] for row in rows))
@@ -146,6 +146,12 @@ def _read(
     given = {"input_ids": prompts.ids, **prompts.inputs}
     given["attention_mask"] = [torch.ones_like(row) for row in prompts.ids]
     return given, prompts.ids, ways
+
+
+def _listed(numbers: list[int]) -> str:
+    several = len(numbers) > 1
+    listed = ", ".join(map(str, sorted(numbers)))
+    return f"texts {listed} were" if several else f"text {listed} was"
 
 
 def _part(given: Any, rows: list[int]) -> Any:

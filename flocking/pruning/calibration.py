@@ -59,9 +59,10 @@ def global_statistic(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-    texts : str, list of str or list of list of int, optional
+    texts : str, list of str, list of list of int, or an iterable of such, optional
         A calibration set; other texts than those that are then evaluated. By default the model
-        writes `sequences` texts.
+        writes `sequences` texts. They are read batch by batch, and no more than a batch is held:
+        a generator, or a column of a dataset, may have any number of them.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         For text; by default the one in the model's folder.
     max_tokens : int or None
@@ -81,8 +82,9 @@ def global_statistic(
         Of what is drawn, and of what is random in the model. The global generators are left
         alone.
     batch_size : int
-        Texts in one forward pass. What is written does not depend on it, but for rounding, which
-        may change a token and with it what follows.
+        Texts in one forward pass. Of what has no length, such as a generator, 1,024 texts at a time
+        are sorted by length into batches. What is written does not depend on it, but for rounding,
+        which may change a token and with it what follows.
     progress : bool
         Show progress on standard error.
 
@@ -97,9 +99,9 @@ def global_statistic(
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
     TypeError, ValueError
-        As :func:`flocking.record` raises them; for `sequences`, `tokens`, `temperature` or
-        `prompt` together with `texts`, or `max_tokens` without; for a model that is no causal
-        language model or has no BOS, if it is to write.
+        As :func:`flocking.record` raises them, with the number of the text; for `sequences`,
+        `tokens`, `temperature` or `prompt` together with `texts`, or `max_tokens` without; for a
+        model that is no causal language model or has no BOS, if it is to write.
 
     Examples
     --------

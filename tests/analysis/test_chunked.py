@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import helpers
@@ -149,3 +151,98 @@ def test_chunked_is_as_in_memory(measure: str, chunks: str) -> None:
 def test_chunked_mixture(measure: str) -> None:
     given = laid_out(made("mixtral"), "sequence and layer")
     assert_equal(MEASURES[measure](given), wanted("mixtral", measure))
+
+
+# --------------------------------------------------------------------------------------
+# Stores, texts and labels
+
+
+def test_chunked_store_leaves_large_variables_unread(tmp_path: Path) -> None:
+    """At the call, what says something about tokens is read, and nothing with neurons."""
+    flocking.save_recording(made("llama"), tmp_path / "r.zarr")
+    corpus = flocking.open_recording(tmp_path / "r.zarr").chunk(sequence=2)
+
+    def unreadable(*_: object) -> None:
+        raise AssertionError("a variable with neurons was read")
+
+    def fails(variable: xr.Variable) -> xr.Variable:
+        return variable.copy(data=variable.data.map_blocks(unreadable, dtype=variable.dtype))
+
+    large = [name for name in corpus.data_vars if "neuron" in corpus[name].dims]
+    broken = corpus.assign({name: fails(corpus.variables[name]) for name in large})
+    for name, measure in LAZY.items():
+        if "others" in name or name == "chance_consistency":  # which read them once, and never
+            continue
+        got = measure(broken)
+        with pytest.raises(AssertionError, match="with neurons was read"):
+            got.compute()
+    assert_equal(flocking.chance_consistency(broken), wanted("llama", "chance_consistency"))
+
+
+def test_chunked_texts_and_labels_of_the_users_own() -> None:
+    recording = made("llama").assign_coords(file=("sequence", [*"abcde"]), run=3)
+    got = flocking.flocking_score(recording.chunk(sequence=2))
+    assert_equal(got, flocking.flocking_score(recording))
+    assert got.file.values.tolist() == [*"abcde"]
+    for change in (
+        lambda r: r.isel(layer=1),
+        lambda r: r.isel(sequence=2),
+        lambda r: r.isel(sequence=[3, 0]),
+        lambda r: r.transpose("neuron", "token", "window", "layer", ...),
+        lambda r: r.isel(window=[0, 3, 2, 1]),
+        lambda r: r.drop_vars(["sequence", "layer", "neuron", "token", "text"]),
+        lambda r: r.reset_coords(),
+    ):
+        for measure in (flocking.consistency, flocking.effective_neurons, flocking.statistic):
+            assert_equal(measure(change(recording.chunk(sequence=2))), measure(change(recording)))
+
+
+def test_chunked_refusals_and_warnings_come_at_the_call() -> None:
+    recording = made("llama")
+    chunked = recording.chunk(sequence=2)
+    with pytest.raises(ValueError, match="no variable 'rank'"):
+        flocking.rank_consistency(chunked.drop_vars("rank"))
+    with pytest.raises(ValueError, match="tokens do not fit the windows"):
+        flocking.consistency(chunked.isel(token=slice(20)))
+    with pytest.raises(ValueError, match="'norm' has no value at some tokens"):
+        flocking.consistency(chunked.assign(norm=chunked.norm.where(chunked.sequence < 3)))
+    with pytest.raises(ValueError, match="part of the neurons cannot be measured"):
+        flocking.effective_neurons(chunked.isel(neuron=slice(20)))
+    with pytest.raises(ValueError, match=r"density=1.5: give the fraction"):
+        flocking.select(flocking.statistic(chunked), 1.5)
+    with pytest.raises(TypeError, match="expected a recording"):
+        flocking.consistency(chunked.mass.drop_vars("phase").to_dataset())
+    short = helpers.record(helpers.proved("llama"), [[5, 6], PROMPTS[0]]).chunk(sequence=1)
+    with pytest.warns(UserWarning, match="1 of 2 sequences have fewer than two tokens"):
+        got = flocking.consistency(short)
+    assert got.isnull().values.tolist() == [[True, True], [False, False]]
+
+
+def test_chunked_sums_run_on() -> None:
+    for kind in (flocking.RunningStatistic, flocking.RunningScores):
+        wanted, got = kind(), kind()
+        wanted.update(made("llama"))
+        got.update(laid_out(made("llama"), "sequence and layer"))
+        xr.testing.assert_allclose(got.result(), wanted.result(), rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of few texts
+def test_chunked_examples_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: tuple
+) -> None:
+    page = Path(__file__).parents[2] / "docs/corpora.md"
+    text = page.read_text(encoding="utf-8").partition("## Analysis\n")[2].partition("\n## ")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    model = helpers.proved("llama")
+    recording = helpers.record(model, PROMPTS, window=8)
+    flocking.save_recording(recording, "corpus.zarr")
+    tiny = helpers.build("llama", vocab_size=len(embedded[1]))
+    monkeypatch.setattr(flocking, "load", lambda: (tiny, embedded[1]))
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["between"].dims == ("pair", "layer")
+    assert names["interval"].dims == ("interval", "layer")
+    assert names["score"].chunks is not None
+    assert names["total"].texts == 2

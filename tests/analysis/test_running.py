@@ -277,6 +277,6 @@ def test_the_text_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(texts_in_turn, "record", failing)
     with pytest.raises(RuntimeError, match="out of memory") as failed:
         statistic("llama", IDS, batch_size=1)
-    assert failed.value.__notes__ == ["while texts 5 were read"]
+    assert failed.value.__notes__ == ["while text 5 was read"]
     with pytest.raises(TypeError, match="text is of type int"):
         statistic("llama", 5)
