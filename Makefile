@@ -41,7 +41,8 @@ test: env $(VENV)/torchao $(VENV)/dask $(VENV)/llama-cpp $(KERNELS)  ## ruff, im
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
-	PYTHONPATH=$(VENV)/dask OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/analysis/test_subsets.py tests/recording/test_concat.py -k chunked
+	PYTHONPATH=$(VENV)/dask OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/analysis/test_subsets.py tests/analysis/test_chunked.py \
+		tests/analysis/test_memory.py tests/recording/test_concat.py -k "chunked or memory"
 	PYTHONPATH=$(VENV)/llama-cpp OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/*/test_*llama_cpp.py
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
 	@if $(MAKE) --no-print-directory $(VENV)/.docs; then $(MAKE) --no-print-directory docs; \
@@ -57,7 +58,7 @@ $(VENV)/torchao: $(VENV)/.made
 
 # In its own folder, since xarray reads files with it wherever it finds it; most users have none.
 $(VENV)/dask: $(VENV)/.made
-	$(BIN)/python -m pip install --quiet --upgrade --target $@ dask==2026.8.0
+	$(BIN)/python -m pip install --quiet --upgrade --target $@ dask --constraint constraints.txt
 	@touch $@
 
 # llama.cpp in a wheel, which runs the files that are exported; where there is no wheel, those tests

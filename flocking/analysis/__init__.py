@@ -23,6 +23,14 @@ from flocking.analysis.overlap import (
     prompt_generation_overlap,
 )
 from flocking.analysis.provenance import is_changed, made_of, mark_of, marked, said_by
+from flocking.analysis.running import (
+    STATIC,
+    RunningScores,
+    RunningStatistic,
+    energy_per_token,
+    in_words,
+    mean_scores,
+)
 from flocking.analysis.selection import (
     densities_in_words,
     density_by_layer,
@@ -34,9 +42,14 @@ from flocking.analysis.selection import (
     top_k,
     weight_magnitude,
 )
+from flocking.analysis.texts_in_turn import Batch, in_turn
 from flocking.analysis.uncertainty import bootstrap, intervals, tails
 
 __all__ = [
+    "STATIC",
+    "Batch",
+    "RunningScores",
+    "RunningStatistic",
     "between_consistency",
     "between_sequence_overlap",
     "bootstrap",
@@ -48,7 +61,10 @@ __all__ = [
     "density_by_layer",
     "drift",
     "effective_neurons",
+    "energy_per_token",
     "flocking_score",
+    "in_turn",
+    "in_words",
     "intervals",
     "is_changed",
     "jaccard",
@@ -57,6 +73,7 @@ __all__ = [
     "magnitude",
     "mark_of",
     "marked",
+    "mean_scores",
     "named",
     "prompt_generation_overlap",
     "rank_consistency",

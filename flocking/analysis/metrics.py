@@ -1,26 +1,31 @@
 """How strongly neurons flock: closed forms on a recording's moments.
 
 Every function takes the Dataset of :func:`flocking.record` and returns a DataArray in float64 with
-dimensions (sequence, layer), or (sequence, other, layer) for pairs of sequences. The first token is
-always left out: its norm is often hundreds of times the others', and it says little about the
-sequence.
+dimensions (sequence, layer), or (sequence, other, layer) for pairs of sequences, (pair, layer) for
+some of them. The first token is always left out: its norm is often hundreds of times the others',
+and it says little about the sequence.
 
 Sequences, layers and windows may be selected first, in any order, one alone included, and the
 dimensions transposed: ``recording.sel(window=recording.phase == "generation")``, or
 ``recording.sel(layer=3)``, whose results have no dimension ``layer``. A part of the neurons or of a
 window's tokens is refused.
+
+A recording in chunks is measured chunk by chunk: what is within a sequence gives a chunked result,
+and what compares sequences is computed when it is called, some of them at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import xarray as xr
 from scipy import sparse
 
+from flocking.analysis.chunks import by_chunk, is_chunked, measure
+from flocking.analysis.couples import Pairs, chosen, of_all_pairs, of_pairs
 from flocking.models import warn
-from flocking.recording import FIRST, PROMPT, measure
+from flocking.recording import FIRST, PROMPT
 
 _MASS = ("mass", "norm", "token_window")
 _RAW = ("relative", "token_id")
@@ -68,8 +73,8 @@ def _token_sum(recording: xr.Dataset, values: xr.DataArray) -> xr.DataArray:
 
 
 def _token_count(recording: xr.Dataset) -> xr.DataArray:
-    """Tokens that count, (sequence, layer): those whose activations are not all zero."""
-    return _token_sum(recording, recording.norm > 0)
+    """Tokens that count, (sequence, layer), in memory: whose activations are not all zero."""
+    return _token_sum(recording, recording.norm > 0).compute()
 
 
 def _pairs(recording: xr.Dataset) -> xr.DataArray:
@@ -138,12 +143,16 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     >>> values.dims, values.shape
     (('sequence', 'layer'), (2, 2))
     """
+    return _consistency(recording, different_tokens)
+
+
+def _consistency(recording: xr.Dataset, different_tokens: bool = False) -> xr.DataArray:
     values = _mean_cosine(recording, _windows(recording).mass)
     if different_tokens:
         pairs = _pairs(recording)
-        same, count = _identical(recording, np.eye(recording.sizes["sequence"], dtype=bool))
-        own = _own(same) - _token_count(recording)  # a token is not a pair with itself
-        left = pairs - (_own(count) - _token_count(recording))
+        same, count = _identical_within(recording)
+        own = same - _token_count(recording)  # a token is not a pair with itself
+        left = pairs - (count - _token_count(recording))
         values = (values * pairs - own) / left.where(left > 0)
     return named(values, "consistency", "consistency")
 
@@ -173,6 +182,10 @@ def chance_consistency(recording: xr.Dataset) -> xr.DataArray:
     >>> bool((chance < flocking.consistency(recording)).all())
     True
     """
+    return _chance(recording)
+
+
+def _chance(recording: xr.Dataset) -> xr.DataArray:
     pairs = _pairs(recording)
     l1 = recording.l1.astype(np.float64)
     excess = _token_sum(recording, l1) ** 2 - _token_sum(recording, l1**2)
@@ -210,8 +223,8 @@ def flocking_score(recording: xr.Dataset) -> xr.DataArray:
     >>> flocking.flocking_score(recording.isel(window=[2, 3])).shape
     (2, 2)
     """
-    chance = chance_consistency(recording)
-    values = (consistency(recording) - chance) / (1 - chance)
+    chance = _chance(recording)
+    values = (_consistency(recording) - chance) / (1 - chance)
     return named(values, "flocking_score", "flocking score")
 
 
@@ -282,7 +295,13 @@ def effective_neurons(recording: xr.Dataset) -> xr.DataArray:
 
 
 @measure(*_MASS, "tokens", different_tokens=_RAW)
-def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.DataArray:
+def between_consistency(
+    recording: xr.Dataset,
+    *,
+    different_tokens: bool = False,
+    pairs: Pairs | None = None,
+    seed: int = 0,
+) -> xr.DataArray:
     """Mean cosine between the relative activations of tokens of two sequences.
 
     ``B = <sum_t r_t, sum_u r'_u> / (T T')``: :func:`consistency` over pairs whose tokens come
@@ -295,19 +314,27 @@ def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False
         From :func:`flocking.record`, of two sequences or more.
     different_tokens : bool
         Leave out pairs of tokens with the same id. Needs ``record(..., relative=True)``.
+    pairs : int or "all", optional
+        Of so many pairs of sequences, drawn without repetition, the same for all layers; or of
+        all, each once. What it costs grows with the pairs instead of with the square of the
+        sequences. By default a matrix of all.
+    seed : int
+        Of what is drawn.
 
     Returns
     -------
-    xarray.DataArray, float64, (sequence, other, layer)
-        Unitless, symmetric in the two sequences; NaN where both are the same sequence.
+    xarray.DataArray, float64, (sequence, other, layer), or (pair, layer)
+        Unitless, symmetric in the two sequences; NaN where both are the same sequence. Along
+        ``pair``, coordinates ``sequence`` and ``other`` are the labels of the two.
 
     Raises
     ------
     TypeError
-        If `recording` is not a recording.
+        If `recording` is not a recording, or `pairs` neither a number nor "all".
     ValueError
-        If there is only one sequence, or one is shorter than the first window; with
-        `different_tokens`, if the recording has no ``relative`` for all layers.
+        If there is only one sequence, one is shorter than the first window, or there are fewer
+        than `pairs` pairs; with `different_tokens`, if the recording has no ``relative`` for all
+        layers.
 
     Examples
     --------
@@ -315,8 +342,18 @@ def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False
     >>> values = flocking.between_consistency(recording)
     >>> values.dims, values.shape
     (('sequence', 'other', 'layer'), (3, 3, 2))
+    >>> drawn = flocking.between_consistency(recording, pairs=2, seed=1)
+    >>> drawn.dims, drawn.shape
+    (('pair', 'layer'), (2, 2))
     """
-    part = _at_equal_counts(recording)
+
+    def matrix(part: xr.Dataset) -> xr.DataArray:
+        return _between(part, different_tokens)
+
+    return _compared(recording, matrix, pairs, seed, different_tokens)
+
+
+def _between(part: xr.Dataset, different_tokens: bool) -> xr.DataArray:
     mass = part.mass.sum("window", dtype=np.float64, skipna=False)
     count = _token_count(part)
     n = part.sizes["sequence"]
@@ -333,7 +370,13 @@ def between_consistency(recording: xr.Dataset, *, different_tokens: bool = False
 
 
 @measure(*_MASS, "tokens", different_tokens=_RAW)
-def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.DataArray:
+def specificity(
+    recording: xr.Dataset,
+    *,
+    different_tokens: bool = False,
+    pairs: Pairs | None = None,
+    seed: int = 0,
+) -> xr.DataArray:
     """How much of the consistency belongs to the sequence rather than to the model.
 
     ``(C - B) / (1 - B)`` for each pair of sequences, with :func:`between_consistency` B and the
@@ -348,10 +391,14 @@ def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     different_tokens : bool
         Leave out pairs of tokens with the same id, both in C and in B. Needs
         ``record(..., relative=True)``.
+    pairs : int or "all", optional
+        Of so many pairs of sequences, as in :func:`between_consistency`, which draws the same.
+    seed : int
+        Of what is drawn.
 
     Returns
     -------
-    xarray.DataArray, float64, (sequence, other, layer)
+    xarray.DataArray, float64, (sequence, other, layer), or (pair, layer)
         Unitless, at most 1; NaN where both are the same sequence.
 
     Raises
@@ -367,12 +414,36 @@ def specificity(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     (2, 2, 2)
     >>> flocking.specificity(recording, different_tokens=True).shape
     (2, 2, 2)
+    >>> flocking.specificity(recording, pairs="all").dims
+    ('pair', 'layer')
     """
-    within = consistency(_at_equal_counts(recording), different_tokens=different_tokens)
-    between = between_consistency(recording, different_tokens=different_tokens)
-    values = ((within + _other(within)) / 2 - between) / (1 - between)
-    values = values.transpose("sequence", "other", "layer")
-    return named(values, "specificity", "specificity")
+
+    def matrix(part: xr.Dataset) -> xr.DataArray:
+        within = _consistency(part, different_tokens).compute()
+        between = _between(part, different_tokens)
+        values = ((within + _other(within)) / 2 - between) / (1 - between)
+        values = values.transpose("sequence", "other", "layer")
+        return named(values, "specificity", "specificity")
+
+    return _compared(recording, matrix, pairs, seed, different_tokens)
+
+
+def _compared(
+    recording: xr.Dataset,
+    matrix: Callable[[xr.Dataset], xr.DataArray],
+    pairs: Pairs | None,
+    seed: int,
+    different_tokens: bool,
+) -> xr.DataArray:
+    """What `matrix` gives of all pairs of sequences, or of some."""
+    part = _at_equal_counts(recording)
+    n = part.sizes["sequence"]
+    each = 8 * part.sizes["neuron"] * part.sizes["layer"]
+    if different_tokens:  # of one layer at a time
+        each += 8 * part.sizes["neuron"] * part.sizes["token"]
+    if pairs is not None:
+        return of_pairs(part, chosen(n, pairs, seed), matrix, each)
+    return of_all_pairs(part, matrix, each) if is_chunked(part) else matrix(part)
 
 
 def _at_equal_counts(recording: xr.Dataset) -> xr.Dataset:
@@ -391,10 +462,36 @@ def _of_pairs(recording: xr.Dataset, values: np.ndarray) -> xr.DataArray:
     return xr.DataArray(values, coordinates, ("sequence", "other", "layer"))
 
 
-def _own(pairs: xr.DataArray) -> xr.DataArray:
-    """Values on the diagonal: each sequence with itself."""
-    own = np.einsum("ssl->sl", pairs.values)
-    return xr.DataArray(own, {d: pairs[d] for d in ("sequence", "layer")}, ("sequence", "layer"))
+def _identical_within(recording: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
+    """Of pairs of tokens with the same id within each sequence: sum of cosines, and number."""
+    dims = ("sequence", "layer")
+    both = by_chunk(
+        _identical_of,
+        recording.relative.variable.transpose(*dims, "token", "neuron"),
+        recording.token_id.variable,
+        _counting(recording).variable.transpose(*dims, "token"),
+        recording.d_ff.variable,
+        inner=[["token", "neuron"], ["token"], ["token"], []],
+        outer=["both"],
+        sizes={"both": 2},
+        dtype=np.float64,
+    ).transpose("both", *dims)
+    labels = {dim: recording[dim] for dim in dims}
+    return xr.DataArray(both[0], labels, dims), xr.DataArray(both[1], labels, dims)
+
+
+def _identical_of(
+    relative: np.ndarray, ids: np.ndarray, counting: np.ndarray, d_ff: np.ndarray
+) -> np.ndarray:
+    """As :func:`_identical_within`, (sequence, layer, 2), of arrays that can be broadcast."""
+    result = np.zeros((*relative.shape[:2], 2))
+    ids = np.broadcast_to(ids, counting.shape)
+    widths = np.broadcast_to(d_ff, counting.shape[:2])
+    for place in np.ndindex(*relative.shape[:2]):
+        real = counting[place]
+        _, sums, number = _by_id(ids[place][real], relative[place][real], int(widths[place]))
+        result[place] = np.vdot(sums, sums), number @ number
+    return result
 
 
 def _identical(recording: xr.Dataset, wanted: np.ndarray) -> tuple[xr.DataArray, xr.DataArray]:
@@ -422,15 +519,19 @@ def _by_token_id(
     """Per sequence of one layer: its token ids, and the sum of r and the number for each."""
     counting = _counting(recording).values
     for sequence, real in enumerate(counting):
-        ids, group = np.unique(recording.token_id.values[sequence, real], return_inverse=True)
         r = recording.relative[sequence].transpose("token", "neuron").values[real]
-        if np.isnan(r[:, : int(recording.d_ff)]).any():
-            raise ValueError(
-                "'relative' has no value at some tokens: select with isel and sel instead of where."
-            )
-        r = np.nan_to_num(r.astype(np.float32))  # beyond the width of a narrower layer
-        member = sparse.csr_matrix(
-            (np.ones(len(group), np.float32), (group, np.arange(len(group))))
+        ids = recording.token_id[sequence].values[real]
+        yield _by_id(ids, r, int(recording.d_ff))
+
+
+def _by_id(ids: np.ndarray, r: np.ndarray, d_ff: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Different token ids, and the sum of r, (token, neuron), and the number for each."""
+    ids, group = np.unique(ids, return_inverse=True)
+    if np.isnan(r[:, :d_ff]).any():
+        raise ValueError(
+            "'relative' has no value at some tokens: select with isel and sel instead of where."
         )
-        number = np.bincount(group, minlength=len(ids)).astype(np.float64)
-        yield ids, (member @ r if len(ids) else r), number
+    r = np.nan_to_num(r.astype(np.float32))  # beyond the width of a narrower layer
+    member = sparse.csr_matrix((np.ones(len(group), np.float32), (group, np.arange(len(group)))))
+    number = np.bincount(group, minlength=len(ids)).astype(np.float64)
+    return ids, (member @ r if len(ids) else r), number

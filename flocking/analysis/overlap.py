@@ -6,23 +6,28 @@ that xarray's broadcasting compares parts of a text, texts and models.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Literal, overload
 
 import numpy as np
 import xarray as xr
 
+from flocking.analysis.chunks import by_chunk, is_chunked, measure
+from flocking.analysis.couples import Pairs, chosen, of_all_pairs, of_pairs
 from flocking.analysis.labels import aligned, checked, checked_selection
 from flocking.analysis.metrics import common_windows, named
 from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
 from flocking.analysis.selection import (
+    by_layer_of,
     density_by_layer,
     kept_count,
+    kept_neurons,
     select,
     several_densities,
     statistic,
 )
-from flocking.recording import FIRST, PROMPT, measure
+from flocking.recording import FIRST, PROMPT
 
 _DRIFT_DIMS = ("sequence", "layer", "prompt_length", "distance")
 _DRIFT = {
@@ -167,13 +172,26 @@ def captured_energy(
         kept = xr.dot(selection.astype(np.float64), energy.fillna(0), dim="neuron")
         total = energy.sum("neuron", skipna=False)
         if of == "oracle":
-            # Sums over neurons in descending order: the k-th is the most that k neurons can keep.
-            best = energy.copy(
-                data=-np.sort(-energy.fillna(0).values, energy.get_axis_num("neuron"))
+            total = xr.apply_ufunc(
+                _most,
+                energy,
+                count,
+                input_core_dims=[["neuron"], []],
+                dask="parallelized",
+                output_dtypes=[np.float64],
+                dask_gufunc_kwargs={"allow_rechunk": True},
             )
-            total = best.cumsum("neuron").isel(neuron=(count - 1).clip(min=0))
         values = kept / total.where((total > 0) & (count > 0))
     return named(values, "captured_energy", f"captured energy, of {of}")
+
+
+def _most(energy: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The most energy that so many neurons can keep: a sum in descending order."""
+    best = np.cumsum(-np.sort(-np.nan_to_num(energy), axis=-1), axis=-1)
+    last = np.maximum(np.asarray(count) - 1, 0)[..., None]
+    shape = np.broadcast_shapes(best.shape[:-1], last.shape[:-1])
+    best = np.broadcast_to(best, (*shape, best.shape[-1]))
+    return np.take_along_axis(best, np.broadcast_to(last, (*shape, 1)), axis=-1)[..., 0]
 
 
 # --------------------------------------------------------------------------------------
@@ -223,7 +241,11 @@ def prompt_generation_overlap(
 
 @measure("energy", "tokens")
 def between_sequence_overlap(
-    recording: xr.Dataset, density: float | Iterable[float] = 0.5
+    recording: xr.Dataset,
+    density: float | Iterable[float] = 0.5,
+    *,
+    pairs: Pairs | None = None,
+    seed: int = 0,
 ) -> xr.Dataset:
     """Overlap of the selections from different sequences, and from the halves of one sequence.
 
@@ -238,6 +260,11 @@ def between_sequence_overlap(
         From :func:`flocking.record`, of two sequences or more, each of two windows or more.
     density : float or iterable of float
         Fraction of neurons kept, or one for each layer.
+    pairs : int or "all", optional
+        Of so many pairs of sequences, as in :func:`flocking.between_consistency`, which draws the
+        same.
+    seed : int
+        Of what is drawn.
 
     Returns
     -------
@@ -245,13 +272,17 @@ def between_sequence_overlap(
         ``within`` (sequence, layer): Jaccard overlap of a sequence's two halves.
         ``between`` (sequence, other, layer): of its first half and the other's second half;
         NaN where both are the same sequence. Chance level: :func:`chance_jaccard`.
+        With `pairs`, both are (pair, layer), with coordinates ``sequence`` and ``other``:
+        ``within`` is the mean of the two sequences', ``between`` of the first half of ``sequence``
+        and the second half of ``other``, the later one.
 
     Raises
     ------
     TypeError
-        If `recording` is not a recording.
+        If `recording` is not a recording, or `pairs` neither a number nor "all".
     ValueError
-        If there is only one sequence, or fewer than two windows that all sequences fill.
+        If there is only one sequence, or fewer than two windows that all sequences fill, or than
+        `pairs` pairs.
 
     Examples
     --------
@@ -259,33 +290,65 @@ def between_sequence_overlap(
     >>> overlap = flocking.between_sequence_overlap(recording, density=0.5)
     >>> overlap.within.dims, overlap.between.dims
     (('sequence', 'layer'), ('sequence', 'other', 'layer'))
+    >>> drawn = flocking.between_sequence_overlap(recording, density=0.5, pairs=2)
+    >>> drawn.within.dims, drawn.between.sequence.dims
+    (('pair', 'layer'), ('pair',))
     """
     windows = common_windows(recording)
     half = len(windows) // 2
     if half == 0:
         raise ValueError("expected two windows or more, got 1: record with a smaller window.")
     density = density_by_layer(density, recording.sizes["layer"], recording.layer.values.tolist())
-    selections = []
-    for part in (windows[:half], windows[half : 2 * half]):
-        energy = recording.energy.isel(window=part).sum("window", dtype=np.float64, skipna=False)
-        selections.append(select(np.sqrt(energy), density))
-    first, second = (kept.transpose("sequence", "layer", "neuron") for kept in selections)
-    overlap = _of_all_pairs(first.values, second.values)
-    coordinates = {name: c for name, c in first.coords.items() if "neuron" not in c.dims}
-    own = np.arange(len(overlap))
-    within = xr.DataArray(overlap[own, own], coordinates, ("sequence", "layer"))
-    overlap[own, own] = np.nan
-    between = xr.DataArray(
-        overlap,
-        {**coordinates, "other": recording["sequence"].values},
-        ("sequence", "other", "layer"),
-    )
+    halves = windows[:half], windows[half : 2 * half]
+    n = recording.sizes["sequence"]
+    each = 24 * recording.sizes["neuron"] * recording.sizes["layer"]
+
+    def matrix(part: xr.Dataset) -> xr.DataArray:
+        return _overlap_of_halves(part, halves, density)
+
+    def within_and_between(part: xr.Dataset) -> xr.Dataset:
+        between = matrix(part)
+        own = _own(between).values
+        mean = between.copy(data=(own[:, None] + own[None]) / 2)  # of the two members
+        return xr.Dataset({"within": mean, "between": between})
+
+    if pairs is not None:
+        found = of_pairs(recording, chosen(n, pairs, seed), within_and_between, each)
+        within, between = found.within, found.between
+    else:
+        chunked = is_chunked(recording)
+        overlap = of_all_pairs(recording, matrix, each) if chunked else matrix(recording)
+        within = _own(overlap)
+        between = overlap.where(~xr.DataArray(np.eye(n, dtype=bool), dims=("sequence", "other")))
     return xr.Dataset(
         {
             "within": named(within, "within", "Jaccard overlap of a sequence's halves"),
             "between": named(between, "between", "Jaccard overlap between sequences"),
         }
     )
+
+
+def _overlap_of_halves(
+    recording: xr.Dataset, halves: tuple[np.ndarray, np.ndarray], density: list[float]
+) -> xr.DataArray:
+    """Overlap of each sequence's first half with each one's second, its own as well."""
+    selections = []
+    for part in halves:
+        energy = recording.energy.isel(window=part).sum("window", dtype=np.float64, skipna=False)
+        selections.append(select(np.sqrt(energy.compute()), density))
+    first, second = (kept.transpose("sequence", "layer", "neuron") for kept in selections)
+    coordinates = {name: c for name, c in first.coords.items() if "neuron" not in c.dims}
+    return xr.DataArray(
+        _of_all_pairs(first.values, second.values),
+        {**coordinates, "other": recording["sequence"].values},
+        ("sequence", "other", "layer"),
+    )
+
+
+def _own(overlap: xr.DataArray) -> xr.DataArray:
+    """Values of each sequence with itself."""
+    number = xr.DataArray(np.arange(overlap.sizes["sequence"]), dims="sequence")
+    return overlap.isel(sequence=number, other=number).drop_vars("other")
 
 
 def _of_all_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -372,58 +435,83 @@ def drift(
     if not counts or not all(0 < count < len(windows) for count in counts):
         raise ValueError(f"prompt_lengths={cuts}: each must leave a prompt and a window after it.")
     by_layer = density_by_layer(density, part.sizes["layer"], part.layer.values.tolist())
-    sizes = part.sizes["sequence"], part.sizes["layer"], len(cuts), len(windows) - min(counts)
-    result = {name: np.full(sizes, np.nan) for name in _DRIFT}
-    for number in range(part.sizes["sequence"]):  # one at a time, to limit the memory
-        one = part.isel(sequence=number)
-        full = one.tokens.values == width
-        measures = _serving(one.energy.astype(np.float64), counts, by_layer)
-        for row, count in enumerate(counts):
-            here = np.flatnonzero(full[count:])
-            for name, values in measures.items():
-                # (The index array comes first where numpy mixes it with a slice.)
-                result[name][number, :, row, here] = values[:, row, count + here].T
+    distances = len(windows) - min(counts)
+    result = by_chunk(
+        functools.partial(_drift, counts=counts),
+        part.energy.variable,
+        xr.Variable(("sequence", "window"), part.tokens.values == width),
+        *by_layer_of(part, by_layer),
+        inner=[["window", "neuron"], ["window"], [], [], []],
+        outer=["measure", "prompt_length", "distance"],
+        sizes={"measure": len(_DRIFT), "prompt_length": len(cuts), "distance": distances},
+        dtype=np.float64,
+    )
     return xr.Dataset(
         {
-            name: (_DRIFT_DIMS, result[name], {"long_name": text, "units": "1"})
-            for name, text in _DRIFT.items()
+            name: (_DRIFT_DIMS, result.isel(measure=n).data, {"long_name": text, "units": "1"})
+            for n, (name, text) in enumerate(_DRIFT.items())
         },
         {
             "sequence": part.sequence,
             "layer": part.layer,
             "prompt_length": ("prompt_length", cuts, {"units": "tokens"}),
-            "distance": ("distance", width * np.arange(sizes[3]), {"units": "tokens"}),
+            "distance": ("distance", width * np.arange(distances), {"units": "tokens"}),
             "density": by_layer[0] if len({*by_layer}) == 1 else ("layer", by_layer),
         },
     )
 
 
-def _serving(
-    energy: xr.DataArray, counts: list[int], density: list[float]
-) -> dict[str, np.ndarray]:
-    """The measures of drift for one sequence, each (layer, cut, window).
+def _drift(
+    energy: np.ndarray,
+    full: np.ndarray,
+    *of_layers: np.ndarray,
+    counts: list[int],
+) -> np.ndarray:
+    """The measures of drift, (sequence, layer, measure, cut, distance); NaN where there is none.
 
     Parameters
     ----------
-    energy : xarray.DataArray, (layer, window, neuron)
+    energy : ndarray, (sequence, layer, window, neuron)
+    full : ndarray of bool, (sequence, 1, window)
+        Windows that have all their tokens.
+    *of_layers : ndarray, (layer,)
+        Density, d_ff and number of experts of each layer.
     counts : list of int
         Windows before each cut.
     """
-    prompts = energy.cumsum("window").isel(window=np.array(counts) - 1)
+    windows = energy.shape[2]
+    sizes = len(_DRIFT), len(counts), windows - min(counts)
+    result = np.full((*energy.shape[:2], *sizes), np.nan)
+    for number, values in enumerate(energy):  # one sequence at a time, to limit the memory
+        measures = _serving(values.astype(np.float64), counts, *of_layers)
+        for row, count in enumerate(counts):
+            here = np.flatnonzero(full[number, 0, count:])
+            for measure_number, found in enumerate(measures):
+                result[number, :, measure_number, row, here] = found[:, row, count + here].T
+    return result
+
+
+def _serving(
+    energy: np.ndarray, counts: list[int], *of_layers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The measures of drift for one sequence, each (layer, cut, window), as `_DRIFT` has them.
+
+    Parameters
+    ----------
+    energy : ndarray of float64, (layer, window, neuron)
+    counts : list of int
+        Windows before each cut.
+    *of_layers : ndarray, (layer,)
+        Density, d_ff and number of experts of each layer.
+    """
+    prompts = np.nancumsum(energy, axis=1)[:, np.array(counts) - 1]
     chosen, own = (
-        select(values**0.5, density).transpose("layer", "window", "neuron").values
-        for values in (prompts, energy)
+        kept_neurons(values**0.5, *of_layers).astype(np.float32) for values in (prompts, energy)
     )
-    chosen, own = chosen.astype(np.float32), own.astype(np.float32)
-    values = energy.transpose("layer", "window", "neuron").values
-    total = values.sum(-1)
+    total = energy.sum(-1)
     with np.errstate(invalid="ignore"):
         both = chosen @ own.swapaxes(1, 2)
         overlap = both / (2 * own.sum(-1).max(-1)[:, None, None] - both)
-        kept = chosen.astype(np.float64) @ values.swapaxes(1, 2) / total[:, None]
-        oracle = (own * values).sum(-1) / total
-    return {
-        "jaccard": overlap,
-        "captured_energy": kept,
-        "oracle": np.broadcast_to(oracle[:, None], kept.shape),
-    }
+        kept = chosen.astype(np.float64) @ energy.swapaxes(1, 2) / total[:, None]
+        oracle = (own * energy).sum(-1) / total
+    return overlap, kept, np.broadcast_to(oracle[:, None], kept.shape)

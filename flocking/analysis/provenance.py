@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from flocking.analysis.chunks import is_chunked
+
 _TEXT, _MARKS = "made_from", "made_from_marks"
 _MOST = 1024  # marks are left out where there are more slices
 
@@ -24,12 +26,19 @@ def made_of(values: xr.DataArray, text: str) -> xr.DataArray:
     values : xarray.DataArray, (..., [layer,] neuron)
         Each slice along its leading dimensions may be taken out, and is still what was made.
     text : str
+
+    Where they are many, or in chunks that are not read yet, nothing tells whether it was changed.
     """
     return values.assign_attrs(marked(text, *_marks_in(values)))
 
 
 def _marks_in(values: xr.DataArray) -> list[str]:
-    """Marks of all slices, in which layers are in ascending order; none if there are too many."""
+    """Marks of all slices, in which layers are in ascending order; none if there are too many.
+
+    There are none either of what is in chunks, which would all be read.
+    """
+    if is_chunked(values):
+        return []
     dims = [dim for dim in values.dims if dim not in ("layer", "neuron")]
     inner = [dim for dim in ("layer", "neuron") if dim in values.dims]
     if "layer" in values.dims and "layer" in values.coords:

@@ -12,13 +12,14 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.analysis.chunks import by_chunk, is_chunked, measure
 from flocking.analysis.labels import checked
 from flocking.analysis.metrics import named
 from flocking.analysis.provenance import made_of, said_by
 from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
 from flocking.feedforward import FeedForward, dense, feedforwards, fused_rows, row_norms
 from flocking.models import warn
-from flocking.recording import coordinates_of, measure
+from flocking.recording import coordinates_of
 
 Phase = Literal["prompt", "generation"]
 
@@ -120,7 +121,8 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     """Static statistic for each sequence, from all the other sequences.
 
     The root of the mean over the other sequences of their energy per token. A selection made from
-    it says something about the model and nothing about the sequence.
+    it says something about the model and nothing about the sequence. Values in chunks are read once
+    when this is called, for the sum over all sequences.
 
     Parameters
     ----------
@@ -154,7 +156,12 @@ def statistic_of_others(values: xr.DataArray) -> xr.DataArray:
     if "tokens" not in values.coords:
         raise ValueError("values has no coordinate 'tokens': give what flocking.statistic returns.")
     energy = values**2 / values.tokens
-    others = (energy.sum("sequence") - energy) / (energy.notnull().sum("sequence") - 1)
+    # In memory, since chunks would wait there for the sum over all of them.
+    total, number = energy.sum("sequence"), energy.notnull().sum("sequence")
+    if is_chunked(values):
+        both = xr.Dataset({"total": total, "number": number}).compute()
+        total, number = both.total, both.number
+    others = (total - energy) / (number - 1)
     others = np.sqrt(others.clip(min=0)).transpose(*values.dims)
     made_from = f"static statistic of {values.sizes['sequence'] - 1} other texts"
     others = named(others, "statistic", "statistic of the other sequences")
@@ -263,15 +270,15 @@ def select(
     by_layer = by_layer.transpose("layer", ..., "neuron")
     layers = len(by_layer)
     shares = density_by_layer(density, layers, _labels(values))
-    widths = np.broadcast_to(
-        values.d_ff if "d_ff" in values.coords else values.sizes["neuron"], layers
-    )
-    mixtures = np.broadcast_to(values.experts if "experts" in values.coords else 1, layers)
-    kept = np.zeros(by_layer.shape, bool)
-    for mask, layer, share, d_ff, experts in zip(
-        kept, by_layer.values, shares, widths.astype(int), mixtures.astype(int), strict=True
-    ):
-        mask[..., :d_ff] = _largest(layer[..., :d_ff], share, experts)
+    kept = by_chunk(
+        kept_neurons,
+        by_layer.variable,
+        *by_layer_of(by_layer, shares),
+        inner=[["neuron"], [], [], []],
+        outer=["neuron"],
+        sizes={},
+        dtype=bool,
+    ).data
     labelled = by_layer.copy(data=kept)
     if "layer" not in values.dims:
         labelled = labelled[0]
@@ -298,6 +305,41 @@ def densities_in_words(densities: list[float]) -> str:
 def _labels(values: xr.DataArray) -> list[Any] | None:
     """The layers' labels, if they have any."""
     return np.atleast_1d(values["layer"].values).tolist() if "layer" in values.coords else None
+
+
+def by_layer_of(values: xr.DataArray | xr.Dataset, shares: list[float]) -> list[xr.Variable]:
+    """Density, d_ff and number of experts of each layer, which are checked.
+
+    Raises
+    ------
+    ValueError
+        If a density is not in (0, 1], or keeps no neuron.
+    """
+    count = len(shares)
+    width = values["d_ff"] if "d_ff" in values.coords else values.sizes["neuron"]
+    widths = np.broadcast_to(width, count).astype(int)
+    mixtures = np.broadcast_to(values["experts"] if "experts" in values.coords else 1, count)
+    for share, d_ff, experts in zip(shares, widths, mixtures.astype(int), strict=True):
+        kept_count(share, d_ff // experts)
+    return [xr.Variable("layer", each) for each in (shares, widths, mixtures.astype(int))]
+
+
+def kept_neurons(
+    values: np.ndarray, shares: np.ndarray, widths: np.ndarray, experts: np.ndarray
+) -> np.ndarray:
+    """Mask of the neurons with the largest statistic, (layer, ..., neuron).
+
+    Parameters
+    ----------
+    values : ndarray, (layer, ..., neuron)
+    shares, widths, experts : ndarray
+        Density, d_ff and number of experts of each layer.
+    """
+    kept = np.zeros(values.shape, bool)
+    by_layer = (each.ravel() for each in (shares, widths, experts))
+    for mask, layer, share, d_ff, mixture in zip(kept, values, *by_layer, strict=True):
+        mask[..., :d_ff] = _largest(layer[..., :d_ff], float(share), int(mixture))
+    return kept
 
 
 def _largest(values: np.ndarray, density: float, experts: int) -> np.ndarray:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import overload
+from collections.abc import Iterator
+from typing import Any, overload
 
 import numpy as np
 import xarray as xr
 from scipy import stats
 
+from flocking.analysis.chunks import is_chunked
 from flocking.models import warn
+
+_DRAWN = ("sequence", "pair")
+ROOM = 2**22  # numbers that are held at a time, of values that are many
 
 
 @overload
@@ -38,12 +43,15 @@ def bootstrap(
     too similar to itself, and the interval would miss the estimate. The percentiles are those of
     ``flocking.analysis.tails``, since plain ones are too narrow for few sequences.
 
+    Values in chunks are read when this is called, some sequences at a time if they are many.
+
     Parameters
     ----------
     values : xarray.DataArray or xarray.Dataset
-        Measures of a recording, with a dimension ``sequence``; values of pairs have ``other``, too,
-        with the same labels in any order. NaN counts as missing. Variables of a Dataset without
-        ``sequence`` are left out.
+        Measures of a recording, with a dimension ``sequence``; values of all pairs have ``other``,
+        too, with the same labels in any order. Values of some pairs have ``pair`` instead, with
+        coordinates ``sequence`` and ``other``; the sequences in them are drawn. NaN counts as
+        missing. Variables of a Dataset without ``sequence`` or ``pair`` are left out.
     level : float
         Coverage of the interval.
     resamples : int
@@ -53,15 +61,15 @@ def bootstrap(
     -------
     xarray.DataArray or xarray.Dataset, float64
         As `values`, with ``interval`` ("estimate", "low", "high") instead of ``sequence`` (and
-        ``other``). With one sequence, the interval is NaN.
+        ``other``) or ``pair``. With one sequence, the interval is NaN.
 
     Raises
     ------
     TypeError
         If `values` is neither a DataArray nor a Dataset of measures.
     ValueError
-        If `values` has no dimension ``sequence`` or no sequence in it, ``other`` has other labels,
-        `level` is not between 0 and 1, or `resamples` is below 1.
+        If `values` has no dimension ``sequence`` or ``pair`` or nothing along it, ``other`` has
+        other labels, `level` is not between 0 and 1, or `resamples` is below 1.
 
     Warns
     -----
@@ -85,7 +93,7 @@ def bootstrap(
                 "values is a recording: give a measure of it, such as "
                 "flocking.flocking_score(recording)."
             )
-        parts = {name: part for name, part in values.items() if "sequence" in part.dims}
+        parts = {name: part for name, part in values.items() if {*_DRAWN} & {*part.dims}}
         if not parts:
             raise ValueError(
                 f"no variable has the dimension 'sequence' to draw from: {_before(values)}"
@@ -98,7 +106,7 @@ def bootstrap(
         return xr.Dataset(means, attrs=values.attrs)
     if not isinstance(values, xr.DataArray):
         raise TypeError(f"values is a {type(values).__name__}: give a DataArray or a Dataset.")
-    if "sequence" not in values.dims:
+    if not {*_DRAWN} & {*values.dims}:
         raise ValueError(
             f"values has dimensions {values.dims}, so that there is no 'sequence' to draw from: "
             f"{_before(values)}"
@@ -115,7 +123,7 @@ def _before(values: xr.DataArray | xr.Dataset) -> str:
 
 
 def _warn_of_one(values: xr.DataArray | xr.Dataset) -> None:
-    if values.sizes["sequence"] == 1:
+    if values.sizes.get("sequence") == 1:
         warn("There is one sequence only, so its interval is NaN: record several texts.")
 
 
@@ -127,27 +135,54 @@ def intervals(
         raise TypeError(f"values of dtype {values.dtype} have no mean: give numbers.")
     if "other" in values.dims:
         values = _in_order(values)
-    if not values.sizes["sequence"]:
-        raise ValueError("values have no sequence to draw from: give those of several.")
-    drawn = [dim for dim in ("sequence", "other") if dim in values.dims]
+    drawn = [dim for dim in ("sequence", "other", "pair") if dim in values.dims]
+    if not values.sizes[drawn[0]]:
+        raise ValueError(f"values have no {drawn[0]} to draw from: give those of several.")
     rest = [dim for dim in values.dims if dim not in drawn]
     stacked = values.transpose(*drawn, *rest)
-    data = stacked.values.astype(np.float64).reshape([stacked.sizes[d] for d in drawn] + [-1])
-    means = _resampled_means(data, resamples, seed)
-    n = len(data)
-    bounds = np.full((2, means.shape[1]), np.nan)
-    known = np.isfinite(means[0]) & (n > 1)
-    if known.any():
-        bounds[:, known] = np.nanquantile(means[1:, known], tails(n, level), axis=0)
+    if "pair" in drawn:
+        members, n = _members(values)
+        data = stacked.values.astype(np.float64).reshape(len(members), -1)
+        found = _interval(_means_of_pairs(data, members, n, resamples, seed), n, level)
+    elif is_chunked(stacked) and drawn == ["sequence"] and stacked.size > ROOM:
+        n = stacked.sizes["sequence"]
+        draws = np.concatenate([*_draws(n, resamples, seed, np.min_scalar_type(n))])
+        parts = [_interval(means, n, level) for means in _means_of_many(stacked, draws)]
+        found = np.concatenate(parts, axis=1)
+    else:
+        data = stacked.values.astype(np.float64).reshape([stacked.sizes[d] for d in drawn] + [-1])
+        n = len(data)
+        found = _interval(_resampled_means(data, resamples, seed), n, level)
     shape = [3, *(stacked.sizes[dim] for dim in rest)]
     kept = {name: c for name, c in values.coords.items() if not set(c.dims) & set(drawn)}
     return xr.DataArray(
-        np.concatenate([means[:1], bounds]).reshape(shape),
+        found.reshape(shape),
         {"interval": ["estimate", "low", "high"], **kept},
         ("interval", *rest),
         values.name,
         {**values.attrs, "level": level},
     )
+
+
+def _interval(means: np.ndarray, n: int, level: float) -> np.ndarray:
+    """Estimate and bounds, (3, value), from means of resamples, the estimate first."""
+    bounds = np.full((2, means.shape[1]), np.nan)
+    known = np.isfinite(means[0]) & (n > 1)
+    if known.any():
+        bounds[:, known] = np.nanquantile(means[1:, known], tails(n, level), axis=0)
+    return np.concatenate([means[:1], bounds])
+
+
+def _members(values: xr.DataArray) -> tuple[np.ndarray, int]:
+    """Numbers of both sequences of each pair, (pair, 2), and how many sequences there are."""
+    if not all(name in values.coords for name in ("sequence", "other")):
+        raise ValueError(
+            "values have a dimension 'pair' without coordinates 'sequence' and 'other', which say "
+            "which sequences each is of: give what a measure returns."
+        )
+    labels = np.stack([values[name].values for name in ("sequence", "other")], axis=1)
+    names, numbers = np.unique(labels, return_inverse=True)
+    return numbers.reshape(labels.shape), len(names)
 
 
 def _in_order(values: xr.DataArray) -> xr.DataArray:
@@ -173,18 +208,73 @@ def _resampled_means(data: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     if pairs:
         data = data.copy()
         data[np.arange(n), np.arange(n)] = np.nan
-    # How often each sequence is drawn. The first row draws each once: the estimate.
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    draws = np.concatenate([np.ones((1, n)), draws])
+    means = []
+    for draws in _draws(n, resamples, seed):
 
-    def total(x: np.ndarray) -> np.ndarray:
-        if not pairs:
-            return draws @ x
-        return np.stack([((draws @ x[..., c]) * draws).sum(1) for c in range(x.shape[-1])], axis=1)
+        def total(x: np.ndarray, draws: np.ndarray = draws) -> np.ndarray:
+            if not pairs:
+                return draws @ x
+            columns = [((draws @ x[..., c]) * draws).sum(1) for c in range(x.shape[-1])]
+            return np.stack(columns, axis=1)
 
-    count = total(np.isfinite(data).astype(np.float64))
-    sums = total(np.nan_to_num(data, nan=0))
+        count = total(np.isfinite(data).astype(np.float64))
+        means.append(_quotient(total(np.nan_to_num(data, nan=0)), count))
+    return np.concatenate(means)
+
+
+def _draws(n: int, resamples: int, seed: int, dtype: Any = np.float64) -> Iterator[np.ndarray]:
+    """How often each sequence is drawn, (resample, sequence), some resamples at a time.
+
+    The first row draws each once: the estimate.
+    """
+    random = np.random.default_rng(seed)
+    share = np.full(n, 1 / n)
+    at_a_time = max(1, ROOM // n)
+    first = [np.ones((1, n), dtype)]
+    for begin in range(0, resamples, at_a_time):
+        size = min(at_a_time, resamples - begin)
+        drawn = random.multinomial(n, share, size=size).astype(dtype)
+        yield np.concatenate([*first, drawn])
+        first = []
+
+
+def _quotient(sums: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.divide(sums, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def _means_of_pairs(
+    data: np.ndarray, members: np.ndarray, n: int, resamples: int, seed: int
+) -> np.ndarray:
+    """As :func:`_resampled_means`, of values (pair, value): a pair counts as often as both."""
+    known = np.isfinite(data)
+    present, data = known.astype(np.float64), np.where(known, data, 0)
+    means = []
+    for draws in _draws(n, resamples, seed):
+        for rows in np.array_split(draws, max(1, len(draws) * len(members) // ROOM)):
+            weights = rows[:, members[:, 0]] * rows[:, members[:, 1]]
+            means.append(_quotient(weights @ data, weights @ present))
+    return np.concatenate(means)
+
+
+def _means_of_many(values: xr.DataArray, draws: np.ndarray) -> Iterator[np.ndarray]:
+    """As :func:`_resampled_means` of values in chunks, (sequence, ...), some of them at a time."""
+    *outer, inner = values.dims[1:]
+    width = max(1, ROOM // len(draws))
+    rows = max(1, ROOM // width)
+    for place in np.ndindex(*(values.sizes[dim] for dim in outer)):
+        part = values.isel(dict(zip(outer, place, strict=True)))
+        for left in range(0, part.sizes[inner], width):
+            columns = part.isel({inner: slice(left, left + width)})
+            sums = np.zeros((len(draws), columns.sizes[inner]))
+            count = np.zeros_like(sums)
+            for begin in range(0, part.sizes["sequence"], rows):
+                here = slice(begin, begin + rows)
+                data = columns.isel(sequence=here).values.astype(np.float64)
+                known = np.isfinite(data)
+                each = draws[:, here].astype(np.float64)
+                sums += each @ np.where(known, data, 0)
+                count += each @ known.astype(np.float64)
+            yield _quotient(sums, count)
 
 
 def tails(n: int, level: float = 0.95) -> tuple[float, float]:

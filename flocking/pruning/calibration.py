@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.analysis import made_of, named, statistic
+from flocking.analysis import STATIC, energy_per_token, in_turn, in_words, made_of, named
 from flocking.models import (
     Text,
     context,
@@ -26,14 +27,17 @@ from flocking.models import (
 from flocking.recording import check_numbers, record, whole_number
 from flocking.texts import expanded, passages, read_text, why_no_file
 
+if TYPE_CHECKING:
+    from flocking.analysis import Batch
+
 _SEQUENCES, _TOKENS = 32, 256  # that are drawn from a model
 
-_STATIC = "static statistic (root of the mean over texts of energy per token) of"
+_ROOM = 2**26  # bytes of texts that wait for those before them, to be added in order
 
 
 def global_statistic(
     model: PreTrainedModel,
-    texts: Text | None = None,
+    texts: Text | Iterable[Any] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_tokens: int | None = None,
@@ -55,9 +59,10 @@ def global_statistic(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-    texts : str, list of str or list of list of int, optional
+    texts : str, list of str, list of list of int, or an iterable of such, optional
         A calibration set; other texts than those that are then evaluated. By default the model
-        writes `sequences` texts.
+        writes `sequences` texts. They are read batch by batch, and no more than a batch is held:
+        a generator, or a column of a dataset, may have any number of them.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         For text; by default the one in the model's folder.
     max_tokens : int or None
@@ -77,8 +82,9 @@ def global_statistic(
         Of what is drawn, and of what is random in the model. The global generators are left
         alone.
     batch_size : int
-        Texts in one forward pass. What is written does not depend on it, but for rounding, which
-        may change a token and with it what follows.
+        Texts in one forward pass. Of what has no length, such as a generator, 1,024 texts at a time
+        are sorted by length into batches. What is written does not depend on it, but for rounding,
+        which may change a token and with it what follows.
     progress : bool
         Show progress on standard error.
 
@@ -93,9 +99,9 @@ def global_statistic(
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
     TypeError, ValueError
-        As :func:`flocking.record` raises them; for `sequences`, `tokens`, `temperature` or
-        `prompt` together with `texts`, or `max_tokens` without; for a model that is no causal
-        language model or has no BOS, if it is to write.
+        As :func:`flocking.record` raises them, with the number of the text; for `sequences`,
+        `tokens`, `temperature` or `prompt` together with `texts`, or `max_tokens` without; for a
+        model that is no causal language model or has no BOS, if it is to write.
 
     Examples
     --------
@@ -142,33 +148,55 @@ def global_statistic(
             f"{' and '.join(given)}: of texts that the model writes itself, and texts are given: "
             "leave out one or the other."
         )
-    recording = record(
-        model,
-        texts,
-        tokenizer=tokenizer,
-        window=None,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        progress=progress,
-        seed=seed,
+    mean, told = _mean_in_order(
+        in_turn(
+            model,
+            texts,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+            window=None,
+        )
     )
-    energy = statistic(recording)
-    per_token = energy**2 / energy.tokens
-    values = np.sqrt(per_token.mean("sequence"))
     by_whom = " that the model wrote itself" if written else ""
-    values = named(values, "statistic", "statistic over a calibration set")
-    return made_of(values, f"{_STATIC} {_texts_in_words(recording)}{by_whom}")
+    values = named(np.sqrt(mean), "statistic", "statistic over a calibration set")
+    return made_of(values, f"{STATIC} {told}{by_whom}")
 
 
-def _texts_in_words(recording: xr.Dataset) -> str:
-    """How many texts were read, and a digest that tells them from others without quoting them."""
-    ids = recording.token_id.values.astype("<i8")
-    count, tokens = len(ids), int((ids >= 0).sum())
-    rows = b"".join(row[row >= 0].tobytes() + b"\n" for row in ids)
-    return (
-        f"{count:,} text{'s' if count != 1 else ''} of {tokens:,} tokens (SHA-256 of their ids "
-        f"{hashlib.sha256(rows).hexdigest()[:16]})"
-    )
+def _mean_in_order(batches: Iterable[Batch]) -> tuple[xr.DataArray, str]:
+    """Mean over texts of energy per token, and what they are in words.
+
+    Texts are added one by one in the order they were given in, so that the sum does not depend on
+    batches; if too many wait for one before them, they are added as they are.
+    """
+    total: xr.DataArray | None = None
+    waiting: dict[int, np.ndarray] = {}
+    ids: dict[int, bytes] = {}
+    digest, texts, hashed, tokens = hashlib.sha256(), 0, 0, 0
+    for batch in batches:
+        values = energy_per_token(batch.recording)
+        if total is None:
+            total = xr.zeros_like(values.isel(sequence=0, drop=True))
+            total = total.drop_vars([n for n, c in total.coords.items() if not c.dims])
+        for number, row, own in zip(batch.numbers, values.values, batch.ids, strict=True):
+            waiting[number] = row
+            ids[number] = own.numpy().astype("<i8").tobytes() + b"\n"
+            tokens += len(own)
+        full = len(waiting) * total.nbytes > _ROOM
+        while waiting and (texts in waiting or full):
+            total.values += waiting.pop(texts if texts in waiting else min(waiting))
+            texts += 1
+        while hashed in ids:
+            digest.update(ids.pop(hashed))
+            hashed += 1
+    assert total is not None  # in_turn refuses nothing
+    for number in sorted(waiting):
+        total.values += waiting.pop(number)
+        texts += 1
+    told = f"{in_words(texts, tokens)} (SHA-256 of their ids {digest.hexdigest()[:16]})"
+    return total / texts, told
 
 
 def _written(

@@ -193,6 +193,14 @@ class Moments:
         mine, theirs = self.state_dict(), other.state_dict()
         return Moments(**{name: value + theirs[name] for name, value in mine.items()})
 
+    def __add__(self, other: object) -> Moments:
+        """As :meth:`merge`, so that ``sum`` of several is that of all tokens."""
+        if isinstance(other, int) and other == 0:  # where sum() begins
+            return Moments(**self.state_dict())
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
+
+    __radd__ = __add__
+
     def state_dict(self) -> dict[str, Tensor]:
         """The sums by name, for ``safetensors`` or a message to another process."""
         return {name: value for name, value in vars(self).items() if value is not None}
