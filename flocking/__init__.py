@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         weight_magnitude,
     )
     from flocking.checking import check
+    from flocking.exploring import explore
     from flocking.feedforward import (
         FeedForward,
         UnsupportedModelError,
@@ -75,6 +76,7 @@ __all__ = [
     "control",
     "drift",
     "effective_neurons",
+    "explore",
     "export",
     "export_gguf",
     "feedforwards",
@@ -121,6 +123,7 @@ _ROOMS = {
     "control": "flocking.models",
     "drift": "flocking.analysis",
     "effective_neurons": "flocking.analysis",
+    "explore": "flocking.exploring",
     "export": "flocking.pruning",
     "export_gguf": "flocking.pruning",
     "feedforwards": "flocking.feedforward",
