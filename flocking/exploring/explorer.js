@@ -168,7 +168,8 @@ class Explorer {
     const least = Math.min(1, Math.ceil(100 / narrowest - 1e-9) / 100);
 
     this.text = choice(about.sequences.map((name, n) => [n, name]), () => this.load());
-    this.layer = range(about.layers.length - 1, 0, () => this.load());
+    const first = Math.max(0, about.layers.findIndex(({ rows }) => rows));
+    this.layer = range(about.layers.length - 1, first, () => this.load());
     this.layerSaid = said();
     this.from = range(1, 0, () => this.choose("from"));
     this.fromSaid = said();
@@ -232,8 +233,8 @@ class Explorer {
         element("div", { className: "aside" }, this.numbers, this.chart, this.chartSaid),
       ),
       element("h3", {}, "Text"),
-      element("p", { className: "legend" }, "Underlined: the prompt. The darker the bar below a "
-        + "later token, the more of its energy the kept neurons miss."),
+      element("p", { className: "legend" }, "Underlined: the prompt. The stronger the bar below a "
+        + "later token, the more of its energy the kept neurons miss; half and more is strongest."),
       this.words,
       this.notes,
     );
@@ -292,7 +293,6 @@ class Explorer {
       if (turn === this.turn) this.say(problem.message);
       return;
     }
-    this.say("");
     this.rowsChanged(true);
     this.choose("to");
   }
@@ -305,7 +305,7 @@ class Explorer {
   newText(text) {
     const { tokens, windows, phases } = this.told;
     this.words.replaceChildren(...tokens.map((word, n) => {
-      const span = element("span", {}, word === "" ? "\u25a1" : seen(word));
+      const span = element("span", {}, word === "" ? "\u25a1" : seen(word).replaceAll("\u21b5", "\u21b5\n"));
       span.dataset.token = n;
       return span;
     }));
@@ -443,9 +443,9 @@ class Explorer {
       : "No window after the prompt");
     this.chartSaid.replaceChildren(
       "Captured energy of each later window: ",
-      element("span", { className: "ours" }, "\u25cf\u2014 kept from the prompt"), ", ",
-      element("span", { className: "best" }, "\u2013 \u2013 best in hindsight"),
-      ", \u00b7\u00b7\u00b7\u00b7 chance. Grey: the prompt.",
+      element("b", { className: "ours" }, "\u2014\u25cf\u2014"), " kept from the prompt, ",
+      element("b", { className: "best" }, "\u2013\u00a0\u2013"), " best in hindsight, ",
+      element("b", {}, "\u00b7\u00b7\u00b7"), " chance. Grey: the prompt.",
     );
   }
 
@@ -516,8 +516,12 @@ class Explorer {
     if (!this.data) return;
     const { data, about } = this, by = this.order.value;
     const values = { energy: this.statistic, specific: data.specific }[by];
-    const missing = by === "specific" && !values;
-    this.say(missing ? about.specific || "This text has no specificity: it is too short." : "");
+    const told = [];
+    if (!data.rows) told.push(`Layer ${this.layerSaid.textContent} has no rows of tokens: rows are windows.`);
+    if (by === "specific" && !values) {
+      told.push(about.specific || "This text has no specificity: it is too short.");
+    }
+    this.say(told.join(" "));
     this.columns = values ? ranked(values, 1) : Uint32Array.from({ length: data.d }, (_, j) => j);
     this.places = new Uint32Array(data.d);
     this.columns.forEach((neuron, place) => { this.places[neuron] = place; });
@@ -742,7 +746,7 @@ class Explorer {
       `neuron ${whole(neuron)}`,
       `relative activation ${short(number)}`,
       kept ? "kept" : "not kept",
-      `statistic ${short(this.statistic[neuron])} (number ${whole(rank)})`,
+      `statistic ${short(this.statistic[neuron])} (rank ${whole(rank)})`,
       ...(this.data.specific ? [`specificity ${short(this.data.specific[neuron])}`] : []),
       `captured energy of this row ${short(share)}`,
     ];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,7 +194,7 @@ def told_of(source: Source) -> dict[str, Any]:
     texts = recording.text.values.tolist() if "text" in recording.coords else []
     labels = recording.layer.values.tolist() if "layer" in recording.coords else []
     return {
-        "model": str(recording.attrs.get("model", "")),
+        "model": _name(str(recording.attrs.get("model", ""))),
         "sequences": [
             _named(names[n] if names else n, texts[n] if texts else "")
             for n in range(coarse.sequences)
@@ -211,6 +212,11 @@ def told_of(source: Source) -> dict[str, Any]:
         "rounded": coarse.rounded,
         "notes": _notes(source, some),
     }
+
+
+def _name(model: str) -> str:
+    """A model's name: of a folder, without where it is on this machine."""
+    return PurePath(model).name if PurePath(model).is_absolute() else model
 
 
 def _named(name: object, text: str) -> str:
