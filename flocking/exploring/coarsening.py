@@ -156,12 +156,12 @@ def _choices(recording: xr.Dataset) -> Iterator[tuple[int, int]]:
     finest = for_a_notebook(recording)
     step, sequences = finest.windows, finest.sequences
     yield sequences, step
-    while _counts(recording, 2 * step)[0] > _ENOUGH:
-        step *= 2
+    while _counts(recording, step + 1)[0] >= _ENOUGH:
+        step += 1
         yield sequences, step
     while sequences > 1:
         sequences -= 1
         yield sequences, step
-    while _counts(recording, 2 * step)[0] > _FEWEST:
-        step *= 2
+    while _counts(recording, step + 1)[0] > _FEWEST:
+        step += 1
         yield sequences, step

@@ -232,11 +232,11 @@ class Explorer {
         element("div", { className: "picture" }, this.canvas, this.readout, this.scale),
         element("div", { className: "aside" }, this.numbers, this.chart, this.chartSaid),
       ),
+      this.notes,
       element("h3", {}, "Text"),
       element("p", { className: "legend" }, "Underlined: the prompt. The stronger the bar below a "
         + "later token, the more of its energy the kept neurons miss; half and more is strongest."),
       this.words,
-      this.notes,
     );
     for (const [name, value] of Object.entries(about.colours)) {
       if (name !== "map") this.root.style.setProperty(`--${name}`, value);
@@ -247,10 +247,13 @@ class Explorer {
     this.theme = matchMedia("(prefers-color-scheme: dark)");
     this.redraw = () => this.draw();
     this.theme.addEventListener("change", this.redraw);
+    this.switched = new MutationObserver(this.redraw); // of JupyterLab's own theme
+    this.switched.observe(document.body, { attributeFilter: ["data-jp-theme-light"] });
   }
 
   remove() {
     this.resized.disconnect();
+    this.switched.disconnect();
     this.theme.removeEventListener("change", this.redraw);
     this.root.remove();
   }
@@ -382,7 +385,7 @@ class Explorer {
         ["missed", "Missed", 1 - share, percent(1 - share)],
         ["best", "Captured by the best in hindsight", captured(own, later)],
         ["density", "Captured by chance", density],
-        ["jaccard", "Jaccard overlap with the later tokens' own selection", jaccard(this.kept, own)],
+        ["jaccard", "Jaccard overlap with what later tokens select", jaccard(this.kept, own)],
         ["chance", "Overlap by chance", density / (2 - density)],
       );
     }
@@ -652,7 +655,7 @@ class Explorer {
   name(paper, down, top) {
     const rows = this.rows(), { start, stop } = this.range;
     const texts = this.byToken && down >= 11;
-    const step = Math.ceil(14 / down);
+    const step = Math.ceil(16 / down);
     for (let r = 0; r < this.height; r++) {
       const { first, last } = rows[this.top + r], y = top + (r + 0.5) * down;
       if (first >= start && first < stop) {
@@ -661,7 +664,7 @@ class Explorer {
       if (r % step) continue;
       const words = texts && last - first === 1 ? seen(this.told.tokens[first]).slice(0, 9) : "";
       const number = this.position(first);
-      paper.fillText(words ? words : whole(number), 2, y, MARGIN - 10);
+      paper.fillText(words || whole(number), 2, Math.max(y, top + 6), MARGIN - 10);
     }
   }
 
