@@ -133,6 +133,8 @@ function drawn(tag, attributes, ...children) {
 
 // ---- The explorer --------------------------------------------------------------------------
 
+const READING = "Reading ...";
+const WAITING = "Still reading. In a notebook that was opened again, run the cell first.";
 const STRIP = 12, MARGIN = 76, HEIGHT = 420; // CSS pixels: what is kept, row names, the picture
 
 class Explorer {
@@ -279,7 +281,10 @@ class Explorer {
     const { label, d_ff, experts } = about.layers[layer];
     this.layerSaid.textContent = label;
     this.layer.setAttribute("aria-valuetext", `layer ${label}`);
-    this.say("Reading ...");
+    this.say(READING);
+    setTimeout(() => {
+      if (this.status.textContent === READING) this.say(WAITING);
+    }, 8000);
     try {
       const words = await this.get(`text/${text}`);
       const sent = await this.get(`layer/${text}/${layer}`);
@@ -302,7 +307,7 @@ class Explorer {
 
   say(words) {
     this.status.textContent = words;
-    this.root.setAttribute("aria-busy", words === "Reading ...");
+    this.root.setAttribute("aria-busy", words === READING || words === WAITING);
   }
 
   newText(text) {

@@ -135,11 +135,17 @@ def check_numbers(page: Page, recording: xr.Dataset, layer: int, first: int, las
         assert told == pytest.approx(windows, rel=1e-3)
 
 
-@pytest.mark.parametrize("model", ["llama", "mixtral"])
+@pytest.mark.parametrize("model", ["llama", "mixtral", "ties", "narrow"])
 def test_numbers_are_those_of_the_measures(
     model: str, recording: xr.Dataset, opened: Callable[[xr.Dataset], Page]
 ) -> None:
-    if model != "llama":
+    if model == "ties":  # many neurons with the same energy, and many with none
+        recording = recording.assign(energy=(recording.energy * 4).round() / 4)
+    if model == "narrow":  # where 0.29 * 100 is less than 29 in binary
+        energy = recording.energy.copy()
+        energy[dict(layer=0, neuron=slice(100, None))] = 0
+        recording = recording.assign(energy=energy).assign_coords(d_ff=("layer", [100, 160]))
+    if model == "mixtral":
         ids = helpers.random_ids(41, 30, seed=4)
         recording = helpers.record(helpers.proved(model), ids, window=8, relative=[1])
     page = opened(recording)
