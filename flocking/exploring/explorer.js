@@ -104,9 +104,12 @@ function layerOf(content, buffers, d) {
 
 const SEEN = { " ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d" };
 const seen = (text) => text.replace(/[ \n\t\r]/g, (one) => SEEN[one]);
+// Where lines may end, and where they end.
+const broken = (text) =>
+  seen(text).replace(/\u00b7/g, "\u200b\u00b7").replace(/\u21b5/g, "\u21b5\n");
+const cut = (text, most) => text.length > most ? `${text.slice(0, most - 1)}\u2026` : text;
 const whole = (number) => number.toLocaleString("en-US");
 const short = (number) => Number.isFinite(number) ? String(+number.toPrecision(4)) : "none";
-const percent = (number) => `${+(100 * number).toFixed(1)}%`;
 
 function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
@@ -186,7 +189,8 @@ class Explorer {
     );
     if (about.specific) this.order.lastChild.disabled = true;
     this.shown = choice([["tokens", "tokens"], ["windows", "windows"]], () => this.rowsChanged());
-    this.across = choice([[0, "all"], [1024, "1,024"], [256, "256"], [64, "64"]], () => this.view());
+    const counts = [[0, "all"], [1024, "1,024"], [256, "256"], [64, "64"]];
+    this.across = choice(counts, () => this.view());
     this.down = choice([[0, "all"], [96, "96"], [24, "24"]], () => this.view());
     this.first = range(0, 0, () => this.scroll());
     this.dim = element("input", { type: "checkbox" });
@@ -313,7 +317,7 @@ class Explorer {
   newText(text) {
     const { tokens, windows, phases } = this.told;
     this.words.replaceChildren(...tokens.map((word, n) => {
-      const span = element("span", {}, word === "" ? "\u25a1" : seen(word).replaceAll("\u21b5", "\u21b5\n"));
+      const span = element("span", {}, word === "" ? "\u25a1" : broken(word));
       span.dataset.token = n;
       return span;
     }));
@@ -387,7 +391,7 @@ class Explorer {
       rows.push(
         ["later", "Later tokens", span(stop, end)],
         ["captured", "Captured energy of later tokens", share],
-        ["missed", "Missed", 1 - share, percent(1 - share)],
+        ["missed", "Missed", 1 - share],
         ["best", "Captured by the best in hindsight", captured(own, later)],
         ["density", "Captured by chance", density],
         ["jaccard", "Jaccard overlap with what later tokens select", jaccard(this.kept, own)],
@@ -525,7 +529,8 @@ class Explorer {
     const { data, about } = this, by = this.order.value;
     const values = { energy: this.statistic, specific: data.specific }[by];
     const told = [];
-    if (!data.rows) told.push(`Layer ${this.layerSaid.textContent} has no rows of tokens: rows are windows.`);
+    const name = this.layerSaid.textContent;
+    if (!data.rows) told.push(`Layer ${name} has no rows of tokens: rows are windows.`);
     if (by === "specific" && !values) {
       told.push(about.specific || "This text has no specificity: it is too short.");
     }
@@ -667,9 +672,9 @@ class Explorer {
         paper.fillRect(MARGIN - 5, top + r * down, 3, Math.max(down, 0.5));
       }
       if (r % step) continue;
-      const words = texts && last - first === 1 ? seen(this.told.tokens[first]).slice(0, 9) : "";
+      const words = texts && last - first === 1 ? cut(seen(this.told.tokens[first]), 10) : "";
       const number = this.position(first);
-      paper.fillText(words || whole(number), 2, Math.max(y, top + 6), MARGIN - 10);
+      paper.fillText(words || whole(number), 2, Math.max(y, top + 6), MARGIN - 9);
     }
   }
 
@@ -744,13 +749,12 @@ class Explorer {
     const { first, last } = this.rows()[this.row], { neuron } = this;
     const number = this.relative(this.row, neuron), kept = this.kept[neuron] === 1;
     const words = this.told.tokens.slice(first, last).join("");
-    const cut = words.length > 40 ? `${words.slice(0, 39)}\u2026` : words;
     const place = this.position(first), end = this.position(last - 1);
     const share = 1 - this.missed[this.row];
     const rank = this.columnsByStatistic(neuron);
     const parts = [
       last - first === 1 ? `token ${whole(place)}` : `tokens ${whole(place)} to ${whole(end)}`,
-      ...(cut ? [`\u201c${seen(cut)}\u201d`] : []),
+      ...(words ? [`\u201c${cut(seen(words), 40)}\u201d`] : []),
       `neuron ${whole(neuron)}`,
       `relative activation ${short(number)}`,
       kept ? "kept" : "not kept",

@@ -10,7 +10,16 @@ import in_browser
 import pytest
 import xarray as xr
 
-WORDS = ["<b>", "</script>", "<img src=x onerror=alert(1)>", "&amp;", " a", "\n", "\u4e2d", "\u2028"]
+WORDS = [
+    "<b>",
+    "</script>",
+    "<img src=x onerror=alert(1)>",
+    "&amp;",
+    " a",
+    "\n",
+    "\u4e2d",
+    "\u2028",
+]
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +30,9 @@ def recording() -> xr.Dataset:
         helpers.proved("llama"), ids, window=8, prompt_tokens=33, relative=True
     ).assign_coords(sequence=["a", "b", "<i>"])
     words = made.token_id.astype(object).copy()
-    words.values[:] = [[WORDS[n % len(WORDS)] if n >= 0 else "" for n in row] for row in words.values]
+    words.values[:] = [
+        [WORDS[n % len(WORDS)] if n >= 0 else "" for n in row] for row in words.values
+    ]
     return made.assign_coords(
         token_text=words, text=("sequence", ["one", "</title><script>", "three"])
     )

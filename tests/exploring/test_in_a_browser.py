@@ -123,7 +123,9 @@ def check_numbers(page: Page, recording: xr.Dataset, layer: int, first: int, las
             "density": density,
         }
         for name, value in expected.items():
-            assert float(shown[name]) == pytest.approx(np.asarray(value).item(), rel=1e-9, abs=1e-12)
+            assert float(shown[name]) == pytest.approx(
+                np.asarray(value).item(), rel=1e-9, abs=1e-12
+            )
         bars = page.script("return document.querySelector('svg').getAttribute('aria-label')")
         windows = [
             float(
@@ -218,7 +220,7 @@ def test_texts_stay_texts(recording: xr.Dataset, opened: Callable[[xr.Dataset], 
         "return [...document.querySelectorAll('.tokens > span')].map((e) => e.textContent)"
     )
     expected = recording.token_text.values[2, :45].tolist()
-    marks = {" ": "\u00b7", "\n": "\u21b5\n"}
+    marks = {" ": "\u200b\u00b7", "\n": "\u21b5\n"}
     assert words == ["".join(marks.get(one, one) for one in word) for word in expected]
     assert page.script("return document.querySelectorAll('img, i').length") == 0
     options = page.script("return [...document.querySelector('select').options].map((e) => e.text)")

@@ -146,7 +146,8 @@ def test_everything_has_no_notes(recording: xr.Dataset) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["", "text", "text/3", "text/-1", "layer/0", "layer/0/2", "text/0/0", "layer/0/1/0", "x/0"]
+    "key",
+    ["", "text", "text/3", "text/-1", "layer/0", "layer/0/2", "text/0/0", "layer/0/1/0", "x/0"],
 )
 def test_only_what_there_is_can_be_asked_for(recording: xr.Dataset, key: str) -> None:
     with pytest.raises(ValueError, match="there is no"):

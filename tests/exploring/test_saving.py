@@ -48,7 +48,10 @@ def test_the_page_has_the_data_and_nothing_else(recording: xr.Dataset, tmp_path:
     assert not [1 for _, attributes in parts.tags if {"src", "href"} & {*attributes}]
     assert "http:" not in text.replace("http://www.w3.org/2000/svg", "")
     assert "https:" not in text
-    assert json.loads(parts.scripts["text/2"])["tokens"] == recording.token_text[2, :45].values.tolist()
+    assert (
+        json.loads(parts.scripts["text/2"])["tokens"]
+        == recording.token_text[2, :45].values.tolist()
+    )
     assert json.loads(parts.scripts["about"])["sequences"][1] == "b: </title><script>"
     energy = np.frombuffer(base64.b64decode(parts.scripts["layer/2/1/0"]), "<f4").reshape(-1, 160)
     there = recording.tokens.values[2] > 0

@@ -18,7 +18,9 @@ def test_without_anywidget_it_says_so_and_still_saves(
     monkeypatch.setitem(sys.modules, "anywidget", None)
     monkeypatch.delitem(sys.modules, "flocking.exploring.live", raising=False)
     explorer = flocking.explore(recording)
-    with pytest.raises(ImportError, match=r"anywidget is not installed: pip install 'flocking\[not"):
+    with pytest.raises(
+        ImportError, match=r"anywidget is not installed: pip install 'flocking\[not"
+    ):
         _ = explorer.widget
     shown = explorer._repr_mimebundle_()
     assert shown["text/plain"].startswith("Explorer of 3 texts and 2 layers of 160 neurons\nanywid")
