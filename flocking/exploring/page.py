@@ -96,7 +96,8 @@ def _parts(source: Source) -> Iterator[str]:
         yield _data(key, as_json(packet.content))
         for number, buffer in enumerate(packet.buffers):
             yield _data(f"{key}/{number}", base64.b64encode(buffer).decode("ascii"))
-    yield f'<script type="module">\n{asset("explorer.js")}\nfromPage();\n</script>\n</body>\n</html>\n'
+    yield f'<script type="module">\n{asset("explorer.js")}\nfromPage();\n</script>\n'
+    yield "</body>\n</html>\n"
 
 
 def _data(key: str, text: str) -> str:

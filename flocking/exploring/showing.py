@@ -35,6 +35,7 @@ class Explorer:
         self._widget: Widget | None = None
 
     def __repr__(self) -> str:
+        """What it shows, in numbers."""
         sizes = self._source.recording.sizes
         return (
             f"Explorer of {sizes['sequence']} text{'s' * (sizes['sequence'] != 1)} and "

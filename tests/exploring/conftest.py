@@ -24,7 +24,7 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def recording() -> xr.Dataset:
-    """Three texts in windows of 8, with everything and a generation; tokens that HTML would read."""
+    """Three texts in windows of 8, with everything; tokens that HTML would read as its own."""
     ids = helpers.random_ids(41, 49, 45, seed=4)
     made = helpers.record(
         helpers.proved("llama"), ids, window=8, prompt_tokens=33, relative=True

@@ -16,7 +16,8 @@ import flocking
 
 _CONTROL = """
 const [name, value] = arguments;
-const label = [...document.querySelectorAll("label")].find((one) => one.textContent.startsWith(name));
+const labels = [...document.querySelectorAll("label")];
+const label = labels.find((one) => one.textContent.startsWith(name));
 const control = label.querySelector("input, select");
 if (control.type === "checkbox") control.click();
 else {
@@ -145,7 +146,7 @@ def test_numbers_are_those_of_the_measures(
         recording = recording.assign(energy=(recording.energy * 4).round() / 4)
     if model == "narrow":  # where 0.29 * 100 is less than 29 in binary
         energy = recording.energy.copy()
-        energy[dict(layer=0, neuron=slice(100, None))] = 0
+        energy[{"layer": 0, "neuron": slice(100, None)}] = 0
         recording = recording.assign(energy=energy).assign_coords(d_ff=("layer", [100, 160]))
     if model == "mixtral":
         ids = helpers.random_ids(41, 30, seed=4)

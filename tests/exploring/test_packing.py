@@ -1,4 +1,4 @@
-"""What the page is sent: bytes against brute force over tokens, and sentences on what is missing."""
+"""What the page is sent: bytes against brute force, and sentences on what is missing."""
 
 from __future__ import annotations
 

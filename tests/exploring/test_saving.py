@@ -84,7 +84,7 @@ def test_the_module_and_its_style_are_ascii_and_load_nothing() -> None:
 def test_only_such_a_page_is_replaced(recording: xr.Dataset, tmp_path: Path) -> None:
     explorer, path = flocking.explore(recording), tmp_path / "page.html"
     explorer.save(str(path))
-    with pytest.raises(ValueError, match="page.html exists: choose another name, or give overwr"):
+    with pytest.raises(ValueError, match=r"page\.html exists: choose another name, or give overwr"):
         explorer.save(path)
     before = path.read_bytes()
     flocking.explore(recording.isel(sequence=[0])).save(path, overwrite=True)
