@@ -39,10 +39,15 @@ def recording() -> xr.Dataset:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator:
-    """Headless Chromium, where selenium and Debian's chromium are; `make browser` has both."""
+def chromium() -> None:
+    """Skips where selenium or Debian's chromium is not; `make browser` has both."""
     pytest.importorskip("selenium")
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("there is no Chromium here")
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: None) -> Iterator:
+    """Headless Chromium, for several pages one after the other."""
     with in_browser.chromium() as page:
         yield page

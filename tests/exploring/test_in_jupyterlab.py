@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import in_browser
 import nbformat
@@ -23,7 +22,7 @@ slider.dispatchEvent(new Event("input", { bubbles: true }));
 
 
 def test_a_layer_is_sent_when_it_is_asked_for(
-    recording: xr.Dataset, browser: Any, tmp_path: Path
+    recording: xr.Dataset, chromium: None, tmp_path: Path
 ) -> None:
     pytest.importorskip("anywidget")
     pytest.importorskip("jupyterlab")
@@ -32,8 +31,7 @@ def test_a_layer_is_sent_when_it_is_asked_for(
     path = tmp_path / "some.ipynb"
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata=kernel), path)
-    browser.get_log("browser")
-    with in_browser.lab(tmp_path) as address:
+    with in_browser.lab(tmp_path) as address, in_browser.chromium() as browser:
         assert in_browser.run(browser, address, path, 120) == []
         ready = "return document.querySelector('.flocking-explorer')?.dataset.ready"
         in_browser.wait_for(lambda: browser.execute_script(ready) == "0/0", 30, "the widget")
@@ -44,7 +42,6 @@ def test_a_layer_is_sent_when_it_is_asked_for(
             "return document.querySelector('dd[data-number=captured]').dataset.value"
         )
         errors = [e for e in browser.get_log("browser") if e["source"] == "javascript"]
-        browser.get("about:blank")
     one = recording.isel(sequence=0, layer=1)
     kept = flocking.select(flocking.statistic(one, phase="prompt"), 0.5)
     expected = flocking.captured_energy(kept, flocking.statistic(one, phase="generation"))
