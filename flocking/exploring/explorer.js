@@ -326,7 +326,7 @@ class Explorer {
     for (const count of windows) this.ends.push(this.ends.at(-1) + count);
     const last = windows.length;
     this.from.max = last - 1;
-    this.to.max = last;
+    Object.assign(this.to, { min: 1, max: last });
     const generated = phases.indexOf("generation");
     this.from.value = 0;
     this.to.value = generated > 0 ? generated : Math.max(1, Math.ceil(last / 2));

@@ -127,7 +127,8 @@ def explore(recording: xr.Dataset) -> Explorer:
     Explorer
         Shows itself in JupyterLab, if anywidget is installed
         (``pip install 'flocking[notebook]'``). ``save(path)`` writes one HTML file of at most
-        20 MB; ``widget`` is the widget itself.
+        20 MB that shows the same from a disk, and replaces such a file with ``overwrite=True``;
+        ``widget`` is the widget itself, to put beside others.
 
     Raises
     ------
