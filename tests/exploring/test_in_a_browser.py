@@ -286,3 +286,60 @@ def test_the_picture_shows_the_values_under_the_pointer(
     shade = min(255, int(256 * values[11, 100] / np.percentile(values, 99)))
     colour = np.round(np.array(sns.color_palette("rocket", as_cmap=True)(shade)[:3]) * 255)
     assert np.abs(np.array(image) - colour).max() <= 2
+
+
+def test_without_activations_by_token_rows_are_windows(
+    recording: xr.Dataset, opened: Callable[[xr.Dataset], Page]
+) -> None:
+    page = opened(recording.drop_vars("relative").isel(sequence=[0]))
+    assert page.text(".status") == "Layer 0 has no rows of tokens: rows are windows."
+    assert "keeps" in page.text(".notes")
+    assert "needs a recording of two texts or more" in page.text(".notes")
+    page.press("ArrowDown", "ArrowDown")
+    assert page.text(".readout").startswith("tokens 9 to 16 ")
+    check_numbers(page, recording.isel(sequence=[0]), 0, 0, 5)
+
+
+def test_one_token_has_no_later_ones(opened: Callable[[xr.Dataset], Page]) -> None:
+    one = helpers.record(helpers.proved("llama"), [[5]])
+    page = opened(one)
+    page.set("Prompt up to", 0)
+    page.set("Prompt from", 1)
+    assert page.numbers()["prompt"] == "0 to 0"
+    assert "No later tokens: choose a shorter prompt." in page.text("dl")
+    page.press("ArrowDown", "PageUp", "End", "Home")
+    assert page.readout()["token"] == "0"
+
+
+def test_a_part_is_enlarged_and_follows_the_keys(
+    recording: xr.Dataset, opened: Callable[[xr.Dataset], Page]
+) -> None:
+    page = opened(recording)
+    page.show(0, 0)
+    page.set("Neurons in view", 64)
+    page.set("Rows in view", 24)
+    page.press("End", *["PageDown"] * 3)
+    first = "return [...document.querySelectorAll('input[type=range]')].at(-1).value"
+    assert page.script(first) == "96"
+    page.set("First neuron", 10)
+    assert page.readout()["neuron"] == "73"  # the last that is in view
+    assert page.readout()["row"] == "30"
+    page.press(*["ArrowLeft"] * 70)
+    assert page.readout()["neuron"] == "3"
+    assert int(page.script(first)) <= 3
+    page.set("Neurons in view", 0)
+    assert page.script(first) == "0"
+    page.set("Dim what is not kept")
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_nothing_is_wider_than_the_window(
+    width: int, recording: xr.Dataset, opened: Callable[[xr.Dataset], Page]
+) -> None:
+    page = opened(recording)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    time.sleep(0.2)
+    wide = page.script("return document.documentElement.scrollWidth")
+    page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide <= width
