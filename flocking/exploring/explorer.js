@@ -236,7 +236,8 @@ class Explorer {
       this.status,
       element("div", { className: "panels" },
         element("div", { className: "picture" }, this.canvas, this.readout, this.scale),
-        element("div", { className: "aside" }, this.numbers, this.chart, this.chartSaid),
+        element("div", { className: "aside" },
+          this.numbers, element("div", {}, this.chart, this.chartSaid)),
       ),
       this.notes,
       element("h3", {}, "Text"),
@@ -251,7 +252,8 @@ class Explorer {
     this.resized = new ResizeObserver(() => this.view());
     this.resized.observe(this.canvas);
     this.theme = matchMedia("(prefers-color-scheme: dark)");
-    this.redraw = () => this.draw();
+    // (JupyterLab hides everything while it changes its theme, and loads the colours later.)
+    this.redraw = () => [0, 300, 1500].forEach((wait) => setTimeout(() => this.draw(), wait));
     this.theme.addEventListener("change", this.redraw);
     this.switched = new MutationObserver(this.redraw); // of JupyterLab's own theme
     this.switched.observe(document.body, { attributeFilter: ["data-jp-theme-light"] });
