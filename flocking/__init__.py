@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         weight_magnitude,
     )
     from flocking.checking import check
+    from flocking.exploring import explore
     from flocking.feedforward import (
         FeedForward,
         UnsupportedModelError,
@@ -80,6 +81,7 @@ __all__ = [
     "control",
     "drift",
     "effective_neurons",
+    "explore",
     "export",
     "export_gguf",
     "feedforwards",
@@ -129,6 +131,7 @@ _ROOMS = {
     "control": "flocking.models",
     "drift": "flocking.analysis",
     "effective_neurons": "flocking.analysis",
+    "explore": "flocking.exploring",
     "export": "flocking.pruning",
     "export_gguf": "flocking.pruning",
     "feedforwards": "flocking.feedforward",

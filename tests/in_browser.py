@@ -52,6 +52,7 @@ def lab(folder: Path) -> Iterator[str]:
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
     command += ["--LabApp.expose_app_in_browser=True", "--allow-root"]
     environment = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings")}
+    environment["JUPYTERLAB_WORKSPACES_DIR"] = str(folder / ".workspaces")  # opens nothing else
     with (folder / ".lab.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:

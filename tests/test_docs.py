@@ -188,6 +188,7 @@ def tiny(embedded: tuple, layers: int) -> tuple[tf.PreTrainedModel, tf.PreTraine
     [
         ("quick-start", 30),
         ("recording", 2),
+        ("exploring", 2),
         ("griffin", 2),
         ("decoding", 2),
         ("evaluation", 2),

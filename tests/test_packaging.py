@@ -161,6 +161,15 @@ def test_the_package_brings_all_of_its_rooms_and_data() -> None:
     assert {*found} == {"flocking", *(f"flocking.{room}" for room in ROOMS)}
 
 
+def test_the_wheel_brings_what_is_not_python() -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["flocking"]
+    package = ROOT / "flocking"
+    brought = {path for pattern in patterns for path in package.glob(pattern)}
+    there = {path for path in package.rglob("*") if path.is_file() and path.suffix != ".py"}
+    assert {path for path in there if "__pycache__" not in path.parts} == brought
+    assert {"explorer.js", "explorer.css"} <= {path.name for path in brought}
+
+
 def test_everything_public_is_there_and_documented() -> None:
     for name in flocking.__all__:
         assert getattr(flocking, name).__doc__, name

@@ -7,6 +7,7 @@ text, and intervals for all of it. Imports ``recording``, ``feedforward`` and ``
 from flocking.analysis.metrics import (
     between_consistency,
     chance_consistency,
+    common_windows,
     consistency,
     effective_neurons,
     flocking_score,
@@ -56,6 +57,7 @@ __all__ = [
     "captured_energy",
     "chance_consistency",
     "chance_jaccard",
+    "common_windows",
     "consistency",
     "densities_in_words",
     "density_by_layer",
