@@ -255,7 +255,8 @@ def _notes(source: Source, some: dict[int, int]) -> list[str]:
         notes.append(f"A row is the root mean square of up to {coarse.tokens} tokens.")
     if some and coarse.rounded:
         notes.append(
-            "Values of rows are rounded to 255 steps; statistics are not, which come from windows."
+            "Values of rows are rounded to 255 steps of their square root; statistics come from "
+            "windows, and are not rounded."
         )
     if coarse.windows > 1:
         notes.append(f"Up to {coarse.windows} recorded windows are added up to one.")

@@ -343,3 +343,35 @@ def test_nothing_is_wider_than_the_window(
     wide = page.script("return document.documentElement.scrollWidth")
     page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert wide <= width
+
+
+def test_a_page_that_was_made_smaller_says_so_and_is_right(
+    recording: xr.Dataset, opened: Callable[[xr.Dataset], Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flocking.exploring.page.MOST", 120_000)
+    page = opened(recording)
+    notes = page.text(".notes")
+    assert "Values of rows are rounded to 255 steps" in notes
+    page.show(0, 1)
+    tokens = int(notes.partition("root mean square of up to ")[2].split(" ")[0])
+    relative = recording.relative.values[0, 1, :41].astype(np.float64)
+    step = 0.51 / 255 * np.sqrt(relative.max())
+    page.press("Home", *["ArrowRight"] * 9)
+    seen = 0
+    for _ in range(page.script("return document.querySelectorAll('.tokens > span').length")):
+        shown = page.readout()
+        here = page.script(
+            "return [...document.querySelectorAll('.here')].map((e) => +e.dataset.token)"
+        )
+        assert len(here) <= tokens
+        if int(shown["row"]) == seen:  # (the last row stays)
+            values = relative[here, int(shown["neuron"])]
+            found = np.sqrt(float(shown["relative"]))
+            assert found == pytest.approx(np.sqrt(np.sqrt((values**2).mean())), abs=step)
+            seen += 1
+        page.press("ArrowDown")
+    assert seen >= 41 / tokens
+    one = recording.isel(sequence=0, layer=1)
+    kept = flocking.select(flocking.statistic(one, phase="prompt"), 0.5)
+    captured = flocking.captured_energy(kept, flocking.statistic(one, phase="generation"))
+    assert float(page.numbers()["captured"]) == pytest.approx(captured.item(), rel=1e-6)
