@@ -33,8 +33,8 @@ class _Formatter(typer.Context.formatter_class):  # type: ignore[misc,name-defin
             self.write(f"{'':>{self.current_indent}}{line}{more}\n")
 
     def write_dl(self, rows: Sequence[tuple[str, str]], *args: Any, **options: Any) -> None:
-        """As click does."""
-        kept = [(name, text.translate(_UNBREAKABLE)) for name, text in rows]
+        """As click does; older versions of typer write ``[required]`` for rich to read."""
+        kept = [(name, text.replace("\\[", "[").translate(_UNBREAKABLE)) for name, text in rows]
         super().write_dl(kept, *args, **options)
 
     def getvalue(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from flocking.cli import app, session
 from flocking.cli.ending import left_behind
 
 FIGURES = Path(__file__).parents[2] / "figures"
+PAGE = (Path(__file__).parents[2] / "docs/command-line.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,20 @@ def document(*arguments: object, code: int = 0) -> dict:
     def refused(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
-    return json.loads(result.stdout, parse_constant=refused)
+    found = json.loads(result.stdout, parse_constant=refused)
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{arguments[0]}` |"))
+    assert keys_of(found) <= set(re.findall(r"`(\w+)`", row))
+    return found
+
+
+def keys_of(found: object) -> set[str]:
+    """All keys of a document but for layers' numbers and columns of a table."""
+    if isinstance(found, list):
+        return set().union(*map(keys_of, found))
+    if not isinstance(found, dict):
+        return set()
+    inner = (value for key, value in found.items() if key != "summary")
+    return {key for key in found if not key.isdigit()}.union(*map(keys_of, inner))
 
 
 def test_record(place: Path) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from flocking.cli.commands import app
+from flocking.cli import app
 from flocking.evaluation import domain, harness
 from flocking.evaluation.plan import Plan
 from flocking.evaluation.tasks import Articles, find

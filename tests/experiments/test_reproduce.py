@@ -344,3 +344,21 @@ def test_the_command_checks_and_runs_nothing(
     (tmp_path / "scores.json").write_text(artifacts.to_json(data, key))
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.output) == (0, "scores: up to date\n")
+
+
+@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+def test_experiments_say_what_to_give(name: str, subject: tuple) -> None:
+    model, tokenizer, texts = subject
+    recording = xr.Dataset({"energy": ("x", [1.0])})
+    for given, match in (
+        (("a/folder", tokenizer, texts), r"model is a str: load it first"),
+        ((recording, tokenizer, texts), "model is a Dataset"),
+        ((model, None, texts), "tokenizer is None: give the model's own"),
+        ((model, "gpt2", texts), "tokenizer is 'gpt2': give a transformers tokenizer"),
+        ((model, tokenizer, recording), "texts is of type Dataset: give a list of texts"),
+        ((model, tokenizer, "one text"), "texts is of type str: give a list of texts"),
+        ((model, tokenizer, None), "texts is of type NoneType: give a list of texts"),
+        ((model, tokenizer, [texts[0], 3]), "text 1 is of type int: give each text as a string"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            reproduce.EXPERIMENTS[name](*given)
