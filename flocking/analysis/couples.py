@@ -104,7 +104,8 @@ def of_pairs(
         With coordinates ``sequence`` and ``other`` along ``pair``.
     """
     recording = recording.assign_coords(sequence=recording.sequence.values)  # also if unnamed
-    parts, places = [], []
+    parts: list[_Data] = []
+    places: list[np.ndarray] = []
     for numbers, rows in groups(couples, at_a_time(each)):
         mine, theirs = (
             xr.DataArray(np.searchsorted(rows, couples[numbers, side]), dims="pair")

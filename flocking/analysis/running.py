@@ -27,7 +27,8 @@ Measure = Callable[[xr.Dataset], xr.DataArray]
 class _Running:
     """Sums over texts, as a Dataset, and what the recordings that they are from have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, *measures: Measure) -> None:
+        self._measures = measures
         self._sums: xr.Dataset | None = None
 
     def _added(self, first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
@@ -54,26 +55,27 @@ class _Running:
         return self._given().copy(deep=True)
 
     @classmethod
-    def from_state(cls, state: xr.Dataset) -> Self:
-        """The inverse of :meth:`state`."""
+    def from_state(cls, state: xr.Dataset, *measures: Measure) -> Self:
+        """The inverse of :meth:`state`; `measures` as they were given, to update it further."""
         if not isinstance(state, xr.Dataset) or "texts" not in state:
             raise TypeError(
                 f"expected the Dataset that state() returns, got a {type(state).__name__}."
             )
-        made = cls()
+        made = cls(*measures)
         made._sums = state.load().copy(deep=True)
         return made
 
     def __add__(self, other: object) -> Self:
         """The sums over the texts of both."""
-        if isinstance(other, int) and other == 0:  # where sum() begins
-            return self.__add__(type(self)())
-        if type(other) is not type(self):
+        made = type(self)(*self._measures)
+        parts = [self._sums]
+        if isinstance(other, type(self)):
+            parts.append(other._sums)
+        elif not (isinstance(other, int) and other == 0):  # where sum() begins
             return NotImplemented
-        made = type(self)()
-        for each in (self, other):
-            if each._sums is not None:
-                made._add(each._sums)
+        for sums in parts:
+            if sums is not None:
+                made._add(sums)
         return made
 
     __radd__ = __add__
@@ -113,6 +115,9 @@ class RunningStatistic(_Running):
     >>> flocking.RunningStatistic.from_state(first.state())
     <RunningStatistic of 2 texts>
     """
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def update(self, recording: xr.Dataset) -> None:
         """Add the texts of a recording.
@@ -238,13 +243,12 @@ class RunningScores(_Running):
     """
 
     def __init__(self, *measures: Measure) -> None:
-        super().__init__()
         for each in measures:
             if not callable(each):
                 raise TypeError(
                     f"{each!r} is not a function of a recording: give flocking.flocking_score, say."
                 )
-        self._measures = measures or (flocking_score, effective_neurons)
+        super().__init__(*measures or (flocking_score, effective_neurons))
 
     def update(self, recording: xr.Dataset) -> None:
         """Add the texts of a recording.

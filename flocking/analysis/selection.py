@@ -316,7 +316,7 @@ def by_layer_of(values: xr.DataArray | xr.Dataset, shares: list[float]) -> list[
         If a density is not in (0, 1], or keeps no neuron.
     """
     count = len(shares)
-    width = values["d_ff"] if "d_ff" in values.coords else values.sizes["neuron"]
+    width: Any = values["d_ff"] if "d_ff" in values.coords else values.sizes["neuron"]
     widths = np.broadcast_to(width, count).astype(int)
     mixtures = np.broadcast_to(values["experts"] if "experts" in values.coords else 1, count)
     for share, d_ff, experts in zip(shares, widths, mixtures.astype(int), strict=True):

@@ -14,6 +14,7 @@ import pytest
 import xarray as xr
 
 import flocking
+from flocking.analysis import chunks, couples, uncertainty
 
 pytest.importorskip("dask")
 
@@ -101,8 +102,8 @@ CHUNKS: dict[str, dict[str, Any]] = {
 }
 
 
-def laid_out(recording: xr.Dataset, chunks: str) -> xr.Dataset:
-    return recording.chunk(CHUNKS[chunks])
+def laid_out(recording: xr.Dataset, layout: str) -> xr.Dataset:
+    return recording.chunk(CHUNKS[layout])
 
 
 def assert_equal(got: Any, wanted: Any) -> None:
@@ -135,10 +136,10 @@ def wanted(name: str, measure: str) -> Any:
     return MEASURES[measure](made(name))
 
 
-@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("layout", CHUNKS)
 @pytest.mark.parametrize("measure", MEASURES)
-def test_chunked_is_as_in_memory(measure: str, chunks: str) -> None:
-    given = laid_out(made("llama"), chunks)
+def test_chunked_is_as_in_memory(measure: str, layout: str) -> None:
+    given = laid_out(made("llama"), layout)
     before = given.copy()
     got = MEASURES[measure](given)
     for part in got.data_vars.values() if isinstance(got, xr.Dataset) else [got]:
@@ -246,3 +247,13 @@ def test_chunked_examples_of_the_page_run(
     assert names["interval"].dims == ("interval", "layer")
     assert names["score"].chunks is not None
     assert names["total"].texts == 2
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_chunked_in_the_smallest_pieces(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many texts at a time as have to be, wherever some are taken at a time."""
+    expected = wanted("llama", measure)
+    monkeypatch.setattr(chunks, "BLOCK", 1)
+    monkeypatch.setattr(couples, "ROOM", 1)
+    monkeypatch.setattr(uncertainty, "ROOM", 64)
+    assert_equal(MEASURES[measure](laid_out(made("llama"), "sequence and layer")), expected)

@@ -213,6 +213,12 @@ def test_measures_with_other_dimensions_and_several_kinds() -> None:
         "prompt_length",
         "distance",
     )
+    twice = running + running
+    twice.update(recording)  # which goes on with the same measures
+    assert (running.texts, twice.texts) == (3, 3 + 3 + len(IDS))
+    again = flocking.RunningScores.from_state(twice.state(), by_density, flocking.consistency)
+    again.update(recording)
+    assert {*again.result()} == {"captured_energy", "consistency"}
     with pytest.raises(ValueError, match="other sums"):
         running + _updated(flocking.RunningScores(flocking.consistency))
     with pytest.raises(TypeError, match="is not a function of a recording"):

@@ -121,3 +121,18 @@ def test_ranks_are_spearmans() -> None:
     a, b = standardised_ranks(r)
     assert float(a @ b) == pytest.approx(spearmanr(*r.numpy()).statistic, abs=1e-5)
     assert standardised_ranks(torch.zeros(1, 5)).tolist() == [[0] * 5]
+
+
+def test_moments_add_up_with_a_sign_and_with_sum() -> None:
+    parts = []
+    for seed in range(3):
+        moments = Moments.zeros(1, 2, 8, ranks=True)
+        z = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(seed))
+        moments.update(z, Windows.of(torch.tensor([[0, 0, 1, 1, 1]])))
+        parts.append(moments)
+    expected = parts[0].merge(parts[1]).merge(parts[2])
+    for got in (parts[0] + parts[1] + parts[2], sum(parts)):
+        for name, value in expected.state_dict().items():
+            assert torch.equal(got.state_dict()[name], value)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        parts[0] + 1
