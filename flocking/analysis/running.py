@@ -145,7 +145,7 @@ class RunningStatistic(_Running):
             If there is no text yet.
         """
         sums = self._given()
-        values = np.sqrt(sums["total"] / sums["count"].where(sums["count"] > 0))
+        values = (sums["total"] / sums["count"].where(sums["count"] > 0)) ** 0.5
         values = named(values, "statistic", "statistic over a calibration set")
         return made_of(values, f"{STATIC} {in_words(self.texts, int(sums['tokens']))}")
 
@@ -297,7 +297,7 @@ class RunningScores(_Running):
         for name in (name for name in sums if name != "texts"):
             mean, squares, count = (sums[name].isel(summary=n, drop=True) for n in range(3))
             several = count.where(count > 1)
-            error = np.sqrt(squares / (several - 1) / several)
+            error = (squares / (several - 1) / several) ** 0.5
             parts = [mean.where(count > 0), error, count]
             joined = xr.concat(parts, sums["summary"], coords="minimal", compat="override")
             result[name] = joined.assign_attrs(sums[name].attrs)

@@ -161,7 +161,7 @@ def global_statistic(
         )
     )
     by_whom = " that the model wrote itself" if written else ""
-    values = named(np.sqrt(mean), "statistic", "statistic over a calibration set")
+    values = named(mean**0.5, "statistic", "statistic over a calibration set")
     return made_of(values, f"{STATIC} {told}{by_whom}")
 
 
