@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 FIGURES = (
     *("heatmaps", "scores", "sequence_overlap", "generation", "drift", "text_kinds"),
     *("token_order", "loss_by_prompt", "loss_by_density", "loss_by_method", "loss_by_batch"),
-    *("loss_by_reference", "loss_by_allocation", "loss_by_distance"),
+    *("loss_by_reference", "loss_by_allocation", "loss_by_distance", "atlas"),
 )
 METHODS = ("topk", "sampled", "half-sampled", "random", "magnitude")
 EVALUATED = ("full", *METHODS, "static", "global-local", "static-domain")
@@ -23,6 +23,7 @@ DOWN_TYPES = ("Q8_0", "Q4_0", "F16")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 SCOPES = ("shared", "sequence")
+ON_ERROR = ("stop", "skip")
 PROTOCOLS = ("context", "last-token")
 
 

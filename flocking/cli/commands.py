@@ -25,7 +25,6 @@ from flocking.cli.options import (
     load,
     numbers_of,
     passage,
-    read_all,
 )
 from flocking.cli.printing import counted, heading, printable, say
 from flocking.cli.session import as_json, notice, reporting, result
@@ -33,12 +32,17 @@ from flocking.cli.tables import Column, print_table
 
 
 @app.command(
-    epilog="Example: flocking record article.txt notes.txt -o out/mine.zarr --layers 0,10-12"
+    epilog="Example: flocking record article.txt news/ more.jsonl -o out/mine.zarr --layers 0,10-12"
 )
 @reporting
 def record(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE", help="Text files; - is standard input.")
+        list[str],
+        typer.Argument(
+            metavar="FILE",
+            help="Text files, folders of them, patterns such as 'news/**/*.txt', and files of JSON "
+            "lines, with a text in each; - is standard input.",
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT.zarr", help="Zarr store to write.")
@@ -56,44 +60,41 @@ def record(
     max_tokens: Annotated[
         int | None, typer.Option(help="Read at most this many tokens of each text, the first ones.")
     ] = None,
+    field: Annotated[
+        str, typer.Option(help="Where the text is in objects of JSON lines (.jsonl).")
+    ] = "text",
+    on_error: Annotated[
+        str,
+        typer.Option(
+            help="What a text that cannot be recorded does: end the run, or be left out (skip).",
+            autocompletion=one_of(choices.ON_ERROR),
+        ),
+    ] = "stop",
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT.zarr if it exists.")
     ] = False,
 ) -> None:
-    """Record text files, one sequence each, and save the recording as Zarr."""
-    import numpy as np
+    """Record texts, one sequence each, into a Zarr store.
 
-    from flocking.artifacts import replacing
-    from flocking.cli.outputs import refuse_existing, refuse_nothing
-    from flocking.recording import Wanted, check_numbers, new_store_path, write_store
+    Blocks of texts are written as they are done. If a run was interrupted, the same command goes on
+    with the rest. Processes that torchrun starts share the texts.
+    """
+    from flocking.cli.outputs import refuse_nothing
+    from flocking.cli.recording import record_into, texts_of
+    from flocking.recording import Options, Wanted, check_numbers, new_store_path
 
     check_numbers(window, max_new_tokens, max_tokens)
     numbers = numbers_of(layers)
     refuse_nothing("output", output)
     output = new_store_path(output, "--output")
-    texts, answers = read_all(files, continuation)
-    Wanted(prompt_tokens, answers, max_new_tokens).check()
-    known = functools.partial(refuse_existing, overwrite=overwrite)
-    with replacing(output, check=known) as partial:
-        loaded, tokenizer = load(model, device, dtype)
-        recording = flocking.record(
-            loaded,
-            texts,
-            tokenizer=tokenizer,
-            window=window,
-            layers=numbers,
-            prompt_tokens=prompt_tokens,
-            continuation=answers,
-            max_new_tokens=max_new_tokens,
-            max_tokens=max_tokens,
-        )
-        # (A name may hold bytes that are no characters, which cannot be stored.)
-        names = [name.encode("utf-8", "backslashreplace").decode() for name in files]
-        recording = recording.assign_coords(file=("sequence", np.array(names, dtype=str)))
-        write_store(recording, partial)
-    _tell(output, {str(dim): size for dim, size in recording.sizes.items()})
+    texts, names, answers = texts_of(files, field, continuation)
+    options = Options(Wanted(prompt_tokens, answers, max_new_tokens), window, numbers, max_tokens)
+    loading = functools.partial(load, model, device, dtype)
+    checked = options.checked()
+    sizes = record_into(output, texts, names, checked, on_error, overwrite, loading)
+    _tell(output, sizes)
 
 
 def _tell(output: Path, sizes: dict[str, int]) -> None:

@@ -63,6 +63,11 @@ def notice(line: object) -> None:
         say(line)
 
 
+def is_quiet() -> bool:
+    """Whether notices and progress are left out."""
+    return _sessions[-1].quiet
+
+
 def as_json() -> bool:
     """Whether results are a document for programs."""
     return _sessions[-1].as_json

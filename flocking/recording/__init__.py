@@ -1,11 +1,11 @@
 """From a model and texts to a recording: a Dataset of windowed moments.
 
 ``dataset`` knows the schema, ``entrance`` in which form measures get it, whatever was selected
-from it; ``stores`` keeps it on disk. Imports ``feedforward``, ``models``, ``texts`` and
-``artifacts``.
+from it; ``stores`` keeps it on disk, and ``streaming`` writes it there, block by block of texts.
+Imports ``feedforward``, ``models``, ``texts`` and ``artifacts``.
 """
 
-from flocking.recording.arguments import check_numbers, whole_number
+from flocking.recording.arguments import Options, check_numbers, whole_number
 from flocking.recording.continuations import Wanted
 from flocking.recording.dataset import (
     COORDINATES,
@@ -18,7 +18,9 @@ from flocking.recording.dataset import (
     coordinates_of,
 )
 from flocking.recording.entrance import canonical, measure, require, whole_neurons
+from flocking.recording.growing import done_so_far, is_growing
 from flocking.recording.joining import concat
+from flocking.recording.locations import Folder
 from flocking.recording.moments import Moments
 from flocking.recording.recorder import record
 from flocking.recording.stores import (
@@ -29,6 +31,7 @@ from flocking.recording.stores import (
     save_recording,
     write_store,
 )
+from flocking.recording.streaming import stream
 from flocking.recording.windows import Windows
 
 __all__ = [
@@ -39,13 +42,17 @@ __all__ = [
     "PROMPT",
     "SCHEMA_VERSION",
     "VARIABLES",
+    "Folder",
     "Moments",
+    "Options",
     "Wanted",
     "Windows",
     "canonical",
     "check_numbers",
     "concat",
     "coordinates_of",
+    "done_so_far",
+    "is_growing",
     "measure",
     "new_store_path",
     "not_a_recording",
@@ -54,6 +61,7 @@ __all__ = [
     "refuse_store",
     "require",
     "save_recording",
+    "stream",
     "whole_neurons",
     "whole_number",
     "write_store",

@@ -315,6 +315,20 @@ def is_growing(place: Location) -> bool:
         return False
 
 
+def done_so_far(place: Location) -> str:
+    """How many texts are recorded in a store, in words; empty where there is none."""
+    if not is_growing(place):
+        return ""
+    store = GrowingStore(place)
+    done = int((store.state(slice(0, store.sequences)) > 0).sum())
+    return _done(done, store.asked["texts"])
+
+
+def _done(texts: int, of: int | None) -> str:
+    whole = f" of {of:,}" if of else ""
+    return f"{texts:,}{whole} texts are recorded so far"
+
+
 def without_bookkeeping(recording: xr.Dataset) -> tuple[xr.Dataset, str]:
     """The texts that are recorded, as a recording, and what is missing, in words.
 
@@ -340,8 +354,7 @@ def without_bookkeeping(recording: xr.Dataset) -> tuple[xr.Dataset, str]:
         recording = recording.assign_attrs(skipped=skipped)
     missing = ""
     if not asked["finished"]:
-        of = f" of {asked['texts']}" if asked["texts"] else ""
-        missing = f"{len(there) + len(left_out)}{of} texts are recorded so far"
+        missing = _done(len(there) + len(left_out), asked["texts"])
     return recording, missing
 
 

@@ -6,6 +6,12 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core.indexing import (
+    IndexingSupport,
+    LazilyIndexedArray,
+    explicit_indexing_adapter,
+)
 from zarr.storage import MemoryStore
 
 from flocking.recording.dataset import COORDINATES, VARIABLES
@@ -134,10 +140,32 @@ def with_python_strings(data: xr.Dataset) -> xr.Dataset:
     """Texts as Python's strings, as they were: numpy and xarray have other types for them."""
     ours = {name for name, field in _FIELDS.items() if field.dtype == "object"}
     found = {
-        name: variable.astype(object)
+        name: _as_python(variable) if name not in data.xindexes else variable.astype(object)
         for name, variable in data.variables.items()
         if variable.dtype.kind == "T" or (name in ours and variable.dtype.kind == "U")
     }
     return data.assign_coords({name: v for name, v in found.items() if name in data.coords}).assign(
         {name: v for name, v in found.items() if name in data.data_vars}
     )
+
+
+def _as_python(variable: xr.Variable) -> xr.Variable:
+    """A variable of texts as Python's strings; what is on disk stays there until it is used."""
+    if variable.chunks is not None:
+        return variable.astype(object)
+    lazy = LazilyIndexedArray(_PythonStrings(variable))
+    return xr.Variable(variable.dims, lazy, variable.attrs, variable.encoding)
+
+
+class _PythonStrings(BackendArray):
+    """Texts of another array, of any kind, as Python's strings."""
+
+    def __init__(self, variable: xr.Variable) -> None:
+        self._variable = variable
+        self.shape, self.dtype = variable.shape, np.dtype(object)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        return np.asarray(self._variable[key].values, dtype=object)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import flocking
 from flocking.cli import app
+from flocking.recording import growing
 
 
 @pytest.fixture
@@ -114,8 +115,12 @@ def test_an_existing_output_is_only_replaced_when_told(
     assert run("record", text, "-o", out, "--model", model).exit_code == 0
     before = sorted(path.stat().st_mtime_ns for path in out.rglob("*"))
     again = run("record", text, "-o", out, "--model", model)
-    assert again.exit_code == 2
-    assert f"{out} exists: choose another name, or pass --overwrite." in again.output
+    assert again.exit_code == 0
+    assert f"{out} is finished: nothing is left to record" in again.output
+    assert sorted(path.stat().st_mtime_ns for path in out.rglob("*")) == before
+    other = run("record", text, "-o", out, "--model", model, "--window", 2)
+    assert other.exit_code == 2
+    assert "was begun with another window (64; now 2)" in " ".join(other.output.split())
     assert sorted(path.stat().st_mtime_ns for path in out.rglob("*")) == before
     assert run("record", text, "-o", out, "--model", model, "--overwrite").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["birds.txt", "out.zarr", "tiny"]
@@ -148,7 +153,7 @@ def test_a_write_that_fails_leaves_the_old_recording(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(xr.Dataset, "to_zarr", fail)
+    monkeypatch.setattr(growing.GrowingStore, "write", fail)
     result = run("record", text, "-o", out, "--model", model, "--overwrite")
     assert result.exit_code == 2
     assert "disk full" in result.output
@@ -159,7 +164,7 @@ def test_a_write_that_fails_leaves_the_old_recording(
     ("arguments", "message"),
     [
         (["nowhere.txt"], "nowhere.txt does not exist"),
-        (["."], ". is a folder"),
+        (["flocking"], "flocking has no files whose names end in .txt or .jsonl"),
         (["{binary}"], "is not text in UTF-8 (byte 0)"),
         (["{empty}"], "is empty"),
         (["{text}", "--layers", "x"], "--layers x: give numbers and ranges"),
@@ -298,3 +303,51 @@ def test_check_prints_a_row_each_and_exits_with_1_on_failure(
     failing = run("check", model)
     assert failing.exit_code == 1
     assert failing.output.count("FAILED") == 6
+
+
+def test_record_takes_folders_and_json_lines(tmp_path: Path, model: str, text: str) -> None:
+    news = tmp_path / "news"
+    news.mkdir()
+    (news / "b.txt").write_text("of a feather")
+    (news / "a.jsonl").write_text('{"body": "Flocks."}\n"birds flock"\n')
+    out = tmp_path / "out.zarr"
+    options = ("-o", out, "--model", model, "--field", "body")
+    assert run("record", text, news, *options).exit_code == 0
+    recording = flocking.open_recording(out)
+    files = [text, f"{news}/a.jsonl:1", f"{news}/a.jsonl:2", f"{news}/b.txt"]
+    assert recording.file.values.tolist() == [str(name) for name in files]
+    assert recording.text.values.tolist()[1:] == ["Flocks.", "birds flock", "of a feather"]
+
+
+def test_record_leaves_texts_out_when_told(tmp_path: Path, model: str, text: str) -> None:
+    (tmp_path / "long.txt").write_text("birds " * 400)
+    command = ("record", tmp_path / "long.txt", text, "-o", tmp_path / "out.zarr")
+    assert "text 0 has" in run(*command, "--model", model).output
+    result = run(*command, "--model", model, "--on-error", "skip")
+    assert result.exit_code == 0
+    recording = flocking.open_recording(tmp_path / "out.zarr")
+    assert recording.file.values.tolist() == [text]
+    assert recording.attrs["skipped"][0].startswith("0: text 0 has")
+
+
+def test_record_goes_on_after_an_interruption(
+    tmp_path: Path, model: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text("birds flock" + " together" * (number % 3))
+    command = ("record", f"{tmp_path}/[0-9]*.txt", "-o", tmp_path / "out.zarr", "--model", model)
+    write, blocks = growing.GrowingStore.write, []
+
+    def writing(self: object, *args: object) -> None:
+        if blocks:
+            raise KeyboardInterrupt
+        blocks.append(write(self, *args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(growing.GrowingStore, "write", writing)
+        result = run(*command)
+    assert result.exit_code == 130
+    said = "out.zarr: 32 of 40 texts are recorded so far; the same command goes on."
+    assert said in " ".join(result.output.split())
+    assert run(*command).exit_code == 0
+    assert flocking.open_recording(tmp_path / "out.zarr").sizes["sequence"] == 40

@@ -78,6 +78,7 @@ def test_parts_come_back_too(tmp_path: Path, recording: xr.Dataset) -> None:
 def test_arrays_stay_on_disk_until_they_are_used(tmp_path: Path, recording: xr.Dataset) -> None:
     flocking.save_recording(recording, tmp_path / "x.zarr")
     opened = flocking.open_recording(tmp_path / "x.zarr")
+    assert not any(opened.variables[name]._in_memory for name in ("energy", "token_text", "text"))
     for name in ("energy", "mass", "rank", "relative"):
         assert not opened.variables[name]._in_memory, name
     for path in (tmp_path / "x.zarr" / "energy").glob("[0-9]*"):

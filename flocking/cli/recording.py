@@ -1,0 +1,86 @@
+"""How ``flocking record`` writes its store: anew, in another's place, or on from where it was."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flocking.artifacts import refuse_unwritable, replacing
+from flocking.cli.ending import Ended
+from flocking.cli.options import read, read_all
+from flocking.cli.outputs import refuse_existing
+from flocking.cli.printing import counted
+from flocking.cli.session import is_quiet
+from flocking.recording import Folder, Options, done_so_far, is_growing, stream
+from flocking.texts import TextFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Loading = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
+def texts_of(
+    files: list[str], field: str, following: list[str] | None
+) -> tuple[Any, list[str], list[str] | None]:
+    """Texts, the names of the files that they are from, and what follows each; None if nothing."""
+    if "-" in files:
+        texts, answers = read_all(files, following)
+        return texts, files, answers
+    found = TextFiles(files, field)
+    if not following:
+        return found, found.names, None
+    if len(following) != len(found):
+        raise ValueError(
+            f"--continuation was given {counted(len(following), 'time')} for "
+            f"{counted(len(found), 'text')}: give one for each."
+        )
+    return found, found.names, [read(name) for name in following]
+
+
+def record_into(
+    output: Path,
+    texts: Any,
+    names: Sequence[str],
+    options: Options,
+    on_error: str,
+    overwrite: bool,
+    loading: Loading,
+) -> dict[str, int]:
+    """Record texts into a store; gives the sizes of the recording.
+
+    A store that the same command began is gone on with, unless it is to be overwritten: then the
+    old one stays until the new one is complete, which begins anew if it is interrupted.
+    """
+    # (A name may hold bytes that are no characters, which cannot be stored.)
+    shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+
+    def run(path: Path) -> dict[str, int]:
+        model, tokenizer = loading()
+        recording = stream(
+            model,
+            texts,
+            path,
+            tokenizer=tokenizer,
+            options=options,
+            num_texts=None,
+            on_error=on_error,
+            progress=not is_quiet(),
+            files=shown,
+        )
+        return {str(dim): size for dim, size in recording.sizes.items()}
+
+    if os.path.lexists(output) and not (is_growing(Folder(output)) and not overwrite):
+        check = functools.partial(refuse_existing, overwrite=overwrite)
+        with replacing(output, check=check) as partial:
+            return run(partial)
+    refuse_unwritable(output, wait=0)
+    try:
+        return run(output)
+    except (KeyboardInterrupt, Ended) as ending:
+        if done := done_so_far(Folder(output)):
+            ending.add_note(f"interrupted: {output}: {done}; the same command goes on.")
+        raise
