@@ -16,7 +16,7 @@ _UNBREAKABLE = str.maketrans("-", "\u2011")  # a hyphen at which no line ends
 _BREAKABLE = str.maketrans("\u2011", "-")
 
 
-class _Formatter(typer.Context.formatter_class):  # type: ignore[misc,name-defined]
+class _Formatter(typer.Context.formatter_class):  # type: ignore[misc,valid-type]
     """Help in which no name such as ``--max-tokens`` is broken at a hyphen."""
 
     def write_text(self, text: str) -> None:
