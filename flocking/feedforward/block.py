@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
 from typing import SupportsIndex, overload
 
 import torch
@@ -141,7 +140,9 @@ class FeedForwards(list[FeedForward]):
     def __repr__(self) -> str:
         """How many blocks there are, how exactly they were proved, and the table."""
         head, rows = self._table()
-        return "\n".join([self._title(), *([text_table([head, *rows], right=(2,))] if rows else [])])
+        return "\n".join(
+            [self._title(), *([text_table([head, *rows], right=(2,))] if rows else [])]
+        )
 
     def _repr_html_(self) -> str:
         head, rows = self._table()
@@ -178,7 +179,7 @@ class FeedForwards(list[FeedForward]):
 
 
 def activation_in(module: nn.Module) -> str:
-    """transformers' name for the one activation function among a module's own; empty if none.
+    """Transformers' name for the one activation function among a module's own; empty if none.
 
     Parameters
     ----------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -247,7 +246,7 @@ def record(
         if relative
         else []
     )
-    _check_memory(given, blocks, raw, window, max_new_tokens, ranks, progress)
+    _check_memory(given, blocks, raw, window, max_new_tokens, ranks)
     _warn_of_training(model)
     with undisturbed(model, seed):
         fed = generated(model, given.whole, wanted, seed, progress)
@@ -331,9 +330,8 @@ def _check_memory(
     window: int | None,
     max_new_tokens: int,
     ranks: bool,
-    progress: bool,
 ) -> None:
-    """Refuse a recording that would not fit in memory; print how large raw activations are."""
+    """Refuse a recording that would not fit in memory."""
     totals = [length + max(0, max_new_tokens - 1) for length in given.lengths]
     sizes = {
         "sequence": len(totals),
@@ -360,10 +358,6 @@ def _check_memory(
         raise MemoryError(
             f"The recording would take {_readable(size(window))} of memory and "
             f"{_readable(room)} may be used: {remedy}."
-        )
-    if raw and progress:
-        tqdm.write(
-            f"keeping relative activations as float16: {_readable(raw_bytes)}", file=sys.stderr
         )
 
 
@@ -393,9 +387,17 @@ def _read(
         batch_size = 1
     ones = [torch.ones_like(row) for row in fed.ids]
     groups = batches(model, lengths, batch_size, ways)
+    raw = collector.arrays.get("relative")
+    # (Beside the bar, not above it: in a notebook, that would be a red box.)
+    size = None if raw is None else _readable(raw.nbytes)
+    bar_options: dict[str, Any] = {
+        "desc": "recording",
+        "unit": "token",
+        "postfix": size and f"keeping relative activations as float16: {size}",
+    }
     with (
         observe(model, collector, layers=layers, routed=True),
-        tqdm(total=sum(lengths), desc="recording", unit="token", disable=not progress) as bar,
+        tqdm(total=sum(lengths), disable=not progress, **bar_options) as bar,
     ):
         for rows in groups:
             collector.begin(rows)
