@@ -44,7 +44,7 @@ def html_table(rows: Rows, caption: str = "", *, head: Sequence[str] = ()) -> st
         Names of the columns, if they have any.
     """
     left = "style='text-align:left'"
-    above = f"<caption {left}><b>{html.escape(caption)}</b></caption>" if caption else ""
+    above = f"<caption style='text-align:left;white-space:nowrap'><b>{html.escape(caption)}</b></caption>" if caption else ""
     named = "".join(f"<th {left} scope='col'>{html.escape(name)}</th>" for name in head)
     if named:
         named = f"<thead><tr>{named}</tr></thead>"
@@ -52,4 +52,5 @@ def html_table(rows: Rows, caption: str = "", *, head: Sequence[str] = ()) -> st
     for first, *others in rows:
         cells = "".join(f"<td {left}>{html.escape(cell)}</td>" for cell in others)
         body.append(f"<tr><th {left} scope='row'>{html.escape(first)}</th>{cells}</tr>")
-    return f"<table>{above}{named}<tbody>{''.join(body)}</tbody></table>"
+    # (Pages without a doctype would draw the texts of tables in black, also on black.)
+    return f"<table style='color:inherit'>{above}{named}<tbody>{''.join(body)}</tbody></table>"
