@@ -43,8 +43,8 @@ def html_table(rows: Rows, caption: str = "", *, head: Sequence[str] = ()) -> st
     head : list of str
         Names of the columns, if they have any.
     """
-    left = "style='text-align:left'"
-    above = f"<caption style='text-align:left;white-space:nowrap'><b>{html.escape(caption)}</b></caption>" if caption else ""
+    left, line = "style='text-align:left'", "style='text-align:left;white-space:nowrap'"
+    above = f"<caption {line}><b>{html.escape(caption)}</b></caption>" if caption else ""
     named = "".join(f"<th {left} scope='col'>{html.escape(name)}</th>" for name in head)
     if named:
         named = f"<thead><tr>{named}</tr></thead>"
