@@ -90,14 +90,14 @@ def chromium() -> Iterator:
         page.quit()
 
 
-def wait_for(done: object, seconds: float, what: str) -> object:
+def wait_for(done: object, seconds: float, what: str, pause: float = 1) -> object:
     """What `done()` gives, as soon as it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = done()
         if found:
             return found
-        time.sleep(1)
+        time.sleep(pause)
     sys.exit(f"waited {seconds:.0f} s for {what}: give up.")
 
 
@@ -158,7 +158,8 @@ def run(page: object, address: str, path: Path, timeout: float) -> list[str]:
             seen = done
         return done == len(code) or bool(problems(notebook))
 
-    wait_for(finished, timeout, f"the cells of {path.name}")
+    # (Each look saves the notebook, pictures and all, which takes time from its cells.)
+    wait_for(finished, timeout, f"the cells of {path.name}", pause=5)
     time.sleep(3)  # for outputs that are still on their way
     page.execute_script("return window.jupyterapp.commands.execute('docmanager:save')")
     return problems(wait_for(lambda: read(path), 60, f"{path.name} to be written"))
