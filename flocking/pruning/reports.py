@@ -77,8 +77,8 @@ class Report:
             found.append(("drafted tokens accepted", taken))
         return [
             *found,
-            ("selecting neurons", f"{1000 * self.selection_seconds:.3g} ms"),
-            ("copying their weights", f"{1000 * self.copy_seconds:.3g} ms"),
+            ("selecting neurons", _time(self.selection_seconds)),
+            ("copying their weights", _time(self.copy_seconds)),
         ]
 
     def __repr__(self) -> str:
@@ -87,6 +87,10 @@ class Report:
 
     def _repr_html_(self) -> str:
         return html_table(self.rows(), _TITLE)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
 
 
 def held(state: State) -> str:

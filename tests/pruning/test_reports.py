@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import helpers
 import torch
 
@@ -64,3 +66,6 @@ def test_a_report_is_a_table() -> None:
     for name, text in rows.items():
         assert f"{name}</th>" in report._repr_html_()
         assert any(line.split() == [*name.split(), *text.split()] for line in shown(report))
+    slow = dict(replace(report, selection_seconds=0.0123, copy_seconds=2.021).rows())
+    assert slow["selecting neurons"] == "12.3 ms"
+    assert slow["copying their weights"] == "2.02 s"
