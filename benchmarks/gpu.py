@@ -76,7 +76,8 @@ class Run:
         self.bandwidth: list[float] = []
         self.results: dict[str, Any] = {
             "machine": machine(self.device),
-            "options": vars(options),
+            # (Without folders of the machine, which are nobody's business.)
+            "options": {**vars(options), "out": None, "turns": None},
             "copy_bytes_per_second": self.bandwidth,
         }
 

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+from executed import NOTEBOOKS, tidied, told
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 _CHROMIUM = [
     "--headless=new",
     "--no-sandbox",
@@ -47,7 +47,9 @@ def lab(folder: Path) -> Iterator[str]:
     # All cells are laid out, also those out of view, so that one picture holds them.
     settings = folder / ".settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    (settings / "tracker.jupyterlab-settings").write_text(
+        json.dumps({"windowingMode": "none", "recordTiming": True})
+    )
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}"]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
     command += ["--LabApp.expose_app_in_browser=True", "--allow-root"]
@@ -89,14 +91,14 @@ def chromium() -> Iterator:
         page.quit()
 
 
-def wait_for(done: object, seconds: float, what: str) -> object:
+def wait_for(done: object, seconds: float, what: str, pause: float = 1) -> object:
     """What `done()` gives, as soon as it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = done()
         if found:
             return found
-        time.sleep(1)
+        time.sleep(pause)
     sys.exit(f"waited {seconds:.0f} s for {what}: give up.")
 
 
@@ -157,7 +159,10 @@ def run(page: object, address: str, path: Path, timeout: float) -> list[str]:
             seen = done
         return done == len(code) or bool(problems(notebook))
 
-    wait_for(finished, timeout, f"the cells of {path.name}")
+    # (Each look saves the notebook, pictures and all, which takes time from its cells.)
+    wait_for(finished, timeout, f"the cells of {path.name}", pause=5)
+    time.sleep(3)  # for outputs that are still on their way
+    page.execute_script("return window.jupyterapp.commands.execute('docmanager:save')")
     return problems(wait_for(lambda: read(path), 60, f"{path.name} to be written"))
 
 
@@ -183,17 +188,21 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", default=["flocking.ipynb"])
     parser.add_argument("--quick", action="store_true", help="the notebooks' own quick pass")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds a notebook may take")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds a notebook may take")
+    keep = "write what was run to notebooks/, as it is committed"
+    parser.add_argument("--keep", action="store_true", help=keep)
     arguments = parser.parse_args()
+    if arguments.keep and arguments.quick:
+        parser.error("--keep and --quick: a quick pass is not what is committed.")
     failed = False
-    with tempfile.TemporaryDirectory(prefix="flocking-browser-") as name, chromium() as page:
-        folder = Path(name)
-        for notebook in arguments.notebooks:
-            source = NOTEBOOKS / Path(notebook).name
+    with tempfile.TemporaryDirectory(prefix="flocking-browser-") as made, chromium() as page:
+        folder = Path(made)
+        for name in arguments.notebooks:
+            source = NOTEBOOKS / Path(name).name
             copy_without_outputs(source, folder / source.name, arguments.quick)
         with lab(folder) as address:
-            for notebook in arguments.notebooks:
-                path = folder / Path(notebook).name
+            for name in arguments.notebooks:
+                path = folder / Path(name).name
                 shot = arguments.out / f"browser-{path.stem}.png"
                 try:
                     found = run(page, address, path, arguments.timeout)
@@ -202,6 +211,11 @@ def main() -> None:
                         picture(page, shot)
                     raise
                 picture(page, shot)
+                notebook = read(path)
+                if notebook is not None:
+                    print(f"{path.name}: {told(notebook)}", flush=True)
+                if arguments.keep and notebook is not None and not found:
+                    nbformat.write(tidied(notebook), NOTEBOOKS / path.name)
                 errors = [
                     entry["message"]
                     for entry in page.get_log("browser")

@@ -43,6 +43,7 @@ from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, embedded_file, identity, load, resolved
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
+from flocking.models.naming import name_and_path, split_place
 from flocking.models.notices import warn
 from flocking.models.origins import NOTE
 from flocking.models.problems import listed, reading
@@ -50,6 +51,7 @@ from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sampling import opening_token, require_writer, sampled
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
+from flocking.models.tables import html_table, text_table
 from flocking.models.tokenization import Prompts, tokenize, tokenize_chats, tokenizer_beside
 from flocking.models.untrained import control
 from flocking.models.weights import (
@@ -97,12 +99,14 @@ __all__ = [
     "forward",
     "hooks_on",
     "hooks_on_everything",
+    "html_table",
     "identity",
     "is_loaded",
     "listed",
     "load",
     "loaded",
     "located",
+    "name_and_path",
     "opening_token",
     "overriding",
     "parameter_of",
@@ -129,7 +133,9 @@ __all__ = [
     "sampled",
     "separate",
     "settings",
+    "split_place",
     "tensor_of",
+    "text_table",
     "tokenize",
     "tokenize_chats",
     "tokenizer_beside",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flocking.models.naming import control_name
 from flocking.models.sandbox import private_randomness
 from flocking.models.wrapping import require_model
 
@@ -61,7 +62,7 @@ def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             f"seed={seed} draws weights that the model has ({same[0]}), so that it would be its "
             "own control: give another seed."
         )
-    fresh.name_or_path = f"random weights (seed {seed}) like {model.name_or_path}"
+    fresh.name_or_path = control_name(model, seed)
     return fresh
 
 

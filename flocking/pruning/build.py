@@ -156,7 +156,10 @@ def griffin(
     >>> {layer: len(kept) for layer, kept in pruned.selection.items()}
     {0: 32, 1: 32}
     >>> pruned.report()
-    Report(parameters=..., active_parameters=..., ...)
+    Report of a twin: what it holds, and what its last prompt cost
+      parameters                ...
+      active parameters         ... (...%)
+      ...
 
     With selections that are made anew after every four tokens:
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flocking.models import html_table
+from flocking.pruning.amounts import by_layer, in_words
 from flocking.pruning.lost import Lost
 
 
@@ -85,27 +86,7 @@ class Exported:
         return "\n".join(["Exported", *(f"  {name}: {text}" for name, text in self.rows())])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(text)}</td></tr>"
-            for name, text in self.rows()
-        )
-        return f"<table>{rows}</table>"
-
-
-def in_words(size: int) -> str:
-    """A number of bytes, in the unit that suits it."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} bytes"
-
-
-def by_layer(widths: dict[int, int]) -> str:
-    """Numbers of neurons of layers, in a few words however many layers there are."""
-    different = sorted({*widths.values()})
-    if len(different) == 1:
-        return f"{different[0]:,} in each of {len(widths)} layers"
-    return f"{different[0]:,} to {different[-1]:,} in {len(widths)} layers"
+        return html_table(self.rows())
 
 
 def _of(part: str, whole: str, share: float) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flocking.models import NOTE, folder_of
-from flocking.pruning.exported import in_words
+from flocking.pruning.amounts import in_words
 from flocking.texts import dangling, expanded
 
 # What transformers and flocking.export write for a model; anything else is somebody's own.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import html
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flocking.analysis import made_of
-from flocking.models import byte_count, hooks_on, unwrap, warn
+from flocking.models import byte_count, hooks_on, html_table, name_and_path, unwrap, warn
 from flocking.pruning.chosen import Kept
 from flocking.pruning.history import drawn_up
 from flocking.pruning.prompt import Read
+from flocking.pruning.reports import Report, held
 from flocking.pruning.state import State
 
 if TYPE_CHECKING:
@@ -36,65 +37,31 @@ else:
     _Generating = object
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a twin holds, and what its last prompt cost.
-
-    Attributes
-    ----------
-    parameters, active_parameters : int
-        Parameters of the original, and those that decoding uses for one sequence.
-    ff_bytes, compact_bytes : int
-        Of the original's FF projections and of the compact ones. Both are in memory: a twin
-        needs more of it, not less, while its original stays loaded.
-    prefilled_tokens : int
-        Real tokens that the selection was made from, all sequences together.
-    unreached_experts : int
-        Of mixtures of experts, how many no token of the prompt was routed to, layers and (with
-        ``scope="sequence"``) sequences added up: their neurons are selected by their weights.
-    refreshes : int
-        Since the last prompt, how often the full model read again what was generated.
-    effective_density : float
-        Share of the FF weights that were read for a new token, on average: the twin's steps and
-        the passes of refreshes over the number of both. (Without refreshes, the density.)
-    bytes_per_token : int
-        Of all weights that were read for a new token, likewise. What a refresh copies is not in it.
-    drafted_tokens, accepted_tokens : int
-        As ``assistant_model``: how many tokens the twin proposed since the last prompt, and how
-        many of those the full model took. The last proposal is in neither: what became of it is
-        not known before the next.
-    selection_seconds, copy_seconds : float
-        For selecting neurons from the last prompt, and for copying their weights.
-    """
-
-    parameters: int
-    active_parameters: int
-    ff_bytes: int
-    compact_bytes: int
-    prefilled_tokens: int
-    unreached_experts: int
-    refreshes: int
-    effective_density: float
-    bytes_per_token: int
-    drafted_tokens: int
-    accepted_tokens: int
-    selection_seconds: float
-    copy_seconds: float
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{name.replace('_', ' ')}</th>"
-            f"<td>{value:{',' if isinstance(value, int) else '.4f'}}</td></tr>"
-            for name, value in vars(self).items()
-        )
-        return f"<table>{rows}</table>"
-
-
 class Twin(_Generating):
     """What a twin's class adds to its model's; :func:`flocking.griffin` makes twins."""
 
     is_twin = True
     _griffin: State  # imported for real: transformers evaluates its subclasses' annotations
+
+    def __repr__(self) -> str:
+        """What it is a twin of, what it keeps and why; then the modules, as of any model."""
+        title, rows = self._described()
+        return "\n".join([title, *(f"  {name}: {text}" for name, text in rows), super().__repr__()])
+
+    def _repr_html_(self) -> str:
+        title, rows = self._described()
+        modules = f"<summary>modules</summary><pre>{html.escape(super().__repr__())}</pre>"
+        return f"{html_table(rows, title)}<details>{modules}</details>"
+
+    def _described(self) -> tuple[str, list[tuple[str, str]]]:
+        state = self._griffin
+        name, kind = name_and_path(state.full)[0], type(self).__name__
+        refresh = "never" if state.refresh is None else f"after every {state.refresh:,} new tokens"
+        return f"GRIFFIN twin of {f'{name} ({kind})' if name else f'a {kind}'}", [
+            ("selects by", state.made_from.removeprefix("flocking.griffin, ")),
+            ("selects again", refresh),
+            ("keeps just now", held(state)),
+        ]
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """A step's inputs, as of the model."""

@@ -110,7 +110,7 @@ class BlockReader(NamedTuple):
         if read.reading is None:
             return None, read.problems
         one = self.options._replace(wanted=block.wanted)
-        check_memory(read.reading, self.blocks, self.raw, one, told=False)
+        check_memory(read.reading, self.blocks, self.raw, one)
         try:
             with _renumbered(block.start):
                 return self._recorded(block.only(read.places), read.reading, bar), read.problems
@@ -148,8 +148,10 @@ class BlockReader(NamedTuple):
         options = self.options
         wanted = options.wanted
         counts = wanted.prompt_tokens
+        attributes = self.attributes(special_tokens="")
+        del attributes["model_path"]  # files may be moved meanwhile
         return {
-            **self.attributes(special_tokens=""),
+            **attributes,
             "weights": _fingerprint(self.model),
             "tokenizer": _vocabulary(self.tokenizer),
             "layers": [block.layer for block in self.blocks],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward
+from flocking.models import name_and_path
 
 if TYPE_CHECKING:
     from flocking.recording.collector import Collector
@@ -108,6 +109,7 @@ COORDINATES = {
 ATTRIBUTES = (
     "schema_version",
     "model",
+    "model_path",
     "revision",
     "architecture",
     "dtype",
@@ -234,9 +236,11 @@ def attributes_of(
     generation: str,
 ) -> dict[str, Any]:
     """A recording's attributes: the model, the versions and the arguments."""
+    name, path = name_and_path(model)
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": str(getattr(model, "name_or_path", "")),
+        "model": name,
+        "model_path": path,
         "revision": str(getattr(model.config, "_commit_hash", None) or ""),
         "architecture": type(model).__name__,
         "dtype": str(block.weight.dtype).removeprefix("torch."),

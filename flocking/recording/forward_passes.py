@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import psutil
@@ -30,7 +29,7 @@ from flocking.models import (
 from flocking.recording.arguments import Options
 from flocking.recording.collector import Collector
 from flocking.recording.continuations import Reading, generated, refuse_continuing
-from flocking.recording.dataset import VARIABLES, attributes_of, label, size_in_bytes
+from flocking.recording.dataset import attributes_of, label, size_in_bytes
 from flocking.recording.windows import Layout, window_counts
 
 _SHARE_OF_MEMORY = 0.8  # of free memory, that a recording may take
@@ -150,10 +149,8 @@ def check_memory(
     blocks: list[FeedForward],
     raw: list[FeedForward],
     options: Options,
-    *,
-    told: bool,
 ) -> None:
-    """Refuse a recording that would not fit in memory; print how large raw activations are."""
+    """Refuse a recording that would not fit in memory."""
     totals = [length + max(0, options.wanted.max_new_tokens - 1) for length in given.lengths]
 
     def size(window: int | None) -> int:
@@ -174,11 +171,6 @@ def check_memory(
             f"The recording would take {readable(size(window))} of memory and "
             f"{readable(room)} may be used: {remedy}."
         )
-    if raw and told:
-        shape = len(totals), len(raw), max(totals), max(block.d_ff for block in blocks)
-        sizes = dict(zip(VARIABLES["relative"].dims, shape, strict=True))
-        kept = readable(size_in_bytes(["relative"], sizes))
-        tqdm.write(f"keeping relative activations as float16: {kept}", file=sys.stderr)
 
 
 def readable(size: float) -> str:
@@ -214,6 +206,9 @@ def _read(
         batch_size = 1
     ones = [torch.ones_like(row) for row in fed.ids]
     groups = batches(model, lengths, batch_size, ways)
+    if "relative" in collector.arrays:
+        size = readable(collector.arrays["relative"].nbytes)
+        bar.set_postfix_str(f"keeping relative activations as float16: {size}")
     with observe(model, collector, layers=layers, routed=True):
         for rows in groups:
             collector.begin(rows)

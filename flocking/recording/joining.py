@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-from flocking.models import warn
+from flocking.models import split_place, warn
 from flocking.recording.dataset import (
     ATTRIBUTES,
     COORDINATES,
@@ -23,7 +23,7 @@ from flocking.recording.entrance import Canonical, canonical
 _FIELDS = VARIABLES | COORDINATES
 # What must be equal, since measures compare sequences with each other: other weights, another
 # precision, another first token or other windows would be taken for a difference between texts.
-_EQUAL = ("model", "revision", "architecture", "dtype", "special_tokens", "window")
+_EQUAL = ("model", "model_path", "revision", "architecture", "dtype", "special_tokens", "window")
 _BY_LAYER = ("module", "d_ff", "experts")
 
 _Spans = list[tuple[slice, slice]]
@@ -145,6 +145,9 @@ def _taken(number: int, recording: object) -> Canonical:
     data = whole.recording
     if "token" in data.coords:
         data = data.isel(token=np.argsort(data.token.values, kind="stable"))
+    if "model_path" not in data.attrs:  # an older recording, whose model's name is a path
+        name, path = split_place(str(data.attrs.get("model", "")))
+        data = data.assign_attrs(model=name, model_path=path)
     return Canonical(data, whole.single)
 
 

@@ -269,6 +269,6 @@ def record(
     given = given_texts(model, text, tokenizer, options.wanted, max_tokens)
     refuse_unfit(model, given, options)
     blocks, raw = chosen_blocks(model, options)
-    check_memory(given, blocks, raw, options, told=progress)
+    check_memory(given, blocks, raw, options)
     warn_of_training(model)
     return recorded(model, given, blocks, raw, options, progress)

@@ -113,7 +113,8 @@ def test_a_model_that_others_loaded_does_not_run_it(folder: Path) -> None:
 def test_what_the_user_said_is_remembered(folder: Path, tmp_path: Path) -> None:
     model, _ = flocking.load(folder, trust_remote_code=True)
     (folder / "marker").unlink()
-    assert record(model, "Birds of a feather").attrs["model"] == str(folder)
+    attributes = record(model, "Birds of a feather").attrs
+    assert (attributes["model"], attributes["model_path"]) == (folder.name, str(folder))
     twin = flocking.griffin(model)
     assert flocking.score(twin, "Birds of a", " feather").size
     model.name_or_path = str(shutil.copytree(folder, tmp_path / "other"))

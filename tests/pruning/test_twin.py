@@ -194,6 +194,7 @@ def test_reports(generating: tf.PreTrainedModel) -> None:
     assert report.parameters > report.active_parameters
     assert report.copy_seconds > 0 < report.selection_seconds
     assert "active parameters" in report._repr_html_()
+    assert f"{report.active_parameters:,}" in repr(report)
 
 
 def test_holds_weights_once_for_each_sequence(llama: tf.PreTrainedModel) -> None:

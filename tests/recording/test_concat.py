@@ -211,7 +211,11 @@ def test_attributes_that_differ_are_lists(tmp_path) -> None:
 REFUSED: dict[str, tuple[Callable[[xr.Dataset], xr.Dataset], str]] = {
     **{
         name: (lambda r, name=name: r.assign_attrs({name: "another"}), f"1 has {name} 'another'")
-        for name in ("model", "revision", "architecture", "dtype", "special_tokens", "window")
+        for name in ("model", "model_path", "revision", "architecture", "dtype")
+    },
+    **{
+        name: (lambda r, name=name: r.assign_attrs({name: "another"}), f"1 has {name} 'another'")
+        for name in ("special_tokens", "window")
     },
     "layers": (lambda r: r.isel(layer=[0]), r"1 has layer \[0\], and recording 0 has \[0, 1\]"),
     "labels of layers": (lambda r: r.assign_coords(layer=[0, 2]), r"1 has layer \[0, 2\]"),
@@ -262,3 +266,25 @@ def test_a_single_recording_is_not_copied_and_members_stay_as_they_were() -> Non
         xr.testing.assert_identical(part, old)
     together.energy.values[:] = 0
     xr.testing.assert_identical(parts[0], before[0])
+
+
+def test_recordings_from_before_names_were_apart_from_paths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They have the path as the model's name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parts, _ = made("llama", "plain")
+    here = [part.assign_attrs(model="run", model_path="/data/a/run") for part in parts]
+    old = (
+        here[0]
+        .drop_attrs(deep=False)
+        .assign_attrs(
+            {name: value for name, value in here[0].attrs.items() if name != "model_path"}
+            | {"model": "/data/a/run"}
+        )
+    )
+    expected = flocking.concat(here)
+    xr.testing.assert_identical(flocking.concat([old, *here[1:]]), expected)
+    xr.testing.assert_identical(flocking.concat([here[0], old]), flocking.concat([here[0]] * 2))
+    with pytest.raises(ValueError, match="1 has model_path '/data/b/run'"):
+        flocking.concat([old, here[1].assign_attrs(model_path="/data/b/run")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import helpers
 import numpy as np
 import pytest
@@ -34,7 +36,9 @@ def test_labels(embedded: tuple) -> None:
         ["fl", "ock", "", ""],
     ]
     assert recording.text.values.tolist() == ["Birds of a feather", "flock"]
-    assert recording.attrs["model"] == model.name_or_path
+    assert recording.attrs["model"] == "SmolLM2-135M-Instruct"
+    path = recording.attrs["model_path"]
+    assert Path(path).expanduser() == Path(model.name_or_path)
     assert recording.attrs["special_tokens"] == "none"
     assert recording.attrs["window"] == 2
 
