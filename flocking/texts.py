@@ -144,6 +144,8 @@ class TextFiles:
 
 def _files_of(name: str) -> list[Path]:
     """The files that a name stands for."""
+    if not name:
+        raise ValueError("the name of a text file is empty: name text files.")
     path = expanded(Path(name))
     if not (why := why_no_file(path)):
         return [path]

@@ -136,11 +136,13 @@ def intervals(
     if "other" in values.dims:
         values = _in_order(values)
     drawn = [dim for dim in ("sequence", "other", "pair") if dim in values.dims]
+    if "sequence" in drawn:  # a dimension "pair" beside it is of something else
+        drawn = [dim for dim in drawn if dim != "pair"]
     if not values.sizes[drawn[0]]:
         raise ValueError(f"values have no {drawn[0]} to draw from: give those of several.")
     rest = [dim for dim in values.dims if dim not in drawn]
     stacked = values.transpose(*drawn, *rest)
-    if "pair" in drawn:
+    if "pair" in drawn and "sequence" not in values.dims:
         members, n = _members(values)
         data = stacked.values.astype(np.float64).reshape(len(members), -1)
         found = _interval(_means_of_pairs(data, members, n, resamples, seed), n, level)

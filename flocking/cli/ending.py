@@ -56,7 +56,7 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def left_behind(written: Sequence[Path], goes_on: bool) -> str:
+def left_behind(written: Sequence[Path], goes_on: bool, *said: str) -> str:
     """What an interrupted command has written, and how to go on.
 
     Parameters
@@ -65,8 +65,10 @@ def left_behind(written: Sequence[Path], goes_on: bool) -> str:
         Files and folders that are complete.
     goes_on : bool
         Whether the same command does only what is not there.
+    *said : str
+        What the command itself says of it, instead.
     """
-    told.append(_words(written, goes_on))
+    told.append(said[0] if said else _words(written, goes_on))
     return told[-1]
 
 

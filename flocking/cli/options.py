@@ -56,7 +56,7 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
         except (KeyboardInterrupt, Ended) as ending:
             notes = getattr(ending, "__notes__", [])  # what the command itself says of it
-            complain(notes[0] if notes else left_behind(written, command.__name__ in _GO_ON))
+            complain(left_behind(written, command.__name__ in _GO_ON, *notes))
             raise typer.Exit(getattr(ending, "code", 130)) from None
 
     return run

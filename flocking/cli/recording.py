@@ -31,6 +31,7 @@ def texts_of(
         texts, answers = read_all(files, following)
         return texts, files, answers
     found = TextFiles(files, field)
+    next(iter(found))  # what cannot be read is said before a model is loaded
     if not following:
         return found, found.names, None
     if len(following) != len(found):

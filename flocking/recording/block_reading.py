@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,11 +47,25 @@ class Read(NamedTuple):
         Their places in the block.
     problems : dict of str
         Why others cannot be, by their places.
+    earlier : dict of int
+        By place, how often the same prompt came before; empty where it makes no difference.
     """
 
     reading: Reading | None
     places: list[int]
     problems: dict[int, str]
+    earlier: Mapping[int, int] = MappingProxyType({})
+
+    def counted(self, seen: Counter[bytes]) -> Read:
+        """With `earlier`, by the prompts that were seen before, to which these are added."""
+        earlier = {}
+        for place, ids in zip(
+            self.places, self.reading.whole.ids if self.reading else [], strict=True
+        ):
+            key = hashlib.sha256(ids.numpy().tobytes()).digest()
+            earlier[place] = seen[key]
+            seen[key] += 1
+        return self._replace(earlier=earlier)
 
 
 class BlockReader(NamedTuple):
@@ -60,6 +76,11 @@ class BlockReader(NamedTuple):
     options: Options
     on_error: str
     files: Sequence[str] | None = None  # that the texts are from
+
+    @property
+    def looked_at(self) -> int:
+        """How many texts are looked at, to see of which kind they are: one has to be readable."""
+        return 1 if self.on_error == "stop" else 32
 
     @property
     def blocks(self) -> list[FeedForward]:
@@ -81,7 +102,7 @@ class BlockReader(NamedTuple):
         """
         places = list(range(len(block.texts)))
         try:
-            with _renumbered(block.start):
+            with _renumbered(block.start, places):
                 return Read(self._given(block), places, {})
         except (TypeError, ValueError):
             if self.on_error == "stop":
@@ -89,12 +110,15 @@ class BlockReader(NamedTuple):
         problems = {}
         for place in places:
             try:
-                with _renumbered(block.start + place):
+                with _renumbered(block.start, [place]):
                     self._given(block.only([place]))
             except (TypeError, ValueError) as problem:
                 problems[place] = str(problem)
         good = [place for place in places if place not in problems]
-        return Read(self._given(block.only(good)) if good else None, good, problems)
+        if not good:
+            return Read(None, good, problems)
+        with _renumbered(block.start, good):
+            return Read(self._given(block.only(good)), good, problems)
 
     def _given(self, block: Block) -> Reading:
         given = given_texts(
@@ -112,8 +136,9 @@ class BlockReader(NamedTuple):
         one = self.options._replace(wanted=block.wanted)
         check_memory(read.reading, self.blocks, self.raw, one)
         try:
-            with _renumbered(block.start):
-                return self._recorded(block.only(read.places), read.reading, bar), read.problems
+            with _renumbered(block.start, read.places):
+                data = self._recorded(block.only(read.places), read.reading, bar, read.earlier)
+            return data, read.problems
         except ValueError:
             if self.on_error == "stop":
                 raise
@@ -121,15 +146,16 @@ class BlockReader(NamedTuple):
         for place in read.places:
             alone = block.only([place])
             try:
-                with _renumbered(block.start + place):
-                    self._recorded(alone, self._given(alone), bar)
+                with _renumbered(block.start, [place]):
+                    self._recorded(alone, self._given(alone), bar, {})
             except ValueError as problem:
                 problems[place] = str(problem)
         good = [place for place in read.places if place not in problems]
         if not good:
             return None, problems
         rest = block.only(good)
-        return self._recorded(rest, self._given(rest), bar), problems
+        earlier = {place: times for place, times in read.earlier.items() if place in good}
+        return self._recorded(rest, self._given(rest), bar, earlier), problems
 
     def bytes_of(self, reading: Reading) -> int:
         """Memory that the recording of texts takes."""
@@ -137,11 +163,12 @@ class BlockReader(NamedTuple):
         totals = [length + fed for length in reading.lengths]
         return recording_bytes(self.blocks, self.raw, self.options, reading.prompts, totals)
 
-    def _recorded(self, block: Block, reading: Reading, bar: tqdm) -> xr.Dataset:
+    def _recorded(
+        self, block: Block, reading: Reading, bar: tqdm, earlier: Mapping[int, int]
+    ) -> xr.Dataset:
         options = self.options._replace(wanted=block.wanted)
-        return recorded(
-            self.model, reading, self.blocks, self.raw, options, bar, block.earlier or None
-        )
+        times = list(earlier.values()) or None
+        return recorded(self.model, reading, self.blocks, self.raw, options, bar, times)
 
     def arguments(self) -> dict[str, Any]:
         """All that a recording depends on besides its texts, by name."""
@@ -153,6 +180,7 @@ class BlockReader(NamedTuple):
         return {
             **attributes,
             "weights": _fingerprint(self.model),
+            "config": _config(self.model),
             "tokenizer": _vocabulary(self.tokenizer),
             "layers": [block.layer for block in self.blocks],
             "relative": [block.layer for block in self.raw],
@@ -177,11 +205,15 @@ class BlockReader(NamedTuple):
 
 
 @contextmanager
-def _renumbered(start: int) -> Iterator[None]:
-    """Let errors and warnings name texts by their numbers among all, not in their block."""
+def _renumbered(start: int, places: list[int]) -> Iterator[None]:
+    """Let errors and warnings name texts by their numbers among all, not among these."""
+
+    def number(found: re.Match[str]) -> str:
+        one = int(found[1])
+        return f"text {start + places[one]}" if one < len(places) else found[0]
 
     def renumbered(message: str) -> str:
-        return re.sub(r"\btext (\d+)\b", lambda found: f"text {start + int(found[1])}", message)
+        return re.sub(r"\btext (\d+)\b", number, message)
 
     with warnings.catch_warnings(record=True) as caught:
         try:
@@ -216,12 +248,21 @@ def _some_values(tensor: Any) -> bytes:
         return b""
 
 
+def _config(model: PreTrainedModel) -> str:
+    """What the model's config says of how it computes."""
+    said = model.config.to_dict()
+    for name in ("transformers_version", "_name_or_path"):
+        said.pop(name, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _vocabulary(tokenizer: Any) -> str:
     """What a tokenizer makes of some text, so that another one is noticed."""
     if tokenizer is None:
         return ""
     ids = [tokenizer(text)["input_ids"] for text in _PROBES]
-    return hashlib.sha256(json.dumps([ids, len(tokenizer)]).encode()).hexdigest()
+    template = str(getattr(tokenizer, "chat_template", None))
+    return hashlib.sha256(json.dumps([ids, len(tokenizer), template]).encode()).hexdigest()
 
 
 def refuse_mixture(before: str, now: str, start: int) -> None:

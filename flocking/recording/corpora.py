@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
@@ -31,15 +30,12 @@ class Block(NamedTuple):
         What is wanted after each of them.
     digests : numpy.ndarray of uint64, shape (text,)
         By which each text is known again, with its continuation.
-    earlier : list of int
-        How often each text came before; empty where it makes no difference.
     """
 
     start: int
     texts: list[Any]
     wanted: Wanted
     digests: np.ndarray
-    earlier: list[int]
 
     @property
     def rows(self) -> slice:
@@ -56,10 +52,7 @@ class Block(NamedTuple):
             prompt_tokens=some(self.wanted.prompt_tokens),
             continuation=some(self.wanted.continuation),
         )
-        digests = self.digests[places]
-        return Block(
-            self.start, some(self.texts), wanted, digests, some(self.earlier or None) or []
-        )
+        return Block(self.start, some(self.texts), wanted, self.digests[places])
 
 
 class Corpus:
@@ -128,8 +121,8 @@ class Corpus:
             if isinstance(values, Iterable) and not _is_scalar(values)
         }
 
-    def peek(self) -> Block:
-        """The first text, which :meth:`blocks` gives nevertheless.
+    def peek(self, count: int = 1) -> Block:
+        """The first texts, which :meth:`blocks` gives nevertheless.
 
         Raises
         ------
@@ -139,15 +132,16 @@ class Corpus:
         self._texts = _rewound(self._texts)
         aside: dict[str, Any] = {n: _rewound(values) for n, values in self._aside.items()}
         self.wanted = self.wanted._replace(**aside)
-        first = next(self._items(), None)
+        first = list(itertools.islice(self._items(), count))
         for values in (self._texts, *aside.values()):
             if isinstance(values, _Rewound):
                 values.again()
-        if first is None:
+        if not first:
             raise ValueError("text is empty: give at least one text or sequence of token ids.")
-        firsts: dict[str, Any] = {name: [first[name]] for name in aside}
+        firsts: dict[str, Any] = {name: [each[name] for each in first] for name in aside}
         wanted = self.wanted._replace(**firsts)
-        return Block(0, [first["text"]], wanted, np.zeros(1, np.uint64), [])
+        texts = [each["text"] for each in first]
+        return Block(0, texts, wanted, np.zeros(len(texts), np.uint64))
 
     def blocks(self, size: int) -> Iterator[Block]:
         """The texts in their order, `size` at a time.
@@ -157,19 +151,13 @@ class Corpus:
         ValueError
             If there are none, or not as many as were said or as there are continuations.
         """
-        seen: Counter[int] = Counter()
         start = 0
         for items in _in_pieces(self._items(), size):
             texts = [item["text"] for item in items]
             columns: dict[str, Any] = {name: [each[name] for each in items] for name in self._aside}
             wanted = self.wanted._replace(**columns)
             digests = [_digest(*item.values()) for item in items]
-            earlier = []
-            if wanted.arguments:
-                for digest in digests:
-                    earlier.append(seen[digest])
-                    seen[digest] += 1
-            yield Block(start, texts, wanted, np.array(digests, np.uint64), earlier)
+            yield Block(start, texts, wanted, np.array(digests, np.uint64))
             start += len(items)
         if not start:
             raise ValueError("text is empty: give at least one text or sequence of token ids.")
@@ -201,23 +189,26 @@ class Corpus:
 
 
 class _Rewound:
-    """An iterator whose first value comes twice."""
+    """An iterator whose first values come twice."""
 
     def __init__(self, values: Iterator[Any]) -> None:
         self._values = values
         self._first: list[Any] = []
+        self._again = False
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
         value = next(self._values)
-        self._first = self._first or [value]
+        if not self._again:
+            self._first.append(value)
         return value
 
     def again(self) -> None:
-        """Give the first value once more."""
-        self._values = itertools.chain(self._first, self._values)
+        """Give what was given so far once more."""
+        self._values, self._first = itertools.chain(self._first, self._values), []
+        self._again = True
 
 
 def _rewound(values: Iterable[Any]) -> Iterable[Any]:

@@ -198,6 +198,8 @@ class GrowingStore:
             Names of the files that they are from, if there is room for these.
         """
         count = rows.stop - rows.start
+        if recording is not None:
+            self._refuse_long(rows, recording)
         self._make_room(rows.stop)
         good = [place for place in range(count) if place not in problems]
         with zarr.config.set(_ZARR):
@@ -250,6 +252,22 @@ class GrowingStore:
                 where[axis], source[axis] = place, taken
             array[tuple(where)] = values[tuple(source)]
 
+    def _refuse_long(self, rows: slice, recording: xr.Dataset) -> None:
+        """Raise a ValueError for texts that there is no room for: what is written elsewhere is lost."""
+        new = int((recording.phase.values == GENERATION).sum())
+        first = self.asked["prompt_windows"]
+        windows, tokens = len(self._array("window")), len(self._array("token"))
+        if (
+            recording.sizes["token"] > tokens
+            or recording.sizes["window"] - new > first
+            or first + new > max(windows, first)
+        ):
+            raise ValueError(
+                f"a text from {rows.start} to {rows.stop - 1}, or its prompt or continuation, is "
+                f"longer than those that {self.place} was made for: give the same texts and "
+                "arguments, or record into another store."
+            )
+
     def _pieces(self, recording: xr.Dataset) -> list[tuple[slice, slice]]:
         """Windows of the store, and those of a block's recording that belong there."""
         new = int((recording.phase.values == GENERATION).sum())
@@ -279,6 +297,39 @@ class GrowingStore:
             if shape != array.shape:
                 array.resize(shape)
 
+    def expect(self, texts: int | None) -> None:
+        """Let it be known how many texts there are, if that was not right or not known."""
+        if texts != self.asked["texts"]:
+            self._array(RECORDED).attrs["texts"] = self.asked["texts"] = texts
+
+    def forget_losses(self) -> None:
+        """Let blocks be recorded again of which a file is missing or empty, and tidy up."""
+        self.place.tidy()
+        if (found := self.place.chunks()) is None:
+            return
+        block = self.asked["block"]
+        for start in range(0, self.sequences, block):
+            rows = slice(start, min(start + block, self.sequences))
+            state = self.state(rows)
+            if (state == DONE).any() and not all(
+                chunk in found for chunk in self._chunks_of(start // block)
+            ):
+                self._array(RECORDED)[rows] = np.zeros(len(state), np.int8)
+
+    def _chunks_of(self, number: int) -> Iterator[str]:
+        """Files that a block of texts has at least: its first windows and tokens, of all layers."""
+        for name, array in self._group.arrays():
+            dims = array.attrs["_ARRAY_DIMENSIONS"]
+            if dims[0] != "sequence":
+                continue
+            each = self.asked["block"] // array.chunks[0] if array.chunks[0] else 1
+            last = -(-array.shape[0] // array.chunks[0])
+            layers = array.shape[1] if len(dims) > 1 and "layer" in dims[1] else 1
+            for first in range(number * each, min((number + 1) * each, last)):
+                for layer in range(layers):
+                    rest = ([layer] if len(dims) > 1 else []) + [0] * (len(dims) - 2)
+                    yield f"{name}/{'.'.join(map(str, [first, *rest]))}"
+
     def finish(self, texts: int, generation: str) -> None:
         """Cut the arrays to what was needed, and note which files there are.
 
@@ -304,6 +355,7 @@ class GrowingStore:
         self._array(RECORDED).attrs.update({"finished": True, "texts": texts})
         self.asked = dict(self._array(RECORDED).attrs)
         zarr.consolidate_metadata(self._group.store, zarr_format=2)
+        self.place.tidy()
         self.place.finish()
 
 

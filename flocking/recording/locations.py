@@ -15,6 +15,7 @@ import zarr
 from flocking.artifacts import claimed
 from flocking.recording.inventory import has_files_noted, note_files
 
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")  # of zarr's
 _URL = re.compile(r"[a-z0-9+]{2,}:/")
 
 
@@ -36,6 +37,12 @@ class Location(Protocol):
 
     def refuse_full(self, size: int) -> None:
         """Raise an OSError if there is less room than so many bytes."""
+
+    def tidy(self) -> None:
+        """Remove what a killed process left half-written."""
+
+    def chunks(self) -> set[str] | None:
+        """Names of the chunks that are there and not empty; None where that is not looked at."""
 
     def finish(self) -> None:
         """Note what has to be there from now on."""
@@ -90,8 +97,24 @@ class Folder:
                 f"{free:,} are free on the disk: make room, and run the same again, which goes on."
             )
 
+    def tidy(self) -> None:
+        """Remove what zarr renames when it is complete, and a killed process left."""
+        for path in self.path.rglob("*.partial"):
+            if _PARTIAL.search(path.name):
+                path.unlink(missing_ok=True)
+
+    def chunks(self) -> set[str] | None:
+        """Names of the chunks that are there and not empty."""
+        found = set()
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                path = Path(folder, name)
+                if path.stat().st_size:
+                    found.add(path.relative_to(self.path).as_posix())
+        return found
+
     def finish(self) -> None:
-        """Note which files there are, so that one that is lost is missed."""
+        """Note which files there, so that one that is lost is missed."""
         note_files(self.path)
 
     def is_finished(self) -> bool:
@@ -159,6 +182,13 @@ class Url:
 
     def refuse_full(self, size: int) -> None:
         """Nothing: object stores do not say."""
+
+    def tidy(self) -> None:
+        """Nothing: object stores have no half of an object."""
+
+    def chunks(self) -> set[str] | None:
+        """None: it would take long."""
+        return None
 
     def finish(self) -> None:
         """Nothing."""

@@ -19,6 +19,7 @@ from flocking.recording.windows import Layout
 _BATCHES = 4  # in a block of texts
 _BLOCK = 256 * 2**20  # bytes of a block in memory, unless one text takes more
 _SURVEYED = 256  # texts that are counted at a time
+CHATS = "chat template"  # where special tokens come from, if texts are conversations
 
 
 class Plan(NamedTuple):
@@ -68,24 +69,26 @@ def _counted(corpus: Corpus, reader: BlockReader, progress: bool) -> Plan:
 def _at_most(corpus: Corpus, reader: BlockReader) -> Plan:
     """From `max_tokens` or the model's context, and the first text."""
     options = reader.options
-    limit = options.max_tokens or context(reader.model)
-    if not limit:
+    limits = [limit for limit in (options.max_tokens, context(reader.model)) if limit]
+    if not limits:
         raise ValueError(
             f"{type(reader.model).__name__} names no longest context, and the texts can be read "
             "only once: pass max_tokens=, or give a list."
         )
-    first = corpus.peek()
+    first = corpus.peek(reader.looked_at)
     read = reader.read(first)
     if read.reading is None:
         raise ValueError(next(iter(read.problems.values())))
     wanted = first.wanted
     fed = max(0, wanted.max_new_tokens - 1)
     counts = options.wanted.prompt_tokens
-    goes_on = counts is not None or wanted.continuation is not None or read.reading.continued
-    total = limit + fed if options.max_tokens else limit
+    special = read.reading.whole.special
+    # (Of conversations, others may end in an answer.)
+    goes_on = counts is not None or wanted.continuation is not None or special == CHATS
+    total = min(limits) + fed if options.max_tokens == min(limits) else min(limits)
     prompt = int(counts) if isinstance(counts, int | np.integer) else (total - fed)
     new = fed if wanted.max_new_tokens else total - 1 if goes_on else 0
-    return Plan(corpus.number, prompt, total, new, None, read.reading.whole.special)
+    return Plan(corpus.number, prompt, total, new, None, special)
 
 
 def create(place: Location, plan: Plan, reader: BlockReader) -> None:

@@ -17,9 +17,9 @@ import xarray as xr
 from flocking.artifacts import replacing
 from flocking.models import warn
 from flocking.recording.entrance import canonical
-from flocking.recording.growing import RECORDED, without_bookkeeping
+from flocking.recording.growing import RECORDED, is_growing, without_bookkeeping
 from flocking.recording.inventory import note_files, refuse_losses
-from flocking.recording.locations import Url, is_url
+from flocking.recording.locations import Folder, Url, is_url
 from flocking.recording.storable import refuse_unstorable, with_python_strings
 from flocking.texts import dangling, expanded
 
@@ -175,7 +175,13 @@ def _opened(name: str, place: Any, chunks: Any, **options: Any) -> xr.Dataset:
         return xr.open_zarr(place, chunks=chunks, **options)
     except Exception as problem:
         # Of many kinds, zarr's, xarray's and the file system's.
-        raise ValueError(f"{name} cannot be read ({_first_line(problem)}).") from problem
+        growing = (
+            isinstance(place, Path) and is_growing(Folder(place)) and not options["consolidated"]
+        )
+        more = (
+            " It is being written, or a run has ended: the same command goes on." if growing else ""
+        )
+        raise ValueError(f"{name} cannot be read ({_first_line(problem)}).{more}") from problem
 
 
 def write_store(recording: xr.Dataset, folder: Path) -> None:

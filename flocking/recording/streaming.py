@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flocking.models import require_model, require_tokenizer
 from flocking.recording.arguments import Options
-from flocking.recording.block_reading import BlockReader, refuse_mixture
+from flocking.recording.block_reading import BlockReader, Read, refuse_mixture
 from flocking.recording.corpora import Block, Corpus
 from flocking.recording.forward_passes import (
     chosen_blocks,
@@ -55,7 +56,9 @@ def stream(
     model = recordable(require_model(model))
     corpus = Corpus(text, options.wanted, num_texts)
     reader = BlockReader(model, require_tokenizer(tokenizer), options, on_error, files)
-    reader.read(corpus.peek())  # what is wrong with all texts is wrong with the first
+    reader.read(
+        corpus.peek(reader.looked_at)
+    )  # what is wrong with all texts is wrong with the first
     chosen_blocks(model, options)
     warn_of_training(model)
     with processes() as among:
@@ -63,6 +66,7 @@ def stream(
         with place.claimed() if among.rank == 0 else nullcontext():
             among.of_first(lambda: _prepare(place, corpus, reader, progress))
             store = GrowingStore(place)
+            _refuse_other(store, reader.arguments(), corpus)  # in each process
             if not store.is_finished:
                 _fill(store, corpus, reader, among, progress)
     return open_recording(str(place))
@@ -91,7 +95,11 @@ def _prepare(place: Location, corpus: Corpus, reader: BlockReader, progress: boo
                 f"{place} exists and was not written by record(out=...): choose another name."
             )
         store = GrowingStore(place)
+        if not corpus.is_lasting and not store.is_finished:
+            store.expect(corpus.number)
         _refuse_other(store, reader.arguments(), corpus)
+        if not store.is_finished:
+            store.forget_losses()
         if corpus.is_lasting or store.is_finished:
             _refuse_changed(store, corpus)
         if progress and store.is_finished:
@@ -200,22 +208,35 @@ def _record_blocks(
     size = store.asked["block"]
     mine = _share(store, among)
     texts = 0
+    drawn = bool(reader.options.wanted.arguments)
+    seen: Counter[bytes] = Counter()
     with _bar(store, among, progress) as bar:
         for block in corpus.blocks(size):
             texts = block.rows.stop
-            if (store.state(block.rows) > 0).all():
+            done = (store.state(block.rows) > 0).all()
+            if done:
                 _check_same(store, block)
-            elif mine is None or block.start // size in mine:
-                _record_block(store, block, reader, bar)
+            here = not done and (mine is None or block.start // size in mine)
+            if not here and not drawn:
+                continue
+            read = _read_again(store, block, reader)
+            read = read.counted(seen) if drawn else read
+            if here:
+                _record_block(store, block, read, reader, bar)
     _check_all_there(store, texts)
     return texts
 
 
-def _record_block(store: GrowingStore, block: Block, reader: BlockReader, bar: tqdm) -> None:
+def _read_again(store: GrowingStore, block: Block, reader: BlockReader) -> Read:
     with warnings.catch_warnings():
         if store.asked["tokens"] is not None:  # they were read before, and what there is was said
             warnings.simplefilter("ignore", UserWarning)
-        read = reader.read(block)
+        return reader.read(block)
+
+
+def _record_block(
+    store: GrowingStore, block: Block, read: Read, reader: BlockReader, bar: tqdm
+) -> None:
     if read.reading is not None:
         special = store.attributes["special_tokens"]
         refuse_mixture(special, read.reading.whole.special, block.start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import helpers
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -152,20 +153,18 @@ def test_refused_before_a_model_is_loaded(unloaded: Path, command: str, message:
 def test_what_is_written_while_a_recording_is_made_stays(
     unloaded: Path, monkeypatch: pytest.MonkeyPatch, recording: xr.Dataset
 ) -> None:
-    monkeypatch.setattr("flocking.cli.commands.load", lambda *arguments: (None, None))
-
-    def record(*arguments: object, **options: object) -> xr.Dataset:
+    def load(*arguments: object) -> tuple[object, object]:
         store = unloaded / "x.zarr"
         if not store.exists():
             store.mkdir()
             (store / "thesis").write_text("years of work")
-        return recording.isel(sequence=[0])
+        return helpers.proved("llama"), helpers.letters("<s> $A")
 
-    monkeypatch.setattr(flocking, "record", record)
+    monkeypatch.setattr("flocking.cli.commands.load", load)
     command = ["record", "a.txt", "-o", "x.zarr", "--overwrite"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
-    assert "something appeared there meanwhile, which stays" in result.output
+    assert "exists and was not written by record" in result.output
     assert [path.name for path in (unloaded / "x.zarr").iterdir()] == ["thesis"]
     assert not list(unloaded.glob(".x.zarr*"))
     (unloaded / "x.zarr" / "thesis").rename(unloaded / "thesis")

@@ -238,7 +238,10 @@ def test_warnings_are_sentences() -> None:
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        (("record", "t.txt", "-o", "new/x.zarr", "--model", "model"), "flocking.record"),
+        (
+            ("record", "t.txt", "-o", "new/x.zarr", "--model", "model"),
+            "flocking.cli.recording.stream",
+        ),
         (("inspect", "model"), "flocking.feedforwards"),
         (("check", "model"), "flocking.check"),
         (("generate", "birds", "--model", "model"), "flocking.griffin"),

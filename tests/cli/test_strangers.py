@@ -61,9 +61,9 @@ def writing(out: str) -> tuple[str, ...]:
 
 REFUSED: list[tuple[tuple[str, ...], str]] = [
     (recording(""), "the name of a text file is empty: name text files"),
-    (recording(LONG), f"{LONG} cannot be read (File name too long): name text files"),
-    (recording("{}/folder"), "folder is a folder: name the text files in it"),
-    (recording("{}/dangling"), "dangling is a link to nowhere, which is not there: name text"),
+    (recording(LONG), f"{LONG} cannot be read (File name too long): name a text file"),
+    (recording("{}/folder"), "folder has no files whose names end in .txt or .jsonl"),
+    (recording("{}/dangling"), "dangling is a link to nowhere, which is not there: name a text"),
     (recording("{}/loop"), "loop cannot be read (Too many levels of symbolic links)"),
     (recording("/proc/self/mem"), "/proc/self/mem cannot be read (Input/output error)"),
     (recording("/dev/zero"), "/dev/zero is a device or socket, which may never end"),

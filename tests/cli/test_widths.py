@@ -84,7 +84,7 @@ def test_alone_it_shows_its_help() -> None:
     result = CliRunner().invoke(app, [], terminal_width=60)
     assert result.exit_code == 0
     listed = " ".join(result.stdout.partition("Commands:")[2].split())
-    assert "record Record text files, one sequence each, and save the recording as Zarr." in listed
+    assert "record Record texts, one sequence each, into a Zarr store." in listed
     assert "..." not in listed
 
 

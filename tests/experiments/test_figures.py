@@ -197,7 +197,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
                 assert any(drawn(ax, series) for ax in axes), (name, variable)
         bands = [c for ax in axes for c in ax.collections]
         low, high = (lines(panels[0], n)[0] for n in (1, 2))
-        spans = [c.get_paths()[0].vertices[:, 1] for c in bands]
+        spans = [c.get_paths()[0].vertices[:, 1] for c in bands if c.get_paths()]
         assert any(np.isin(low, y).all() and np.isin(high, y).all() for y in spans)
     plt.close(figure)
 

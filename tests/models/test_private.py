@@ -19,7 +19,7 @@ from flocking.models.private import PRIVATE, Private
 PACKAGE = Path(flocking.__file__).parent
 LIST = PACKAGE / "models" / "private.py"
 # Of named tuples, whose names Python documents; and ends of names in GGUF files.
-PUBLIC = {"_fields", "_replace", "_exps", "_shexp"}
+PUBLIC = {"_ARRAY_DIMENSIONS", "_asdict", "_fields", "_replace", "_exps", "_shexp"}
 
 
 def sources() -> Iterator[ast.Module]:

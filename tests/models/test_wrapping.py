@@ -28,6 +28,7 @@ MORE = {
     "perplexity": ("a text",),
     "record": ("a text",),
     "global_statistic": ("a text",),
+    "mean_scores": ("a text",),
     "observe": (print,),
     "set_feedforwards": (lambda layer: None,),
     "Decoder": (8,),

@@ -166,6 +166,63 @@ def test_other_stores_stay_as_they_are(tmp_path: Path) -> None:
     assert flocking.open_recording(tmp_path / "x.zarr").sizes["sequence"] == 2
 
 
+@pytest.mark.parametrize("lost", ["lost", "empty"])
+def test_a_block_of_which_a_file_is_lost_is_recorded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    path = tmp_path / "x.zarr"
+    with monkeypatch.context() as patch:
+        ending_after(patch, 25)
+        with pytest.raises(Ended):
+            stream(path)
+    file = path / "energy" / "0.1.0.0"
+    file.unlink() if lost == "lost" else file.write_bytes(b"")
+    (path / "energy" / f"0.0.0.{'0' * 32}.partial").write_bytes(b"half")
+    assert_same_values(stream(path).load(), by_block("llama", TEXTS))
+    assert not list(path.rglob("*.partial"))
+    flocking.save_recording(stream(path).isel(sequence=[0]), tmp_path / "y.zarr")
+
+
+def test_texts_that_are_longer_than_planned_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, counts = tmp_path / "x.zarr", [2] * len(TEXTS)
+    with monkeypatch.context() as patch:
+        ending_after(patch, 12)
+        with pytest.raises(Ended):
+            stream(path, prompt_tokens=counts)
+    longer = [*TEXTS[:BLOCK], *helpers.random_ids(*[70] * (len(TEXTS) - BLOCK))]
+    with pytest.raises(ValueError, match=r"from 8 to 15, or its prompt .* is longer than those"):
+        stream(path, longer, prompt_tokens=counts)
+    wide = [ids if len(ids) > 20 else ids * 9 for ids in TEXTS]
+    with pytest.raises(ValueError, match=r"is longer than those|is another one"):
+        stream(path, wide, prompt_tokens=[*counts[:BLOCK], *[14] * (len(TEXTS) - BLOCK)])
+
+
+def test_another_config_or_chat_template_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = helpers.build("llama"), helpers.letters("<s> $A")
+    tokenizer.chat_template = "x{{ messages[0]['content'] }}"
+    arguments = {"tokenizer": tokenizer, "out": tmp_path / "x.zarr", **SMALL}
+    flocking.record(model, ["abc"], **arguments)
+    tokenizer.chat_template = "y{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="begun with another tokenizer"):
+        flocking.record(model, ["abc"], **arguments)
+    tokenizer.chat_template = "x{{ messages[0]['content'] }}"
+    flocking.record(model, ["abc"], **arguments)
+    model.config.rms_norm_eps = 0.5
+    with pytest.raises(ValueError, match="begun with another config"):
+        flocking.record(model, ["abc"], **arguments)
+
+
+def test_a_number_of_texts_that_was_wrong_can_be_corrected(tmp_path: Path) -> None:
+    path = tmp_path / "x.zarr"
+    for wrong in (30, 9):
+        with pytest.raises(ValueError, match="correct it"):
+            stream(path, iter(TEXTS), num_texts=wrong)
+    got = stream(path, iter(TEXTS), num_texts=len(TEXTS))
+    assert_same_values(got.load(), by_block("llama", TEXTS))
+
+
 # --------------------------------------------------------------------------------------
 # Several processes
 

@@ -298,3 +298,39 @@ def test_names_of_files_stand_beside_their_texts(tmp_path: Path) -> None:
     assert got.coords["file"].dims == ("sequence",)
     assert got.file.values.tolist() == names
     assert_same_values(got.drop_vars("file").load(), by_block("llama", TEXTS))
+
+
+CHATS = [
+    [{"role": "user", "content": "abc"}],
+    [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "defdef"}],
+]
+
+
+def test_a_generator_of_conversations_may_begin_with_one_without_an_answer(tmp_path: Path) -> None:
+    tokenizer = helpers.letters("<s> $A")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + m['content'] }}{% endfor %}"
+    got = stream(tmp_path / "x.zarr", iter(CHATS), tokenizer=tokenizer, max_tokens=40).load()
+    expected = flocking.record(helpers.proved("llama"), CHATS, tokenizer=tokenizer, **SMALL)
+    there = got.isel(window=got.tokens.values.any(axis=0))
+    assert there.phase.values.tolist() == expected.phase.values.tolist()
+    np.testing.assert_array_equal(there.tokens.values, expected.tokens.values)
+    assert got.attrs["generation"] == "as given"
+
+
+def test_prompts_that_are_cut_to_the_same_are_drawn_anew(tmp_path: Path) -> None:
+    texts = [[5, 6, 7, 8, number] for number in range(10, 22)]
+    options = {"max_tokens": 4, "max_new_tokens": 6, "do_sample": True, "temperature": 3.0}
+    got = stream(tmp_path / "x.zarr", texts, **options)
+    expected = flocking.record(helpers.proved("llama"), texts, **SMALL | options)
+    np.testing.assert_array_equal(got.token_id.values, expected.token_id.values)
+    assert len(np.unique(got.token_id.values, axis=0)) > 8
+
+
+def test_the_first_text_of_a_generator_may_be_skipped(tmp_path: Path) -> None:
+    got = stream(tmp_path / "x.zarr", iter([[3, 10**6], *TEXTS]), on_error="skip")
+    assert got.sequence.values.tolist() == list(range(1, 22))
+
+
+def test_no_more_room_than_the_context(tmp_path: Path) -> None:
+    got = stream(tmp_path / "x.zarr", iter(TEXTS), max_tokens=10**9, window=None)
+    assert got.sizes["token"] == max(map(len, TEXTS))
