@@ -65,8 +65,8 @@ def atlas(
     -------
     xarray.Dataset
         ``overlap`` (weights, kind, other): Jaccard overlap at density 0.5 of the selections of a
-        kind's pieces with those of another's, or of other pieces of the same kind, mean over pairs and
-        layers. ``within`` and ``between`` (interval, weights): means over kinds. ``share``
+        kind's pieces with those of another's, or of other pieces of the same kind, mean over pairs
+        and layers. ``within`` and ``between`` (interval, weights): means over kinds. ``share``
         (weights, dealt, kinds): of the neurons of a layer, mean over layers, how many are kept by
         so many kinds; with pieces dealt to kinds at random, where no two kinds differ, beside it.
         ``chance`` (kinds): the same for selections at random. ``settled`` (interval, weights,

@@ -250,9 +250,11 @@ def _some_values(tensor: Any) -> bytes:
 
 def _config(model: PreTrainedModel) -> str:
     """What the model's config says of how it computes."""
-    said = model.config.to_dict()
-    for name in ("transformers_version", "_name_or_path"):
-        said.pop(name, None)
+    said = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if not name.startswith("_") and name != "transformers_version"
+    }
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -253,15 +253,11 @@ class GrowingStore:
             array[tuple(where)] = values[tuple(source)]
 
     def _refuse_long(self, rows: slice, recording: xr.Dataset) -> None:
-        """Raise a ValueError for texts that there is no room for: what is written elsewhere is lost."""
+        """Raise a ValueError for texts that there is no room for: zarr drops what is beyond."""
         new = int((recording.phase.values == GENERATION).sum())
-        first = self.asked["prompt_windows"]
-        windows, tokens = len(self._array("window")), len(self._array("token"))
-        if (
-            recording.sizes["token"] > tokens
-            or recording.sizes["window"] - new > first
-            or first + new > max(windows, first)
-        ):
+        prompt, first = recording.sizes["window"] - new, self.asked["prompt_windows"]
+        windows, tokens = self._array("window").shape[0], self._array("token").shape[0]
+        if recording.sizes["token"] > tokens or prompt > first or first + new > windows:
             raise ValueError(
                 f"a text from {rows.start} to {rows.stop - 1}, or its prompt or continuation, is "
                 f"longer than those that {self.place} was made for: give the same texts and "

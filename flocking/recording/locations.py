@@ -42,7 +42,7 @@ class Location(Protocol):
         """Remove what a killed process left half-written."""
 
     def chunks(self) -> set[str] | None:
-        """Names of the chunks that are there and not empty; None where that is not looked at."""
+        """Names of the chunks that are there; None where that is not looked at."""
 
     def finish(self) -> None:
         """Note what has to be there from now on."""
@@ -98,20 +98,19 @@ class Folder:
             )
 
     def tidy(self) -> None:
-        """Remove what zarr renames when it is complete, and a killed process left."""
-        for path in self.path.rglob("*.partial"):
-            if _PARTIAL.search(path.name):
+        """Remove what a killed process left: what zarr had not renamed yet, and empty chunks."""
+        for path in self.path.rglob("*"):
+            partial = _PARTIAL.search(path.name)
+            if path.is_file() and (partial or not path.stat().st_size):
                 path.unlink(missing_ok=True)
 
     def chunks(self) -> set[str] | None:
-        """Names of the chunks that are there and not empty."""
-        found = set()
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                path = Path(folder, name)
-                if path.stat().st_size:
-                    found.add(path.relative_to(self.path).as_posix())
-        return found
+        """Names of the chunks that are there."""
+        return {
+            Path(folder, name).relative_to(self.path).as_posix()
+            for folder, _, names in os.walk(self.path)
+            for name in names
+        }
 
     def finish(self) -> None:
         """Note which files there, so that one that is lost is missed."""

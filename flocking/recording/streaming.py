@@ -95,7 +95,7 @@ def _prepare(place: Location, corpus: Corpus, reader: BlockReader, progress: boo
                 f"{place} exists and was not written by record(out=...): choose another name."
             )
         store = GrowingStore(place)
-        if not corpus.is_lasting and not store.is_finished:
+        if corpus.number is not None and not (corpus.is_lasting or store.is_finished):
             store.expect(corpus.number)
         _refuse_other(store, reader.arguments(), corpus)
         if not store.is_finished:
