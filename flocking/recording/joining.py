@@ -272,7 +272,7 @@ def _padded(part: xr.Variable, sizes: dict[Any, int], spans: _Spans, fill: Any) 
         pieces = [part.isel(window=prompt).pad(gap, constant_values=fill), part.isel(window=new)]
         part = xr.Variable.concat(pieces, "window")
     room = {d: sizes[d] - n for d, n in part.sizes.items() if d != "sequence" and sizes[d] > n}
-    if part.dtype.kind == "O":
+    if part.dtype.kind in "OTU":
         return _padded_texts(part, room, fill)
     return part.pad({d: (0, more) for d, more in room.items()}, constant_values=fill)
 
@@ -281,7 +281,7 @@ def _padded_texts(part: xr.Variable, room: dict[Hashable, int], fill: str) -> xr
     """A chunked variable of texts with more room at the ends: dask pads numbers only."""
     for dim, more in room.items():
         sizes = {**part.sizes, dim: more}
-        gap = xr.Variable(part.dims, np.full(list(sizes.values()), fill, object))
+        gap = xr.Variable(part.dims, np.full(list(sizes.values()), fill, part.dtype))
         chunks = {d: sizes for d, sizes in part.chunksizes.items() if d != dim}
         part = xr.Variable.concat([part, gap.chunk(chunks)], dim)
     return part

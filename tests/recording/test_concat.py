@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
+import streams
 import transformers as tf
 import xarray as xr
 
@@ -288,3 +290,16 @@ def test_recordings_from_before_names_were_apart_from_paths(
     xr.testing.assert_identical(flocking.concat([here[0], old]), flocking.concat([here[0]] * 2))
     with pytest.raises(ValueError, match="1 has model_path '/data/b/run'"):
         flocking.concat([old, here[1].assign_attrs(model_path="/data/b/run")])
+
+
+def test_chunked_stores_of_texts(tmp_path: Path) -> None:
+    pytest.importorskip("dask")
+    tokenizer = helpers.letters("<s> $A")
+    for name, texts in (("a", ["abc", "defgh"] * 5), ("b", ["abcdefghijk"] * 4)):
+        streams.stream(tmp_path / f"{name}.zarr", texts, tokenizer=tokenizer)
+    whole, chunked = (
+        flocking.concat([flocking.open_recording(tmp_path / f"{n}.zarr", **how) for n in "ab"])
+        for how in ({}, {"chunks": {}})
+    )
+    assert chunked.energy.chunks is not None
+    xr.testing.assert_identical(chunked.load(), whole.load())
