@@ -16,6 +16,7 @@ from flocking.artifacts import claimed
 from flocking.recording.inventory import has_files_noted, note_files
 
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")  # of zarr's
+_CHUNK = re.compile(r"\d+(\.\d+)*")
 _URL = re.compile(r"[a-z0-9+]{2,}:/")
 
 
@@ -100,8 +101,8 @@ class Folder:
     def tidy(self) -> None:
         """Remove what a killed process left: what zarr had not renamed yet, and empty chunks."""
         for path in self.path.rglob("*"):
-            partial = _PARTIAL.search(path.name)
-            if path.is_file() and (partial or not path.stat().st_size):
+            partial, chunk = _PARTIAL.search(path.name), _CHUNK.fullmatch(path.name)
+            if partial or (chunk and path.is_file() and not path.stat().st_size):
                 path.unlink(missing_ok=True)
 
     def chunks(self) -> set[str] | None:
@@ -113,7 +114,7 @@ class Folder:
         }
 
     def finish(self) -> None:
-        """Note which files there, so that one that is lost is missed."""
+        """Note which files there are, so that one that is lost is missed."""
         note_files(self.path)
 
     def is_finished(self) -> bool:
