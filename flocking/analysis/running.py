@@ -91,11 +91,6 @@ class RunningStatistic(_Running):
     What :func:`flocking.global_statistic` returns, in the memory of one statistic: the root of the
     mean over texts of energy per token. Those of several shards, processes or machines add up.
 
-    Attributes
-    ----------
-    texts : int
-        Number of texts so far.
-
     Examples
     --------
     >>> texts = [text[:300] for text in flocking.passages()[:4]]
@@ -222,13 +217,8 @@ class RunningScores(_Running):
     ----------
     *measures : callable
         Functions of a recording that return values over (sequence, ...), such as those of
-        :mod:`flocking`; by default :func:`flocking.flocking_score` and
+        ``flocking``; by default :func:`flocking.flocking_score` and
         :func:`flocking.effective_neurons`.
-
-    Attributes
-    ----------
-    texts : int
-        Number of texts so far.
 
     Examples
     --------
