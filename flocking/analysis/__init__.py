@@ -4,25 +4,24 @@ How similar tokens are, which neurons a statistic keeps, how well these serve an
 text, and intervals for all of it. Imports ``recording``, ``feedforward`` and ``models``.
 """
 
+from flocking.analysis.between import between_consistency, common_windows, specificity
+from flocking.analysis.densities import densities_in_words, density_by_layer, kept_count
 from flocking.analysis.metrics import (
-    between_consistency,
     chance_consistency,
-    common_windows,
     consistency,
     effective_neurons,
     flocking_score,
     named,
     rank_consistency,
-    specificity,
 )
 from flocking.analysis.overlap import (
     between_sequence_overlap,
     captured_energy,
     chance_jaccard,
-    drift,
     jaccard,
     prompt_generation_overlap,
 )
+from flocking.analysis.prompt_lengths import drift
 from flocking.analysis.provenance import is_changed, made_of, mark_of, marked, said_by
 from flocking.analysis.running import (
     STATIC,
@@ -33,9 +32,6 @@ from flocking.analysis.running import (
     mean_scores,
 )
 from flocking.analysis.selection import (
-    densities_in_words,
-    density_by_layer,
-    kept_count,
     magnitude,
     select,
     statistic,

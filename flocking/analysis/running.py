@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
@@ -24,15 +25,16 @@ _SUMMARY = ["mean", "standard_error", "texts"]
 Measure = Callable[[xr.Dataset], xr.DataArray]
 
 
-class _Running:
+class _Running(ABC):
     """Sums over texts, as a Dataset, and what the recordings that they are from have in common."""
 
     def __init__(self, *measures: Measure) -> None:
         self._measures = measures
         self._sums: xr.Dataset | None = None
 
+    @abstractmethod
     def _added(self, first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
-        raise NotImplementedError
+        """Both sums as one."""
 
     def _add(self, sums: xr.Dataset) -> None:
         if self._sums is not None:

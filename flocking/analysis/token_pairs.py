@@ -1,0 +1,126 @@
+"""Tokens that count in a measure, and pairs of them.
+
+The first token is left out, and so are tokens without activation. Pairs of tokens with the same id
+are found apart, since they may be similar only because they are the same word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import xarray as xr
+from scipy import sparse
+
+from flocking.analysis.chunks import by_chunk
+from flocking.models import warn
+from flocking.recording import FIRST
+
+
+def without_first(recording: xr.Dataset) -> xr.Dataset:
+    """The recording without the first token's window."""
+    return recording.isel(window=np.flatnonzero(recording.phase.values != FIRST))
+
+
+def counting(recording: xr.Dataset) -> xr.DataArray:
+    """Which tokens count, (sequence, layer, token): those in a window that are not all zero."""
+    inside = recording.token_window.isin(without_first(recording).window)
+    return inside & (recording.norm > 0)
+
+
+def token_sum(recording: xr.Dataset, values: xr.DataArray) -> xr.DataArray:
+    """Sum over the tokens that lie in the recording's windows."""
+    inside = recording.token_window.isin(without_first(recording).window)
+    return values.where(inside, 0).sum("token", dtype=np.float64)
+
+
+def token_count(recording: xr.Dataset) -> xr.DataArray:
+    """Tokens that count, (sequence, layer), in memory: whose activations are not all zero."""
+    return token_sum(recording, recording.norm > 0).compute()
+
+
+def pairs_of_tokens(recording: xr.Dataset) -> xr.DataArray:
+    """Ordered pairs of different tokens, (sequence, layer); NaN, with a warning, if none."""
+    count = token_count(recording)
+    pairs = count * (count - 1)
+    few = (pairs <= 0).any("layer").values
+    if few.any():
+        warn(
+            f"{few.sum()} of {few.size} sequences have fewer than two tokens after the first "
+            "(tokens with all activations zero do not count): the result is NaN there.",
+        )
+    return pairs.where(pairs > 0)
+
+
+def identical_within(recording: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
+    """Of pairs of tokens with the same id within each sequence: sum of cosines, and number."""
+    dims = ("sequence", "layer")
+    both = by_chunk(
+        _identical_of,
+        recording.relative.variable.transpose(*dims, "token", "neuron"),
+        recording.token_id.variable,
+        counting(recording).variable.transpose(*dims, "token"),
+        recording.d_ff.variable,
+        inner=[["token", "neuron"], ["token"], ["token"], []],
+        outer=["both"],
+        sizes={"both": 2},
+        dtype=np.float64,
+    ).transpose("both", *dims)
+    labels = {dim: recording[dim] for dim in dims}
+    return xr.DataArray(both[0], labels, dims), xr.DataArray(both[1], labels, dims)
+
+
+def _identical_of(
+    relative: np.ndarray, ids: np.ndarray, counted: np.ndarray, d_ff: np.ndarray
+) -> np.ndarray:
+    """As :func:`identical_within`, (sequence, layer, 2), of arrays that can be broadcast."""
+    result = np.zeros((*relative.shape[:2], 2))
+    ids = np.broadcast_to(ids, counted.shape)
+    widths = np.broadcast_to(d_ff, counted.shape[:2])
+    for place in np.ndindex(*relative.shape[:2]):
+        real = counted[place]
+        _, sums, number = _by_id(ids[place][real], relative[place][real], int(widths[place]))
+        result[place] = np.vdot(sums, sums), number @ number
+    return result
+
+
+def identical_between(recording: xr.Dataset, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of cosines over, and number of, pairs of tokens with the same id, by pair of sequences.
+
+    A sum over token ids v of ``<S_v, S'_v>``, where S_v sums r over a sequence's tokens v.
+    """
+    n = recording.sizes["sequence"]
+    sums = np.zeros((n, n, recording.sizes["layer"]))
+    counts = np.zeros_like(sums)
+    for layer in range(recording.sizes["layer"]):
+        members = list(_by_token_id(recording.isel(layer=layer)))
+        for a, b in np.argwhere(wanted):
+            _, mine, theirs = np.intersect1d(
+                members[a][0], members[b][0], assume_unique=True, return_indices=True
+            )
+            sums[a, b, layer] = np.vdot(members[a][1][mine], members[b][1][theirs])
+            counts[a, b, layer] = members[a][2][mine] @ members[b][2][theirs]
+    return sums, counts
+
+
+def _by_token_id(
+    recording: xr.Dataset,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per sequence of one layer: its token ids, and the sum of r and the number for each."""
+    for sequence, real in enumerate(counting(recording).values):
+        r = recording.relative[sequence].transpose("token", "neuron").values[real]
+        ids = recording.token_id[sequence].values[real]
+        yield _by_id(ids, r, int(recording.d_ff))
+
+
+def _by_id(ids: np.ndarray, r: np.ndarray, d_ff: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Different token ids, and the sum of r, (token, neuron), and the number for each."""
+    ids, group = np.unique(ids, return_inverse=True)
+    if np.isnan(r[:, :d_ff]).any():
+        raise ValueError(
+            "'relative' has no value at some tokens: select with isel and sel instead of where."
+        )
+    r = np.nan_to_num(r.astype(np.float32))  # beyond the width of a narrower layer
+    member = sparse.csr_matrix((np.ones(len(group), np.float32), (group, np.arange(len(group)))))
+    number = np.bincount(group, minlength=len(ids)).astype(np.float64)
+    return ids, (member @ r if len(ids) else r), number
