@@ -65,7 +65,8 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
         means = _means(values, seed)
         differences = _means(values - values.loc[against], seed)
         codes = part.groupby("variant")["older"].agg(set)
-        for variant, own in part.groupby("variant", sort=False):
+        for key, own in part.groupby("variant", sort=False):
+            variant = str(key)  # as what it is typed costs mypy ten minutes
             rows.append(
                 {
                     **dict(zip(_BY, group, strict=True)),

@@ -71,7 +71,7 @@ class Source:
 
     def _text(self, sequence: int) -> Packet:
         recording, runs = self.recording, self.runs(sequence)
-        members: Any = np.concatenate([*runs.tokens, np.zeros(0, np.int64)]).astype(np.int64)
+        members = np.concatenate([*runs.tokens, np.zeros(0, np.int64)]).astype(np.int64)
         words = [""] * len(members)
         if "token_text" in recording.coords:
             words = [str(word) for word in recording.token_text.values[sequence, members]]
@@ -111,7 +111,7 @@ class Source:
 
     def _energy(self, sequence: int, layer: int) -> np.ndarray:
         """By run of windows, float32 (run, neuron): one window's energy is what was recorded."""
-        values: Any = self.recording.energy.isel(sequence=sequence, layer=layer).values
+        values = self.recording.energy.isel(sequence=sequence, layer=layer).values
         runs = self.runs(sequence).windows
         summed = [
             values[run[0]] if len(run) == 1 else values[run].sum(0, dtype=np.float64)
@@ -125,7 +125,7 @@ class Source:
         if where is None:
             return b"", {}
         part = self.recording["relative"][sequence, where, :, : self.recording.d_ff.values[layer]]
-        values: Any = part.values
+        values = part.values
         rows = [
             values[row[0]]
             if len(row) == 1
