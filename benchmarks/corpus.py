@@ -4,8 +4,10 @@
         [--only speed memory] [--out out/corpus.json]
 
 Speed: in one process, ``record`` in memory and ``record(out=...)`` in random order in every round,
-on the same texts; printed are medians of the rounds' ratios, with quartiles. Two processes of one
-thread each, as torchrun starts them, beside one process of two threads, without their start.
+on the same texts; printed are medians of the rounds' ratios, with quartiles. Where nnsight can be
+imported, so can its way to the raw activations of the same texts, in as large batches, with nothing
+measured or written. Two processes of one thread each, as torchrun starts them, beside one process
+of two threads, without their start.
 
 Memory: a tiny model, and 250, 1,000 and 2,000 texts, each in a process of its own: how much more
 than before its first text it takes at most.
@@ -14,6 +16,7 @@ than before its first text it takes at most.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,11 @@ import numpy as np
 import psutil
 import torch
 from measuring import interleaved, quartiles, ratios
+from transformers import PreTrainedModel
 
 import flocking
 
+NNSIGHT = "nnsight"
 TINY = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 4}
 
 
@@ -61,7 +66,10 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             flocking.record(model, texts, max_tokens=args.tokens, progress=False)
             return time.perf_counter() - start
 
-        times = interleaved({"in memory": in_memory, "to disk": streamed}, args.rounds)
+        contestants = {"in memory": in_memory, "to disk": streamed}
+        if importlib.util.find_spec("nnsight"):
+            contestants[NNSIGHT] = with_nnsight(model, texts)
+        times = interleaved(contestants, args.rounds)
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     tokens = sum(map(len, texts))
     return {
@@ -69,8 +77,34 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "bytes_a_token": size / tokens,
         "texts_a_second": {name: args.texts / float(np.median(t)) for name, t in times.items()},
         "to_disk": ratios(times, "in memory", "to disk"),
+        "nnsight": ratios(times, "in memory", NNSIGHT) if NNSIGHT in times else None,
         "two_processes": shared(args),
     }
+
+
+def with_nnsight(model: PreTrainedModel, texts: list[list[int]]) -> Callable[[], float]:
+    """What enters each down-projection, kept in memory, in batches of 8 sorted by length."""
+    import nnsight
+
+    traced = nnsight.NNsight(model)
+    in_order = sorted(texts, key=len)
+
+    def cached() -> float:
+        start = time.perf_counter()
+        for first in range(0, len(in_order), 8):
+            batch = [torch.tensor(ids) for ids in in_order[first : first + 8]]
+            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            mask = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones_like(row) for row in batch], batch_first=True
+            )
+            kept = []
+            with torch.inference_mode(), traced.trace(input_ids=ids, attention_mask=mask):
+                for layer in traced.model.layers:
+                    kept.append(layer.mlp.down_proj.input.save())
+            assert [z.shape[:2] for z in kept] == [ids.shape] * len(model.model.layers)
+        return time.perf_counter() - start
+
+    return cached
 
 
 SHARE = """
@@ -165,6 +199,8 @@ def main() -> None:
         rates = found["speed"]["texts_a_second"]
         print(", ".join(f"{name}: {rate:.2f} texts a second" for name, rate in rates.items()))
         print(f"to disk, times in memory:       {quartiles(found['speed']['to_disk'])}")
+        if found["speed"]["nnsight"]:
+            print(f"nnsight's cache, times in memory: {quartiles(found['speed']['nnsight'])}")
         print(f"two processes, times one:       {quartiles(found['speed']['two_processes'])}")
         print(f"on disk: {found['speed']['bytes_a_token']:,.0f} bytes a token")
     if "memory" in wanted:

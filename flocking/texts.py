@@ -7,7 +7,7 @@ import glob
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
@@ -154,10 +154,18 @@ def _files_of(name: str) -> list[Path]:
         if not found:
             raise ValueError(f"{path} has no files whose names end in .txt or {_LINES}: name some.")
         return found
-    found = sorted(map(Path, glob.glob(str(path), recursive=True))) if glob.has_magic(name) else []
+    found = _once(map(Path, glob.glob(str(path), recursive=True))) if glob.has_magic(name) else []
     if not found:
         raise ValueError(f"{path} {why}: name a text file, a folder or a pattern.")
-    return [file for each in found for file in _files_of(str(each))]
+    return _once(file for each in found for file in _files_of(str(each)))
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """Paths in order; of those that links lead to one place, the shortest."""
+    by_place: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        by_place.setdefault(os.path.realpath(path), path)
+    return sorted(by_place.values())
 
 
 _LINES = ".jsonl"  # files of JSON lines end so

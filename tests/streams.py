@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 import flocking
-from flocking.recording import forward_passes, growing
+from flocking.recording import forward_passes, growing, planning
 
 TEXTS = helpers.random_ids(*np.random.default_rng(0).integers(3, 60, 21).tolist(), seed=2)
 SMALL = {"window": 8, "batch_size": 2, "progress": False}  # blocks of 8 texts
@@ -20,7 +20,10 @@ ASIDE = ("prompt_tokens", "continuation")  # one for each text
 
 
 def stream(path: Path, text: Any = TEXTS, name: str = "llama", **changes: Any) -> xr.Dataset:
-    return flocking.record(helpers.proved(name), text, out=path, **SMALL | changes)
+    """Record it in the smallest blocks, also where the number of texts is not known."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "MOST", planning.FEWEST)
+        return flocking.record(helpers.proved(name), text, out=path, **SMALL | changes)
 
 
 def by_block(name: str, texts: list[Any], **changes: Any) -> xr.Dataset:

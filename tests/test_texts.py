@@ -70,6 +70,16 @@ def test_texts_of_files_folders_and_patterns(tmp_path: Path) -> None:
     assert list(TextFiles([f"{tmp_path}/?.jsonl"])) == ["three", "four", "fünf"]
 
 
+def test_a_pattern_that_meets_links_reads_each_file_once(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.txt").write_text("one")
+    (tmp_path / "inner" / "again").symlink_to(tmp_path)
+    (tmp_path / "b.txt").symlink_to(tmp_path / "inner" / "a.txt")
+    assert list(TextFiles([f"{tmp_path}/**/*.txt"])) == ["one"]
+    named = [str(tmp_path / "b.txt"), str(tmp_path / "inner" / "a.txt")]
+    assert list(TextFiles(named)) == ["one", "one"]
+
+
 def test_other_fields_of_json_lines(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"id": "7", "article": "one"}\n{"article": 3}\n')
     with pytest.raises(ValueError, match=r"x.jsonl:1 has no text in field 'text' \(.*id, article"):

@@ -65,7 +65,8 @@ def concat(recordings: Iterable[xr.Dataset]) -> xr.Dataset:
         In memory, with a copy of the values; a single recording is given back as it is. Labels of
         ``sequence`` are kept if all are distinct, and otherwise are 0, 1, 2, ... Coordinates of
         your own are kept if all recordings have them. An attribute that differs, such as ``seed``
-        or ``torch_version``, becomes the list of its values.
+        or ``torch_version``, becomes the list of its values. Attribute ``skipped``, where texts
+        were left out, says of which recording each was.
 
     Raises
     ------
@@ -345,7 +346,12 @@ def _attributes(members: list[xr.Dataset]) -> dict[Hashable, Any]:
             result |= {name: members[0].attrs[name]} if name in members[0].attrs else {}
         elif name in ATTRIBUTES:
             result[name] = [value for value in values if value is not None]
-    return result
+    skipped = [
+        f"recording {number}, text {text}"
+        for number, member in enumerate(members)
+        for text in member.attrs.get("skipped", [])
+    ]
+    return {**result, "skipped": skipped} if skipped else result
 
 
 def _own_coordinates(members: list[tuple[xr.Dataset, bool]]) -> dict[Hashable, xr.Variable]:

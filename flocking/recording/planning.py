@@ -16,7 +16,8 @@ from flocking.recording.growing import GrowingStore, Sizes
 from flocking.recording.locations import Location
 from flocking.recording.windows import Layout
 
-_BATCHES = 4  # in a block of texts
+FEWEST, MOST = 4, 16  # batches in a block of texts
+_SHARES = 16  # blocks that a corpus has, where that is possible, for processes to share
 _BLOCK = 256 * 2**20  # bytes of a block in memory, unless one text takes more
 _SURVEYED = 256  # texts that are counted at a time
 CHATS = "chat template"  # where special tokens come from, if texts are conversations
@@ -95,7 +96,7 @@ def create(place: Location, plan: Plan, reader: BlockReader) -> None:
     """An empty store."""
     options, blocks, raw = reader.options, reader.blocks, reader.raw
     one = bytes_of_text(plan, reader)
-    size = _BATCHES * options.batch_size
+    size = _batches(plan.texts, options.batch_size) * options.batch_size
     while size > 1 and size * one > _BLOCK:
         size //= 2
     # Sequences whose prompt, continuation and sum are the longest.
@@ -124,6 +125,17 @@ def create(place: Location, plan: Plan, reader: BlockReader) -> None:
         },
         with_files=reader.files is not None,
     )
+
+
+def _batches(texts: int | None, batch_size: int) -> int:
+    """How many batches a block has.
+
+    Texts are sorted by length inside a block: the larger it is, the less padding they have.
+    """
+    batches = MOST
+    while batches > FEWEST and texts is not None and texts < _SHARES * batches * batch_size:
+        batches //= 2
+    return batches
 
 
 def bytes_of_text(plan: Plan, reader: BlockReader) -> int:

@@ -43,7 +43,8 @@ class Processes(NamedTuple):
                 told[0] = function()
             except Exception as error:
                 problem, told[1] = error, f"{type(error).__name__}: {error}"
-        dist.broadcast_object_list(told, group=self.group, group_src=0)
+        with self._hearing():
+            dist.broadcast_object_list(told, group=self.group, group_src=0)
         if problem is not None:
             raise problem
         if told[1] is not None:
@@ -63,12 +64,24 @@ class Processes(NamedTuple):
         told: list[Any] = [None] * self.number
         if self.group is not None:
             mine = None if problem is None else f"{type(problem).__name__}: {problem}"
-            dist.all_gather_object(told, mine, group=self.group)
+            with self._hearing():
+                dist.all_gather_object(told, mine, group=self.group)
         if problem is not None:
             raise problem
         for rank, other in enumerate(told):
             if other is not None:
                 raise RuntimeError(f"process {rank} of {self.number} failed: {other}")
+
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        """What torch.distributed says when a process is gone, in a sentence."""
+        try:
+            yield
+        except RuntimeError as problem:
+            raise RuntimeError(
+                f"one of the {self.number} processes ended without a word, or cannot be reached; "
+                "start all of them again: the same call goes on with what is done."
+            ) from problem
 
 
 @contextmanager

@@ -190,6 +190,15 @@ def test_coordinates_of_the_users_own() -> None:
     assert "file" not in lost.variables
 
 
+def test_of_which_recording_a_skipped_text_was() -> None:
+    one = made("llama", "plain")[0][0]
+    two = one.assign_attrs(skipped=["3: text 3 has no tokens"])
+    both = flocking.concat([one, two, two])
+    expected = [f"recording {number}, text 3: text 3 has no tokens" for number in (1, 2)]
+    assert both.attrs["skipped"] == expected
+    assert "skipped" not in flocking.concat([one, one]).attrs
+
+
 def test_attributes_that_differ_are_lists(tmp_path) -> None:
     parts, _ = made("llama", "plain")
     changed = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +241,8 @@ path, dies = sys.argv[1], sys.argv[2:]
 if dies and dies[0] == os.environ["RANK"]:
     write = growing.GrowingStore.write
     def writing(self, rows, *args):
+        if dies[1:] == ["killed"]:
+            os.kill(os.getpid(), 9)
         raise RuntimeError("the machine is gone")
     growing.GrowingStore.write = writing
 streams.stream(path)
@@ -282,3 +286,24 @@ def test_a_process_that_dies_is_named_and_others_go_on_without_it(tmp_path: Path
     finally:
         torch.set_num_threads(threads)
     assert_same_values(got, expected)
+
+
+def test_a_process_that_is_killed_is_told_of_by_the_others(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    program = SHARE.format(paths=[str(here), str(here.parent)])
+    command = [sys.executable, "-c", program, str(tmp_path / "x.zarr"), "1", "killed"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(
+            command, env={**os.environ, **place, "RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    )
+    told = first.communicate(timeout=300)[1]
+    second.communicate(timeout=300)
+    assert second.returncode == -9
+    assert first.returncode == 1
+    assert "one of the 2 processes ended without a word" in told

@@ -122,6 +122,33 @@ def test_an_iterator_is_read_as_it_is_needed(
     assert max(ahead) <= BLOCK + 1
 
 
+@pytest.mark.parametrize(
+    ("texts", "known", "block"),
+    [
+        (200, True, 32),
+        (1023, True, 32),
+        (1024, True, 64),
+        (2048, True, 128),
+        (9000, True, 128),
+        (200, False, 128),
+    ],
+)
+def test_larger_corpora_have_larger_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: int, known: bool, block: int
+) -> None:
+    monkeypatch.setattr(streaming, "_fill", lambda *given: None)  # nothing is recorded
+    ids = [[5, 6, 7]] * texts
+    given = ids if known else iter(ids)
+    with pytest.warns(UserWarning, match="is not finished"):
+        flocking.record(
+            helpers.proved("llama"), given, out=tmp_path / "x.zarr", max_tokens=4, progress=False
+        )
+    asked = xr.open_zarr(tmp_path / "x.zarr", chunks=None, consolidated=False)[
+        growing.RECORDED
+    ].attrs
+    assert asked["block"] == block
+
+
 def test_plain_xarray_reads_it(tmp_path: Path) -> None:
     got = stream(tmp_path / "x.zarr").load()
     with warnings.catch_warnings():
