@@ -15,9 +15,9 @@ at random. The last fifth of the texts is held out; what is lost is measured ove
 the texts are the packaged passages but for code, which is the other kind.) Bits per byte can be
 compared between models with other tokenizers, perplexities cannot.
 
-Files are kept in OUT/ (remove them to have them made anew), numbers in OUT.json, from which the
-next run with the same file, texts and code takes them; the picture is OUT.png. Losses take long,
-speeds a quiet machine: --only does one part.
+Files are kept in OUT/ (remove them to have them made anew), and numbers in OUT.json as they come:
+the next run with the same file, texts and code takes them. The picture is OUT.png. Losses take
+long, speeds a quiet machine: --only does one part.
 """
 
 from __future__ import annotations
@@ -240,33 +240,41 @@ def written(source: Path, args: argparse.Namespace) -> dict[str, Path]:
     return {"whole": source, **files}
 
 
-def losses(source: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What each file loses, on held-out texts of both kinds."""
+def losses(
+    source: Path, args: argparse.Namespace, found: dict[str, Any], keep: Callable[[], None]
+) -> None:
+    """What each file loses, on held-out texts of both kinds; kept file by file."""
     model, tokenizer = flocking.load(source)
     texts, others = texts_of(args)
     kinds = {
         "same kind": split_texts(model, texts, tokenizer).held_out,
         "another kind": split_texts(model, others, tokenizer).held_out,
     }
-    found: dict[str, Any] = {}
     for name, path in written(source, args).items():
+        if name in found:
+            continue
         other = model if name == "whole" else read_gguf(path)
         found[name] = {
             kind: described(measure_lost(model, other, ids, progress=False), ids, tokenizer)
             for kind, ids in kinds.items()
         }
-        print(f"{name:16} {found[name]['same kind']['ratio']:.3g} times the perplexity")
+        print(f"{name:16} {found[name]['same kind']['ratio']:.3g} times the perplexity", flush=True)
+        keep()
         del other
-    return found
 
 
-def timings(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+def timings(
+    source: Path, args: argparse.Namespace, found: dict[str, Any], keep: Callable[[], None]
+) -> None:
     """How fast the files are, the control left out; and their sizes."""
+    if found:
+        return
     files = {name: path for name, path in written(source, args).items() if "random" not in name}
     tokenizer = flocking.load(source)[1]
     prompt = tokenizer("\n".join(texts_of(args)[0]))["input_ids"][: args.prompt]
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    return {"bytes": sizes, **speeds(files, prompt, args)}
+    found |= {"bytes": sizes, **speeds(files, prompt, args)}
+    keep()
 
 
 def texts_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -299,6 +307,11 @@ def key_of(source: Path, args: argparse.Namespace) -> str:
         sort_keys=True,
     )
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def is_complete(found: dict[str, Any]) -> bool:
+    """Whether each file that was timed has been judged."""
+    return bool(found.get("speed")) and {*found["speed"]["bytes"]} <= {*found.get("lost", {})}
 
 
 # --------------------------------------------------------------------------------------
@@ -374,18 +387,20 @@ def main() -> None:
     refuse_unwritable(numbers)
     kept = json.loads(numbers.read_text()) if numbers.exists() else {}
     sources = args.files or [embedded_file()]
+
+    def keep() -> None:
+        with replacing(numbers) as partial:
+            partial.write_text(json.dumps(kept, indent=1) + "\n")
+
     for part, measure in (("lost", losses), ("speed", timings)):
         for source in sources if part in args.only else []:
             key = key_of(source, args)
             if kept.setdefault(source.stem, {}).get("key") != key:
                 kept[source.stem] = {"key": key}
-            if part not in kept[source.stem]:
-                print(f"{source.stem}: {part}")
-                kept[source.stem][part] = measure(source, args)
-                with replacing(numbers) as partial:
-                    partial.write_text(json.dumps(kept, indent=1) + "\n")
+            print(f"{source.stem}: {part}", flush=True)
+            measure(source, args, kept[source.stem].setdefault(part, {}), keep)
     results = {source.stem: kept[source.stem] for source in sources}
-    results = {name: each for name, each in results.items() if {"lost", "speed"} <= {*each}}
+    results = {name: each for name, each in results.items() if is_complete(each)}
     for name, found in results.items():
         printed(name, found)
     if results:
