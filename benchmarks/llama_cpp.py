@@ -16,8 +16,8 @@ the texts are the packaged passages but for code, which is the other kind.) Bits
 compared between models with other tokenizers, perplexities cannot.
 
 Files are kept in OUT/ (remove them to have them made anew), and numbers in OUT.json as they come:
-the next run with the same file, texts and code takes them. The picture is OUT.png. Losses take
-long, speeds a quiet machine: --only does one part.
+the next run with the same file and texts takes them, and says so if code has changed. The picture
+is OUT.png. Losses take long, speeds a quiet machine: --only does one part.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def texts_of(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def key_of(source: Path, args: argparse.Namespace) -> str:
-    """What the numbers of one file depend on."""
+    """What the numbers of one file are of; code changes more often than they do."""
     options = {
         name: value
         for name, value in vars(args).items()
@@ -300,8 +300,7 @@ def key_of(source: Path, args: argparse.Namespace) -> str:
     content = json.dumps(
         [
             file_digest(source),
-            {**options, "texts": texts, "other": ""},
-            [code_digest(module) for module in RESULT],
+            {**options, "texts": texts},
         ],
         default=str,
         sort_keys=True,
@@ -341,7 +340,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure, axes = plt.subplots(
             len(results),
             2,
-            figsize=(6.4, 0.5 + 2.2 * len(results)),
+            figsize=(6.4, 0.5 + 2.4 * len(results)),
             squeeze=False,
             sharey="row",
             layout="constrained",
@@ -357,13 +356,19 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 spread = [[lost["ratio"] - lost["ratio_low"]], [lost["ratio_high"] - lost["ratio"]]]
                 for ax, x in ((row[0], speed), (row[1], size / whole)):
                     ax.errorbar(x, lost["ratio"], yerr=spread, ms=3, lw=0.8, **style)
-                    place = (3, -9) if one.endswith(SMALL) else (3, 3)  # beside its neighbour
-                    ax.annotate(one, (x, lost["ratio"]), xytext=place, textcoords="offset points")
-            row[0].set(ylabel=f"{name}\nperplexity, times whole")
+                    if one.endswith(SMALL):  # below, since its neighbour's is above
+                        y, style_of = lost["ratio_low"], {"xytext": (0, -10), "ha": "center"}
+                    elif is_pruned:
+                        y, style_of = lost["ratio_high"], {"xytext": (0, 3), "ha": "center"}
+                    else:
+                        y, style_of = lost["ratio"], {"xytext": (4, -2), "ha": "left"}
+                    ax.annotate(one, (x, y), textcoords="offset points", **style_of)
+            row[0].set(ylabel="perplexity, times whole file")
+            row[0].set_title(name, loc="left")
             logarithmic(row[0], row[0].yaxis, [1, 2, 5, 10])
             for ax, label in zip(row, ("decoding speed", "bytes"), strict=True):
                 ax.set_xlabel(f"{label}, times whole file")
-                ax.margins(0.25)
+                ax.margins(x=0.2, y=0.15)
         figure.savefig(path, dpi=200)
         plt.close(figure)
 
@@ -392,13 +397,20 @@ def main() -> None:
         with replacing(numbers) as partial:
             partial.write_text(json.dumps(kept, indent=1) + "\n")
 
+    code = hashlib.sha256("".join(map(code_digest, RESULT)).encode()).hexdigest()
     for part, measure in (("lost", losses), ("speed", timings)):
         for source in sources if part in args.only else []:
             key = key_of(source, args)
-            if kept.setdefault(source.stem, {}).get("key") != key:
-                kept[source.stem] = {"key": key}
+            mine = kept.setdefault(source.stem, {"key": key})
+            if mine["key"] != key:
+                parser.error(
+                    f"{numbers} has numbers of {source.stem} with other texts or options: name "
+                    "another --out."
+                )
             print(f"{source.stem}: {part}", flush=True)
-            measure(source, args, kept[source.stem].setdefault(part, {}), keep)
+            if mine.setdefault(f"{part}_code", code) != code:
+                print(f"(begun with older code: remove '{part}' from {numbers} to measure it anew)")
+            measure(source, args, mine.setdefault(part, {}), keep)
     results = {source.stem: kept[source.stem] for source in sources}
     results = {name: each for name, each in results.items() if is_complete(each)}
     for name, found in results.items():
