@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -304,4 +305,12 @@ def logarithmic(ax: Axes, axis: Axis, ticks: list[float] | None = None) -> None:
         axis.set_minor_locator(NullLocator())
     else:
         axis.set_minor_formatter(LogFormatter())  # (of a short axis, some of them)
-    axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_formatter(FuncFormatter(_plainly))
+
+
+def _plainly(value: float, _: int | None = None) -> str:
+    """A tick's number; as a power of ten if it has many digits."""
+    if 1e-3 <= value < 1e6:
+        return f"{value:.7g}"
+    exponent = math.log10(value)
+    return f"$10^{{{exponent:.0f}}}$" if exponent.is_integer() else f"{value:g}"

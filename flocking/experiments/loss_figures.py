@@ -89,6 +89,7 @@ def loss_by_density(data: xr.Dataset, figure: Figure) -> None:
     _relative(everything, data.relative)
     logarithmic(everything, everything.yaxis)
     band(data.over_static, ratio, **BY_SELECTION["GRIFFIN"])
+    logarithmic(ratio, ratio.yaxis, [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64])
     level(1, ratio, "no difference")
     ratio.set_ylabel("GRIFFIN's perplexity\n(times static's)")
     for ax in axes[0]:

@@ -14,7 +14,7 @@ from matplotlib.legend import Legend
 
 import flocking
 from flocking import artifacts
-from flocking.drawing import BY_REFERENCE, BY_SELECTION, heatmap
+from flocking.drawing import BY_REFERENCE, BY_SELECTION, heatmap, logarithmic
 from flocking.experiments import activations, reproduce
 from flocking.experiments.figures import FIGURES
 
@@ -266,4 +266,26 @@ def test_the_atlas_shows_its_overlaps_and_shares() -> None:
         for dealt in data.dealt.values:
             assert drawn(axes[2], data.share.sel(weights=weights, dealt=dealt).values)
     assert drawn(axes[2], data.chance.values)
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.5, 3e7, ["1", "100", "10000", "$10^{6}$"]),
+        (1e-5, 2, ["$10^{-5}$", "$10^{-4}$", "0.001", "0.01", "0.1", "1"]),
+    ],
+)
+def test_ticks_of_a_wide_axis_are_numbers(low: float, high: float, expected: list[str]) -> None:
+    figure, ax = plt.subplots(figsize=(3, 2.4))
+    ax.plot([0, 1], [low, high])
+    logarithmic(ax, ax.yaxis)
+    figure.canvas.draw()
+    seen = [
+        label.get_text()
+        for place, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+        if low * 0.99 <= place <= high
+    ]
+    assert seen == expected
+    assert not ax.yaxis.get_offset_text().get_text()
     plt.close(figure)
