@@ -161,7 +161,7 @@ def _files_of(name: str) -> list[Path]:
 
 
 def _once(paths: Iterable[Path]) -> list[Path]:
-    """Paths in order; of those that links lead to one place, the shortest."""
+    """Paths in order; of several that lead to one file, by links, only the shortest."""
     by_place: dict[str, Path] = {}
     for path in sorted(paths, key=lambda path: (len(path.parts), path)):
         by_place.setdefault(os.path.realpath(path), path)

@@ -64,7 +64,7 @@ class Processes(NamedTuple):
         told: list[Any] = [None] * self.number
         if self.group is not None:
             mine = None if problem is None else f"{type(problem).__name__}: {problem}"
-            with self._hearing():
+            with self._hearing(problem):
                 dist.all_gather_object(told, mine, group=self.group)
         if problem is not None:
             raise problem
@@ -73,15 +73,15 @@ class Processes(NamedTuple):
                 raise RuntimeError(f"process {rank} of {self.number} failed: {other}")
 
     @contextmanager
-    def _hearing(self) -> Iterator[None]:
-        """What torch.distributed says when a process is gone, in a sentence."""
+    def _hearing(self, problem: Exception | None = None) -> Iterator[None]:
+        """What torch.distributed says when a process is gone, in a sentence; or `problem`."""
         try:
             yield
-        except RuntimeError as problem:
-            raise RuntimeError(
+        except RuntimeError as gone:
+            raise problem or RuntimeError(
                 f"one of the {self.number} processes ended without a word, or cannot be reached; "
                 "start all of them again: the same call goes on with what is done."
-            ) from problem
+            ) from gone
 
 
 @contextmanager
