@@ -16,12 +16,7 @@ from flocking.pruning.gguf_files import export_gguf, type_of_down
 from flocking.pruning.halves import split_texts
 from flocking.pruning.lost import Lost, measure_lost
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
-from flocking.pruning.parts import (
-    are_pruned,
-    branches,
-    logits_side_by_side,
-    side_by_side,
-)
+from flocking.pruning.parts import are_pruned
 from flocking.pruning.places import refuse_existing
 from flocking.pruning.scoring import (
     Protocol,
@@ -30,7 +25,13 @@ from flocking.pruning.scoring import (
     refuse_unscorable,
     score,
 )
-from flocking.pruning.twin import full_model
+from flocking.pruning.together import (
+    SharedPrompts,
+    branches,
+    logits_side_by_side,
+    side_by_side,
+)
+from flocking.pruning.twin import full_model, refresh_of
 
 __all__ = [
     "FIXED",
@@ -41,6 +42,7 @@ __all__ = [
     "Exported",
     "Lost",
     "Protocol",
+    "SharedPrompts",
     "allocate",
     "are_pruned",
     "branches",
@@ -59,6 +61,7 @@ __all__ = [
     "logits_side_by_side",
     "measure_lost",
     "perplexity",
+    "refresh_of",
     "refuse_existing",
     "refuse_unscorable",
     "rounded_densities",

@@ -52,8 +52,8 @@ def test_score_says_what_was_pruned(some: tf.PreTrainedModel) -> None:
 def test_branches_do_not_see_each_other(some: tf.PreTrainedModel) -> None:
     prompt, *rest = (torch.tensor(row) for row in random_ids(20, 9, 14, 9))
     twin = flocking.griffin(some, 0.5, refresh=4)
-    together = flocking.pruning.branches(
-        twin, [torch.cat((prompt, row)) for row in rest], list(map(len, rest)), 20, size=3
+    ((_, together),) = flocking.pruning.branches(
+        [twin], [torch.cat((prompt, row)) for row in rest], list(map(len, rest)), 20, size=3
     )
     for row, (likelihood, _) in zip(rest, together, strict=True):
         alone = flocking.score(twin, prompt.tolist(), row.tolist())

@@ -9,7 +9,6 @@ import transformers as tf
 from helpers import build, random_ids
 
 import flocking
-from flocking.pruning import branches, side_by_side
 
 
 def direct(model: tf.PreTrainedModel, ids: list[int]) -> np.ndarray:
@@ -110,24 +109,6 @@ def test_perplexity(scope: str) -> None:
     assert full.sizes == {"sequence": 3, "distance": 10}
 
 
-def test_side_by_side_is_each_alone() -> None:
-    """Sharing the prompt's run changes no model's numbers, nor its selection."""
-    model = build("llama")
-    ids = torch.tensor(random_ids(26, 26))
-    options = [{"density": 0.5}, {"density": 0.25, "scope": "sequence"}, {"method": "magnitude"}]
-    twins = [flocking.griffin(model, **chosen) for chosen in options]
-    scored = list(side_by_side((subject for subject in (*twins, model)), ids, 16))
-    assert [subject for subject, _ in scored] == [*twins, model]
-    fixed = {"prompt_length": 16, "continuation_length": 10, "batch_size": 2, "progress": False}
-    for chosen, (subject, values) in zip([*options, None], scored, strict=True):
-        alone = model if chosen is None else flocking.griffin(model, **chosen)
-        due = flocking.perplexity(alone, ids.tolist(), **fixed).log_likelihood
-        np.testing.assert_array_equal(values[:, 15:].numpy(), due.values.astype(np.float32))
-        if chosen is not None:
-            for layer, kept in alone.selection.items():
-                assert torch.equal(subject.selection[layer], kept)
-
-
 def test_text_needs_a_tokenizer(embedded: tuple) -> None:
     model, tokenizer = embedded
     likely = flocking.score(model, "The capital of France is", " Paris", tokenizer=tokenizer)
@@ -209,44 +190,3 @@ def test_refuses() -> None:
         flocking.score(model, "abc", "def", tokenizer=model)
     with pytest.raises(TypeError, match="tokenizer is 'gpt2': give a"):
         flocking.perplexity(model, "abc", tokenizer="gpt2", **options)
-
-
-@pytest.mark.parametrize("scope", ["shared", "sequence"])
-def test_branches_are_each_alone(generating: tf.PreTrainedModel, scope: str) -> None:
-    """Several continuations of one beginning, together: the same likelihoods as one by one."""
-    (head,) = random_ids(12)
-    tails = random_ids(5, 1, 9, 3, seed=1)
-    rows = [torch.tensor(head + tail) for tail in tails]
-    twin = flocking.griffin(generating, scope=scope)
-    for subject in (generating, twin):
-        together = branches(subject, rows, list(map(len, tails)), len(head), size=4)
-        for tail, (likelihoods, greedy) in zip(tails, together, strict=True):
-            due = flocking.score(subject, head, tail)
-            np.testing.assert_allclose(likelihoods.numpy(), due.values, rtol=1e-4, atol=2e-5)
-            assert greedy.shape == likelihoods.shape
-
-
-@pytest.mark.filterwarnings("ignore:.*falling back to its reference")
-def test_branches_of_a_model_with_states() -> None:
-    """What a convolution remembers goes along with keys and values."""
-    torch.manual_seed(0)
-    config = tf.Lfm2Config(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-        block_auto_adjust_ff_dim=False,
-    )
-    model = tf.AutoModelForCausalLM.from_config(config).eval()
-    (head,) = random_ids(12)
-    tails = random_ids(5, 1, 9, seed=1)
-    rows = [torch.tensor(head + tail) for tail in tails]
-    for subject in (model, flocking.griffin(model)):
-        for tail, (got, _) in zip(
-            tails, branches(subject, rows, list(map(len, tails)), 12, size=3), strict=True
-        ):
-            due = flocking.score(subject, head, tail)
-            np.testing.assert_allclose(got.numpy(), due.values, rtol=1e-4, atol=2e-5)
