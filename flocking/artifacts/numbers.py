@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ def read_content(path: Path, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
     Parameters
     ----------
     path : Path
+        With a name that ends in ".gz" if it is compressed.
     parts : tuple of str
         Those that the checksum in it, if any, is of. (Earlier versions wrote none.)
 
@@ -50,8 +53,9 @@ def read_content(path: Path, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
         If it is not JSON, a part is missing, or the parts are not those that were written.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
+        written = path.read_bytes()
+        content = json.loads(gzip.decompress(written) if path.suffix == ".gz" else written)
+    except (OSError, ValueError, RecursionError, EOFError, zlib.error) as problem:
         raise UnreadableError(f"{path} cannot be read ({problem})") from problem
     if not isinstance(content, dict) or not {"key", *parts} <= content.keys():
         raise UnreadableError(f"{path} does not have the parts {', '.join(('key', *parts))}")

@@ -13,10 +13,13 @@ FIGURES = (
     *("loss_by_reference", "loss_by_allocation", "loss_by_distance", "atlas"),
 )
 METHODS = ("topk", "sampled", "half-sampled", "random", "magnitude")
-EVALUATED = ("full", *METHODS, "static", "global-local", "static-domain")
+EVALUATED = (
+    *("full", *METHODS, "static", "global-local", "static-domain"),
+    *("refreshed-16", "refreshed-64", "shared-4", "shared-16"),
+)
 TASKS = (
     *("hellaswag", "piqa", "copa", "arc_easy", "arc_challenge", "boolq", "coqa", "gsm8k", "xsum"),
-    *("cnn_dailymail", "qasper", "wikitext"),
+    *("cnn_dailymail", "qasper", "wikitext", "news"),
 )
 FIXED_METHODS = ("static", "global-local", "magnitude")
 DOWN_TYPES = ("Q8_0", "Q4_0", "F16")
@@ -24,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 SCOPES = ("shared", "sequence")
 ON_ERROR = ("stop", "skip")
-PROTOCOLS = ("context", "last-token")
+PROTOCOLS = ("context", "last-token", "authors", "authors-greedy")
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], list[str]]:

@@ -163,8 +163,9 @@ Methods = Annotated[
     str,
     typer.Option(
         help="Methods of flocking.griffin, such as topk,static,magnitude, each at all densities or "
-        "at one, as in topk@0.25; or static-domain, static from each task's own documents beyond "
-        "those scored. The full model comes first.",
+        "at one, as in topk@0.25; static-domain, static from each task's own documents beyond "
+        "those scored; refreshed-64, topk that selects anew after every 64 new tokens; shared-4, "
+        "topk with one selection for each four prompts. The full model comes first.",
         autocompletion=several_of(choices.EVALUATED),
     ),
 ]
@@ -173,7 +174,8 @@ ProtocolByTask = Annotated[
     str,
     typer.Option(
         help="For likelihoods, context or last-token; TASK=... for one. With context, answers of "
-        "one token are the full model's.",
+        "one token are the full model's. Or authors, or authors-greedy, for all tasks: as in the "
+        "program of GRIFFIN's authors.",
         autocompletion=several_of(choices.PROTOCOLS, equals=choices.TASKS),
     ),
 ]

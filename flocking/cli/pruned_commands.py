@@ -212,8 +212,9 @@ def evaluate(
 ) -> None:
     """Ask the full model and its twins the items of tasks, and say what each method loses.
 
-    Each task with each method is a cell, kept in OUT/cells when it is finished: after an
-    interruption, or with more tasks or methods, the same command runs only what is not there.
+    Some items of a task at a time are asked of all methods, and kept in OUT/cells: after an
+    interruption, or with more tasks, items or methods, the same command runs only what is not
+    there. First it says how long that may take.
     """
     need_harness()
     from flocking.cli.evaluating import refuse_foreign, source_of

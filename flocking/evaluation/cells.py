@@ -1,28 +1,29 @@
-"""Cells of an evaluation: one task asked of one variant, computed once and kept in a file."""
+"""Cells of an evaluation: one block of items asked of one variant, computed once and kept."""
 
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flocking.artifacts import Key, UnreadableError, checksum, read_content, replacing, set_aside
-from flocking.evaluation.domain import OF_DOMAIN, documents
+from flocking.evaluation.blocks import Block
 from flocking.evaluation.harness import GriffinLM
-from flocking.evaluation.items import article_losses, ask
-from flocking.evaluation.plan import Question, Variant
-from flocking.evaluation.tasks import Articles
-from flocking.pruning import WITH_REFERENCE
+from flocking.evaluation.items import Row
+from flocking.evaluation.twins import Texts
+from flocking.evaluation.variants import Variant
 
-_PATIENCE = 60.0  # seconds to wait for another run that is writing the same cell
+_PATIENCE = 60.0  # seconds to wait for another run that is writing the same cells
+_SUFFIX = ".json.gz"
 
 COLUMNS = {
     "task": str,
@@ -64,17 +65,19 @@ class Found:
 
     Attributes
     ----------
-    key : Key, optional
-        None if it is not in three parts: an earlier version of flocking wrote it.
+    variant : str
+        As it is written in a plan.
+    key : Key
     finished : str
         When it was computed; empty if that is not known.
     seconds : float
-        How long it took.
+        How long it took, with the cells that were computed together with it as one.
     table : pandas.DataFrame
         Rows of ``COLUMNS``.
     """
 
-    key: Key | None
+    variant: str
+    key: Key
     finished: str
     seconds: float
     table: pd.DataFrame
@@ -82,112 +85,26 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One task, asked of one variant.
+    """One block of items, asked of one variant.
 
     Attributes
     ----------
-    question : Question
+    block : Block
     variant : Variant
+    texts : list of str or of list of int
+        What a static statistic is made from.
     key : Key
         What it has when it is computed now.
-    folder : Path, optional
-        Where it is kept.
-    calibration : list of str or of list of int
-        What a static statistic is made from: the plan's texts, or the task's own documents.
     """
 
-    question: Question
+    block: Block
     variant: Variant
+    texts: Texts
     key: Key
-    folder: Path | None
-    calibration: Sequence[str] | Sequence[list[int]] = ()
 
-    @classmethod
-    def of(cls, lm: GriffinLM, question: Question, variant: Variant, cells: Cells | None) -> Cell:
-        """A cell with the key that it has when it is computed now."""
-        calibration: Sequence[str] | Sequence[list[int]] = lm.calibration
-        if of_domain := variant.method in OF_DOMAIN:
-            calibration = documents(
-                question.name, question.task, question.limit, lm.tokenizer, lm.max_length
-            )
-        inputs = [
-            cells and cells.identity,
-            question.digest(),
-            variant,
-            calibration if of_domain or variant.method in WITH_REFERENCE else None,
-            str(lm.full.dtype),
-            lm.full.device.type,
-            lm.seed,
-        ]
-        if _is_another(lm.tokenizer, lm.full):
-            inputs.append(_tokenizer_digest(lm.tokenizer))  # the model's identity has its own
-        packages = ["lm-eval", "tokenizers", "rouge-score"]
-        key = Key.of("flocking.evaluation.items", inputs, packages)
-        folder = None if cells is None else Path(cells.folder)
-        return cls(question, variant, key, folder, calibration)
-
-    @property
-    def _stem(self) -> str:
-        return f"{self.question.name}-{self.variant}-"
-
-    def found(self, say: Callable[[str], None]) -> list[Found]:
-        """What earlier runs kept of this task and variant, whatever its key, the newest last.
-
-        Files that are not as they were written are named, and count as not there.
-        """
-        if self.folder is None:
-            return []
-        kept = []
-        for path in sorted(self.folder.glob(f"{glob.escape(self._stem)}????????.json")):
-            try:
-                kept.append(_read(path))
-            except UnreadableError as problem:
-                rest = "" if problem.changed else f", and is set aside as {set_aside(path).name}"
-                say(f"{problem}: it does not count{rest}.")
-        return sorted(kept, key=lambda one: one.finished)
-
-    @property
-    def _path(self) -> Path | None:
-        return self.folder and self.folder / f"{self._stem}{self.key.digest()[:8]}.json"
-
-    def finished(self) -> Found | None:
-        """The cell, if a run has kept it by now."""
-        try:
-            found = _read(self._path) if self._path else None
-        except UnreadableError:  # which found() says
-            return None
-        return found if found and found.key == self.key else None
-
-    def write(self, table: pd.DataFrame, seconds: float) -> None:
-        """Keep the cell, in its place only when it is complete."""
-        if self._path is None:
-            return
-        rows = table.astype(object).where(table.notna(), None).to_dict("list")
-        content = {
-            "key": self.key.plain(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 2),
-            "checksum": checksum({"rows": rows}),
-            "rows": rows,
-        }
-        with replacing(self._path, wait=_PATIENCE) as partial:
-            partial.write_text(json.dumps(content), encoding="utf-8")
-
-    def prune(self, lm: GriffinLM) -> None:
-        """Make `lm` answer as the variant does, unless it does already."""
-        method = OF_DOMAIN.get(self.variant.method, self.variant.method)
-        changed = lm.calibrate(self.calibration) and method in WITH_REFERENCE
-        if changed or (lm.method, lm.density) != (method, self.variant.density):
-            lm.prune(method, self.variant.density)
-
-    def run(self, lm: GriffinLM, say: Callable[[str], None]) -> pd.DataFrame:
-        """Compute rows of ``COLUMNS``, with `lm` as :meth:`prune` leaves it."""
-        asked = self.question
-        if isinstance(asked.task, Articles):
-            rows = article_losses(lm, asked.task, asked.limit)
-        else:
-            lm.protocol = asked.protocol
-            rows = ask(lm, asked.name, asked.task, asked.limit, say)
+    def table(self, rows: Sequence[Row]) -> pd.DataFrame:
+        """Rows of ``COLUMNS``, of what was answered."""
+        asked = self.block.question
         table = pd.DataFrame(rows).assign(
             task=asked.name,
             protocol=asked.protocol,
@@ -196,27 +113,60 @@ class Cell:
         )
         return table[list(COLUMNS)].astype(COLUMNS)
 
-    def said(self, table: pd.DataFrame) -> str:
-        """What came out, in a few words."""
-        means = table.groupby("metric", sort=False)["value"].mean()
-        return f"{self.variant} on {self.question.name}: " + ", ".join(
-            f"{name} {value:.3f}" for name, value in means.items()
-        )
+    def of(self, found: Sequence[Found], keep_older: bool) -> tuple[Found | None, bool]:
+        """The newest of what was found that is this cell; and whether it is of older code.
+
+        Older code is looked at last, and returned with `keep_older` alone.
+        """
+        mine = [one for one in found if one.variant == str(self.variant)]
+        same = [one for one in mine if one.key == self.key]
+        older = [one for one in mine if self.key.differing(one.key) == ["code"]]
+        if same or not older:
+            return (same[-1] if same else None), False
+        return (older[-1] if keep_older else None), True
 
 
-def _read(path: Path) -> Found:
-    content = read_content(path, ("rows",))
-    try:
-        table = pd.DataFrame(content["rows"]).astype(COLUMNS)
-        finished, seconds = str(content.get("finished", "")), float(content["seconds"])
-        return Found(Key.read(content["key"]), finished, seconds, table)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
-        raise UnreadableError(f"{path} is not a cell of an evaluation ({problem})") from problem
+def cells_of(
+    lm: GriffinLM,
+    blocks: Sequence[Block],
+    wanted: Mapping[Variant, Texts],
+    identity: str | None,
+) -> list[list[Cell]]:
+    """Of each block, its cells with the keys that they have when they are computed now.
 
-
-def _is_another(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> bool:
-    """Whether a tokenizer comes from elsewhere than its model."""
-    return str(tokenizer.name_or_path) != str(model.name_or_path)
+    Parameters
+    ----------
+    lm : GriffinLM
+    blocks : sequence of Block
+    wanted : mapping of Variant to texts
+        With what a static statistic is made from.
+    identity : str, optional
+        Of the model.
+    """
+    # (The model's identity has its own tokenizer.)
+    is_another = str(lm.tokenizer.name_or_path) != str(lm.full.name_or_path)
+    tokenizer = [_tokenizer_digest(lm.tokenizer)] if is_another else []
+    found = []
+    for block in blocks:
+        scorer = "rouge" if block.question.authors else "rouge-score"
+        digest = block.digest()
+        cells = []
+        for variant, texts in wanted.items():
+            inputs = [
+                identity,
+                digest,
+                variant,
+                list(texts) if variant.twinned.needs_texts else None,
+                str(lm.full.dtype),
+                lm.full.device.type,
+                lm.seed,
+                *tokenizer,
+            ]
+            packages = ("lm-eval", "tokenizers", scorer)
+            key = Key.of("flocking.evaluation.items", inputs, packages)
+            cells.append(Cell(block, variant, texts, key))
+        found.append(cells)
+    return found
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -229,3 +179,82 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         state = json.loads(backend.to_str())
         told.append({**state, "truncation": None, "padding": None})  # the last call's
     return checksum(told)
+
+
+class Store:
+    """The files of cells: one for each block, of all variants that were computed together.
+
+    Parameters
+    ----------
+    cells : Cells, optional
+        Nothing is read and kept without.
+    """
+
+    def __init__(self, cells: Cells | None) -> None:
+        self._folder = None if cells is None else Path(cells.folder)
+        self.keep_older = cells is not None and cells.keep_older
+
+    def read(self, block: Block, say: Callable[[str], None]) -> list[Found]:
+        """What earlier runs kept of a block, whatever its key, the newest last.
+
+        Files that are not as they were written are named, and count as not there.
+        """
+        if self._folder is None:
+            return []
+        found: list[Found] = []
+        for path in sorted(self._folder.glob(f"{glob.escape(_stem(block))}-????????{_SUFFIX}")):
+            try:
+                found += _read(path)
+            except UnreadableError as problem:
+                rest = "" if problem.changed else f", and is set aside as {set_aside(path).name}"
+                say(f"{problem}: it does not count{rest}.")
+        return sorted(found, key=lambda one: one.finished)
+
+    def write(self, cells: Sequence[Cell], tables: Sequence[pd.DataFrame], seconds: float) -> None:
+        """Keep cells of one block that were computed together, in place only when complete."""
+        if self._folder is None:
+            return
+        parts = [
+            {
+                "variant": str(cell.variant),
+                "inputs": cell.key.inputs,
+                "rows": table.astype(object).where(table.notna(), None).to_dict("list"),
+            }
+            for cell, table in zip(cells, tables, strict=True)
+        ]
+        key = cells[0].key.plain()
+        content = {
+            "key": {"code": key["code"], "versions": key["versions"]},
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 2),
+            "checksum": checksum({"cells": parts}),
+            "cells": parts,
+        }
+        name = checksum([cell.key.plain() for cell in cells])[:8]
+        path = self._folder / f"{_stem(cells[0].block)}-{name}{_SUFFIX}"
+        with replacing(path, wait=_PATIENCE) as partial:
+            # (No time of day in it: the same content is the same file.)
+            partial.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
+
+
+def _stem(block: Block) -> str:
+    return f"{block.question.name}-{block.items.start:05}-{block.items.stop - 1:05}"
+
+
+def _read(path: Path) -> list[Found]:
+    content = read_content(path, ("cells",))
+    try:
+        finished, seconds = str(content.get("finished", "")), float(content["seconds"])
+        common = content["key"]["code"], content["key"]["versions"]
+        return [_part(part, *common, finished, seconds) for part in content["cells"]]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
+        raise UnreadableError(f"{path} is not a block of an evaluation ({problem})") from problem
+
+
+def _part(
+    part: Mapping[str, Any], code: str, versions: Mapping[str, str], finished: str, seconds: float
+) -> Found:
+    """One cell of a file."""
+    table = pd.DataFrame(part["rows"]).astype(COLUMNS)
+    key = Key(code, part["inputs"], versions)
+    return Found(str(part["variant"]), key, finished, seconds, table)

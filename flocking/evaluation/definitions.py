@@ -28,6 +28,9 @@ class Definition:
         Where the documents are on a hub, and what `own` needs to read them from there.
     local : dict
         What else changes for documents from a file.
+    authors : dict
+        What else changes where it is asked as GRIFFIN's authors do, with an example before each
+        item; empty if their program does not ask it.
     """
 
     fields: dict[str, type]
@@ -36,6 +39,7 @@ class Definition:
     own: dict = field(default_factory=dict)
     hub: dict = field(default_factory=dict)
     local: dict = field(default_factory=dict)
+    authors: dict = field(default_factory=dict)
 
 
 def _one_of(choices: list, label: int) -> int:
@@ -186,6 +190,16 @@ _SUMMARY = {
     "doc_to_target": "{{summary}}",
     "metric_list": _measured("rouge1", "rouge2", "rougeL"),
 }
+THEIR_FIELDS = {"article": str, "summary_gt": str}  # of the files of GRIFFIN's authors
+
+
+def their_document(row: dict) -> dict:
+    """A line of those files: a prompt with its example, and a summary."""
+    return {"prompt": row["article"], "summary": row["summary_gt"]}
+
+
+# 128 new tokens, whatever they are: the text is cut afterwards (see flocking.evaluation.authors).
+_AUTHORS = {"generation_kwargs": {"until": ["###"], "max_gen_toks": 128}}
 _ANSWER = {
     "output_type": "generate_until",
     "doc_to_target": "{{answers[0]}}",
@@ -251,6 +265,7 @@ DEFINITIONS: dict[str, Definition] = {
             "num_fewshot": 1,
             "doc_to_text": lambda doc: _asked(doc["document"], 1),
         },
+        authors=_AUTHORS,  # (an example is in each prompt, or shown before it)
     ),
     "cnn_dailymail": Definition(
         {"article": str, "summary": str},
@@ -265,7 +280,9 @@ DEFINITIONS: dict[str, Definition] = {
             "dataset_name": "3.0.0",
             "test_split": "test",
             "process_docs": lambda docs: docs.rename_column("highlights", "summary"),
+            "validation_split": "validation",
         },
+        authors=_AUTHORS | {"num_fewshot": 1},
     ),
     # In the words of SCROLLS; its task in the harness scores all answers together.
     "qasper": Definition(

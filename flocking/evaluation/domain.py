@@ -13,11 +13,10 @@ from typing import Any
 from lm_eval.api.task import Task
 from transformers import PreTrainedTokenizerBase
 
-from flocking.evaluation.items import long_articles
+from flocking.evaluation.articles import long_articles
 from flocking.evaluation.tasks import Articles
+from flocking.evaluation.variants import OF_DOMAIN
 
-# The names of such methods in a plan, and what griffin knows them as.
-OF_DOMAIN = {"static-domain": "static"}
 MOST_TOKENS = 20_000  # read for one statistic, about as many as the packaged passages have
 # Characters from which on a text in a document is taken to be its own. Documents that share one
 # with a scored document are left out: another question about the same passage, say.
@@ -93,7 +92,7 @@ def _none_left(name: str) -> str:
 def _articles(
     task: Articles, limit: int | None, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
-    scored = {number for number, _ in long_articles(tokenizer, task.texts, limit)}
+    scored = {number for number, _ in long_articles(tokenizer, task, limit)}
     seen = {task.texts[number].strip() for number in scored}
     for number, text in enumerate(task.texts):
         if number not in scored and text.strip() not in seen:

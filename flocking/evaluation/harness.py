@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-import numpy as np
 import torch
 import xarray as xr
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flocking.artifacts import Key
 from flocking.evaluation.answers import digest_of_weights, use_table
+from flocking.evaluation.likelihoods import Request, asked_of, likelihoods
+from flocking.evaluation.sharing import Shared
+from flocking.evaluation.variants import CHOICES
 from flocking.models import (
     prepared,
     read_model,
@@ -35,21 +37,15 @@ from flocking.models import (
     trusted,
 )
 from flocking.pruning import (
-    METHODS,
     WITH_REFERENCE,
     Protocol,
-    are_pruned,
-    branches,
+    SharedPrompts,
     calibration_texts,
     check_refresh,
-    cut_of,
     global_statistic,
     griffin,
     refuse_unscorable,
 )
-
-_Request = tuple[tuple[str, str] | None, list[int], list[int]]
-CHOICES = ("full", *METHODS, *WITH_REFERENCE)
 
 
 class Answered(NamedTuple):
@@ -180,7 +176,8 @@ class GriffinLM(HFLM):
         self._protocol, self.scope, self.seed, self.refresh = protocol, scope, seed, refresh
         self.answered: list[Answered] = []
         self._instances: list[Instance] = []
-        self.calibration: Sequence[str] | Sequence[list[int]] = texts
+        self._shared = Shared()
+        self.calibration = texts
         self._reference: xr.DataArray | None = None
         self.prune(method, density)
 
@@ -205,6 +202,28 @@ class GriffinLM(HFLM):
             )
         self.method, self.density = method, density
         self._point_cache()
+
+    @contextmanager
+    def together(self, models: Sequence[PreTrainedModel]) -> Iterator[None]:
+        """Compute what is asked for all of these models at once, so that they share the prompts.
+
+        They are to be asked the same requests inside of the ``with``, each after
+        :meth:`answer_with` it. What the first is asked is computed for all.
+
+        Parameters
+        ----------
+        models : sequence of transformers.PreTrainedModel
+            The full model, and twins of it.
+        """
+        before, self._shared = self._model, Shared(models)
+        try:
+            yield
+        finally:
+            self._shared, self._model = Shared(), before
+
+    def answer_with(self, model: PreTrainedModel) -> None:
+        """Let one of the models that are asked :meth:`together` answer from now on."""
+        self._model = model
 
     @property
     def protocol(self) -> Protocol:
@@ -257,28 +276,25 @@ class GriffinLM(HFLM):
         finally:
             self.AUTO_MODEL_CLASS = auto
 
-    def calibrate(self, texts: Sequence[str] | Sequence[list[int]]) -> bool:
-        """Take other texts, or their token ids, for the static statistic; whether they are others.
-
-        :meth:`prune` makes a twin by them.
-        """
-        if changed := list(texts) != list(self.calibration):
-            self.calibration, self._reference = texts, None
-        return changed
-
     def reference(self) -> xr.DataArray:
-        """The static statistic, of the beginnings of the texts that fit the model's context."""
+        """The static statistic of the calibration texts."""
         if self._reference is None:
-            # The length is cut here: a warning about it would be wrong.
-            ids = [
-                self.tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text
-                for text in self.calibration
-            ]
-            ids = [row[: self.max_length] for row in ids]
-            self._reference = global_statistic(
-                self.full, ids, tokenizer=self.tokenizer, batch_size=1
-            )
+            self._reference = self.reference_of(self.calibration)
         return self._reference
+
+    def reference_of(self, texts: Sequence[str] | Sequence[list[int]]) -> xr.DataArray:
+        """The static statistic of texts, or of their token ids."""
+        ids = self.tokens_of(texts)
+        return global_statistic(self.full, ids, tokenizer=self.tokenizer, batch_size=1)
+
+    def tokens_of(self, texts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
+        """Token ids of texts, as far as they fit the context."""
+        # (The length is cut here: a warning about it would be wrong.)
+        ids = [
+            self.tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text
+            for text in texts
+        ]
+        return [row[: self.max_length] for row in ids]
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes down with the results."""
@@ -338,53 +354,39 @@ class GriffinLM(HFLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(
-        self, requests: list[_Request], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: list[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         refuse_unscorable(self.model, [])
-        longest = self.max_length + 1  # the last token is not fed
-        sequences = [(context + later)[-longest:] for _, context, later in requests]
-        cuts = []
-        for number, (tokens, (_, _, later)) in enumerate(zip(sequences, requests, strict=True)):
+        asked = asked_of(requests, self.max_length, self.protocol, self._named)
+        answers = self._shared.of(
+            self.model,
+            tuple((tuple(one.tokens), one.scored, one.cut) for one in asked),
+            lambda models: likelihoods(models, asked, self.batch_size, disable_tqdm),
+        )
+        for (said, _, _), answer in zip(requests, answers, strict=True):
+            if said is not None:
+                self.cache_hook.add_partial("loglikelihood", said, answer)
+        for instance, one in zip(self._instances, asked, strict=False):
+            self._note(instance, one.cut, one.left_out, one.scored, one.pruned(self.model))
+        return answers
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        """As the harness does, from prompts that the models of the moment share."""
+        mask = options["attention_mask"]
+
+        def generated(models: list[PreTrainedModel]) -> Iterator[Tensor]:
+            shared = SharedPrompts(models, context, mask)
+            asked = self._model
             try:
-                if not 0 < len(later) < len(tokens):
-                    raise ValueError(
-                        f"a continuation of {len(later)} tokens cannot be scored: give one token "
-                        f"or more, and fewer than the {longest} that fit."
-                    )
-                cuts.append(cut_of(self.protocol, len(tokens) - len(later), len(tokens)))
-            except ValueError as problem:
-                raise ValueError(f"{self._named(number)}{problem}") from problem
+                for model in models:
+                    self._model = model
+                    more = dict(options) | shared.cache_for(model)
+                    yield super(GriffinLM, self)._model_generate(context, max_length, stop, **more)
+            finally:
+                self._model = asked
 
-        def head(number: int) -> list[int]:
-            return sequences[number][: cuts[number]]
-
-        answers: dict[int, tuple[float, bool]] = {}
-        # The longest first, so that what does not fit fails at once.
-        order = sorted(range(len(requests)), key=lambda n: (-cuts[n], head(n)))
-        with tqdm(total=len(requests), desc="likelihoods", disable=disable_tqdm) as bar:
-            for tokens, group in groupby(order, key=head):
-                numbers = list(group)
-                found = branches(
-                    self.model,
-                    [torch.tensor(sequences[number], device="cpu") for number in numbers],
-                    [len(requests[number][2]) for number in numbers],
-                    len(tokens),
-                    self.batch_size,
-                )
-                for number, (likelihoods, greedy) in zip(numbers, found, strict=True):
-                    answers[number] = float(likelihoods.double().sum()), bool(greedy.all())
-                    if requests[number][0] is not None:
-                        self.cache_hook.add_partial(
-                            "loglikelihood", requests[number][0], answers[number]
-                        )
-                bar.update(len(numbers))
-        for number, instance in enumerate(self._instances):
-            _, context, later = requests[number]
-            fed = len(sequences[number]) - 1
-            left_out = len(context) + len(later) - len(sequences[number])
-            pruned = 0
-            if self.model is not self.full:
-                scored = np.arange(fed - len(later), fed)
-                pruned = int(are_pruned(scored, cuts[number], self.refresh).sum())
-            self._note(instance, cuts[number], left_out, len(later), pruned)
-        return [answers[number] for number in range(len(requests))]
+        told = sorted((name, repr(value)) for name, value in options.items() if value is not mask)
+        key = (context.cpu().numpy().tobytes(), mask.cpu().numpy().tobytes(), max_length, str(told))
+        return self._shared.of(self.model, key, generated)

@@ -1,178 +1,184 @@
-"""Asking a model the items of a task: what comes out, item by item, and what chance would give."""
+"""Asking a model a block of items: what comes out, item by item, and what chance would give."""
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import lm_eval
 import numpy as np
 import pandas as pd
+from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from flocking.evaluation.articles import article_losses
+from flocking.evaluation.authors import summaries
+from flocking.evaluation.blocks import Block
 from flocking.evaluation.harness import GriffinLM
-from flocking.evaluation.tasks import CONTINUATION_LENGTHS, PROMPT_LENGTHS, Articles, quiet
-from flocking.pruning import perplexity
+from flocking.evaluation.tasks import Articles, quiet
+
+Row = dict[str, Any]
+Asked = list[list[Row]]  # of each model
 
 
-def ask(
-    lm: GriffinLM, name: str, task: Task, limit: int | None, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Scores of a task's items, by the harness's own evaluation.
+def ask(lm: GriffinLM, block: Block, models: Sequence[PreTrainedModel], texts: int = 1) -> Asked:
+    """Scores of a block's items under several models, which share the runs of their prompts.
 
     Parameters
     ----------
     lm : GriffinLM
-    name : str
-        The task's.
-    task : lm_eval.api.task.Task
-    limit : int, optional
-        How many items, the first ones.
-    say : callable
-        Takes a line for metrics that are left out, and one for prompts that are too long.
+        Which has the tokenizer and the full model.
+    block : Block
+    models : sequence of transformers.PreTrainedModel
+        The full model or twins of it. Of articles, the full model is run in any case.
+    texts : int
+        How many prompts are run together because they share a selection.
 
     Returns
     -------
-    list of dict
-        One for each item and metric.
+    list of list of dict
+        Of each model, a dict for each item and metric.
 
     Raises
     ------
     ValueError
         If no metric is a mean over items.
     """
+    if isinstance(block.question.task, Articles):
+        return _articles(lm, block, block.question.task, models)
+    if block.question.authors and block.question.generates:
+        return summaries(lm, block, models)
+    lm.protocol = block.question.of_likelihoods
+    found = []
+    with lm.together(models):
+        for model in models:
+            lm.answer_with(model)
+            # What the first is asked is computed for all: it alone has something to show.
+            silent = model is not models[0]
+            found.append(_answers(lm, block, block.question.task, texts, silent))
+    return found
+
+
+def _articles(
+    lm: GriffinLM, block: Block, articles: Articles, models: Sequence[PreTrainedModel]
+) -> Asked:
+    everyone = [lm.full, *(model for model in models if model is not lm.full)]
+    by_model: dict[int, list[Row]] = {id(model): [] for model in models}
+    for item, row in zip(block.items, block.rows, strict=True):
+        for model, found in article_losses(everyone, row, articles.prompt_length):
+            by_model.get(id(model), []).extend(
+                {
+                    "item": item,
+                    "chance": np.nan,
+                    "prompt_tokens": articles.prompt_length,
+                    "left_out": 0,
+                    **values,
+                }
+                for values in found
+            )
+    return [by_model[id(model)] for model in models]
+
+
+def _answers(lm: GriffinLM, block: Block, task: Task, texts: int, silent: bool) -> list[Row]:
+    """Scores of a task's items, by the harness's own definitions."""
     lm.answered.clear()
-    with quiet():
-        samples = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[task],
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            task_manager=TaskManager(include_defaults=False),  # there is none to look for
-        )["samples"][task.config.task]
+    requests = _answered(lm, block.requests, texts, silent)
     totals = {"prompt": "max", "left_out": "max", "scored": "sum", "pruned": "sum"}
     taken = pd.DataFrame(lm.answered).groupby("item").agg(totals)
-    averaged = {metric for metric, how in task.aggregation().items() if how is mean}
-    by_filter = defaultdict(list)
-    for sample in samples:
-        by_filter[sample["filter"]].append(sample)
-    rows, odd = [], set()
-    for how, group in by_filter.items():
-        for sample, later in zip(group, [*group[1:], group[0]], strict=True):
-            took = taken.loc[sample["doc_id"]]
-            chances = _chances(task, sample, later)
-            for metric in sample["metrics"]:
-                value = sample[metric]
-                if metric not in averaged or not isinstance(value, bool | int | float | np.number):
-                    odd.add(metric)
-                    continue
-                rows.append(
-                    {
-                        "metric": metric if how == "none" else f"{metric},{how}",
-                        "item": sample["doc_id"],
-                        "value": float(value),
-                        "chance": chances.get(metric, np.nan),
-                        "prompt_tokens": took.prompt,
-                        "left_out": took.left_out,
-                        "scored": took.scored,
-                        "pruned": took.pruned,
-                    }
-                )
+    rows = [
+        {
+            "metric": metric,
+            "item": item,
+            "value": value,
+            "chance": chance,
+            "prompt_tokens": taken.loc[item].prompt,
+            "left_out": taken.loc[item].left_out,
+            "scored": taken.loc[item].scored,
+            "pruned": taken.loc[item].pruned,
+        }
+        for item, metric, value, chance in _scored(task, block, requests)
+    ]
     if not rows:
         raise ValueError(
-            f"{name} has no metric that is a mean over items ({', '.join(sorted(odd))}), so that "
-            "methods cannot be compared item by item: run it with flocking lm-eval."
+            f"{block.question.name} has no metric that is a mean over items "
+            f"({', '.join(sorted(task.aggregation()))}), so that methods cannot be compared item "
+            "by item: run it with flocking lm-eval."
         )
-    if odd:
-        say(f"{name}: left out {', '.join(sorted(odd))}, which are not means over items.")
-    if cut := int((taken["left_out"] > 0).sum()):
-        say(f"{name}: {cut} of {len(taken)} items are too long, and lost their beginning.")
     return rows
 
 
-def _chances(task: Task, sample: dict[str, Any], later: dict[str, Any]) -> dict[str, float]:
-    """What a sample's metrics would be by chance; `later` is the next sample."""
+def _answered(
+    lm: GriffinLM, requests: Sequence[Instance], texts: int, silent: bool
+) -> list[Instance]:
+    """The requests with a model's answers, filtered as the task has it."""
+    answered = [copy.copy(one) for one in requests]
+    for one in answered:
+        one.resps, one.filtered_resps = [], {}
+    by_type: dict[str, list[Instance]] = defaultdict(list)
+    for one in answered:
+        by_type[one.request_type] += [one] * (one.repeats or 1)
+    with quiet():
+        for kind, group in by_type.items():
+            for together in _batches(lm, group, texts):
+                answers = getattr(lm, kind)(together, disable_tqdm=silent)
+                for one, answer in zip(together, answers, strict=True):
+                    one.resps.append(answer)
+    return answered
+
+
+def _batches(lm: GriffinLM, group: list[Instance], texts: int) -> Iterator[list[Instance]]:
+    """All at once, but where texts share a selection: those are as they follow each other."""
+    if texts == 1:
+        yield group
+        return
+    before, lm.batch_size_per_gpu = lm.batch_size_per_gpu, texts
+    try:
+        for start in range(0, len(group), texts):
+            yield group[start : start + texts]
+    finally:
+        lm.batch_size_per_gpu = before
+
+
+def _scored(
+    task: Task, block: Block, requests: list[Instance]
+) -> Iterator[tuple[int, str, float, float]]:
+    """Item, metric, value and chance, of all metrics that are means over items."""
+    part = copy.copy(task)
+    part._instances = requests
+    part.apply_filters()
+    averaged = {metric for metric, how in task.aggregation().items() if how is mean}
+    by_item = defaultdict(list)
+    for one in sorted(requests, key=lambda one: one.idx):
+        by_item[one.doc_id].append(one)
+    for how in requests[0].filtered_resps:
+        for item, document, following in zip(
+            block.items, block.documents, block.documents[1:], strict=False
+        ):
+            answers = [one.filtered_resps[how] for one in by_item[item]]
+            chances = _chances(task, document, following, answers)
+            for metric, value in task.process_results(document, list(answers)).items():
+                if metric in averaged and isinstance(value, bool | int | float | np.number):
+                    name = metric if how == "none" else f"{metric},{how}"
+                    yield item, name, float(value), chances.get(metric, np.nan)
+
+
+def left_out(task: Task) -> list[str]:
+    """Metrics of a task that are no means over items."""
+    return sorted(metric for metric, how in task.aggregation().items() if how is not mean)
+
+
+def _chances(task: Task, document: Any, following: Any, answers: list[Any]) -> dict[str, float]:
+    """What an item's metrics would be by chance; `following` is the document after it."""
     if task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results):
-        gold = task.doc_to_target(sample["doc"])
+        gold = task.doc_to_target(document)
         right = len(gold) if isinstance(gold, list) else 1
-        chance = right / len(task.doc_to_choice(sample["doc"]))
-        return {metric: chance for metric in sample["metrics"] if metric.startswith("acc")}
-    if task.OUTPUT_TYPE == "generate_until" and later is not sample:
+        chance = right / len(task.doc_to_choice(document))
+        return {metric: chance for metric in task.aggregation() if metric.startswith("acc")}
+    if task.OUTPUT_TYPE == "generate_until" and following is not document:
         # The answer to this item, scored as if it were one to the next.
-        found = task.process_results(later["doc"], sample["filtered_resps"])
+        found = task.process_results(following, list(answers))
         return {m: float(x) for m, x in found.items() if isinstance(x, int | float | np.number)}
     return {}
-
-
-def long_articles(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int | None
-) -> list[tuple[int, list[int]]]:
-    """The articles that are scored: their numbers in `texts`, and as many tokens as are read."""
-    needed = max(PROMPT_LENGTHS) + max(CONTINUATION_LENGTHS)
-    # (The length is cut here: a warning about it would be wrong.)
-    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    return [(number, row[:needed]) for number, row in enumerate(ids) if len(row) >= needed][:limit]
-
-
-def article_losses(lm: GriffinLM, articles: Articles, limit: int | None) -> list[dict[str, Any]]:
-    """Losses of the same tokens of each article, whatever the prompt before them.
-
-    Parameters
-    ----------
-    lm : GriffinLM
-    articles : Articles
-        Those that are too short for the longest prompt are left out.
-    limit : int, optional
-        How many articles, the first ones.
-
-    Returns
-    -------
-    list of dict
-        One for each article and number of predicted tokens, with the mean loss in nats a token.
-
-    Raises
-    ------
-    ValueError
-        If no article is long enough, or the model's context is too short.
-    """
-    length, most = articles.prompt_length, max(PROMPT_LENGTHS)
-    farthest = max(CONTINUATION_LENGTHS)
-    if lm.max_length < length + farthest:
-        raise ValueError(
-            f"wikitext_{length} needs {length + farthest} tokens, and the model's context has "
-            f"{lm.max_length}: ask for shorter prompts, such as wikitext_{PROMPT_LENGTHS[0]}."
-        )
-    # A token that opens every text, where the tokenizer has one, counts as one of the prompt.
-    tokenizer = lm.tokenizer
-    opening = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
-    ids = [row for _, row in long_articles(tokenizer, articles.texts, limit)]
-    if not ids:
-        raise ValueError(f"wikitext: no article has {most + farthest} tokens: give longer ones.")
-    losses = -perplexity(
-        lm.model,
-        [[*opening, *row[most - length + len(opening) :]] for row in ids],
-        prompt_length=length,
-        continuation_length=farthest,
-        tokenizer=tokenizer,
-        batch_size=1,
-        progress=False,
-    ).log_likelihood
-    return [
-        {
-            "metric": f"loss_{horizon}",
-            "item": item,
-            "value": float(losses[item, :horizon].mean()),
-            "chance": np.nan,
-            "prompt_tokens": length,
-            "left_out": 0,
-            "scored": horizon,
-            "pruned": 0 if lm.method == "full" else horizon - 1,
-        }
-        for horizon in CONTINUATION_LENGTHS
-        for item in range(len(ids))
-    ]

@@ -5,35 +5,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from lm_eval.api.task import Task
 
-from flocking.evaluation.domain import OF_DOMAIN, refuse_none_left
-from flocking.evaluation.harness import CHOICES
-from flocking.evaluation.summary import label
+from flocking.evaluation.domain import refuse_none_left
+from flocking.evaluation.protocols import AUTHORS, MOST_ITEMS, rouge_scorer
 from flocking.evaluation.tasks import Articles, find
+from flocking.evaluation.variants import Variant, variants_of
 from flocking.pruning import Protocol
 
-_PROTOCOLS = ("context", "last-token")
+_OF_LIKELIHOODS = ("context", "last-token")
+_PROTOCOLS = (*_OF_LIKELIHOODS, *AUTHORS)
 _T = TypeVar("_T")
-
-
-class Variant(NamedTuple):
-    """A method at a density."""
-
-    method: str
-    density: float
-
-    def __str__(self) -> str:
-        """As it is written in a plan."""
-        return label(*self)
-
-
-FULL = Variant("full", 1.0)
 
 
 @dataclass(frozen=True)
@@ -44,29 +31,40 @@ class Question:
     ----------
     name : str
     task : lm_eval.api.task.Task or Articles
-    protocol : {"context", "last-token"}
+    protocol : {"context", "last-token", "authors", "authors-greedy"}
     limit : int, optional
         How many items, the first ones.
     """
 
     name: str
     task: Task | Articles
-    protocol: Protocol
+    protocol: str
     limit: int | None
 
+    @property
+    def of_likelihoods(self) -> Protocol:
+        """How likelihoods are asked: the authors' way is "last-token"."""
+        return "context" if self.protocol == "context" else "last-token"
+
+    @property
+    def authors(self) -> bool:
+        """Whether it is asked as GRIFFIN's authors do."""
+        return self.protocol in AUTHORS
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are texts that the model writes."""
+        return not isinstance(self.task, Articles) and self.task.OUTPUT_TYPE == "generate_until"
+
     def digest(self) -> str:
-        """SHA-256 of what is asked: the task's definition, documents and settings."""
+        """SHA-256 of what is asked, whatever the model: the definition, documents and settings."""
         if isinstance(self.task, Articles):
             asked: Any = [self.task.texts, self.task.prompt_length]
         else:
             # Examples shown before the items are drawn from all documents.
             shown = self.limit if not self.task.config.num_fewshot else None
             asked = [self.task.dump_config(), list(self.task.eval_docs)[:shown], *self._shown()]
-        # A function's address differs from process to process, its name does not.
-        text = json.dumps(
-            [asked, self.protocol, self.limit], default=lambda x: getattr(x, "__qualname__", str(x))
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of([asked, self.protocol, self.limit])
 
     def _shown(self) -> list[Any]:
         """Documents of another split that are shown before the items, if there are any."""
@@ -74,6 +72,13 @@ class Question:
         config = self.task.config
         same = config.fewshot_split is not None and config.fewshot_split == config.test_split
         return [list(self.task.fewshot_docs())] if config.num_fewshot and not same else []
+
+
+def digest_of(asked: Any) -> str:
+    """SHA-256 of definitions of tasks and what comes with them."""
+    # A function's address differs from process to process, its name does not.
+    text = json.dumps(asked, default=lambda x: getattr(x, "__qualname__", str(x)))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,18 @@ class Plan:
         See :func:`flocking.evaluation.tasks.find`.
     methods : list of str
         Of :func:`flocking.griffin`, at each of `densities`, or at one density as in "topk@0.25";
-        or "static-domain", static from each task's own documents beyond those that are scored.
-        The full model always comes first.
+        "static-domain", static from each task's own documents beyond those that are scored;
+        "refreshed-64", "topk" that selects anew after every 64 new tokens; "shared-4", "topk" with
+        one selection for each four prompts, of tasks that generate. The full model always comes
+        first.
     densities : list of float
-    protocol : {"context", "last-token"} or dict of str to str
+    protocol : {"context", "last-token", "authors", "authors-greedy"} or dict of str to str
         Of likelihoods, as in :func:`flocking.score`; by task or group, with ``""`` for the others.
-        With "context", answers of one token are the full model's own.
+        With "context", answers of one token are the full model's own. "authors" is for all tasks:
+        see :mod:`flocking.evaluation.authors`.
     limit : int or dict of str to int, optional
         How many items of each task, the first ones; by task or group, with ``""`` for the others.
+        All by default; 1,000 of summaries in the authors' protocol.
     data_dir : path, optional
         Folder with the documents as JSON lines; the hub by default.
     calibration : path or list of str, optional
@@ -110,7 +119,7 @@ class Plan:
     tasks: Sequence[str]
     methods: Sequence[str] = ("topk",)
     densities: Sequence[float] = (0.5,)
-    protocol: Protocol | Mapping[str, Protocol] = "context"
+    protocol: str | Mapping[str, str] = "context"
     limit: int | Mapping[str, int] | None = None
     data_dir: str | Path | None = None
     calibration: str | Path | Sequence[str] | None = None
@@ -121,8 +130,16 @@ class Plan:
         variants_of(self.methods, self.densities)
         if self.limit is not None and (low := min(_values(self.limit), default=1)) < 1:
             raise ValueError(f"limit={low}: give 1 item or more.")
-        if odd := set(_values(self.protocol)) - set(_PROTOCOLS):
-            raise ValueError(f"protocol={odd.pop()!r}: give 'context' or 'last-token'.")
+        given = set(_values(self.protocol))
+        if odd := given - set(_PROTOCOLS):
+            raise ValueError(f"protocol={odd.pop()!r}: choose from {', '.join(_PROTOCOLS)}.")
+        if (self.authors and len(given) > 1) or (_names(self.protocol) and given & set(AUTHORS)):
+            raise ValueError("the authors' protocol is for all tasks: give no other beside it.")
+
+    @property
+    def authors(self) -> bool:
+        """Whether all is asked as GRIFFIN's authors do."""
+        return bool(set(_values(self.protocol)) & set(AUTHORS))
 
     @property
     def variants(self) -> list[Variant]:
@@ -142,53 +159,30 @@ class Plan:
 
     @functools.cached_property
     def _questions(self) -> list[Question]:
+        if self.authors:
+            rouge_scorer()
         data_dir = None if self.data_dir is None else Path(self.data_dir)
-        groups = {name: find([name], data_dir) for name in self.tasks}
+        groups = {name: find([name], data_dir, self.authors) for name in self.tasks}
         found = {name: group for group, members in groups.items() for name in members}
         for name in {*_names(self.protocol), *_names(self.limit)} - {*groups, *found}:
             raise ValueError(
                 f"{name} has a limit or protocol and is not one of the tasks: {', '.join(found)}."
             )
         asked = [self._question(name, groups[group][name], group) for name, group in found.items()]
-        if any(variant.method in OF_DOMAIN for variant in self.variants):
+        if any(variant.twinned.of_domain for variant in self.variants):
             for question in asked:
                 refuse_none_left(question.name, question.task, question.limit)
         return asked
 
     def _question(self, name: str, task: Task | Articles, group: str) -> Question:
-        # Generation has a prompt and continues it, whatever the protocol of likelihoods.
-        has_protocol = not isinstance(task, Articles) and task.OUTPUT_TYPE != "generate_until"
-        protocol: Protocol | None = None
-        if has_protocol:
-            protocol = _of_task(self.protocol, name, group)
         limit = None if self.limit is None else _of_task(self.limit, name, group)
-        return Question(name, task, protocol or "context", limit)
-
-
-def variants_of(methods: Iterable[str], densities: Iterable[float]) -> list[Variant]:
-    """The full model, and each method at each density, or at its own as in "topk@0.25".
-
-    Raises
-    ------
-    ValueError
-        For an unknown method, or a density that is out of range.
-    """
-    densities = list(densities)
-    found = [FULL]
-    for text in methods:
-        name, at, own = text.partition("@")
-        if name not in (known := (*CHOICES, *OF_DOMAIN)):
-            raise ValueError(f"there is no method {name!r}: choose from {', '.join(known)}.")
-        try:
-            wanted = [float(own)] if at else densities
-        except ValueError:
-            wanted = [0.0]
-        if any(not 0 < density <= 1 for density in wanted):
-            said = f"method {text!r}" if at else f"densities {densities}"
-            raise ValueError(f"{said}: give a density above 0 and at most 1.")
-        if name != "full":
-            found += [Variant(name, density) for density in wanted]
-    return list(dict.fromkeys(found))
+        asked = Question(name, task, _of_task(self.protocol, name, group) or "context", limit)
+        if asked.authors:
+            return replace(asked, limit=limit or MOST_ITEMS) if asked.generates else asked
+        if isinstance(task, Articles) or asked.generates:
+            # A prompt is continued, whatever the protocol of likelihoods.
+            return replace(asked, protocol="context")
+        return asked
 
 
 def _values(setting: _T | Mapping[str, _T]) -> list[_T]:

@@ -1,17 +1,27 @@
-"""Tasks by methods by densities: each a cell that is computed once and kept."""
+"""Tasks by methods by densities: each block of items of each is computed once and kept."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.evaluation.cells import Cell, Cells, Found
+from flocking.evaluation.authors import check_room, opens
+from flocking.evaluation.blocks import Block, block_size, blocks_of
+from flocking.evaluation.cells import Cell, Cells, Found, Store, cells_of
+from flocking.evaluation.domain import documents
+from flocking.evaluation.estimate import Speed, Work, in_words, memory_of, speed_of, work_of
 from flocking.evaluation.harness import GriffinLM
-from flocking.evaluation.plan import Plan
-from flocking.evaluation.tasks import quiet
+from flocking.evaluation.items import ask, left_out
+from flocking.evaluation.plan import Plan, Question
+from flocking.evaluation.tasks import Articles, quiet
+from flocking.evaluation.twins import Texts, Twins, in_memory
+from flocking.evaluation.variants import Variant
+
+Say = Callable[[str], None]
 
 
 def evaluate(
@@ -21,9 +31,11 @@ def evaluate(
     *,
     batch_size: int = 8,
     cells: Cells | None = None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> pd.DataFrame:
     """Ask a model, and its twins, the items of tasks.
+
+    The full model reads each prompt once, for all methods and densities.
 
     Parameters
     ----------
@@ -37,7 +49,7 @@ def evaluate(
         Where finished cells are kept, so that an interrupted run continues, and whether those of
         older code are accepted. By default nothing is kept.
     say : callable
-        Takes each line of the report.
+        Takes each line of the report: first what there is to do, and how long it may take.
 
     Returns
     -------
@@ -48,6 +60,9 @@ def evaluate(
         ``left_out``, tokens that did not fit; ``scored`` and ``pruned``, tokens whose likelihood
         was asked for, and that were computed with the kept neurons alone; ``older``, the code
         that a cell of older code is from, empty for today's. Losses are means in nats a token.
+        Beside those of articles are ``divergence``, the mean Kullback-Leibler divergence from the
+        full model's predictions, in nats, and ``agreement``, the share of tokens whose likeliest
+        prediction is the full model's.
 
     Raises
     ------
@@ -74,81 +89,213 @@ def evaluate(
             batch_size=batch_size,
             calibration=plan.calibration,
             seed=plan.seed,
+            # (The authors open no prompt with a token but those of Gemma.)
+            add_bos_token=opens(model) if plan.authors else None,
         )
-    wanted = [
-        Cell.of(lm, asked, variant, cells) for variant in plan.variants for asked in questions
-    ]
-    seconds: dict[str, float] = {}
-    tables = _kept(wanted, cells is not None and cells.keep_older, seconds, say)
-    for cell in wanted:
-        if cell in tables:
+    identity = None if cells is None else cells.identity
+    jobs = [job for asked in questions for job in _jobs(lm, asked, plan.variants, identity, say)]
+    run = _Run(lm, jobs, Store(cells), say)
+    run.say_what_is_there()
+    for question in questions:
+        run.ask(question)
+    return run.table()
+
+
+@dataclass(eq=False)
+class _Job:
+    """A block, and those of its cells that are computed together.
+
+    Attributes
+    ----------
+    block : Block
+    cells : list of Cell
+    texts : int
+        How many prompts share a selection.
+    work : Work
+    """
+
+    block: Block
+    cells: list[Cell]
+    texts: int
+    work: Work
+
+
+def _jobs(
+    lm: GriffinLM, question: Question, variants: Sequence[Variant], identity: str | None, say: Say
+) -> list[_Job]:
+    """All blocks of a task, by groups of variants whose twins fit in memory together."""
+    wanted: dict[Variant, Texts] = {}
+    for variant in variants:
+        if variant.twinned.texts > 1 and not question.generates:
+            say(f"{variant} is for tasks that generate: it is not asked of {question.name}.")
             continue
-        if (other := cell.finished()) is not None:
-            tables[cell] = other.table.assign(older="")
-            name = f"{cell.variant} on {cell.question.name}"
-            say(f"[{len(tables)}/{len(wanted)}] {name}: another run has finished it meanwhile.")
-            continue
-        cell.prune(lm)
+        wanted[variant] = lm.calibration
+        if variant.twinned.of_domain:
+            longest = lm.max_length
+            found = documents(question.name, question.task, question.limit, lm.tokenizer, longest)
+            wanted[variant] = found
+    jobs = []
+    for texts in dict.fromkeys(variant.twinned.texts for variant in wanted):
+        here = {variant: of for variant, of in wanted.items() if variant.twinned.texts == texts}
+        blocks = blocks_of(lm, question, block_size(question, texts))
+        if question.authors and question.generates and (skipped := check_room(lm, blocks)):
+            count = 1 + blocks[-1].items[-1]
+            say(f"{question.name}: {skipped} of {count} items are too long, and are skipped.")
+        work = [work_of(lm, block, texts) for block in blocks]
+        for group in in_memory(lm.full, here):
+            cells = cells_of(lm, blocks, {variant: here[variant] for variant in group}, identity)
+            jobs += [
+                _Job(block, own, texts, cost)
+                for block, own, cost in zip(blocks, cells, work, strict=True)
+            ]
+    return jobs
+
+
+class _Run:
+    """An evaluation under way.
+
+    Parameters
+    ----------
+    lm : GriffinLM
+    jobs : list of _Job
+    store : Store
+    say : callable
+    """
+
+    def __init__(self, lm: GriffinLM, jobs: list[_Job], store: Store, say: Say) -> None:
+        self._lm, self._jobs, self._store, self._say = lm, jobs, store, say
+        self._twins = Twins(lm)
+        self._tables: dict[Cell, pd.DataFrame] = {}
+        self._speed: Speed | None = None
+        self._expected = self._took = 0.0  # seconds, of what was run
+
+    def say_what_is_there(self) -> None:
+        """Take the cells that need not be computed, and say how long the others may take."""
+        older = 0
+        for job in self._jobs:
+            older += self._take(job, self._store.read(job.block, self._say))
+        total = sum(len(job.cells) for job in self._jobs)
+        if self._tables:
+            marked = sum(bool((table["older"] != "").any()) for table in self._tables.values())
+            said = f", {marked} of them of older code" if marked else ""
+            self._say(f"{len(self._tables)} of {total} cells are there already{said}.")
+        if older and not self._store.keep_older:
+            self._say(
+                f"{older} cells differ in the code part of their key alone and are computed "
+                "again: --keep-older (keep_older=True) accepts them."
+            )
+        left = self._left()
+        if left:
+            self._speed = speed_of(self._lm)
+            self._say_how_long(left)
+
+    def _take(self, job: _Job, found: Sequence[Found]) -> int:
+        """Take the cells of a job that were found; how many are there of older code."""
+        older = 0
+        for cell in job.cells:
+            if cell in self._tables:
+                continue
+            one, is_older = cell.of(found, self._store.keep_older)
+            older += is_older
+            if one is not None:
+                self._tables[cell] = one.table.assign(older=_code(one) if is_older else "")
+        return older
+
+    def _missing(self, job: _Job) -> list[Cell]:
+        return [cell for cell in job.cells if cell not in self._tables]
+
+    def _left(self) -> list[_Job]:
+        return [job for job in self._jobs if self._missing(job)]
+
+    def _seconds(self, job: _Job) -> float:
+        assert self._speed is not None
+        return self._speed.seconds(job.work, len(self._missing(job)))
+
+    def _say_how_long(self, left: Sequence[_Job]) -> None:
+        by_task: dict[str, float] = {}
+        for job in left:
+            name = job.block.question.name
+            by_task[name] = by_task.get(name, 0.0) + self._seconds(job)
+        cells = [cell for job in left for cell in self._missing(job)]
+        if tokens := self._twins.unread((cell.variant, cell.texts) for cell in cells):
+            assert self._speed is not None
+            by_task["calibration texts"] = self._speed.seconds(Work(shared=tokens), 0)
+        told = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in by_task.items())
+        variants = list(dict.fromkeys(cell.variant for cell in cells))
+        self._say(
+            f"{len(cells)} cells are to be computed, in about "
+            f"{in_words(sum(by_task.values()))} or less ({told}), with "
+            f"{memory_of(self._lm.full, variants)}."
+        )
+
+    def ask(self, question: Question) -> None:
+        """Compute what is missing of a task, and say what came out."""
+        mine = [job for job in self._jobs if job.block.question is question]
+        ran = False
+        for job in mine:
+            if not self._missing(job):
+                continue
+            self._take(job, self._store.read(job.block, lambda line: None))
+            if not self._missing(job):
+                self._say(f"{job.block.name}: another run has finished it meanwhile.")
+                continue
+            self._compute(job)
+            ran = True
+        if ran:
+            self._say_results(question, mine)
+
+    def _compute(self, job: _Job) -> None:
+        missing, expected = self._missing(job), self._seconds(job)
+        self._twins.keep((cell.variant, cell.texts) for cell in job.cells)
+        self._twins.read((cell.variant, cell.texts) for cell in missing)
         started = time.monotonic()
-        table = cell.run(lm, say)
-        took = seconds[cell.question.name] = time.monotonic() - started
-        cell.write(table, took)
-        tables[cell] = table.assign(older="")
-        left = [other for other in wanted if other not in tables]
-        say(f"[{len(tables)}/{len(wanted)}] {cell.said(table)}; {_remaining(left, seconds)}")
-    return pd.concat([tables[cell] for cell in wanted], ignore_index=True)
+        models = [self._twins.of(cell.variant, cell.texts) for cell in missing]
+        answers = ask(self._lm, job.block, models, job.texts)
+        tables = [cell.table(rows) for cell, rows in zip(missing, answers, strict=True)]
+        took = time.monotonic() - started
+        self._store.write(missing, tables, took)
+        for cell, table in zip(missing, tables, strict=True):
+            self._tables[cell] = table.assign(older="")
+        self._expected += expected
+        self._took += took
+        done, total = len(self._tables), sum(len(each.cells) for each in self._jobs)
+        self._say(f"[{done}/{total}] {job.block.name}: {in_words(took)}; {self._remaining()}")
 
+    def _remaining(self) -> str:
+        """How long what is left may take, by what was expected and what it took so far."""
+        left = sum(map(self._seconds, self._left()))
+        if not left:
+            return "done"
+        return f"about {in_words(left * self._took / self._expected)} left"
 
-def _kept(
-    wanted: Sequence[Cell],
-    keep_older: bool,
-    seconds: dict[str, float],
-    say: Callable[[str], None],
-) -> dict[Cell, pd.DataFrame]:
-    """The cells that need not be computed; says what is there, and notes how long each took."""
-    tables: dict[Cell, pd.DataFrame] = {}
-    older, unread = 0, 0
-    for cell in wanted:
-        found = cell.found(say)
-        if found:
-            seconds[cell.question.name] = found[-1].seconds
-        same = [one for one in found if one.key == cell.key]
-        before = [one for one in found if one.key and cell.key.differing(one.key) == ["code"]]
-        if same:
-            tables[cell] = same[-1].table.assign(older="")
-        elif before:
-            older += 1
-            if keep_older:
-                tables[cell] = before[-1].table.assign(older=_code(before[-1]))
-        elif any(one.key is None for one in found):
-            unread += 1
-    if tables:
-        said = f", {older} of them of older code" if keep_older and older else ""
-        say(f"{len(tables)} of {len(wanted)} cells are there already{said}.")
-    if older and not keep_older:
-        say(
-            f"{older} cells differ in the code part of their key alone and are computed again: "
-            "--keep-older (keep_older=True) accepts them."
-        )
-    if unread:
-        say(
-            f"{unread} cells have a key that is not in three parts, which an earlier version of "
-            "flocking wrote: they count as stale in all parts and are computed again."
-        )
-    return tables
+    def _say_results(self, question: Question, jobs: Sequence[_Job]) -> None:
+        """What came out of each variant, what was cut, and what cannot be compared."""
+        name = question.name
+        by_variant: dict[Variant, list[pd.DataFrame]] = {}
+        for job in jobs:
+            for cell in job.cells:
+                by_variant.setdefault(cell.variant, []).append(self._tables[cell])
+        for variant, tables in by_variant.items():
+            table = pd.concat(tables)
+            means = table.groupby("metric", sort=False)["value"].mean()
+            told = ", ".join(f"{metric} {value:.3f}" for metric, value in means.items())
+            self._say(f"{variant} on {name}: {told}")
+        items = table.drop_duplicates("item")
+        if cut := int((items["left_out"] > 0).sum()):
+            self._say(
+                f"{name}: {cut} of {len(items)} items are too long, and lost their beginning."
+            )
+        if not isinstance(question.task, Articles) and (odd := left_out(question.task)):
+            self._say(f"{name}: left out {', '.join(odd)}, which are not means over items.")
+
+    def table(self) -> pd.DataFrame:
+        """All rows: by variant, then by task, then by item."""
+        cells = [cell for job in self._jobs for cell in job.cells]
+        variants = list(dict.fromkeys(cell.variant for cell in cells))
+        cells.sort(key=lambda cell: variants.index(cell.variant))  # which keeps the order else
+        return pd.concat([self._tables[cell] for cell in cells], ignore_index=True)
 
 
 def _code(found: Found) -> str:
     """Which code a kept cell is from."""
-    assert found.key is not None
     return f"{found.key.code[:8]}, run {found.finished[:10]}"
-
-
-def _remaining(left: Sequence[Cell], seconds: Mapping[str, float]) -> str:
-    """How long what is left may take, from what each task took last."""
-    if not left:
-        return "done"
-    names = [cell.question.name for cell in left]
-    known = [seconds[name] for name in names if name in seconds]
-    more = "at least " if len(known) < len(left) else "about "
-    return f"{more}{sum(known) / 60:.0f} min left"

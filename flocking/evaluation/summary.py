@@ -205,7 +205,7 @@ def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for (task, protocol, metric), part in parts_of(rows, _BY):
         by_variant = dict(part.set_index("variant").iterrows())
-        scale = None if is_loss(metric) else 100 if part["high"].max() <= 1 else 1
+        scale = _scale(metric, part)
         name = metric.replace("loss", "perplexity")
         asked = f"{task}, {protocol}" if protocol != "context" else task
         cells = [f"{asked}, {name}", f"{part['items'].iloc[0]}"]
@@ -214,10 +214,21 @@ def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
             cells.append("" if np.isnan(own.chance) else f"{100 * own.chance:.1f}")
             cells.append(_said(own[_MEANS], scale, sign=False) + _mark(own))
         for variant in variants:
+            if variant not in by_variant:  # not all are asked of every task
+                cells.append("")
+                continue
             own = by_variant[variant]
             cells.append(_said(own[_DIFFERENCES], scale, sign=True) + _mark(own))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _scale(metric: str, part: pd.DataFrame) -> float | None:
+    """What numbers of a metric are multiplied by where they are shown; None for losses."""
+    if is_loss(metric):
+        return None
+    is_share = part["high"].max() <= 1 and not metric.startswith("divergence")
+    return 100 if is_share else 1
 
 
 def _mark(row: pd.Series) -> str:
@@ -247,5 +258,6 @@ def _said(values: pd.Series, scale: float | None, sign: bool) -> str:
     if scale is None:
         digits = [f"{x:,.2f}" if x < 100 else f"{x:,.0f}" for x in np.exp(numbers)]
         return "{}{} [{}, {}]".format("x" if sign else "", *digits)
-    digits = [f"{scale * x:{'+' if sign else ''}.1f}" for x in numbers]
+    plus, places = "+" if sign else "", 1 if scale == 100 else 2
+    digits = [f"{scale * x:{plus}.{places}f}" for x in numbers]
     return "{} [{}, {}]".format(*digits)

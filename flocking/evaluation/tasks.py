@@ -25,13 +25,23 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from flocking.evaluation.definitions import DEFINITIONS, Definition
+from flocking.evaluation.definitions import (
+    DEFINITIONS,
+    THEIR_FIELDS,
+    Definition,
+    their_document,
+)
 from flocking.texts import read_text, why_no_file
 
 PROMPT_LENGTHS = (16, 64, 256, 1024)
 CONTINUATION_LENGTHS = (64, 256)
 _DEEPEST = 20  # lists and objects within each other, in a field of a document
-_WIKITEXT = {f"wikitext_{length}": length for length in PROMPT_LENGTHS}
+# News articles are shorter than those of WikiText.
+_ARTICLES = {"wikitext": PROMPT_LENGTHS, "news": (16, 64, 256)}
+_OF_LENGTH = {
+    f"{name}_{length}": (name, length) for name, lengths in _ARTICLES.items() for length in lengths
+}
+ARTICLE_TASKS = (*_ARTICLES, *_OF_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -43,24 +53,42 @@ class Articles:
     texts : list of str
     prompt_length : int
         Tokens before those that are predicted, which are the same for every prompt length.
+    lengths : tuple of int
+        All prompt lengths that the same tokens are predicted after, ascending.
     """
 
     texts: list[str]
     prompt_length: int
+    lengths: tuple[int, ...] = PROMPT_LENGTHS
+
+    @property
+    def longest(self) -> int:
+        """The longest of the prompt lengths."""
+        return self.lengths[-1]
+
+    @property
+    def shortest(self) -> int:
+        """The shortest of the prompt lengths."""
+        return self.lengths[0]
 
 
-def find(names: Iterable[str], data_dir: Path | None = None) -> dict[str, Task | Articles]:
+def find(
+    names: Iterable[str], data_dir: Path | None = None, authors: bool = False
+) -> dict[str, Task | Articles]:
     """Find tasks by their names, with their documents.
 
     Parameters
     ----------
     names : iterable of str
         Of ``DEFINITIONS``; ``wikitext``, which stands for ``wikitext_16`` to ``wikitext_1024``,
-        by the tokens of the prompt; without `data_dir` also any task, group or tag of the
-        harness's.
+        by the tokens of the prompt, and ``news``, for ``news_16`` to ``news_256``, of the articles
+        of CNN/DailyMail; without `data_dir` also any task, group or tag of the harness's.
     data_dir : Path, optional
         Folder of JSON lines in UTF-8, a file a task, such as ``piqa.jsonl`` or
-        ``piqa_valid.jsonl``; WikiText is plain text. By default, documents come from the hub.
+        ``piqa_valid.jsonl``; WikiText is plain text, and news are those of
+        ``cnn_dailymail.jsonl``. By default, documents come from the hub.
+    authors : bool
+        As GRIFFIN's authors ask: summaries after an example, and likelihoods.
 
     Returns
     -------
@@ -69,32 +97,55 @@ def find(names: Iterable[str], data_dir: Path | None = None) -> dict[str, Task |
     Raises
     ------
     ValueError
-        For an unknown name, if there is no hub and no file, or if a line of a file is not as
-        expected.
+        For an unknown name, if there is no hub and no file, if a line of a file is not as
+        expected, or for a task that GRIFFIN's authors do not ask.
     """
     found: dict[str, Task | Articles] = {}
     for name in names:
-        if name == "wikitext" or name in _WIKITEXT:
-            wanted = _WIKITEXT if name == "wikitext" else {name: _WIKITEXT[name]}
-            texts = _articles(data_dir)
-            found |= {key: Articles(texts, length) for key, length in wanted.items()}
+        if name in ARTICLE_TASKS:
+            kind = _OF_LENGTH[name][0] if name in _OF_LENGTH else name
+            texts, lengths = _texts_of(kind, data_dir), _ARTICLES[kind]
+            found |= {
+                key: Articles(texts, length, lengths)
+                for key, (family, length) in _OF_LENGTH.items()
+                if name in (key, family)
+            }
         elif data_dir is not None:
-            found[name] = _local(name, data_dir)
+            found[name] = _local(name, data_dir, authors)
         else:
-            found |= _of_hub(name)
+            found |= _of_hub(name, authors)
+    if authors:
+        for name, task in found.items():
+            _refuse_not_theirs(name, task)
     return found
 
 
-def _of_hub(name: str) -> Mapping[str, Task]:
+def _refuse_not_theirs(name: str, task: Task | Articles) -> None:
+    """Refuse what GRIFFIN's authors do not ask."""
+    theirs = not isinstance(task, Articles) and task.OUTPUT_TYPE == "multiple_choice"
+    if not theirs and not (name in DEFINITIONS and DEFINITIONS[name].authors):
+        names = ", ".join(key for key, each in DEFINITIONS.items() if each.authors)
+        raise ValueError(
+            f"the authors' protocol does not say how {name} is asked: it is for {names}, and for "
+            "tasks with choices."
+        )
+
+
+def _of_hub(name: str, authors: bool) -> Mapping[str, Task]:
     definition = DEFINITIONS.get(name)
     if definition is not None and definition.own and not definition.hub:
         raise ValueError(f"{name} has no documents on a hub: give --data-dir, a folder with them.")
     with quiet():
         if definition is None and name not in _manager().all_tasks:
-            raise ValueError(_unknown(name, [*DEFINITIONS, "wikitext", *_manager().all_tasks]))
+            raise ValueError(_unknown(name, [*DEFINITIONS, *ARTICLE_TASKS, *_manager().all_tasks]))
         try:
             if definition is not None and definition.own:
                 config = {"task": name, **definition.own, **definition.hub}
+                if authors and definition.authors:
+                    split = (
+                        "validation" if "validation_split" in config else config["fewshot_split"]
+                    )
+                    config |= definition.authors | {"fewshot_split": split}
                 return {name: ConfigurableTask(config=config)}
             return _manager().load([name])["tasks"]
         except (OSError, ImportError, RuntimeError) as problem:
@@ -119,17 +170,21 @@ def _unreachable(name: str, problem: Exception) -> str:
     )
 
 
-def _local(name: str, data_dir: Path) -> Task:
+def _local(name: str, data_dir: Path, authors: bool = False) -> Task:
     if name not in DEFINITIONS:
-        raise ValueError(f"{_unknown(name, [*DEFINITIONS, 'wikitext'])[:-1]}, in local files.")
+        raise ValueError(f"{_unknown(name, [*DEFINITIONS, *ARTICLE_TASKS])[:-1]}, in local files.")
     definition = DEFINITIONS[name]
     path = _file(data_dir, name, "jsonl")
-    documents = read(path, definition)
+    documents = read(path, definition, authors)
     if definition.of_harness:
         folder = Path(lm_eval.tasks.__file__).parent
         config = load_yaml(folder / definition.of_harness, resolve_func=True)
     else:
         config = definition.own
+    if authors:
+        config = config | definition.authors
+        if all("prompt" in document for document in documents):  # with its example
+            config |= {"doc_to_text": lambda doc: doc["prompt"], "num_fewshot": 0}
     shots = config.get("num_fewshot") or 0
     if len(documents) <= shots:
         raise ValueError(
@@ -160,8 +215,11 @@ def _table(documents: list[dict], path: Path) -> datasets.Dataset:
         raise ValueError(f"{path}: the items do not have one form ({why}).") from problem
 
 
-def read(path: Path, definition: Definition) -> list[dict]:
-    """Documents of a file of JSON lines; errors name the file, line and field."""
+def read(path: Path, definition: Definition, authors: bool = False) -> list[dict]:
+    """Documents of a file of JSON lines; errors name the file, line and field.
+
+    With `authors`, the file may also be one that GRIFFIN's authors made, of whole prompts.
+    """
     documents = []
     # (Not by splitlines, to which characters within a text may be ends of lines.)
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -169,9 +227,11 @@ def read(path: Path, definition: Definition) -> list[dict]:
             continue
         where = f"{path}, line {number}"
         row = _parsed(line, where)
-        for name, kind in definition.fields.items():
+        theirs = authors and bool(definition.authors) and "summary_gt" in row
+        fields = THEIR_FIELDS if theirs else definition.fields
+        for name, kind in fields.items():
             if name not in row:
-                expected = ", ".join(definition.fields)
+                expected = ", ".join(fields)
                 raise ValueError(f"{where}: the field {name!r} is missing (expected {expected}).")
             if not isinstance(row[name], kind):
                 got = type(row[name]).__name__
@@ -179,7 +239,8 @@ def read(path: Path, definition: Definition) -> list[dict]:
             if why := _unusable(row[name], _DEEPEST):
                 raise ValueError(f"{where}: field {name!r}: {why}.")
         try:
-            documents.append(definition.document({key: row[key] for key in definition.fields}))
+            own = {key: row[key] for key in fields}
+            documents.append(their_document(own) if theirs else definition.document(own))
         except ValueError as problem:
             raise ValueError(f"{where}: {problem}.") from problem
     if not documents:
@@ -232,7 +293,16 @@ def _file(data_dir: Path, name: str, suffix: str) -> Path:
     return there[0]
 
 
-def _articles(data_dir: Path | None) -> list[str]:
+def _texts_of(kind: str, data_dir: Path | None) -> list[str]:
+    """The articles of "wikitext" or of "news"."""
+    if kind == "wikitext":
+        return _wikitext(data_dir)
+    name = "cnn_dailymail"
+    task = _of_hub(name, False)[name] if data_dir is None else _local(name, data_dir)
+    return [document["article"] for document in task.eval_docs]
+
+
+def _wikitext(data_dir: Path | None) -> list[str]:
     """WikiText's articles: a line with one equals sign on either side opens each."""
     if data_dir is not None:
         path = _file(data_dir, "wikitext", "txt")

@@ -18,6 +18,7 @@ from flocking.pruning.lost import Lost, measure_lost
 from flocking.pruning.methods import METHODS, WITH_REFERENCE
 from flocking.pruning.parts import are_pruned
 from flocking.pruning.places import refuse_existing
+from flocking.pruning.predictions import Compared, compare_predictions
 from flocking.pruning.scoring import (
     Protocol,
     cut_of,
@@ -38,6 +39,7 @@ __all__ = [
     "MEASURED",
     "METHODS",
     "WITH_REFERENCE",
+    "Compared",
     "Decoder",
     "Exported",
     "Lost",
@@ -49,6 +51,7 @@ __all__ = [
     "calibration_texts",
     "check_refresh",
     "check_scope",
+    "compare_predictions",
     "cut_of",
     "export",
     "export_gguf",

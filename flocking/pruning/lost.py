@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,11 +23,11 @@ from flocking.models import (
     undisturbed,
 )
 from flocking.pruning.halves import piece_length, special_tokens
+from flocking.pruning.predictions import compare_predictions
 from flocking.pruning.twin import Twin
 
 _RESAMPLES = 2000
 _FEWEST = 3  # texts, for an interval
-_TOGETHER = 128  # tokens whose distributions over the vocabulary are in memory at once
 
 
 @dataclass(frozen=True)
@@ -172,18 +171,14 @@ def _logits(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Tensor]) -> T
 def _compared(full: Tensor, pruned: Tensor, ids: Tensor) -> _Sums:
     """Compare logits of the same tokens, both (token, vocabulary)."""
     following = ids[0, 1:]
-    sums = np.zeros(4)
-    for start in range(0, len(following), _TOGETHER):
-        part = slice(start, start + _TOGETHER)
-        ours, theirs = (x[part].to("cpu", torch.float32).log_softmax(-1) for x in (full, pruned))
-        right = following[part, None]
-        sums += [
-            -float(ours.gather(1, right).double().sum()),
-            -float(theirs.gather(1, right).double().sum()),
-            float((ours.argmax(1) == theirs.argmax(1)).sum()),
-            float(kl_div(theirs, ours, log_target=True, reduction="none").double().sum()),
-        ]
-    return _Sums(len(following), *sums)
+    ours, theirs = (compare_predictions(full, logits, following) for logits in (full, pruned))
+    return _Sums(
+        len(following),
+        -float(ours.log_likelihood.sum()),
+        -float(theirs.log_likelihood.sum()),
+        float(theirs.agrees.sum()),
+        float(theirs.divergence.sum()),
+    )
 
 
 def _summed(read: list[_Sums]) -> Lost:

@@ -101,11 +101,14 @@ def test_names_are_those_that_are_accepted() -> None:
 def test_names_of_evaluation_are_those_that_are_accepted(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     from flocking.evaluation.definitions import DEFINITIONS
-    from flocking.evaluation.domain import OF_DOMAIN
-    from flocking.evaluation.plan import CHOICES, Plan
+    from flocking.evaluation.plan import Plan
+    from flocking.evaluation.tasks import ARTICLE_TASKS
+    from flocking.evaluation.variants import CHOICES, OF_DOMAIN, variants_of
 
-    assert {*choices.TASKS} == {*DEFINITIONS, "wikitext"}
-    assert {*choices.EVALUATED} == {*CHOICES, *OF_DOMAIN}
+    assert {*choices.TASKS} == {*DEFINITIONS, *(t for t in ARTICLE_TASKS if "_" not in t)}
+    numbered = {name for name in choices.EVALUATED if name[-1].isdigit()}
+    assert {*choices.EVALUATED} - numbered == {*CHOICES, *OF_DOMAIN}
+    assert len(variants_of(numbered, [0.5])) == 1 + len(numbered)
     for protocol in choices.PROTOCOLS:
         Plan(["piqa"], methods=["topk"], densities=[0.5], protocol=protocol)
 

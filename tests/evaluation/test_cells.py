@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -15,10 +16,13 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from transformers import AutoTokenizer
 
-from flocking.evaluation import runner
-from flocking.evaluation.cells import Cell, Cells
+from flocking.artifacts import checksum
+from flocking.evaluation import blocks, items, runner, twins
+from flocking.evaluation.blocks import Block
+from flocking.evaluation.cells import Cells, cells_of
 from flocking.evaluation.harness import GriffinLM
-from flocking.evaluation.plan import FULL, Plan
+from flocking.evaluation.plan import Plan
+from flocking.evaluation.variants import FULL
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
 
@@ -30,36 +34,73 @@ def test_goes_on_where_it_was(
 ) -> None:
     options = {"methods": ["random"], "limit": {"piqa": 2}, "cells": Cells(tmp_path, "one")}
     ran: list[str] = []
-    run = Cell.run
 
-    def interrupted(cell: Cell, *args: object) -> pd.DataFrame:
-        if len(ran) == 2:
+    def interrupted(lm: object, block: Block, *args: object) -> object:
+        if len(ran) == 1:
             raise KeyboardInterrupt
-        ran.append(f"{cell.variant} {cell.question.name}")
-        return run(cell, *args)
+        ran.append(block.name)
+        return items.ask(lm, block, *args)
 
-    monkeypatch.setattr(Cell, "run", interrupted)
+    monkeypatch.setattr(runner, "ask", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(["piqa", "boolq"], **options)
-    assert ran == ["full piqa", "full boolq"]
-    kept = sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir())
-    assert kept == ["boolq-full", "piqa-full"]
-    monkeypatch.setattr(Cell, "run", run)
+    assert ran == ["piqa, items 0 to 1"]
+    kept = [path.name.rpartition("-")[0] for path in tmp_path.iterdir()]
+    assert kept == ["piqa-00000-00001"]
+    monkeypatch.setattr(runner, "ask", items.ask)
     lines: list[str] = []
     first = evaluate(["piqa", "boolq"], **options, say=lines.append)
     assert lines[0] == "2 of 4 cells are there already."
-    assert lines[-1].startswith("[4/4] random@0.5 on boolq: acc ")
+    assert lines[1].startswith("2 cells are to be computed, in about ")
+    assert re.fullmatch(r"\[4/4\] boolq, items 0 to 1: \d+ s; done", lines[2])
+    assert lines[3].startswith("full on boolq: acc ")
     lines.clear()
     pd.testing.assert_frame_equal(evaluate(["piqa", "boolq"], **options, say=lines.append), first)
     assert lines == ["4 of 4 cells are there already."]
-    # What numbers depend on makes other cells of them; the full model draws nothing from a seed.
-    for changed in ({"cells": Cells(tmp_path, "two")}, {"seed": 1}, {"limit": {"piqa": 1}}):
+    # What numbers depend on makes other cells of them.
+    for changed in ({"cells": Cells(tmp_path, "two")}, {"seed": 1}):
         lines.clear()
         evaluate(["piqa", "boolq"], **{**options, **changed}, say=lines.append)
         assert "4 of 4" not in lines[0]
         lines.clear()  # and destroys none
         evaluate(["piqa", "boolq"], **options, say=lines.append)
         assert lines == ["4 of 4 cells are there already."]
+
+
+def test_more_methods_and_items_compute_only_what_is_missing(
+    quick: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method more: that method. Items more: those in new blocks, and the block that grew."""
+    asked: list[tuple[str, int]] = []
+
+    def noted(lm: object, block: Block, models: list, *args: object) -> object:
+        asked.append((block.name, len(models)))
+        return items.ask(lm, block, models, *args)
+
+    monkeypatch.setattr(runner, "ask", noted)
+    monkeypatch.setattr(blocks, "_ITEMS", 2)
+    cells = Cells(tmp_path, "one")
+    quick(["hellaswag"], methods=["topk"], limit=2, cells=cells)
+    quick(["hellaswag"], methods=["topk", "magnitude"], limit=2, cells=cells)
+    found = quick(["hellaswag"], methods=["topk", "magnitude"], limit=3, cells=cells)
+    first, second = "hellaswag, items 0 to 1", "hellaswag, items 2 to 2"
+    assert asked == [(first, 2), (first, 1), (second, 3)]
+    expected = quick(["hellaswag"], methods=["topk", "magnitude"], limit=3)
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_blocks_change_nothing(quick: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do the groups of variants whose twins are in memory together."""
+    options = {"methods": ["topk", "random", "static"], "calibration": ["The sun rose. " * 9]}
+    tasks = ["piqa", "boolq", "xsum"]
+    expected = quick(tasks, **options)
+    for name in ("_ITEMS", "_ITEMS_WRITTEN"):
+        monkeypatch.setattr(blocks, name, 1)
+    monkeypatch.setattr(twins, "_free", lambda device: 0)
+    found = quick(tasks, **options)
+    keys = ["task", "method", "metric", "item"]
+    found, expected = (table.sort_values(keys, ignore_index=True) for table in (found, expected))
+    pd.testing.assert_frame_equal(found, expected)
 
 
 @pytest.fixture
@@ -80,32 +121,33 @@ def test_a_broken_cell_is_named_and_computed_again(quick: Callable, tmp_path: Pa
     lines: list[str] = []
     options = {"methods": ["random"], "limit": 1, "cells": Cells(tmp_path, "one")}
     first = quick(["piqa"], **options)
-    (broken,) = tmp_path.glob("piqa-full-*")
-    written = broken.read_text()
-    assert '"value": [1.0' in written or '"value": [0.0' in written
-    for text, why in (
-        ("mine", "cannot be read .*, and is set aside as piqa-full-.*.json.set-aside"),
-        ("", "cannot be read"),
+    (broken,) = tmp_path.iterdir()
+    written = broken.read_bytes()
+    plain = gzip.decompress(written).decode()
+    assert '"value": [1.0' in plain or '"value": [0.0' in plain
+    other = gzip.compress(b'{"key": "", "cells": {"task": [1]}}')
+    for content, why in (
+        (b"mine", "cannot be read .*, and is set aside as piqa-.*.json.gz.set-aside"),
+        (b"", "cannot be read"),
         (written[:-9], "cannot be read"),
-        ('{"key": "", "rows": {"task": [1]}}', "is not a cell of an evaluation"),
-        (written.replace('"value": [', '"value": [9'), "was changed after it was written"),
+        (gzip.compress(plain[:-9].encode()), "cannot be read"),
+        (other, "is not a block of an evaluation"),
+        (
+            gzip.compress(plain.replace('"value": [', '"value": [9').encode()),
+            "was changed after it was written",
+        ),
     ):
-        broken.write_text(text)
+        broken.write_bytes(content)
         lines.clear()
         again = quick(["piqa"], **options, say=lines.append)
         pd.testing.assert_frame_equal(again, first)
         assert re.search(f"{broken}.*{why}", lines[0]), lines[0]
-        assert lines[1] == "1 of 2 cells are there already."
-        assert lines[2].startswith("[2/2] full on piqa")
-    aside = sorted(path.read_text() for path in tmp_path.glob("*.set-aside*"))
-    assert aside == sorted(["mine", "", written[:-9], '{"key": "", "rows": {"task": [1]}}'])
-    # As an earlier version wrote it, without a checksum.
-    content = json.loads(written)
-    del content["checksum"]
-    broken.write_text(json.dumps(content))
-    lines.clear()
-    quick(["piqa"], **options, say=lines.append)
-    assert lines == ["2 of 2 cells are there already."]
+        assert lines[1].startswith("2 cells are to be computed")
+        assert lines[2].startswith("[2/2] piqa, items 0 to 0")
+    aside = {path.read_bytes() for path in tmp_path.glob("*.set-aside*")}
+    assert {b"mine", b"", written[:-9], other} < aside
+    assert broken.read_bytes() != written  # (it was computed at another time)
+    assert gzip.decompress(broken.read_bytes())[:200] == plain[:200].encode()
 
 
 def test_two_runs_read_each_others_cells(
@@ -113,22 +155,21 @@ def test_two_runs_read_each_others_cells(
 ) -> None:
     """While the first computes a cell, another run finishes the one that comes after it."""
     options = {"methods": [], "limit": 1}
-    cells = Cells(tmp_path, "one")
-    run, ran = Cell.run, []
+    cells, ran = Cells(tmp_path, "one"), []
 
-    def other(cell: Cell, *args: object) -> pd.DataFrame:
-        ran.append(cell.question.name)
+    def other(lm: object, block: Block, *args: object) -> object:
+        ran.append(block.question.name)
         if ran == ["piqa"]:
             quick(["boolq"], cells=cells, **options)
-        return run(cell, *args)
+        return items.ask(lm, block, *args)
 
-    monkeypatch.setattr(Cell, "run", other)
+    monkeypatch.setattr(runner, "ask", other)
     lines: list[str] = []
     found = quick(["piqa", "boolq"], cells=cells, **options, say=lines.append)
     assert ran == ["piqa", "boolq"]  # each once
-    assert lines[-1] == "[2/2] full on boolq: another run has finished it meanwhile."
+    assert lines[-1] == "boolq, items 0 to 0: another run has finished it meanwhile."
     assert set(found["task"]) == {"piqa", "boolq"}
-    monkeypatch.setattr(Cell, "run", run)
+    monkeypatch.setattr(runner, "ask", items.ask)
     pd.testing.assert_frame_equal(quick(["piqa", "boolq"], **options), found)
 
 
@@ -138,7 +179,9 @@ def test_another_tokenizer_makes_another_cell(embedded: tuple, tmp_path: Path) -
 
     def key(other: object) -> str:
         lm = GriffinLM(model, tokenizer=other, method="full")
-        return Cell.of(lm, plan.questions()[0], FULL, Cells(tmp_path, "one")).key.inputs
+        first = blocks.blocks_of(lm, plan.questions()[0], 1)
+        ((cell,),) = cells_of(lm, first, {FULL: ()}, "one")
+        return cell.key.inputs
 
     keys = [key(tokenizer)]
     for added in (None, "<new>"):
@@ -151,14 +194,19 @@ def test_another_tokenizer_makes_another_cell(embedded: tuple, tmp_path: Path) -
     assert len(set(keys)) == 3
 
 
-def altered(folder: Path, **parts: object) -> None:
-    """Give all cells in a folder other keys, or parts of keys, and other names."""
+def altered(folder: Path, inputs: str = "", **parts: object) -> None:
+    """Give all cells in a folder other keys, and their files other names."""
     for path in list(folder.iterdir()):
-        content = json.loads(path.read_text())
-        content["key"] = parts.get("key") or content["key"] | parts
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        content["key"] |= parts
+        for cell in content["cells"]:
+            cell["inputs"] = inputs or cell["inputs"]
+        content["checksum"] = checksum({"cells": content["cells"]})
         path.unlink()
         stem = path.name.rpartition("-")[0]
-        (folder / f"{stem}-01234567.json").write_text(json.dumps(content))
+        (folder / f"{stem}-01234567.json.gz").write_bytes(
+            gzip.compress(json.dumps(content).encode())
+        )
 
 
 def test_cells_of_older_code_are_kept_when_told(evaluate: Callable, tmp_path: Path) -> None:
@@ -172,7 +220,7 @@ def test_cells_of_older_code_are_kept_when_told(evaluate: Callable, tmp_path: Pa
     lines.clear()
     kept = evaluate(["piqa", "boolq"], cells=keeping, **options)
     assert lines[0] == "2 of 4 cells are there already, 2 of them of older code."
-    assert len([line for line in lines if line.startswith("[")]) == 2
+    assert [line[:5] for line in lines if line.startswith("[")] == ["[4/4]"]
     older = kept.groupby("task")["older"].unique()
     assert older["boolq"].tolist() == [""]
     assert [code.partition(", run 20")[0] for code in older["piqa"]] == ["01234567"]
@@ -198,15 +246,5 @@ def test_other_cells_are_never_kept(evaluate: Callable, tmp_path: Path, parts: d
     altered(tmp_path, **parts)
     lines: list[str] = []
     evaluate(["piqa"], **options, say=lines.append)
-    assert len(lines) == 1
-    assert lines[0].startswith("[1/1] full on piqa")
-
-
-def test_a_cell_with_a_key_of_one_part_is_stale(evaluate: Callable, tmp_path: Path) -> None:
-    options = {"methods": [], "limit": 1, "cells": Cells(tmp_path, "one", keep_older=True)}
-    evaluate(["piqa"], **options)
-    altered(tmp_path, key="0123456789abcdef")
-    lines: list[str] = []
-    evaluate(["piqa"], **options, say=lines.append)
-    assert lines[0].startswith("1 cells have a key that is not in three parts")
-    assert lines[1].startswith("[1/1] full on piqa")
+    assert lines[0].startswith("1 cells are to be computed")
+    assert lines[1].startswith("[1/1] piqa, items 0 to 0")

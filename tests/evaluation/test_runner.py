@@ -15,12 +15,11 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from flocking.artifacts import Key  # noqa: E402
-from flocking.evaluation import runner  # noqa: E402
-from flocking.evaluation.cells import Cell  # noqa: E402
+from flocking.evaluation import blocks, runner  # noqa: E402
 from flocking.evaluation.definitions import rouge  # noqa: E402
 from flocking.evaluation.harness import GriffinLM  # noqa: E402
-from flocking.evaluation.plan import FULL, Plan, Question  # noqa: E402
+from flocking.evaluation.items import ask  # noqa: E402
+from flocking.evaluation.plan import Plan, Question  # noqa: E402
 from flocking.evaluation.tasks import find, quiet  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
@@ -124,13 +123,12 @@ def test_last_token_is_a_direct_computation(embedded: tuple, evaluate: Callable)
 def test_an_item_without_a_prompt_is_named(embedded: tuple, tmp_path: Path) -> None:
     item = {"passage": "", "question": "", "label": True}
     (tmp_path / "boolq.jsonl").write_text(json.dumps(item) + "\n")
-    task = find(["boolq"], tmp_path)
-    for one in task.values():
-        one.set_config(key="doc_to_text", value=lambda doc: "")
+    (task,) = find(["boolq"], tmp_path).values()
+    task.set_config(key="doc_to_text", value=lambda doc: "")
+    lm = GriffinLM(embedded[0], tokenizer=embedded[1], method="full")
+    (block,) = blocks.blocks_of(lm, Question("boolq", task, "last-token", 1), 8)
     with pytest.raises(ValueError, match=r"boolq, item 0: protocol='last-token' needs a token"):
-        Cell(Question("boolq", task["boolq"], "last-token", 1), FULL, Key("", "", {}), None).run(
-            GriffinLM(embedded[0], tokenizer=embedded[1], method="full"), print
-        )
+        ask(lm, block, [lm.full])
 
 
 def test_says_what_is_too_long(embedded: tuple, tmp_path: Path) -> None:
@@ -140,7 +138,7 @@ def test_says_what_is_too_long(embedded: tuple, tmp_path: Path) -> None:
     (tmp_path / "boolq.jsonl").write_text(json.dumps(item) + "\n")
     plan = Plan(["boolq"], methods=[], data_dir=tmp_path)
     found = runner.evaluate(model, tokenizer, plan, say=lines.append)
-    assert lines[0] == "boolq: 1 of 1 items are too long, and lost their beginning."
+    assert lines[-1] == "boolq: 1 of 1 items are too long, and lost their beginning."
     assert found["left_out"].item() > 0
     assert found["prompt_tokens"].item() == model.config.max_position_embeddings
 

@@ -1,0 +1,114 @@
+"""The twins of an evaluation's variants, made when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import psutil
+import torch
+import xarray as xr
+from transformers import PreTrainedModel
+
+from flocking.artifacts import checksum
+from flocking.evaluation.harness import GriffinLM
+from flocking.evaluation.variants import FULL, Variant
+from flocking.feedforward import feedforwards
+from flocking.models import byte_count
+from flocking.pruning import griffin
+
+_SHARE_OF_MEMORY = 0.6  # of what is free, for twins: caches and logits need the rest
+Texts = Sequence[str] | Sequence[list[int]]
+
+
+class Twins:
+    """Twins of one model, each made once as long as it is used.
+
+    Parameters
+    ----------
+    lm : GriffinLM
+        Whose full model they are twins of.
+    """
+
+    def __init__(self, lm: GriffinLM) -> None:
+        self._lm = lm
+        self._made: dict[tuple[Variant, str], PreTrainedModel] = {}
+        self._references: dict[str, xr.DataArray] = {}
+
+    def keep(self, wanted: Iterable[tuple[Variant, Texts]]) -> None:
+        """Drop those that are not among the ones wanted."""
+        names = {self._named(*each) for each in wanted}
+        self._made = {name: twin for name, twin in self._made.items() if name in names}
+        texts = {digest for _, digest in names}
+        self._references = {d: kept for d, kept in self._references.items() if d in texts}
+
+    def of(self, variant: Variant, texts: Texts) -> PreTrainedModel:
+        """The model that answers as a variant; `texts` are those of its static statistic."""
+        if variant == FULL:
+            return self._lm.full
+        name = self._named(variant, texts)
+        if name not in self._made:
+            self._made[name] = self._make(variant, texts, name[1])
+        return self._made[name]
+
+    def unread(self, wanted: Iterable[tuple[Variant, Texts]]) -> int:
+        """Tokens that static statistics are still to be made from."""
+        texts = {self._named(*each)[1]: each[1] for each in wanted}
+        left = [found for digest, found in texts.items() if digest not in {"", *self._references}]
+        return sum(len(row) for found in left for row in self._lm.tokens_of(found))
+
+    def read(self, wanted: Iterable[tuple[Variant, Texts]]) -> None:
+        """Make the static statistics that variants need."""
+        for variant, texts in wanted:
+            _, digest = self._named(variant, texts)
+            if digest and digest not in self._references:
+                self._references[digest] = self._lm.reference_of(texts)
+
+    def _named(self, variant: Variant, texts: Texts) -> tuple[Variant, str]:
+        return variant, checksum(list(texts)) if variant.twinned.needs_texts else ""
+
+    def _make(self, variant: Variant, texts: Texts, digest: str) -> PreTrainedModel:
+        wanted = variant.twinned
+        self.read([(variant, texts)])
+        return griffin(
+            self._lm.full,
+            wanted.density,
+            method=wanted.method,
+            scope="shared" if wanted.texts > 1 else "sequence",
+            reference=self._references.get(digest),
+            seed=self._lm.seed,
+            refresh=wanted.refresh,
+        )
+
+
+def in_memory(model: PreTrainedModel, variants: Iterable[Variant]) -> list[list[Variant]]:
+    """Variants of a model in groups whose twins fit in memory together."""
+    room = _SHARE_OF_MEMORY * _free(model.device)
+    groups: list[list[Variant]] = []
+    left = 0.0
+    for variant in variants:
+        size = 0.0 if variant == FULL else variant.density * ff_bytes(model)
+        if not groups or size > left:
+            groups.append([])
+            left = room
+        groups[-1].append(variant)
+        left -= size
+    return groups
+
+
+def ff_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights of a model's FF blocks."""
+    parts = [
+        part
+        for block in feedforwards(model)
+        for part in (block.up, block.gate, block.down)
+        if part is not None
+    ]
+    weights = {id(weight): weight for part in parts for weight in part.parameters()}
+    return sum(map(byte_count, weights.values()))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that are free where a model is."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,219 @@
+"""The protocol of GRIFFIN's authors, held against their program written anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import helpers
+import pandas as pd
+import pytest
+import torch
+import transformers as tf
+from tokenizers.processors import TemplateProcessing
+
+import flocking
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+pytest.importorskip("rouge", reason="rouge is not installed")
+
+from flocking.evaluation import runner
+from flocking.evaluation.cells import Cells
+from flocking.evaluation.plan import Plan
+from flocking.evaluation.tasks import find
+
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
+
+TASKS = Path(__file__).parents[1] / "tasks"
+
+
+@pytest.fixture(scope="module")
+def opening(embedded: tuple) -> tf.PreTrainedTokenizerBase:
+    """A tokenizer that opens every text with a token, as that of Llama 2 does."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(embedded[1].name_or_path)
+    token = tokenizer.eos_token
+    tokenizer.bos_token = token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.eos_token_id
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(opening: tf.PreTrainedTokenizerBase) -> tf.PreTrainedModel:
+    built = helpers.build("llama", vocab_size=len(opening), max_position_embeddings=512)
+    built.generation_config.eos_token_id = opening.eos_token_id
+    return built
+
+
+def theirs(
+    subject: tf.PreTrainedModel,
+    tokenizer: tf.PreTrainedTokenizerBase,
+    requests: list[dict],
+    greedy: bool,
+    special: bool = False,
+) -> dict[int, dict]:
+    """The loop of their program, with their fields, but for the seed, which is set each time."""
+    from rouge import Rouge
+
+    found = {}
+    for number, request in enumerate(requests):
+        ids = tokenizer(
+            request["article"], add_special_tokens=special, return_tensors="pt"
+        ).input_ids
+        if len(ids[0]) > 512 - 128:
+            continue
+        with torch.random.fork_rng():
+            torch.manual_seed(42)
+            output = subject.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_length=128 + len(ids[0]),
+                temperature=0.3,
+                top_k=0,
+                top_p=1,
+                do_sample=not greedy,
+                num_return_sequences=1,
+                pad_token_id=0,
+            )
+        text = tokenizer.decode(output.squeeze(0)[len(ids[0]) :])
+        text = text[: text.find("###")]
+        scores = Rouge().get_scores(text, request["summary_gt"])[0]
+        found[number] = {"ids": len(ids[0]), **{n: scores[n]["f"] for n in scores}}
+    return found
+
+
+def written(folder: Path) -> list[dict]:
+    passages = flocking.passages()
+    requests = [
+        {
+            "article": f"###\nArticle: {passage[:size]}\n\nSummarize the above article in 1 "
+            "sentence.\n",
+            "summary_gt": passage[200:400],
+        }
+        for passage, size in zip(passages[:4], (300, 4000, 500, 400), strict=True)
+    ]
+    (folder / "xsum_1shot.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    return requests
+
+
+@pytest.mark.parametrize("protocol", ["authors", "authors-greedy"])
+def test_summaries_are_those_of_their_program(
+    model: tf.PreTrainedModel, opening: tf.PreTrainedTokenizerBase, tmp_path: Path, protocol: str
+) -> None:
+    """Full and pruned, sampled and greedy, also where a run goes on; long items are skipped."""
+    requests = written(tmp_path)
+    lines: list[str] = []
+    plan = Plan(["xsum"], methods=["topk"], protocol=protocol, data_dir=tmp_path)
+    assert plan.questions()[0].limit == 1000
+    options = {"batch_size": 8, "cells": Cells(tmp_path / "cells", "one")}
+    found = runner.evaluate(model, opening, plan, say=lines.append, **options)
+    assert lines[0] == "xsum: 1 of 4 items are too long, and are skipped."
+    for subject, method in ((model, "full"), (flocking.griffin(model), "topk")):
+        expected = theirs(subject, opening, requests, protocol == "authors-greedy")
+        assert set(expected) == {0, 2, 3}
+        rows = found[found["method"] == method]
+        assert set(rows["item"]) == set(expected)
+        for row in rows.itertuples():
+            name = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}[row.metric]
+            assert row.value == expected[row.item][name]
+            assert row.prompt_tokens == expected[row.item]["ids"]
+    pd.testing.assert_frame_equal(runner.evaluate(model, opening, plan, **options), found)
+
+
+def test_gemmas_prompts_are_opened(opening: tf.PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    gemma = helpers.build("gemma3", vocab_size=len(opening), max_position_embeddings=512)
+    requests = written(tmp_path)[:1]
+    plan = Plan(["xsum"], methods=[], protocol="authors-greedy", limit=1, data_dir=tmp_path)
+    found = runner.evaluate(gemma, opening, plan)
+    expected = theirs(gemma, opening, requests, greedy=True, special=True)
+    assert set(found["prompt_tokens"]) == {expected[0]["ids"]}
+
+
+def test_classification_is_by_the_last_token_without_an_opening(
+    model: tf.PreTrainedModel, opening: tf.PreTrainedTokenizerBase
+) -> None:
+    """Their forward keeps neurons by all tokens fed but the last, for which it masks the others."""
+    plan = Plan(["piqa"], methods=["topk"], protocol="authors", data_dir=TASKS)
+    found = runner.evaluate(model, opening, plan)
+    twin = flocking.griffin(model)
+    for row, line in enumerate((TASKS / "piqa.jsonl").read_text().splitlines()):
+        item = json.loads(line)
+        context = f"Question: {item['context']}\nAnswer:"
+        sums = []
+        for choice in item["choices"]:
+            ids = opening(context + f" {choice}", add_special_tokens=False)["input_ids"]
+            head = len(opening(context, add_special_tokens=False)["input_ids"])
+            scores = flocking.score(twin, ids[:head], ids[head:], protocol="last-token")
+            sums.append(float(scores.sum()))
+        own = found[(found["item"] == row) & (found["method"] == "topk")].set_index("metric")
+        assert own.loc["acc", "value"] == (sums.index(max(sums)) == item["label"])
+        assert own.loc["acc", "pruned"] == 2
+
+
+def test_cnn_dailymail_is_shown_an_example(tmp_path: Path) -> None:
+    rows = [{"article": f"Birds number {n}.", "summary": f"Birds {n}."} for n in range(3)]
+    (tmp_path / "cnn_dailymail.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (task,) = find(["cnn_dailymail"], tmp_path, authors=True).values()
+    task.set_fewshot_seed(1234)
+    task.build_all_requests(limit=1)
+    (prompt, options) = task.instances[0].args
+    ask = "\n\nSummarize the above article in 3 sentences.\n"
+    assert prompt in {
+        f"###\nArticle: Birds number {n}.{ask}Birds {n}.\n\n###\nArticle: Birds number 0.{ask}"
+        for n in (1, 2)
+    }
+    assert options["max_gen_toks"] == 128
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "match"),
+    [
+        (["wikitext_16"], {}, "the authors' protocol does not say how wikitext_16 is asked: it is"),
+        (["gsm8k"], {}, "does not say how gsm8k is asked: it is for xsum, cnn_dailymail, and for"),
+        (["piqa"], {"protocol": {"": "authors", "piqa": "context"}}, "give no other beside it"),
+        (["piqa"], {"protocol": {"piqa": "authors"}}, "is for all tasks: give no other beside it"),
+        (["piqa"], {"protocol": "author"}, "choose from context, last-token, authors, authors-gr"),
+    ],
+)
+def test_refuses(tasks: list[str], options: dict, match: str, tmp_path: Path) -> None:
+    (tmp_path / "wikitext.txt").write_text(" = One = \n short\n")
+    example = {"question": "How many birds?", "answer": "#### 3"}
+    (tmp_path / "gsm8k.jsonl").write_text("\n".join([json.dumps(example)] * 8))
+    with pytest.raises(ValueError, match=match):
+        Plan(tasks, data_dir=tmp_path, **{"protocol": "authors", **options}).questions()
+
+
+def test_refuses_a_model_without_room(opening: tf.PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    short = helpers.build("llama", vocab_size=len(opening), max_position_embeddings=160)
+    written(tmp_path)
+    plan = Plan(["xsum"], methods=[], protocol="authors", data_dir=tmp_path)
+    match = r"xsum: the model's context of 160 tokens has no room for a prompt, the shortest of wh"
+    with pytest.raises(ValueError, match=match):
+        runner.evaluate(short, opening, plan)
+
+
+def test_texts_without_words_have_no_score() -> None:
+    from flocking.evaluation.authors import _scores
+
+    for text in ("", ".", "..."):
+        assert _scores(text, "birds sing") == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
+
+
+def test_names_the_package_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, cleared: Callable[[], None]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "rouge", None)
+    with pytest.raises(ValueError, match="by the package rouge: pip install rouge"):
+        Plan(["piqa"], protocol="authors", data_dir=TASKS).questions()
+
+
+@pytest.fixture
+def cleared() -> object:
+    from flocking.evaluation.protocols import rouge_scorer
+
+    rouge_scorer.cache_clear()
+    yield
+    rouge_scorer.cache_clear()

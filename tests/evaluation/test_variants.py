@@ -1,0 +1,182 @@
+"""Variants of a model: their names, their twins, and that they share what they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import helpers
+import pandas as pd
+import pytest
+
+import flocking
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from flocking.evaluation import estimate, runner, twins
+from flocking.evaluation.blocks import blocks_of
+from flocking.evaluation.harness import GriffinLM
+from flocking.evaluation.plan import Plan
+from flocking.evaluation.sharing import Shared
+from flocking.evaluation.variants import FULL, Twinned, Variant, variants_of
+
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
+
+TASKS = Path(__file__).parents[1] / "tasks"
+
+
+@pytest.fixture(scope="module")
+def small(embedded: tuple) -> tuple:
+    """A tiny model with a real tokenizer."""
+    tokenizer = embedded[1]
+    return helpers.build(
+        "llama", vocab_size=len(tokenizer), max_position_embeddings=2048
+    ), tokenizer
+
+
+def test_names() -> None:
+    found = variants_of(["topk", "refreshed-16@0.25", "shared-4", "static-domain"], [0.5])
+    assert list(map(str, found)) == [
+        *("full", "topk@0.5", "refreshed-16@0.25", "shared-4@0.5", "static-domain@0.5")
+    ]
+    assert [variant.twinned for variant in found[1:]] == [
+        Twinned("topk", 0.5),
+        Twinned("topk", 0.25, refresh=16),
+        Twinned("topk", 0.5, texts=4),
+        Twinned("static", 0.5, of_domain=True),
+    ]
+    for wrong in ("refreshed", "refreshed-0", "shared-", "shared-x", "refreshed--4", "topk-4"):
+        with pytest.raises(ValueError, match=f"there is no method '{wrong}': choose from full, "):
+            variants_of([wrong], [0.5])
+
+
+def test_what_is_computed_for_one_is_kept_for_the_others() -> None:
+    models = [object(), object()]
+    ran: list[list[object]] = []
+
+    def compute(asked: list) -> list[int]:
+        ran.append(asked)
+        return [10 * len(ran) + number for number in range(len(asked))]
+
+    shared = Shared(models)
+    assert [shared.of(models[0], "a", compute) for _ in range(2)] == [10, 20]
+    assert [shared.of(models[1], "a", compute) for _ in range(2)] == [11, 21]
+    assert shared.of(models[1], "b", compute) == 31
+    assert ran == [models] * 3
+    stranger = object()
+    assert shared.of(stranger, "a", compute) == 40
+    assert ran[-1] == [stranger]
+
+
+def test_prompts_are_read_once(small: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the full model, whichever task it is, for all variants but those that share a selection.
+
+    Counted are the tokens that go through the full model's first block in pieces.
+    """
+    model, tokenizer = small
+    pieces: list[int] = []
+    lm_head = model.get_output_embeddings()
+    hook = lm_head.register_forward_pre_hook(lambda module, args: pieces.append(args[0].shape[1]))
+    try:
+        counts = []
+        for methods in (["topk"], ["topk", "magnitude", "topk@0.25", "random"]):
+            plan = Plan(["piqa", "xsum"], methods=methods, limit=1, data_dir=TASKS)
+            pieces.clear()
+            runner.evaluate(model, tokenizer, plan, say=lambda line: None)
+            counts.append(sum(count > 20 for count in pieces))
+    finally:
+        hook.remove()
+    assert counts[0] == counts[1] > 0
+
+
+def test_refreshed_and_shared_selections(small: tuple) -> None:
+    """What they write is what their twins write, alone or in batches of so many prompts."""
+    model, tokenizer = small
+    methods = ["refreshed-4", "shared-2", "topk"]
+    plan = Plan(["xsum"], methods=methods, data_dir=TASKS)
+    found = runner.evaluate(model, tokenizer, plan, batch_size=1, say=lambda line: None)
+    lm = GriffinLM(model, tokenizer=tokenizer, method="full")
+    (block,) = blocks_of(lm, plan.questions()[0], 2)
+    for method, options in (
+        ("refreshed-4", {"refresh": 4, "batch_size": 1}),
+        ("shared-2", {"scope": "shared", "batch_size": 2}),
+        ("topk", {"batch_size": 1}),
+    ):
+        one = GriffinLM(model, tokenizer=tokenizer, density=0.5, **options)
+        texts = one.generate_until(list(block.requests), disable_tqdm=True)
+        task = block.question.task
+        for item, (document, text) in enumerate(zip(block.documents, texts, strict=False)):
+            expected = task.process_results(document, [text])
+            rows = found[(found["method"] == method) & (found["item"] == item)]
+            assert dict(zip(rows["metric"], rows["value"], strict=True)) == expected
+
+
+def test_shared_selections_are_for_texts_that_are_written(small: tuple) -> None:
+    lines: list[str] = []
+    plan = Plan(["piqa"], methods=["shared-2"], limit=1, data_dir=TASKS)
+    found = runner.evaluate(*small, plan, say=lines.append)
+    assert lines[0] == "shared-2@0.5 is for tasks that generate: it is not asked of piqa."
+    assert set(found["method"]) == {"full"}
+
+
+def test_twins_are_made_once_and_dropped(small: tuple) -> None:
+    model, tokenizer = small
+    lm = GriffinLM(model, tokenizer=tokenizer, method="full")
+    made = twins.Twins(lm)
+    static, topk = Variant("static", 0.5), Variant("topk", 0.5)
+    one, other = ["The sun rose."], ["To boil an egg, bring water to a boil."]
+    assert made.of(FULL, one) is lm.full
+    assert made.unread([(static, one), (static, other), (topk, one)]) == sum(
+        len(tokenizer(text)["input_ids"]) for text in one + other
+    )
+    first = made.of(static, one)
+    assert made.of(static, one) is first
+    assert made.of(static, other) is not first
+    assert made.of(topk, one) is made.of(topk, other)  # texts make no difference to it
+    assert made.unread([(static, one)]) == 0
+    made.keep([(static, one)])
+    assert made.of(static, one) is first
+    assert made.unread([(static, other)]) > 0
+
+
+def test_groups_that_fit_in_memory(small: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small[0]
+    assert twins.ff_bytes(model) == flocking.griffin(model).report().ff_bytes
+    variants = variants_of(["topk", "random", "magnitude@0.25", "sampled@0.25"], [0.5])
+    monkeypatch.setattr(twins, "_free", lambda device: 10**12)
+    assert twins.in_memory(model, variants) == [variants]
+    room = 0.8 * twins.ff_bytes(model) / twins._SHARE_OF_MEMORY
+    monkeypatch.setattr(twins, "_free", lambda device: room)
+    assert twins.in_memory(model, variants) == [variants[:2], variants[2:4], variants[4:]]
+    monkeypatch.setattr(twins, "_free", lambda device: 0)
+    assert twins.in_memory(model, variants[1:3]) == [[variants[1]], [variants[2]]]
+
+
+def test_work_is_counted(small: tuple, evaluate: Callable) -> None:
+    """Held against what the answers say that they took."""
+    model, tokenizer = small
+    lm = GriffinLM(model, tokenizer=tokenizer, method="full", batch_size=2)
+    plan = Plan(["piqa", "xsum"], methods=[], data_dir=TASKS)
+    piqa, xsum = plan.questions()
+    (block,) = blocks_of(lm, piqa, 40)
+    work = estimate.work_of(lm, block)
+    lm.loglikelihood(list(block.requests), disable_tqdm=True)
+    taken = pd.DataFrame(lm.answered)
+    assert work.shared == taken.groupby("item")["prompt"].first().sum()
+    assert work.tokens == (taken["scored"] - 1).sum()
+    assert work.steps == 0
+    (block,) = blocks_of(lm, xsum, 8)
+    lengths = [len(tokenizer(one.args[0])["input_ids"]) for one in block.requests]
+    assert estimate.work_of(lm, block) == estimate.Work(sum(lengths), 0, 64)
+    assert estimate.work_of(lm, block, texts=1).steps == 64
+    speed = estimate.Speed(token=2.0, step=3.0)
+    assert speed.seconds(estimate.Work(5, 7, 11), variants=2) == 2 * (5 + 14) + 3 * 22
+    assert estimate.speed_of(lm).token > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(3.2, "3 s"), (89, "89 s"), (95, "2 min"), (5000, "83 min"), (9e3, "2.5 h")],
+)
+def test_times_in_words(seconds: float, told: str) -> None:
+    assert estimate.in_words(seconds) == told
