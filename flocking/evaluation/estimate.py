@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from flocking.evaluation.blocks import Block
+from flocking.evaluation.contexts import asked_of, heads
 from flocking.evaluation.harness import GriffinLM
-from flocking.evaluation.likelihoods import asked_of, heads
 from flocking.evaluation.tasks import Articles
 from flocking.evaluation.twins import ff_bytes
 from flocking.evaluation.variants import FULL, Variant

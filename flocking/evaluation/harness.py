@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flocking.artifacts import Key
 from flocking.evaluation.answers import digest_of_weights, use_table
-from flocking.evaluation.likelihoods import Request, asked_of, likelihoods
+from flocking.evaluation.contexts import Request, asked_of, likelihoods
 from flocking.evaluation.sharing import Shared
 from flocking.evaluation.variants import CHOICES
 from flocking.models import (
