@@ -184,8 +184,9 @@ def overlap_by_density(data: xr.Dataset, figure: Figure) -> None:
                 band(here, ax, **look, label=f"density {density}")
             for chance in data.chance.values:
                 guide(chance, ax)
-            ax.set(ylim=(0, 1), title=f"{_NAMES[weights]}, {_TEXTS[name]}")
+            ax.set(ylim=(0, 1), title=_TEXTS[name] if ax in axes[0] else "")
             by_layer([ax])
+        panels[0].set_ylabel(f"{_NAMES[weights]}\noverlap (Jaccard)")
     plain, scaled = axes[2]
     for weights, style in BY_WEIGHTS.items():
         for name, more in (("within", {"marker": "s"}), ("between", {"marker": "o"})):
@@ -197,8 +198,7 @@ def overlap_by_density(data: xr.Dataset, figure: Figure) -> None:
     guide(0, scaled)
     for ax, label in ((plain, "overlap (Jaccard)"), (scaled, "above chance")):
         ax.set(ylim=(-0.02, 1), xlabel="density (fraction kept)", ylabel=label)
-    for ax in axes[:2, 0]:
-        ax.set_ylabel("overlap (Jaccard)")
+        ax.set_xticks(data.density.values)
     legend(upper, axes, ncols=2)
 
 
