@@ -97,7 +97,7 @@ def beside_control(
         parse_math=False,
     )
     room = 0.98 * figure.bbox.width / title.get_window_extent().width
-    title.set_fontsize(min(1, room) * title.get_fontsize())
+    title.set_fontsize(min(1, room) * float(title.get_fontsize()))
     return figure
 
 

@@ -62,7 +62,7 @@ def loss_by_lengths(
     Returns
     -------
     xarray.Dataset
-        At density 0.5, all but the last two (interval, selection, prompt_length, horizon):
+        At density 0.5, the first four (interval, selection, prompt_length, horizon):
         ``perplexity``; ``relative``, its ratio to the full model's on the same tokens;
         ``agreement``, the share of tokens whose likeliest prediction is the full model's;
         ``divergence``, the Kullback-Leibler divergence from its prediction, in nats; and
@@ -70,6 +70,8 @@ def loss_by_lengths(
         static selection. ``by_prompt`` (interval, selection, horizon): the ratio to the full
         model's after the longest prompt, to that after the shortest. ``by_horizon`` (interval,
         selection, prompt_length): that over the longest horizon, to that over the shortest.
+        ``divergence_by_prompt`` and ``divergence_by_horizon``: the same of the divergence, as
+        differences in nats.
 
     Raises
     ------
@@ -112,12 +114,19 @@ def _with_intervals(values: xr.Dataset) -> xr.Dataset:
     data = data.merge(bootstrap(values[["agreement", "divergence"]]))
     excess = values.loss - values.loss.sel(selection="full", drop=True)
     for dim, name in (("prompt_length", "by_prompt"), ("horizon", "by_horizon")):
-        change = excess.isel({dim: -1}, drop=True) - excess.isel({dim: 0}, drop=True)
-        data[name] = exponential(bootstrap(change))
+        data[name] = exponential(bootstrap(_change(excess, dim)))
         data[name].attrs = ratio(f"ratio at the longest {dim} to that at the shortest")
+        data[f"divergence_{name}"] = bootstrap(_change(values.divergence, dim))
+        told = f"divergence at the longest {dim} minus that at the shortest"
+        data[f"divergence_{name}"].attrs = {"long_name": told, "units": "nat"}
     data.agreement.attrs = ratio("predictions that are the full model's")
     data.divergence.attrs = {"long_name": "divergence from the full model", "units": "nat"}
     return data.transpose("interval", "selection", "prompt_length", "horizon")
+
+
+def _change(values: xr.DataArray, dim: str) -> xr.DataArray:
+    """From the shortest to the longest."""
+    return values.isel({dim: -1}, drop=True) - values.isel({dim: 0}, drop=True)
 
 
 def _caption(data: xr.Dataset, name: str, count: int) -> str:
@@ -135,6 +144,10 @@ def _caption(data: xr.Dataset, name: str, count: int) -> str:
         (dim,) = {"prompt_length", "horizon"} & {*values.dims}
         return ", ".join(f"{at}: {said(values, at)}" for at in values[dim].values)
 
+    def divergences(label: str) -> str:
+        values = data.divergence.sel(selection=label, horizon=horizons[-1])
+        return f"{label} {', '.join(f'{at}: {said(values, at)}' for at in lengths)}"
+
     def changes(variable: str) -> str:
         return "; ".join(f"{label} {each(variable, label)}" for label in ("GRIFFIN", "static"))
 
@@ -149,14 +162,10 @@ def _caption(data: xr.Dataset, name: str, count: int) -> str:
         f"perplexity: {'; '.join(corners)}. The ratio to the full model's after {lengths[-1]} "
         f"tokens to that after {lengths[0]}, by horizon: {changes('by_prompt')}. Over "
         f"{horizons[-1]} tokens to that over {horizons[0]}, by prompt: {changes('by_horizon')}. "
-        f"GRIFFIN's divergence from the full model over {horizons[-1]} tokens, in nats: "
-        f"{_divergences(data)}."
+        f"Divergence from the full model over {horizons[-1]} tokens, in nats: "
+        f"{'; '.join(map(divergences, ('GRIFFIN', 'static')))}; minus that over {horizons[0]}: "
+        f"{changes('divergence_by_horizon')}."
     )
-
-
-def _divergences(data: xr.Dataset) -> str:
-    here = data.divergence.sel(selection="GRIFFIN").isel(horizon=-1, drop=True)
-    return ", ".join(f"after {length} {said(here, length)}" for length in here.prompt_length.values)
 
 
 EXPERIMENTS: dict[str, Callable[..., xr.Dataset]] = {loss_by_lengths.__name__: loss_by_lengths}

@@ -137,12 +137,19 @@ def test_predictions_are_compared_with_the_full_models(
         same.append((full.argmax(-1) == own.argmax(-1)).double().numpy())
         divergence.append((full.exp() * (full - own)).sum(-1).numpy())
     got = data.sel(selection=name, prompt_length=length, interval="estimate")
+    means = {}
     for horizon in HORIZONS:
         here = got.sel(horizon=horizon)
         expected = np.array(same)[:, : horizon - 1].mean()
         assert here.agreement == pytest.approx(expected, abs=1e-6)
         expected = np.array(divergence)[:, : horizon - 1].mean()
         assert here.divergence == pytest.approx(expected, rel=1e-3)
+        means[horizon] = expected
+    later = got.divergence_by_horizon
+    assert later == pytest.approx(means[64] - means[16], abs=1e-5)
+    here = data.sel(selection=name, interval="estimate").sel(horizon=64)
+    short, long = (float(here.divergence.sel(prompt_length=one)) for one in LENGTHS)
+    assert here.divergence_by_prompt == pytest.approx(long - short)
 
 
 def test_seed_decides_what_is_random(subject: tuple) -> None:
