@@ -94,15 +94,19 @@ def _with_intervals(values: xr.Dataset) -> xr.Dataset:
     data = bootstrap(values.merge(means.rename({name: f"{name}_mean" for name in means})))
     chance = xr.DataArray(analysis.chance_jaccard(DENSITIES), {"density": DENSITIES}, ("density",))
     for name in OVERLAPS:
-        for mean in ("", "_mean"):
-            above = (data[f"{name}{mean}"] - chance) / (1 - chance)
-            data[f"{name}_above_chance{mean}"] = above
+        data[f"{name}_above_chance"] = _above(data[name], chance)
+        data[f"{name}_above_chance_mean"] = _above(data[f"{name}_mean"], chance)
     for label, variable in data.items():
         scale = ", chance 0" if "above_chance" in str(label) else ""
         variable.attrs = {"long_name": f"Jaccard overlap{scale}", "units": "1"}
     for name in ("gap", "gap_mean"):
         data[name].attrs["long_name"] = "overlap within a text minus that between two"
     return data.assign(chance=chance).transpose("interval", "density", "weights", "layer")
+
+
+def _above(overlap: xr.DataArray, chance: xr.DataArray) -> xr.DataArray:
+    """On the scale where chance is 0 and identical selections are 1."""
+    return (overlap - chance) / (1 - chance)
 
 
 def _caption(data: xr.Dataset, name: str, ids: list[list[int]]) -> str:
