@@ -11,6 +11,7 @@ FIGURES = (
     *("heatmaps", "scores", "sequence_overlap", "generation", "drift", "text_kinds"),
     *("token_order", "loss_by_prompt", "loss_by_density", "loss_by_method", "loss_by_batch"),
     *("loss_by_reference", "loss_by_allocation", "loss_by_distance", "atlas"),
+    *("loss_by_lengths", "overlap_by_density"),
 )
 METHODS = ("topk", "sampled", "half-sampled", "random", "magnitude")
 EVALUATED = (

@@ -117,9 +117,9 @@ def demo(
     Beside it, the same tokens in a network of the same shape with random weights.
     """
     from flocking.artifacts import replacing
-    from flocking.cli.demo import beside_control, by_layer, name_of, print_by_layer
+    from flocking.cli.demo import by_layer, print_by_layer
     from flocking.cli.outputs import refuse_other_than_demos as known
-    from flocking.drawing import save_grain
+    from flocking.cli.pictures import beside_control, name_of, save_picture
     from flocking.recording import write_store
 
     stored, picture = out / "demo.zarr", out / "demo.png"
@@ -145,11 +145,11 @@ def demo(
         other = flocking.record(
             random, ids[at], tokenizer=tokenizer, relative=[shown], progress=False
         ).assign_coords(sequence=["reportage"])
-        figure = beside_control(recording, other, shown, "reportage")
+        figure = beside_control(recording, other, shown, "reportage", "passage 'reportage'")
         origin = {
             key: recording.attrs[key] for key in ("architecture", "dtype", "flocking_version")
         }
-        save_grain(figure, drawn, {"Source": name_of(recording), **origin}, dpi=100)
+        save_picture(figure, drawn, {"Source": name_of(recording), **origin})
     notice(
         f"\nwrote {stored} and {picture}. Next:\n"
         f"  look at {picture}: vertical streaks are neurons that flock, in random weights, too;\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flocking.drawing import titled
 from flocking.recording import not_a_recording, open_recording, refuse_store
 from flocking.texts import dangling, passages
 
@@ -28,6 +29,15 @@ def refuse_other_than_demos(path: Path) -> None:
     if why is not None:
         raise ValueError(
             f"{path} exists and is not from flocking demo ({why}): choose another --out."
+        )
+
+
+def refuse_other_than_heatmaps(path: Path) -> None:
+    """Replace only what an earlier ``flocking heatmap`` wrote."""
+    _refuse_dangling(path)
+    if path.exists() and not (path.is_file() and titled(path, "heatmap")):
+        raise ValueError(
+            f"{path} exists and is not from flocking heatmap: choose another --output."
         )
 
 

@@ -28,6 +28,7 @@ from flocking.recording import record
 EVERY = [16, 64, 256]
 _STEP = 64  # tokens that are averaged over; also after how many hindsight selects anew
 _PROMPTS = [17, 257]
+_AT_A_TIME = 64  # tokens whose predictions are compared together
 
 
 def loss_by_distance(
@@ -109,21 +110,47 @@ def _measured(
     """Of one text: ``loss``, ``agreement`` and ``divergence``, (selection, distance)."""
     twins: dict[str, dict[str, Any]] = {
         "GRIFFIN": {},
-        "full": {},
         **{f"every {n}": {"refresh": n} for n in EVERY},
         "static": {"method": "static", "reference": static},
         "hindsight 64": {"method": _in_hindsight(ahead), "refresh": _STEP},
     }
-    made = (
-        model if name == "full" else griffin(model, DENSITY, **options)
-        for name, options in twins.items()
-    )
+    options = {name: {"density": DENSITY, **each} for name, each in twins.items()}
+    return predictions_of(model, options, ids, prompt)
+
+
+def predictions_of(
+    model: PreTrainedModel, twins: dict[str, dict[str, Any]], ids: Tensor, prompt: int
+) -> xr.Dataset:
+    """What twins predict of one text after its prompt, compared with the full model's predictions.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The full model.
+    twins : dict
+        Arguments of :func:`flocking.griffin`, by the twins' names; one or more. Twins are made,
+        used and forgotten one after the other.
+    ids : Tensor of int64, shape (1, token)
+    prompt : int
+        Tokens that are run in full, once for all.
+
+    Returns
+    -------
+    xarray.Dataset, float64
+        ``loss`` of each token after the prompt, in nats, ``agreement``, 1 where the likeliest
+        prediction is the full model's and 0 elsewhere, and ``divergence``, the Kullback-Leibler
+        divergence from the full model's prediction, in nats; all (selection, distance), the full
+        model first. The prediction at distance 0 is the full model's under all of them.
+    """
+    names = list(twins)
+    names.insert(1, "full")  # the prompt is run with a twin
+    made = (model if name == "full" else griffin(model, **twins[name]) for name in names)
     found = logits_side_by_side(made, ids, prompt)
     (_, first), (_, whole) = next(found), next(found)  # one twin's logits wait for the full model's
     target, full = ids[0, prompt:], whole[0].double().log_softmax(dim=-1)
     rows = [_compared(first[0], full, target), _compared(full, full, target)]
     rows += [_compared(logits[0], full, target) for _, logits in found]
-    labels = {"selection": list(twins), "distance": np.arange(len(target))}
+    labels = {"selection": names, "distance": np.arange(len(target))}
     data = xr.Dataset(
         {
             name: (("selection", "distance"), np.stack([row[name] for row in rows]))
@@ -131,18 +158,22 @@ def _measured(
         },
         labels,
     )
-    return data.sel(selection=["full", *(name for name in twins if name != "full")])
+    return data.sel(selection=["full", *twins])
 
 
 def _compared(logits: Tensor, full: Tensor, target: Tensor) -> dict[str, np.ndarray]:
     """Of each token, from logits (token, vocabulary) and the full model's log-probabilities."""
-    own = logits.double().log_softmax(dim=-1)
-    divergence = (full.exp() * (full - own)).sum(dim=-1)
-    return {
-        "loss": -own.gather(1, target[:, None].to(own.device))[:, 0].cpu().numpy(),
-        "agreement": (own.argmax(dim=-1) == full.argmax(dim=-1)).double().cpu().numpy(),
-        "divergence": divergence.cpu().numpy(),
-    }
+    found: dict[str, list[Tensor]] = {"loss": [], "agreement": [], "divergence": []}
+    target = target.to(logits.device)
+    # Some tokens at a time: all of them in float64 would be gigabytes.
+    for some, theirs, tokens in zip(
+        *(whole.split(_AT_A_TIME) for whole in (logits, full, target)), strict=True
+    ):
+        own = some.double().log_softmax(dim=-1)
+        found["loss"].append(-own.gather(1, tokens[:, None])[:, 0])
+        found["agreement"].append((own.argmax(dim=-1) == theirs.argmax(dim=-1)).double())
+        found["divergence"].append((theirs.exp() * (theirs - own)).sum(dim=-1))
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
 
 def _in_hindsight(ahead: xr.DataArray) -> Callable[..., Tensor]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from flocking import plotting
 from flocking.drawing import (
+    BLUE,
     BY_WEIGHTS,
     CHANCE,
     CONTROL,
@@ -40,6 +42,7 @@ from flocking.experiments.loss_figures import (
     loss_by_batch,
     loss_by_density,
     loss_by_distance,
+    loss_by_lengths,
     loss_by_method,
     loss_by_prompt,
     loss_by_reference,
@@ -47,6 +50,7 @@ from flocking.experiments.loss_figures import (
 )
 
 _NAMES = {"trained": "model", "control": "random weights"}
+_TEXTS = {"within": "one text", "between": "two texts"}
 
 
 @in_style(FROM_EXPERIMENTS, "relative", "score")
@@ -161,6 +165,41 @@ def sequence_overlap(data: xr.Dataset, figure: Figure) -> None:
     for ax in (upper, lower):
         where = {"loc": "lower center", "bbox_to_anchor": (0.45, 1)}
         ax.legend(frameon=False, ncols=2, handlelength=1.4, columnspacing=0.6, **where)
+
+
+@in_style(FROM_EXPERIMENTS, "within", "between", "within_mean", "between_above_chance_mean")
+def overlap_by_density(data: xr.Dataset, figure: Figure) -> None:
+    """Overlap of kept neurons at several densities, by layer, and over layers beside chance."""
+    told = (
+        f"{subject(data)}. Neurons kept for the first half of a text, and for the second half of "
+        "the same or of another."
+    )
+    upper, axes = page(figure, told, 3, 2, height=5)
+    shades = sns.light_palette(BLUE, data.sizes["density"] + 2)[2:]
+    for panels, weights in zip(axes, data.weights.values, strict=False):
+        for ax, name in zip(panels, _TEXTS, strict=True):
+            for shade, marker, density in zip(shades, "os^D", data.density.values, strict=True):
+                look = {"color": shade, "marker": marker, "ms": 1.5, "lw": 0.8}
+                here = data[name].sel(weights=weights, density=density)
+                band(here, ax, **look, label=f"density {density}")
+            for chance in data.chance.values:
+                guide(chance, ax)
+            ax.set(ylim=(0, 1), title=_TEXTS[name] if ax in axes[0] else "")
+            by_layer([ax])
+        panels[0].set_ylabel(f"{_NAMES[weights]}\noverlap (Jaccard)")
+    plain, scaled = axes[2]
+    for weights, style in BY_WEIGHTS.items():
+        for name, more in (("within", {"marker": "s"}), ("between", {"marker": "o"})):
+            here = data.sel(weights=weights)
+            look = style | more | {"ms": 3, "label": f"{_NAMES[weights]}, {_TEXTS[name]}"}
+            band(here[f"{name}_mean"], plain, **look)
+            band(here[f"{name}_above_chance_mean"], scaled, **look)
+    plain.plot(data.density, data.chance, **CHANCE, label="chance")
+    guide(0, scaled)
+    for ax, label in ((plain, "overlap (Jaccard)"), (scaled, "above chance")):
+        ax.set(ylim=(-0.02, 1), xlabel="density (fraction kept)", ylabel=label)
+        ax.set_xticks(data.density.values)
+    legend(upper, axes, ncols=2)
 
 
 @in_style(FROM_EXPERIMENTS, "jaccard", "captured", "jaccard_mean", "captured_mean")
@@ -332,6 +371,7 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
         token_order,
         atlas,
         sequence_overlap,
+        overlap_by_density,
         generation,
         drift,
         text_kinds,
@@ -342,5 +382,6 @@ FIGURES: dict[str, Callable[[xr.Dataset], Figure]] = {
         loss_by_reference,
         loss_by_batch,
         loss_by_distance,
+        loss_by_lengths,
     )
 }

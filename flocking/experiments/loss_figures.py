@@ -8,6 +8,7 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
@@ -225,6 +226,66 @@ def loss_by_distance(data: xr.Dataset, figure: Figure) -> None:
         for ax in axes[row, 1:]:
             ax.set_ylabel("")
     legend(upper, axes, ncols=2)
+
+
+@in_style(FROM_EXPERIMENTS, "relative", "over_static", "agreement")
+def loss_by_lengths(data: xr.Dataset, figure: Figure) -> None:
+    """Perplexity and agreement by lengths of the prompt and of what follows, number by number."""
+    told = (
+        f"{data.attrs['model']}, {len(data.attrs['texts'])} texts, density "
+        f"{data.attrs['density']}: perplexity, times the full model's. Below, GRIFFIN over static "
+        "(bold: the 95% interval is without 1)."
+    )
+    _, axes = page(figure, told, 3, 2, height=5, sharex=True, sharey=True)
+    estimate = data.sel(interval="estimate")
+    pruned = estimate.relative.sel(selection=["GRIFFIN", "static", "global-local"])
+    colours = sns.color_palette("rocket_r", as_cmap=True), LogNorm(1, float(pruned.max()))
+    for ax, name in zip(axes.flat, [*pruned.selection.values, "random"], strict=False):
+        random = name == "random"  # hundreds of times higher: of no colour
+        look = (None, "{:,.0f}") if random else (colours, "{:.2f}")
+        _numbers(ax, estimate.relative.sel(selection=name), *look)
+        ax.set_title(BY_SELECTION[name]["label"])
+    over, same = axes[2]
+    sides = sns.color_palette("vlag", as_cmap=True), LogNorm(1 / 3, 3)
+    _numbers(over, data.over_static, sides, "{:.2f}")
+    over.set_title("GRIFFIN over static")
+    shares = sns.light_palette(BLUE, as_cmap=True), Normalize(0, 1)
+    _numbers(same, estimate.agreement.sel(selection="GRIFFIN"), shares, "{:.0%}")
+    same.set_title("GRIFFIN's predictions that\nare the full model's")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("prompt (tokens)")
+    for ax in axes[-1]:
+        ax.set_xlabel("tokens after it")
+
+
+def _numbers(
+    ax: Axes, values: xr.DataArray, colours: tuple[Colormap, Normalize] | None, form: str
+) -> None:
+    """A number in each cell, (prompt_length, horizon); bold where an interval is without 1."""
+    bold = np.zeros((values.sizes["prompt_length"], values.sizes["horizon"]), bool)
+    if "interval" in values.dims:
+        low, high = (values.sel(interval=name) for name in ("low", "high"))
+        bold = ((low > 1) | (high < 1)).transpose("prompt_length", "horizon").values
+        values = values.sel(interval="estimate")
+    shown = values.transpose("prompt_length", "horizon").values
+    cmap, norm = colours or (ListedColormap(["0.93"]), Normalize(0, 1))
+    ax.imshow(shown, cmap=cmap, norm=norm, aspect="auto")
+    for (row, column), value in np.ndenumerate(shown):
+        red, green, blue, _ = cmap(norm(value))
+        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+        ax.text(
+            column,
+            row,
+            form.format(value),
+            ha="center",
+            va="center",
+            color="white" if dark else "black",
+            weight="bold" if bold[row, column] else "normal",
+        )
+    ax.set_yticks(np.arange(len(shown)), values.prompt_length.values)
+    ax.set_xticks(np.arange(shown.shape[1]), values.horizon.values)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
 
 
 def _relative(ax: Axes, values: xr.DataArray) -> None:

@@ -26,8 +26,10 @@ from flocking.experiments import (
     allocations,
     distances,
     kinds,
+    lengths,
     losses,
     orders,
+    overlaps,
     references,
 )
 from flocking.experiments.common import names_of
@@ -67,7 +69,10 @@ def _asked(experiment: _Experiment) -> _Experiment:
 
 EXPERIMENTS = {
     name: _asked(experiment)
-    for room in (activations, orders, kinds, losses, references, allocations, distances)
+    for room in (
+        *(activations, overlaps, orders, kinds),
+        *(losses, references, allocations, distances, lengths),
+    )
     for name, experiment in room.EXPERIMENTS.items()
 }
 

@@ -194,7 +194,16 @@ def test_bad_input_ends_with_code_2_and_no_file(
 
 
 def test_help_shows_an_example_of_each_command() -> None:
-    for command in ("record", "demo", "figures", "generate", "inspect", "evaluate", "check"):
+    for command in (
+        "record",
+        "demo",
+        "figures",
+        "heatmap",
+        "generate",
+        "inspect",
+        "evaluate",
+        "check",
+    ):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert f"Example: flocking {command}" in result.output

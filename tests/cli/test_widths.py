@@ -63,7 +63,8 @@ def test_characters_of_east_asia_take_two_columns() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 @pytest.mark.parametrize(
-    "command", ["record", "demo", "figures", "inspect", "check", "generate", "prune", "evaluate"]
+    "command",
+    ["record", "demo", "figures", "heatmap", "inspect", "check", "generate", "prune", "evaluate"],
 )
 def test_help_is_whole_at_any_width(command: str, width: int) -> None:
     result = CliRunner().invoke(app, [command, "--help"], terminal_width=width)

@@ -163,6 +163,20 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
         labels = [label.get_text() for ax in axes[::columns] for label in ax.get_yticklabels()]
         assert labels == [style["label"] for style in BY_REFERENCE.values()]
         assert len(expected) == len(selections) - 1  # the full model is the line at 1
+    elif name == "loss_by_lengths":
+        dims = ["interval", "selection", "prompt_length", "horizon"]
+        assert numbers["relative"]["dims"] == numbers["agreement"]["dims"] == dims
+        selections = content["coords"]["selection"]["data"]
+        ratios, shares = (np.array(numbers[of]["data"][0]) for of in ("relative", "agreement"))
+        expected = [
+            *(ratios[selections.index(one)] for one in ("GRIFFIN", "static", "global-local")),
+            ratios[selections.index("random")],
+            np.array(numbers["over_static"]["data"][0]),
+            shares[selections.index("GRIFFIN")],
+        ]
+        for ax, values in zip(axes, expected, strict=True):
+            np.testing.assert_allclose(ax.images[0].get_array(), values)
+            assert len(ax.texts) == values.size
     else:
         panels = {
             "scores": ["flocking_score", "rank_consistency", "effective_neurons"],
@@ -174,6 +188,7 @@ def test_committed_figures_show_their_numbers(name: str) -> None:
             ],
             "atlas": ["settled"],
             "sequence_overlap": ["within", "between", "specificity", "different_tokens"],
+            "overlap_by_density": ["within", "between"],
             "generation": ["jaccard_mean", "captured_mean"],
             "drift": ["jaccard", "captured"],
             "loss_by_prompt": ["relative"],
