@@ -7,6 +7,7 @@ selected once, from the prompt, or anew while the text goes on (``refresh`` of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,13 +23,12 @@ from flocking.experiments.common import dimension, finished, said, same_length, 
 from flocking.experiments.intervals import by_name, perplexities, ratio
 from flocking.experiments.twins import DENSITY, each_text
 from flocking.feedforward import FeedForward
-from flocking.pruning import griffin, logits_side_by_side
+from flocking.pruning import compare_predictions, griffin, logits_side_by_side
 from flocking.recording import record
 
 EVERY = [16, 64, 256]
 _STEP = 64  # tokens that are averaged over; also after how many hindsight selects anew
 _PROMPTS = [17, 257]
-_AT_A_TIME = 64  # tokens whose predictions are compared together
 
 
 def loss_by_distance(
@@ -128,8 +128,8 @@ def predictions_of(
     model : transformers.PreTrainedModel
         The full model.
     twins : dict
-        Arguments of :func:`flocking.griffin`, by the twins' names; one or more. Twins are made,
-        used and forgotten one after the other.
+        Arguments of :func:`flocking.griffin`, by the twins' names. Twins are made, used and
+        forgotten one after the other.
     ids : Tensor of int64, shape (1, token)
     prompt : int
         Tokens that are run in full, once for all.
@@ -142,38 +142,22 @@ def predictions_of(
         divergence from the full model's prediction, in nats; all (selection, distance), the full
         model first. The prediction at distance 0 is the full model's under all of them.
     """
-    names = list(twins)
-    names.insert(1, "full")  # the prompt is run with a twin
-    made = (model if name == "full" else griffin(model, **twins[name]) for name in names)
-    found = logits_side_by_side(made, ids, prompt)
-    (_, first), (_, whole) = next(found), next(found)  # one twin's logits wait for the full model's
-    target, full = ids[0, prompt:], whole[0].double().log_softmax(dim=-1)
-    rows = [_compared(first[0], full, target), _compared(full, full, target)]
-    rows += [_compared(logits[0], full, target) for _, logits in found]
-    labels = {"selection": names, "distance": np.arange(len(target))}
-    data = xr.Dataset(
-        {
-            name: (("selection", "distance"), np.stack([row[name] for row in rows]))
-            for name in rows[0]
-        },
+    made = (griffin(model, **options) for options in twins.values())
+    found = logits_side_by_side(itertools.chain([model], made), ids, prompt)
+    whole, rows = None, []
+    for _, logits in found:
+        whole = logits[0] if whole is None else whole
+        rows.append(compare_predictions(whole, logits[0], ids[0, prompt:]))
+    columns = {
+        "loss": [-row.log_likelihood for row in rows],
+        "agreement": [row.agrees for row in rows],
+        "divergence": [row.divergence for row in rows],
+    }
+    labels = {"selection": ["full", *twins], "distance": np.arange(ids.shape[1] - prompt)}
+    return xr.Dataset(
+        {name: (("selection", "distance"), np.stack(each)) for name, each in columns.items()},
         labels,
     )
-    return data.sel(selection=["full", *twins])
-
-
-def _compared(logits: Tensor, full: Tensor, target: Tensor) -> dict[str, np.ndarray]:
-    """Of each token, from logits (token, vocabulary) and the full model's log-probabilities."""
-    found: dict[str, list[Tensor]] = {"loss": [], "agreement": [], "divergence": []}
-    target = target.to(logits.device)
-    # Some tokens at a time: all of them in float64 would be gigabytes.
-    for some, theirs, tokens in zip(
-        *(whole.split(_AT_A_TIME) for whole in (logits, full, target)), strict=True
-    ):
-        own = some.double().log_softmax(dim=-1)
-        found["loss"].append(-own.gather(1, tokens[:, None])[:, 0])
-        found["agreement"].append((own.argmax(dim=-1) == theirs.argmax(dim=-1)).double())
-        found["divergence"].append((theirs.exp() * (theirs - own)).sum(dim=-1))
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
 
 def _in_hindsight(ahead: xr.DataArray) -> Callable[..., Tensor]:
