@@ -238,9 +238,10 @@ def evaluate(
     calibration_texts(calibration)
     refuse_foreign(out)
     loaded, tokenizer = load(model, device, dtype)
-    cells = Cells(out / "cells", identity(model), keep_older)
+    known = identity(model)
+    cells = Cells(out / "cells", known, keep_older)
     items = runner.evaluate(loaded, tokenizer, plan, batch_size=batch_size, cells=cells, say=notice)
-    rows = report.write(items, out, source_of(loaded, calibration, seed))
+    rows = report.write(items, out, source_of(loaded, known, plan, items))
     written = [out / name for name in report.FILES + report.FIGURES]
     document = {"out": out, "summary": rows.to_dict("records")}
     told = f"wrote {', '.join(path.name for path in written)} in {out}; read {out}/tables.md"
