@@ -24,9 +24,7 @@ def refuse_density(rows: pd.DataFrame, density: float) -> None:
     known = densities_of(rows)
     if known and density not in known:
         names = ", ".join(f"{each:g}" for each in known)
-        raise ValueError(
-            f"density={density:g}: nothing was measured at it; the outputs have {names}."
-        )
+        raise ValueError(f"density={density:g}: nothing was measured at it: give one of {names}.")
 
 
 def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
@@ -41,7 +39,8 @@ def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
         & (rows["density"] == density)
         & rows["difference"].notna()
     ]
-    losses, others = [], []
+    losses: list[pd.DataFrame] = []
+    others: list[pd.DataFrame] = []
     for _, part in parts_of(found, ["task"]):
         own = [name for name in part["metric"].unique() if is_loss(name)]
         metric = max(own, key=_tokens) if own else part["metric"].iloc[0]

@@ -60,8 +60,9 @@ def compared(outputs: Outputs) -> pd.DataFrame:
     --------
     >>> from flocking.reports import collect, compared
     >>> rows = compared(collect(["small", "large"]))
-    >>> losses = rows[(rows["metric"] == "loss_64") & (rows["method"] == "topk")]
-    >>> losses[["model", "items"]].to_numpy().tolist()
+    >>> after_16 = rows[(rows["task"] == "wikitext_16") & (rows["metric"] == "loss_64")]
+    >>> griffin = after_16[(after_16["method"] == "topk") & (after_16["density"] == 0.5)]
+    >>> griffin[["model", "items"]].to_numpy().tolist()
     [['small-model', 16], ['large-model', 16]]
     """
     rows = []
@@ -116,7 +117,8 @@ def _score_rows(numbers: Numbers, model: Measured) -> list[dict[str, Any]]:
         overlap = metric in ("within", "between")
         chance = 0.0 if metric in _ZERO_BY_CHANCE else np.nan
         for weights in means["weights"].to_numpy().tolist():
-            low, high = _interval_of(metric, weights, numbers, model)
+            estimate = float(means[metric].sel(weights=weights))
+            low, high = _interval_of(metric, weights, estimate, numbers, model)
             rows.append(
                 {
                     "task": numbers.name,
@@ -124,7 +126,7 @@ def _score_rows(numbers: Numbers, model: Measured) -> list[dict[str, Any]]:
                     "method": weights,
                     "density": about["density"] if overlap else np.nan,
                     "items": len(about["texts"]),
-                    "estimate": float(means[metric].sel(weights=weights)),
+                    "estimate": estimate,
                     "low": low,
                     "high": high,
                     "chance": about.get("chance", np.nan) if overlap else chance,
@@ -134,9 +136,9 @@ def _score_rows(numbers: Numbers, model: Measured) -> list[dict[str, Any]]:
 
 
 def _interval_of(
-    metric: str, weights: str, numbers: Numbers, model: Measured
+    metric: str, weights: str, estimate: float, numbers: Numbers, model: Measured
 ) -> tuple[float, float]:
-    """The interval of a mean over layers, where another figure of the same tokens has it."""
+    """The interval of a mean over layers, where another figure has that mean of the same tokens."""
     other = model.figures.get("token_order")
     name = f"{metric}_mean"
     same = "token_ids_sha256"
@@ -144,8 +146,8 @@ def _interval_of(
         return np.nan, np.nan
     if other.data.attrs[same] != numbers.data.attrs.get(same):
         return np.nan, np.nan
-    values = other.data[name].sel(weights=weights, order="in order")
-    return float(values.sel(interval="low")), float(values.sel(interval="high"))
+    again, low, high = _three(other.data[name].sel(weights=weights, order="in order"))
+    return (low, high) if np.isclose(again, estimate, rtol=1e-4) else (np.nan, np.nan)
 
 
 def _method_rows(numbers: Numbers, model: Measured) -> list[dict[str, Any]]:
@@ -238,6 +240,13 @@ def missing(outputs: Outputs, rows: pd.DataFrame) -> list[str]:
     Returns
     -------
     list of str
+
+    Examples
+    --------
+    >>> from flocking.reports import collect, compared, missing
+    >>> outputs = collect("small")
+    >>> missing(outputs, compared(outputs))  # without another model, nothing is
+    []
     """
     found = list(_unknown(outputs))
     named = rows.assign(variant=list(map(_variant, rows["method"], rows["density"])))

@@ -24,7 +24,7 @@ from flocking.drawing import (
     page,
 )
 from flocking.evaluation.figures import metric_in_words
-from flocking.evaluation.summary import is_divergence, is_loss
+from flocking.evaluation.summary import is_divergence, is_loss, parts_of
 
 _MEANS = ("estimate", "low", "high")
 _DIFFERENCES = ("difference", "difference_low", "difference_high")
@@ -48,24 +48,22 @@ def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
 
     `data` has one metric a task, and a caption and ``told`` in its ``attrs``. Losses are drawn as
     ratios of perplexities, other metrics as differences. What is ``beyond`` the scale of the
-    others leaves it, and is said in words.
+    others is said in words.
     """
-    groups = list(data.groupby(["task", "metric"], sort=False))
+    groups = list(parts_of(data, ["task", "metric"]))
     rows = -(-len(groups) // 2)
     upper, axes = page(figure, _told(data), rows, 2, height=0.75 + 1.15 * rows)
     sizes = sorted({int(size) for size in data["parameters"]})
-    methods = [name for name in _STYLES if name in set(data["method"])]
-    methods += [name for name in data["method"].unique() if name not in methods]
     for ax in axes.flat[len(groups) :]:
         ax.set_axis_off()
     for ax, ((task, metric), part) in zip(axes.flat, groups, strict=False):
         _by_size(ax, sizes)
         loss = is_loss(metric)
         level(1 if loss else 0, ax, "full model")
+        shown = part[~part["beyond"]]
+        methods = sorted(shown["method"].unique(), key=lambda name: _order(str(name)))
         for number, method in enumerate(methods):
-            own = part[part["method"] == method]
-            if own.empty:
-                continue
+            own = shown[shown["method"] == method]
             values = own[list(_DIFFERENCES)].to_numpy(dtype=float)
             values = np.exp(values) if loss else values
             x = _beside(ax, own["parameters"], number - (len(methods) - 1) / 2)
@@ -157,6 +155,12 @@ def _style(method: str) -> dict[str, Any]:
     return _STYLES.get(method, _OTHER | {"label": method})
 
 
+def _order(method: str) -> int:
+    """Where a method stands among others."""
+    known = list(_STYLES)
+    return known.index(method) if method in known else len(known)
+
+
 def _told(data: pd.DataFrame) -> str:
     return str(data.attrs.get("told", ""))
 
@@ -173,12 +177,14 @@ def _name_beyond(ax: Axes, part: pd.DataFrame) -> None:
     if beyond.empty:
         return
     inside = np.exp(part.loc[~part["beyond"], list(_DIFFERENCES)].to_numpy(dtype=float))
-    ax.set_ylim(min(1, inside.min()) / 1.1, inside.max() * 1.9)
+    ax.set_ylim(min(1, inside.min()) / 1.1, inside.max() * 1.5 ** (1 + beyond["method"].nunique()))
     for line, (method, own) in enumerate(beyond.groupby("method", sort=False)):
         low, high = (f"{np.exp(own['difference'].agg(end)):,.0f}" for end in ("min", "max"))
         told = f"{method}: {low}" + (f" to {high}" if high != low else "")
-        where = {"xycoords": "axes fraction", "ha": "right", "va": "top", "fontsize": 5.6}
-        ax.annotate(told, (1, 1 - 0.12 * line), color=_style(str(method))["color"], **where)
+        where: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
+        ax.annotate(
+            told, (1, 1 - 0.12 * line), color=_style(str(method))["color"], fontsize=5.6, **where
+        )
 
 
 def _by_size(ax: Axes, sizes: Sequence[int]) -> None:

@@ -177,16 +177,17 @@ def _widths(widths: Iterable[int]) -> str:
 
 
 def _labels(models: Sequence[_Model]) -> Mapping[_Model, str]:
-    """Names of models; with their dtype, and then their folder, where several have the same."""
-    labels = {one: one.name for one in models}
-    folders = {one: min(map(str, one.outs), default="") for one in models}
-    for more in (lambda one: f", {one.dtype}", lambda one: f" ({Path(folders[one]).name})"):
-        texts = list(labels.values())
-        labels = {
-            one: text + (more(one) if texts.count(text) > 1 else "") for one, text in labels.items()
-        }
-    texts = list(labels.values())
-    return {
-        one: text if texts.count(text) == 1 else f"{one.name} ({folders[one]})"
-        for one, text in labels.items()
-    }
+    """Names of models; with their dtype, or else their folder, where several have the same."""
+    labels = {}
+    for one in models:
+        same = [other for other in models if other.name == one.name]
+        folders = {other: min(other.outs) for other in same}
+        if len(same) == 1:
+            labels[one] = one.name
+        elif len({other.dtype for other in same}) == len(same):
+            labels[one] = f"{one.name}, {one.dtype}"
+        elif len({folder.name for folder in folders.values()}) == len(same):
+            labels[one] = f"{one.name} ({folders[one].name})"
+        else:
+            labels[one] = f"{one.name} ({folders[one]})"
+    return labels

@@ -122,10 +122,13 @@ def figure_data(name: str, figure: str, seed: int = 0, layers: int = 2, **more: 
     if figure == "token_order":
         orders = ["in order", "permuted", "drawn"]
         short = ("interval", "weights", "order")
-        values = {
-            f"{one}_mean": (short, _three(rng.random((2, 3)), 0.02))
-            for one in ("flocking_score", "rank_consistency")
-        }
+        values = {}
+        for one in ("flocking_score", "rank_consistency"):
+            means = rng.random(shape).mean(1)  # as of `scores`, and two other orders
+            values[f"{one}_mean"] = (
+                short,
+                _three(np.stack([means, means / 2, means / 3], 1), 0.02),
+            )
         return _finished(xr.Dataset(values, {**axes, "order": orders}), name, **more)
     above = rng.random((len(TEXTS), 2, len(METHODS))) + np.arange(len(METHODS))
     above -= above[..., :1]
@@ -142,12 +145,18 @@ def figure_data(name: str, figure: str, seed: int = 0, layers: int = 2, **more: 
     return _finished(data.assign_coords(excerpt=[0, 1]), name, density=0.5, prompt=33, **more)
 
 
-def drawn(folder: Path, name: str, *figures: str, seed: int = 0, **more: Any) -> Path:
+def drawn(
+    folder: Path,
+    name: str,
+    *figures: str,
+    seed: int = 0,
+    versions: dict[str, str] | None = None,
+    **more: Any,
+) -> Path:
     """Write the numbers that `flocking figures` writes."""
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        versions = {one: VERSIONS[one] for one in ("python", "torch", "transformers")}
-        key = Key("f" * 64, "i" * 64, versions)
+        key = Key("f" * 64, "i" * 64, VERSIONS if versions is None else versions)
         text = to_json(figure_data(name, figure, seed, **more), key)
         (folder / f"{figure}.json").write_text(text, encoding="utf-8")
     return folder
