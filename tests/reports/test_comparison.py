@@ -95,6 +95,8 @@ def test_intervals_of_other_tokens_are_not_taken(tmp_path: Path) -> None:
     rows = compared(collect(tmp_path))
     assert rows[["low", "high"]].isna().all(axis=None)
     assert "token_order" not in set(rows["task"])
+    made.drawn(tmp_path, "m", "token_order", seed=9)  # of the same tokens, and another mean
+    assert compared(collect(tmp_path))[["low", "high"]].isna().all(axis=None)
 
 
 def test_captured_energy_and_loss_by_method(folders: list[Path], rows: pd.DataFrame) -> None:

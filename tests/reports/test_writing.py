@@ -250,7 +250,7 @@ def test_figures_with_nothing_to_show_are_not_written(folders: list[Path], tmp_p
 
 
 def test_a_density_that_nothing_was_measured_at(outputs: Outputs, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="density=0.3: nothing was measured at it: give one of "):
+    with pytest.raises(ValueError, match=r"density=0\.3: nothing was measured at it: give one of "):
         write(outputs, tmp_path / "out", density=0.3)
     assert not (tmp_path / "out").exists()
     written = write(outputs, tmp_path / "out", density=0.25)
