@@ -31,7 +31,8 @@ def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
     """One metric of each task, pruned at one density, of models whose size is known.
 
     The metric is the loss with most tokens, or the task's first one; tasks with losses come first.
-    ``beyond`` is whether a loss is too far from the others to share their scale.
+    ``beyond`` is whether a loss is too far from the others to share their scale; ``gone`` is what
+    chance is above the full model's score.
     """
     found = rows[
         rows["parameters"].notna()
@@ -47,7 +48,9 @@ def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
         (losses if own else others).append(part[part["metric"] == metric])
     chosen = [part.assign(beyond=_beyond(part)) for part in losses]
     chosen += [part.assign(beyond=False) for part in others]
-    return pd.concat(chosen, ignore_index=True) if chosen else found.assign(beyond=False)
+    together = pd.concat(chosen, ignore_index=True) if chosen else found.assign(beyond=False)
+    full = together["estimate"] - together["difference"]
+    return together.assign(gone=together["chance"] - full)
 
 
 def _beyond(part: pd.DataFrame) -> pd.Series:

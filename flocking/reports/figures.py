@@ -36,19 +36,21 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 _OTHER: dict[str, Any] = {"color": "0.5", "ls": "-", "marker": "d"}  # of methods that came later
 _DASHES = ("-", "--", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))  # of models, the smallest first
-_BESIDE = 0.02  # of the width of a panel, by which methods stand beside each other
+_BESIDE = 0.03  # of the width of a panel, by which methods stand beside each other
 _NEAR = 0.2  # of the width of a panel: sizes that are nearer have one label
 _SOURCE = "rows of a comparison, as flocking.reports.write chooses them"
 _SCORES = {"flocking_score": "flocking score", "specificity": "specificity"}
 
 
-@in_style(_SOURCE, "model", "parameters", "task", "metric", "method", "beyond", *_DIFFERENCES)
+@in_style(
+    _SOURCE, "model", "parameters", "task", "metric", "method", "beyond", "gone", *_DIFFERENCES
+)
 def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
     """What each method loses on each task, by the models' size, at one density.
 
     `data` has one metric a task, and a caption and ``told`` in its ``attrs``. Losses are drawn as
     ratios of perplexities, other metrics as differences. What is ``beyond`` the scale of the
-    others is said in words.
+    others is said in words; ``gone`` is what chance is above the full model.
     """
     groups = list(parts_of(data, ["task", "metric"]))
     rows = -(-len(groups) // 2)
@@ -60,6 +62,9 @@ def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
         _by_size(ax, sizes)
         loss = is_loss(metric)
         level(1 if loss else 0, ax, "full model")
+        chance = part.dropna(subset="gone").drop_duplicates("model")
+        if len(chance):
+            ax.plot(chance["parameters"], chance["gone"], **CHANCE, marker="_", label="chance")
         shown = part[~part["beyond"]]
         methods = sorted(shown["method"].unique(), key=lambda name: _order(str(name)))
         for number, method in enumerate(methods):

@@ -152,7 +152,8 @@ def _of_sizes(data: pd.DataFrame, density: float) -> str:
         f"What is lost at density {density:g} on each task, by the models' number of parameters: "
         "perplexity as a multiple of the full model's, other scores in percentage points above or "
         "below the full model's (divergences in nats), of the same model on the same items. "
-        f"{_BARS} of these paired differences. {_numbers(data)}"
+        f"{_BARS} of these paired differences. Chance is dotted. Methods that lose over twice as "
+        f"much as all others are in words, with the ratios of the models. {_numbers(data)}"
     )
 
 
