@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,17 @@ def refuse_foreign(out: Path) -> None:
         refuse_unwritable(out / name)
 
 
+def digests(plan: Plan) -> dict[str, str]:
+    """What each task asks, in a digest; to be taken first, since the harness changes its tasks."""
+    return {asked.name: asked.digest() for asked in plan.questions()}
+
+
 def source_of(
-    model: PreTrainedModel, identity: str, plan: Plan, items: pd.DataFrame
+    model: PreTrainedModel,
+    identity: str,
+    plan: Plan,
+    asked: Mapping[str, str],
+    items: pd.DataFrame,
 ) -> dict[str, Any]:
     """Where the numbers come from: what :class:`flocking.evaluation.sources.Source` has."""
     blocks = feedforwards(model)
@@ -50,12 +60,12 @@ def source_of(
         "code": key.code,
         "versions": dict(key.versions),
         "tasks": {
-            asked.name: {
-                "protocol": asked.protocol,
-                "limit": asked.limit,
-                "digest": asked.digest(),
-                "items": int(counts[asked.name]),
+            question.name: {
+                "protocol": question.protocol,
+                "limit": question.limit,
+                "digest": asked[question.name],
+                "items": int(counts[question.name]),
             }
-            for asked in plan.questions()
+            for question in plan.questions()
         },
     }

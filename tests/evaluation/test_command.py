@@ -37,6 +37,7 @@ def test_command(embedded: tuple, tmp_path: Path) -> None:
     _check_source(sources.read(tmp_path / "source.json"), embedded[0])
     again = CliRunner().invoke(app, arguments)
     assert "6 of 6 cells are there already." in again.output
+    _check_source(sources.read(tmp_path / "source.json"), embedded[0])  # also if nothing is asked
     for path in (tmp_path / "cells").iterdir():
         content = json.loads(path.read_text())
         content["key"]["code"] = "0123456789abcdef"
