@@ -42,7 +42,7 @@ def source_of(
     blocks = feedforwards(model)
     modules = [module for block in blocks for module in (block.up, block.gate, block.down)]
     own = {id(p): p.numel() for module in filter(None, modules) for p in module.parameters()}
-    key = Key.of("flocking.evaluation.items", None, ["lm-eval"])
+    key = Key.of("flocking.evaluation.items", None, ["lm-eval", "tokenizers", "rouge-score"])
     texts = [str(text) for text in calibration_texts(plan.calibration)]
     counts = items.groupby("task")["item"].nunique()
     return {

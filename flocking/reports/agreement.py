@@ -119,8 +119,7 @@ def _settings_of(model: Measured) -> Iterator[tuple[str, str]]:
             "dtype": source.dtype,
             "device": source.device,
             "seed": "" if source.seed is None else str(source.seed),
-            "calibration texts": source.calibration_digest[:8] and source.calibration,
-            "digest of the calibration texts": source.calibration_digest[:8],
+            "calibration texts (by digest)": source.calibration_digest[:8],
             "code of the evaluation": source.code[:8],
             **source.versions,
         }

@@ -280,8 +280,9 @@ def _unknown(outputs: Outputs) -> Iterator[str]:
         for one in model.evaluations:
             if not one.complete:
                 yield (
-                    f"{one.folder} has no source.json, which earlier versions did not write: "
-                    f"whether {model.label} was asked the same documents as others is not known."
+                    f"{one.folder} has no source.json that says what was asked, since earlier "
+                    f"versions wrote none: whether {model.label} had the same documents as others "
+                    "is not known."
                 )
         if model.parameters is None:
             yield (

@@ -24,7 +24,7 @@ class Evaluation:
     items : pandas.DataFrame
         As :func:`flocking.evaluation.runner.evaluate` returns it, with ``older``.
     complete : bool
-        Whether there was a ``source.json``; earlier versions of flocking wrote none.
+        Whether a ``source.json`` says what was asked; earlier versions of flocking wrote none.
     """
 
     folder: Path

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import xarray as xr
 
 from flocking.artifacts import Key, UnreadableError, from_json, read_content
 from flocking.evaluation import sources
@@ -15,13 +16,20 @@ from flocking.reports.outputs import Evaluation, Numbers
 from flocking.texts import why_no_file
 
 ITEMS = "items.parquet"
-# Figures that are compared, with the variables that are read.
-FIGURES = {
-    "scores": ("flocking_score", "rank_consistency", "effective_neurons"),
-    "sequence_overlap": ("within", "between", "specificity"),
-    "token_order": ("flocking_score_mean", "rank_consistency_mean"),
-    "loss_by_method": ("perplexity", "relative", "captured"),
+_LAYERS = ("interval", "weights", "layer")
+# Figures that are compared, with the variables that are read, and their dimensions.
+FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
+    "scores": dict.fromkeys(("flocking_score", "rank_consistency", "effective_neurons"), _LAYERS),
+    "sequence_overlap": dict.fromkeys(("within", "between", "specificity"), _LAYERS),
+    "token_order": dict.fromkeys(
+        ("flocking_score_mean", "rank_consistency_mean"), ("interval", "weights", "order")
+    ),
+    "loss_by_method": {
+        **dict.fromkeys(("perplexity", "relative"), ("interval", "selection")),
+        "captured": ("text", "excerpt", "selection"),
+    },
 }
+_ATTRIBUTES = {"sequence_overlap": ("density", "chance"), "loss_by_method": ("density",)}
 _COLUMNS = ("task", "protocol", "method", "density", "metric", "item", "value", "chance")
 _COUNTS = ("left_out", "scored", "pruned")
 
@@ -64,8 +72,9 @@ def evaluation_in(folder: Path) -> Evaluation | None:
     if not path.exists():
         return None
     items = _items(path)
-    complete = (folder / sources.NAME).exists()
-    source = sources.read(folder / sources.NAME) if complete else _told(folder)
+    there = (folder / sources.NAME).exists()
+    source = sources.read(folder / sources.NAME) if there else _told(folder)
+    complete = bool(source.tasks)
     counts = items.groupby("task")["item"].nunique()
     for name, count in counts.items() if complete else ():
         asked = source.tasks.get(str(name))
@@ -134,10 +143,8 @@ def _numbers(path: Path) -> Numbers:
     try:
         content = read_content(path)
         data = from_json(json.dumps(content))
-        lacking = [name for name in FIGURES[path.stem] if name not in data]
-        lacking += [f"attribute {name}" for name in ("model", "texts") if name not in data.attrs]
-        if lacking:
-            raise KeyError(lacking[0])
+        if why := _of_another_form(path.stem, data):
+            raise ValueError(why)
         key = Key.read(content["key"])
     except UnreadableError as problem:
         raise ValueError(f"{problem}: {remedy}.") from problem
@@ -145,6 +152,18 @@ def _numbers(path: Path) -> Numbers:
         raise ValueError(
             f"{path} does not have the numbers of this figure ({problem}): {remedy}."
         ) from problem
-    if key is None:
+    if key is None:  # of an earlier version
         return Numbers(path, data)
     return Numbers(path, data, key.code, {str(k): str(v) for k, v in key.versions.items()})
+
+
+def _of_another_form(name: str, data: xr.Dataset) -> str:
+    """What a figure's numbers lack, or have otherwise; empty if nothing."""
+    for variable, dims in FIGURES[name].items():
+        if variable not in data:
+            return f"no {variable}"
+        if {*data[variable].dims} != {*dims}:
+            return f"{variable} has other dimensions than {', '.join(dims)}"
+    wanted = ("model", "texts", *_ATTRIBUTES.get(name, ()))
+    lacking = [attribute for attribute in wanted if attribute not in data.attrs]
+    return f"no attribute {lacking[0]}" if lacking else ""

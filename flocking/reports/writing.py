@@ -102,8 +102,8 @@ def write(outputs: Outputs, out: str | os.PathLike[str], *, density: float = 0.5
             save(FIGURES[name](here), partial, name, title, captions[name])
         told = [*page_of(outputs, rows, captions), *not_drawn.values(), *older_code(rows)]
         (partial / "compared.md").write_text("\n\n".join(told) + "\n", encoding="utf-8")
-        for path in set(places_in(folder)) - set(places):
-            path.unlink(missing_ok=True)  # an earlier figure, which would not be of these rows
+    for path in set(places_in(folder)) - set(places):
+        path.unlink(missing_ok=True)  # an earlier figure, which would not be of these rows
     return Written(rows, places, not_drawn)
 
 

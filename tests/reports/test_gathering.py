@@ -89,6 +89,13 @@ def test_outputs_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert collect(tmp_path).models[0].parameters == 5
 
 
+def test_a_source_may_say_nothing_but_the_name(tmp_path: Path) -> None:
+    folder = made.evaluated(tmp_path, "m", 10)
+    (folder / "source.json").write_text(sources.written({"model": "mine"}))
+    (model,) = collect(folder).models
+    assert (model.label, model.parameters, model.evaluations[0].complete) == ("mine", None, False)
+
+
 def test_the_committed_outputs_are_read() -> None:
     (model,) = collect([REPOSITORY / "docs/results", REPOSITORY / "figures"]).models
     assert model.label == "SmolLM2-135M-Instruct"
@@ -113,9 +120,10 @@ def test_what_differs_is_named(folders: list[Path]) -> None:
     [
         ({"seed": 5}, "seed: 0 of one; 5 of two"),
         ({"dtype": "bfloat16"}, "dtype: float32 of one; bfloat16 of two"),
+        ({"calibration": "the same texts, elsewhere"}, None),
         ({"device": "cuda"}, "device: cpu of one; cuda of two"),
         ({"code": "a" * 64}, "code of the evaluation: eeeeeeee of one; aaaaaaaa of two"),
-        ({"calibration_digest": "d" * 64}, "digest of the calibration texts: cccccccc of one; d"),
+        ({"calibration_digest": "d" * 64}, "calibration texts (by digest): cccccccc of one; d"),
         ({"versions": {**made.VERSIONS, "lm-eval": "0.5"}}, "lm-eval: 0.4.13 of one; 0.5 of two"),
         ({"versions": {}, "seed": None, "code": ""}, None),  # what is not said does not differ
     ],
@@ -243,7 +251,8 @@ def later_source(folder: Path) -> None:
 
 
 def other_source(folder: Path) -> None:
-    made.changed(folder / "source.json", tasks={})
+    tasks = made.source_of(made.items_of(1), "small-model", 1)["tasks"]
+    made.changed(folder / "source.json", tasks={"boolq": tasks["piqa"]})
 
 
 def broken_figure(folder: Path) -> None:
@@ -252,6 +261,11 @@ def broken_figure(folder: Path) -> None:
 
 def edited_figure(folder: Path) -> None:
     made.changed(folder / "scores.json", attrs={"model": "another"})
+
+
+def figure_of_another_form(folder: Path) -> None:
+    data = made.figure_data("small-model", "scores").isel(weights=0, drop=True)
+    (folder / "scores.json").write_text(made.to_json(data, made.Key("f" * 64, "i" * 64, {})))
 
 
 def other_figure(folder: Path) -> None:
@@ -269,7 +283,12 @@ def other_figure(folder: Path) -> None:
         (other_source, "items.parquet", "do not belong together (piqa has 30 items in the first"),
         (broken_figure, "scores.json", "cannot be read ("),
         (edited_figure, "scores.json", "was changed after it was written: run flocking figures"),
-        (other_figure, "scores.json", "does not have the numbers of this figure ('flocking_score'"),
+        (figure_of_another_form, "scores.json", "of this figure (flocking_score has other dim"),
+        (
+            other_figure,
+            "scores.json",
+            "not have the numbers of this figure (no flocking_score)",
+        ),
     ],
 )
 def test_files_that_cannot_be_read_are_named(
