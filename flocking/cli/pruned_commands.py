@@ -217,7 +217,7 @@ def evaluate(
     there. First it says how long that may take.
     """
     need_harness()
-    from flocking.cli.evaluating import refuse_foreign, source_of
+    from flocking.cli.evaluating import digests, refuse_foreign, source_of
     from flocking.evaluation import report, runner
     from flocking.evaluation.cells import Cells
     from flocking.evaluation.plan import Plan
@@ -235,13 +235,14 @@ def evaluate(
         calibration=calibration,
         seed=seed,
     )
-    plan.questions()
+    asked = digests(plan)
     calibration_texts(calibration)
     refuse_foreign(out)
     loaded, tokenizer = load(model, device, dtype)
-    cells = Cells(out / "cells", identity(model), keep_older)
+    known = identity(model)
+    cells = Cells(out / "cells", known, keep_older)
     items = runner.evaluate(loaded, tokenizer, plan, batch_size=batch_size, cells=cells, say=notice)
-    rows = report.write(items, out, source_of(loaded, calibration, seed))
+    rows = report.write(items, out, source_of(loaded, known, plan, asked, items))
     written = [out / name for name in report.FILES + report.FIGURES]
     document = {"out": out, "summary": rows.to_dict("records")}
     told = f"wrote {', '.join(path.name for path in written)} in {out}; read {out}/tables.md"

@@ -18,7 +18,7 @@ from flocking.drawing import (
     logarithmic,
     page,
 )
-from flocking.evaluation.summary import is_loss
+from flocking.evaluation.summary import is_divergence, is_loss
 
 _FULL = {"color": "0.15", "ls": "-", "lw": 1, "label": "full model"}
 _BY_METHOD = {name: style for name, style in BY_SELECTION.items() if name != "hindsight"}
@@ -29,6 +29,7 @@ _MEANS = ["estimate", "low", "high"]
 _DIFFERENCES = ["difference", "difference_low", "difference_high"]
 _SUMMARY = "a summary of an evaluation, as flocking.evaluation.report.write makes it"
 _NEEDS = ("task", "metric", "method", "density", "estimate", "chance", *_DIFFERENCES)
+_OF_TOKENS = {"loss": "perplexity", "divergence": "divergence (nats)", "agreement": "agreement"}
 _STEP = 0.02  # in density, by which methods stand beside each other
 
 
@@ -73,7 +74,7 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
         loss = is_loss(part["metric"].iloc[0])
         names = []
         for row, ((task, metric), own) in enumerate(part.groupby(["task", "metric"], sort=False)):
-            names.append(f"{task}\n{_metric(metric)}, n = {own['items'].iloc[0]}")
+            names.append(f"{task}\n{metric_in_words(metric)}, n = {own['items'].iloc[0]}")
             full = own[own["method"] == "full"].iloc[0]
             others = own[own["method"] != "full"]
             for number, one in enumerate(others.itertuples()):
@@ -111,7 +112,7 @@ def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
             own = own.sort_values("prompt_tokens")
             _errors(ax, own["prompt_tokens"], _shown(part, own[_DIFFERENCES]), _BY_METHOD[method])
         logarithmic(ax, ax.xaxis, sorted(part["prompt_tokens"].unique()))
-        name = _metric(part["metric"].iloc[0])
+        name = metric_in_words(part["metric"].iloc[0])
         ax.set_ylabel(f"{name},\n" + ("times full's" if loss else "minus full's"))
         _scale(ax, part)
     below(axes, "prompt (tokens)")
@@ -141,7 +142,7 @@ def _each(data: pd.DataFrame, axes: np.ndarray) -> list[tuple[Axes, pd.DataFrame
     for ax, ((task, metric), part) in zip(
         axes.flat, data.groupby(["task", "metric"], sort=False), strict=False
     ):
-        ax.set(title=task, ylabel=_metric(metric))
+        ax.set(title=task, ylabel=metric_in_words(metric))
         found.append((ax, part))
     return found
 
@@ -151,8 +152,12 @@ def _told(data: pd.DataFrame) -> str:
     return str(data.attrs.get("told", ""))
 
 
-def _metric(name: str) -> str:
-    return name.replace("loss_", "perplexity of ")
+def metric_in_words(name: str) -> str:
+    """A metric as an axis names it, in its unit where it is not a share."""
+    for what, words in _OF_TOKENS.items():
+        if name.startswith(f"{what}_"):
+            return f"{words} of {name.removeprefix(f'{what}_')}"
+    return name
 
 
 def _shown(part: pd.DataFrame, values: object) -> np.ndarray:
@@ -167,7 +172,8 @@ def _errors(ax: Axes, x: pd.Series, values: np.ndarray, style: dict) -> None:
 
 
 def _scale(ax: Axes, part: pd.DataFrame) -> None:
-    if is_loss(part["metric"].iloc[0]):
+    metric = part["metric"].iloc[0]
+    if is_loss(metric):
         logarithmic(ax, ax.yaxis)
-    else:
+    elif not is_divergence(metric):
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pyarrow.parquet import read_schema
 
 from flocking.artifacts import replacing
 from flocking.drawing import save, titled
+from flocking.evaluation import sources
 from flocking.evaluation.domain import MOST_TOKENS, OF_DOMAIN
 from flocking.evaluation.figures import quality_by_density, quality_by_method, quality_by_prompt
 from flocking.evaluation.summary import by_prompt, footnote, headlines, label, summarise, table
 
-FILES = ("items.parquet", "summary.csv", "tables.md")
+FILES = ("items.parquet", "summary.csv", "tables.md", sources.NAME)
 FIGURES = ("quality_by_density", "quality_by_method", "quality_by_prompt")
 _MARKS = {"task", "method", "density"}  # columns of its tables
 _HEADING = ": tasks, methods and densities"
@@ -27,7 +29,7 @@ _CHANCE = (
 )
 
 
-def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> pd.DataFrame:
+def write(items: pd.DataFrame, out: Path, source: Mapping[str, Any]) -> pd.DataFrame:
     """Write ``FILES``, and ``FIGURES`` as PNG and SVG, each in its place only when complete.
 
     Parameters
@@ -36,8 +38,10 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> pd.DataF
         As :func:`flocking.evaluation.runner.evaluate` returns it.
     out : Path
         Folder; files of an earlier report in it are replaced.
-    source : mapping of str to str
-        Where the numbers come from: ``model``, and anything else worth stating.
+    source : mapping
+        Where the numbers come from: ``model``, and what else
+        :class:`flocking.evaluation.sources.Source` has, in what JSON has. It is in
+        ``source.json``, by which outputs of several models are put together.
 
     Returns
     -------
@@ -65,6 +69,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, str]) -> pd.DataF
             save(draw(data), partial, name, source["model"], captions[name])
         told = _tables(items, rows, density, source, captions)
         (partial / "tables.md").write_text(told, encoding="utf-8")
+        (partial / sources.NAME).write_text(sources.written(source), encoding="utf-8")
     return rows
 
 
@@ -86,6 +91,8 @@ def _is_ours(path: Path) -> bool:
             return set(read_schema(path).names) >= _MARKS
         if path.suffix == ".csv":
             return set(path.read_text(encoding="utf-8").partition("\n")[0].split(",")) >= _MARKS
+        if path.name == sources.NAME:
+            return bool(sources.read(path))
         if path.suffix == ".md":
             return _HEADING in path.read_text(encoding="utf-8").partition("\n")[0]
     except (OSError, ValueError):  # it cannot be read as what its name says
@@ -128,14 +135,13 @@ def _tables(
     items: pd.DataFrame,
     rows: pd.DataFrame,
     density: float,
-    source: Mapping[str, str],
+    source: Mapping[str, Any],
     captions: Mapping[str, str],
 ) -> str:
     """All of it in Markdown, with the figures and their captions."""
-    told = "; ".join(f"{key} {value}" for key, value in source.items())
     parts = [
         f"# {source['model']}{_HEADING}",
-        f"({told})",
+        f"({sources.in_words(source)})",
         "The full model's scores in percent, and differences from them in percentage points, with "
         "95% bootstrap intervals over items; differences are paired, on the same items. "
         "Perplexities: the full model's, and the ratios of the others' to it.",

@@ -156,9 +156,19 @@ def is_loss(metric: str) -> bool:
     return metric.startswith("loss")
 
 
+def is_divergence(metric: str) -> bool:
+    """Whether a metric is a divergence from the full model, in nats."""
+    return metric.startswith("divergence")
+
+
+def is_of_tokens(metric: str) -> bool:
+    """Whether a metric is a mean over predicted tokens: a loss, or how near the full model is."""
+    return is_loss(metric) or is_divergence(metric) or metric.startswith("agreement")
+
+
 def family(task: str, metric: str) -> str:
     """A task's name without the length of its prompt, if it is one of several lengths."""
-    shorter = task.rpartition("_")[0] if is_loss(metric) else ""
+    shorter = task.rpartition("_")[0] if is_of_tokens(metric) else ""
     return shorter or task
 
 
@@ -170,7 +180,9 @@ def headlines(rows: pd.DataFrame) -> pd.DataFrame:
     chosen: dict[str, tuple[str, str]] = {}
     for task, metric in rows[["task", "metric"]].drop_duplicates().itertuples(index=False):
         name, loss = family(task, metric), is_loss(metric)
-        if name not in chosen or (loss and _tokens(task, metric) > _tokens(*chosen[name])):
+        before = chosen.get(name)
+        longer = before and _tokens(task, metric) > _tokens(*before)
+        if before is None or (loss and (longer or not is_loss(before[1]))):
             chosen[name] = (task, metric)
     wanted = set(chosen.values())
     keep = [pair in wanted for pair in zip(rows["task"], rows["metric"], strict=True)]
@@ -205,30 +217,22 @@ def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for (task, protocol, metric), part in parts_of(rows, _BY):
         by_variant = dict(part.set_index("variant").iterrows())
-        scale = _scale(metric, part)
+        scale = scale_of(metric, part["high"].max())
         name = metric.replace("loss", "perplexity")
         asked = f"{task}, {protocol}" if protocol != "context" else task
         cells = [f"{asked}, {name}", f"{part['items'].iloc[0]}"]
         if base is not None:
             own = by_variant[base]
             cells.append("" if np.isnan(own.chance) else f"{100 * own.chance:.1f}")
-            cells.append(_said(own[_MEANS], scale, sign=False) + _mark(own))
+            cells.append(said(own[_MEANS], scale, sign=False) + _mark(own))
         for variant in variants:
             if variant not in by_variant:  # not all are asked of every task
                 cells.append("")
                 continue
             own = by_variant[variant]
-            cells.append(_said(own[_DIFFERENCES], scale, sign=True) + _mark(own))
+            cells.append(said(own[_DIFFERENCES], scale, sign=True) + _mark(own))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _scale(metric: str, part: pd.DataFrame) -> float | None:
-    """What numbers of a metric are multiplied by where they are shown; None for losses."""
-    if is_loss(metric):
-        return None
-    is_share = part["high"].max() <= 1 and not metric.startswith("divergence")
-    return 100 if is_share else 1
 
 
 def _mark(row: pd.Series) -> str:
@@ -252,12 +256,22 @@ def footnote(items: pd.DataFrame) -> str:
     )
 
 
-def _said(values: pd.Series, scale: float | None, sign: bool) -> str:
-    """Estimate and interval, times `scale`; without one, as perplexities of losses."""
+def scale_of(metric: str, highest: float) -> float | None:
+    """What a metric is shown times: 100 of shares, 1 of others; None of losses, as perplexities."""
+    if is_loss(metric):
+        return None
+    return 1 if is_divergence(metric) or highest > 1 else 100
+
+
+def said(values: pd.Series, scale: float | None, sign: bool) -> str:
+    """Estimate and interval, times `scale`; without one, as perplexities of losses.
+
+    What is shown times 100 has one digit behind the point, other numbers up to 1 have two.
+    """
     numbers = values.to_numpy(dtype=float)
     if scale is None:
         digits = [f"{x:,.2f}" if x < 100 else f"{x:,.0f}" for x in np.exp(numbers)]
         return "{}{} [{}, {}]".format("x" if sign else "", *digits)
-    plus, places = "+" if sign else "", 1 if scale == 100 else 2
-    digits = [f"{scale * x:{plus}.{places}f}" for x in numbers]
+    digits_behind = 2 if scale == 1 and np.abs(numbers).max() < 10 else 1
+    digits = [f"{scale * x:{'+' if sign else ''}.{digits_behind}f}" for x in numbers]
     return "{} [{}, {}]".format(*digits)

@@ -43,6 +43,8 @@ LINES = [
     ("flocking prune --down Q", ["Q8_0", "Q4_0"]),
     ("flocking inspect --dtype b", ["bfloat16"]),
     ("flocking check --js", ["--json"]),
+    ("flocking comp", ["compare"]),
+    ("flocking compare --den", ["--density"]),
 ]
 
 

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import transformers as tf
 from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
+import flocking.models
 from flocking.artifacts import replacing
 from flocking.cli import app
-from flocking.evaluation import runner
+from flocking.evaluation import runner, sources
+from flocking.evaluation.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
 
@@ -30,8 +34,10 @@ def test_command(embedded: tuple, tmp_path: Path) -> None:
     assert items.groupby("task")["item"].nunique().to_dict() == {"piqa": 2, "boolq": 1}
     assert set(items["protocol"]) == {"context", "last-token"}
     assert "| boolq, last-token, acc | 1 |" in (tmp_path / "tables.md").read_text()
+    _check_source(sources.read(tmp_path / "source.json"), embedded[0])
     again = CliRunner().invoke(app, arguments)
     assert "6 of 6 cells are there already." in again.output
+    _check_source(sources.read(tmp_path / "source.json"), embedded[0])  # also if nothing is asked
     for path in (tmp_path / "cells").iterdir():
         content = json.loads(path.read_text())
         content["key"]["code"] = "0123456789abcdef"
@@ -39,6 +45,23 @@ def test_command(embedded: tuple, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [*arguments, "--keep-older"])
     assert "6 of 6 cells are there already, 6 of them of older code." in again.output
     assert "† Computed by older code" in (tmp_path / "tables.md").read_text()
+
+
+def _check_source(source: sources.Source, model: tf.PreTrainedModel) -> None:
+    """What the evaluation of `test_command` says of itself, against the model and the plan."""
+    assert source.parameters == model.num_parameters()
+    projections = {id(p): p.numel() for name, p in model.named_parameters() if ".mlp." in name}
+    assert source.ff_parameters == sum(projections.values())
+    assert (source.layers, set(source.d_ff)) == (30, {1536})
+    assert source.identity == flocking.models.identity()
+    assert source.versions["torch"] == torch.__version__
+    settings = {"": "context", "boolq": "last-token"}, {"": 2, "boolq": 1}
+    plan = Plan(["piqa", "boolq"], protocol=settings[0], limit=settings[1], data_dir=TASKS)
+    expected = {
+        asked.name: sources.Asked(asked.protocol, asked.limit, asked.digest(), asked.limit)
+        for asked in plan.questions()
+    }
+    assert source.tasks == expected
 
 
 @pytest.mark.parametrize("finished", [0, 1, 5])
@@ -102,7 +125,8 @@ def test_command_refuses_before_a_model_is_loaded(
     assert (out / "summary.csv").read_text() == "mine"
     (out / "summary.csv").unlink()
     (out / "cells").mkdir()
-    for name in ("tables.md", "items.parquet", "quality_by_method.png", "quality_by_density.svg"):
+    pictures = ("quality_by_method.png", "quality_by_density.svg")
+    for name in ("tables.md", "items.parquet", "source.json", *pictures):
         (out / name).write_text("mine")
         assert f"{name} exists and is not a report of flocking" in said()
         (out / name).unlink()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flocking.evaluation import figures, report
+from flocking.evaluation import figures, report, sources
 from flocking.evaluation.summary import by_prompt, headlines, summarise, table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -98,10 +98,45 @@ def test_a_report_is_complete_and_says_where_it_comes_from(
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "items.parquet"), several)
     told = (tmp_path / "tables.md").read_text()
     assert "(model tiny; torch 2)" in told
+    assert sources.read(tmp_path / "source.json").model == "tiny"
     assert "## GRIFFIN against the other methods at density 0.5" in told
     assert table(summarise(several)).strip() in told
     for name in report.FIGURES:
         assert f"![{name}]({name}.svg)\n\nScores of tiny" in told
+
+
+def test_metrics_that_are_no_losses_are_in_their_own_units(
+    several: pd.DataFrame, tmp_path: Path
+) -> None:
+    """How near the full model is stands beside the losses, and is no task's main number."""
+    losses = several[several["metric"].str.startswith("loss")]
+    full = losses["method"] == "full"
+    divergence = losses.assign(
+        metric=losses["metric"].str.replace("loss", "divergence"),
+        value=np.where(full, 0, losses["value"] / 10),
+    )
+    agreement = losses.assign(
+        metric=losses["metric"].str.replace("loss", "agreement"),
+        value=np.where(full, 1, 1 / losses["value"]),
+    )
+    items = pd.concat([several, divergence, agreement], ignore_index=True)
+    rows = report.write(items, tmp_path, {"model": "tiny"})
+    assert headlines(rows)["metric"].unique().tolist() == ["acc", "loss_256"]
+    assert headlines(by_prompt(items))["metric"].unique().tolist() == ["acc", "loss_256"]
+    first = pd.concat([divergence, agreement, several], ignore_index=True)
+    assert set(headlines(summarise(first))["metric"]) == {"acc", "loss_256"}
+    lines = {line.split("|")[1].strip(): line for line in table(rows).splitlines()}
+    own = rows[rows["task"] == "wikitext_16"].set_index(["metric", "variant"])["difference"]
+    assert f"| {own['divergence_64', 'topk@0.5']:+.2f} [" in lines["wikitext_16, divergence_64"]
+    assert "| 0.00 [0.00, 0.00] |" in lines["wikitext_16, divergence_64"]
+    shown = f"| {100 * own['agreement_64', 'topk@0.5']:+.1f} ["
+    assert shown in lines["wikitext_16, agreement_64"]
+    assert "| 100.0 [100.0, 100.0] |" in lines["wikitext_16, agreement_64"]
+    alone = rows[rows["metric"] == "divergence_64"]
+    alone.attrs["caption"] = "made up"
+    ax = figures.quality_by_density(alone).subfigs[0].axes[0]
+    assert ax.get_ylabel() == "divergence (nats) of 64"
+    assert ax.yaxis.get_major_formatter()(0.5) != "50"  # as a share would be shown
 
 
 def test_a_report_says_what_is_from_older_code(several: pd.DataFrame, tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""What outputs have in common: what must be, and what is only noted where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from flocking.evaluation.summary import label, parts_of
+from flocking.reports.outputs import Difference, Evaluation, Measured, Numbers
+
+_SAME = {"rtol": 1e-4, "atol": 1e-6}  # of a value that two runs computed
+# Attributes of a figure that must be the same, and what they are in words.
+_SETTINGS = {
+    "texts": "the texts",
+    "tokens": "tokens of a text",
+    "density": "density",
+    "prompt": "tokens of the prompt",
+}
+
+
+def refuse_unlike(models: Sequence[Measured]) -> None:
+    """Raise a ValueError if two outputs were not asked the same, or contradict each other."""
+    first: dict[str, Evaluation] = {}
+    for model in models:
+        for evaluation in model.evaluations:
+            for task in evaluation.items["task"].unique():
+                other = first.setdefault(str(task), evaluation)
+                _refuse_other_items(str(task), other, evaluation)
+        _refuse_contradictions(model.evaluations)
+    before: dict[str, Numbers] = {}
+    for model in models:
+        for name, numbers in model.figures.items():
+            _refuse_other_texts(before.setdefault(name, numbers), numbers)
+
+
+def _refuse_other_items(task: str, one: Evaluation, two: Evaluation) -> None:
+    parts = [each.items[each.items["task"] == task] for each in (one, two)]
+    where = f"{one.folder} and {two.folder}"
+    protocols = [", ".join(map(str, part["protocol"].unique())) for part in parts]
+    if protocols[0] != protocols[1]:
+        raise ValueError(
+            f"{where} were asked {task} with unlike protocols ({protocols[0]}; {protocols[1]}): "
+            "evaluate both with the same --protocol, or leave one out."
+        )
+    items = [set(part["item"]) for part in parts]
+    if items[0] != items[1]:
+        counts = " and ".join(f"{len(each):,}" for each in items)
+        raise ValueError(
+            f"{where} do not have the same items of {task} ({counts}): evaluate both with the "
+            "same --limit and documents, or leave one out."
+        )
+    asked = [each.source.tasks.get(task) for each in (one, two)]
+    digests = {each.digest for each in asked if each is not None and each.digest}
+    if len(digests) > 1:
+        harness = {each.source.versions.get("lm-eval", "") for each in (one, two)}
+        unlike = f"; lm-eval {' and '.join(sorted(harness))}" if len(harness) > 1 else ""
+        raise ValueError(
+            f"{where} were not asked the same {task} (its definition, documents or --limit differ"
+            f"{unlike}): evaluate both with the same documents and settings, or leave one out."
+        )
+
+
+def _refuse_contradictions(evaluations: Sequence[Evaluation]) -> None:
+    """Of one model: where the same was measured twice, it must be the same."""
+    seen: dict[tuple[str, ...], tuple[Evaluation, pd.Series]] = {}
+    for evaluation in evaluations:
+        named = evaluation.items.assign(
+            variant=list(map(label, evaluation.items["method"], evaluation.items["density"]))
+        )
+        for key, part in parts_of(named, ["task", "variant", "metric"]):
+            values = part.set_index("item")["value"].sort_index()
+            other, before = seen.setdefault(key, (evaluation, values))
+            if not np.allclose(before, values, equal_nan=True, **_SAME):
+                raise ValueError(
+                    f"{other.folder} and {evaluation.folder} are of one model and have different "
+                    f"values of {key[1]} on {key[0]}, {key[2]}: leave one of the two out."
+                )
+
+
+def _refuse_other_texts(one: Numbers, two: Numbers) -> None:
+    for name, words in _SETTINGS.items():
+        values = [each.data.attrs.get(name) for each in (one, two)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{one.path} and {two.path} differ in {words} ({_short(values[0])}; "
+                f"{_short(values[1])}): run flocking figures --only {one.name} with the same "
+                "--texts for both models, or leave one out."
+            )
+
+
+def _short(value: object) -> str:
+    """A setting in a few words."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:4])) + (f" and {len(value) - 4} more" * (len(value) > 4))
+    return str(value)
+
+
+def differences(models: Sequence[Measured]) -> tuple[Difference, ...]:
+    """In what outputs are unlike that can be put together all the same."""
+    told: dict[str, dict[str, set[str]]] = {}
+    for model in models:
+        for what, value in _settings_of(model):
+            told.setdefault(what, {}).setdefault(model.label, set()).add(value)
+    found = []
+    for what, by_label in told.items():
+        values = {name: " and ".join(sorted(each)) for name, each in by_label.items()}
+        if len(set().union(*by_label.values())) > 1:
+            found.append(Difference(what, values))
+    return tuple(found)
+
+
+def _settings_of(model: Measured) -> Iterator[tuple[str, str]]:
+    """What may differ, and what it is; without what an output does not say."""
+    for one in model.evaluations:
+        source = one.source
+        said = {
+            "dtype": source.dtype,
+            "device": source.device,
+            "seed": "" if source.seed is None else str(source.seed),
+            "calibration texts (by digest)": source.calibration_digest[:8],
+            "code of the evaluation": source.code[:8],
+            **source.versions,
+        }
+        yield from ((what, value) for what, value in said.items() if value)
+        for older in filter(None, one.items["older"].unique()):
+            yield "code of the evaluation", f"older ({older})"
+    for numbers in model.figures.values():
+        about = numbers.data.attrs
+        said = {
+            "dtype": str(about.get("dtype", "")),
+            "seed": str(about.get("seed", "")),
+            f"code of {numbers.name}": numbers.code[:8],
+            **numbers.versions,
+        }
+        yield from ((what, value) for what, value in said.items() if value)

@@ -1,0 +1,183 @@
+"""A comparison in Markdown: models, their rows by method, what differs, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import pandas as pd
+
+from flocking.evaluation.summary import label, parts_of, said, scale_of
+from flocking.reports.choosing import densities_of
+from flocking.reports.comparison import DIFFERENCES, MEANS, missing
+from flocking.reports.figures import in_words
+from flocking.reports.outputs import Outputs
+
+HEADING = "# Models compared: "
+_MARK = "†"
+_WEIGHTS = ("trained", "control")
+
+
+def page_of(outputs: Outputs, rows: pd.DataFrame, captions: Mapping[str, str]) -> list[str]:
+    """Paragraphs of ``compared.md``, without what is said of figures that are not drawn."""
+    parts = [
+        HEADING + ", ".join(model.label for model in outputs.models),
+        _models(outputs),
+        *_differences(outputs, rows),
+    ]
+    weights = rows["method"].isin(_WEIGHTS)
+    parts += [_TOLD] if densities_of(rows) else []
+    for density in densities_of(rows):
+        here = rows[~weights & ((rows["density"] == density) | (rows["method"] == "full"))]
+        parts += [f"## Density {density:g}", _by_method(here, outputs)]
+    scores = rows[weights]
+    if len(scores):
+        parts += ["## Flocking", _TOLD_OF_SCORES, _by_weights(scores, outputs)]
+    lacking = missing(outputs, rows)
+    if lacking:
+        parts += ["## What is missing", "\n".join(f"- {line}" for line in lacking)]
+    if captions:
+        parts.append("## Figures")
+        parts += [f"![{name}]({name}.svg)\n\n{caption}" for name, caption in captions.items()]
+    return parts
+
+
+_TOLD = (
+    "The full model's own score and chance, in percent (losses as perplexities, divergences in "
+    "nats), and what methods make of it: differences from the full model in percentage points (of "
+    "divergences in nats; perplexities as ratios to the full model's), on the same items, with "
+    "95% bootstrap intervals. Captured energy, in percent, is no difference. An empty cell was not "
+    "measured. Perplexities are by token: between models with other tokenizers, compare ratios."
+)
+_TOLD_OF_SCORES = (
+    "Means over layers and texts, of the trained weights and of random ones in the same "
+    "architecture; 95% intervals where `token_order` has them for the same tokens. Specificity is "
+    "0 where a text is as similar to itself as to another. effective_share: effective neurons, as "
+    "a share of all."
+)
+
+
+def _models(outputs: Outputs) -> str:
+    lines = []
+    for model in outputs.models:
+        source = next((one.source for one in model.evaluations), None)
+        inside = source.ff_parameters if source is not None else None
+        shown = [
+            model.label + _mark(model.label, outputs),
+            "" if model.parameters is None else in_words(model.parameters),
+            "" if inside is None else in_words(inside),
+            str(sum(one.items["task"].nunique() for one in model.evaluations)),
+            ", ".join(model.figures),
+        ]
+        lines.append(shown)
+    head = ["model", "parameters", "in FF blocks", "tasks", "figures"]
+    return _markdown(head, lines)
+
+
+def _differences(outputs: Outputs, rows: pd.DataFrame) -> list[str]:
+    """What is unlike, and what the mark means."""
+    told = [str(one) for one in outputs.differences]
+    if not told:
+        return []
+    lines = "\n".join(f"- {line}" for line in told)
+    marked = outputs.marked()
+    first = outputs.models[0].label
+    mark = [f"{_MARK} Unlike {first} in what is listed above."] if marked else []
+    return ["## What is unlike", lines, *mark]
+
+
+def _mark(name: str, outputs: Outputs) -> str:
+    return _MARK if name in outputs.marked() else ""
+
+
+def _by_method(rows: pd.DataFrame, outputs: Outputs) -> str:
+    """A row for each metric and model, a column for each method."""
+    methods = [name for name in rows["method"].unique() if name != "full"]
+    lines = []
+    for (task, metric, model, protocol), part in _in_order(
+        rows, ["task", "metric", "model", "protocol"]
+    ):
+        by_method = dict(part.set_index("method").iterrows())
+        if not set(methods) & set(by_method):
+            continue
+        scale = scale_of(metric, part["high"].max())
+        full = by_method.get("full")
+        asked = f"{task}, {protocol}" if protocol not in ("", "context") else task
+        chance = part["chance"].iloc[0]
+        cells = [
+            f"{asked}, {metric.replace('loss', 'perplexity')}",
+            model + _mark(model, outputs),
+            str(part["items"].iloc[0]),
+            "" if pd.isna(chance) else f"{100 * chance:.1f}",
+            "" if full is None else _cell(full, MEANS, scale),
+        ]
+        for method in methods:
+            own = by_method.get(method)
+            names = MEANS if own is None or pd.isna(own["difference"]) else DIFFERENCES
+            cells.append("" if own is None else _cell(own, names, scale))
+        lines.append(cells)
+    return _markdown(["measured", "model", "items", "chance", "full", *methods], lines)
+
+
+def _by_weights(rows: pd.DataFrame, outputs: Outputs) -> str:
+    """A row for each score and model, a column for either weights."""
+    lines = []
+    for (metric, model), part in _in_order(rows, ["metric", "model"]):
+        by_method = dict(part.set_index("method").iterrows())
+        chance = part["chance"].iloc[0]
+        cells = [
+            metric,
+            model + _mark(model, outputs),
+            str(part["items"].iloc[0]),
+            "" if pd.isna(chance) else f"{chance:.2f}",
+            *(_cell(by_method[name], MEANS, 1) for name in _WEIGHTS if name in by_method),
+        ]
+        lines.append(cells)
+    return _markdown(["score", "model", "texts", "chance", "model's", "random weights"], lines)
+
+
+def _in_order(
+    rows: pd.DataFrame, names: list[str]
+) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """Parts of a table, nested: all models of the first task, then all of the next one."""
+    if not names:
+        yield (), rows
+        return
+    for key, part in parts_of(rows, names[:1]):
+        for more, inner in _in_order(part, names[1:]):
+            yield key + more, inner
+
+
+def _cell(row: pd.Series, names: list[str], scale: float | None) -> str:
+    """A value with its interval, if there is one, and a mark if older code made it."""
+    mark = "‡" if row["note"] else ""
+    if row[names[1:]].isna().any():
+        alone = row[[names[0]] * 3]
+        return said(alone, scale, sign=False).partition(" [")[0] + mark
+    return said(row[names], scale, sign=names is DIFFERENCES) + mark
+
+
+def _markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    names = list(head)
+    rows = [names, ["---"] * len(names), *map(list, lines)]
+    return "\n".join(f"| {' | '.join(_literal(cell) for cell in row)} |" for row in rows)
+
+
+def _literal(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def older_code(rows: pd.DataFrame) -> list[str]:
+    """What the mark of numbers from older code means, and which rows have it."""
+    older = rows[rows["note"] != ""]
+    if older.empty:
+        return []
+    groups = [
+        f"code {note}, {model}: "
+        + ", ".join(dict.fromkeys(f"{label(m, d)} on {t}" for m, d, t in _cells(part)))
+        for (note, model), part in parts_of(older, ["note", "model"])
+    ]
+    return [f"‡ Computed by older code, or compared with what it computed. {'; '.join(groups)}."]
+
+
+def _cells(part: pd.DataFrame) -> Iterable[tuple[str, float, str]]:
+    return zip(part["method"], part["density"], part["task"], strict=True)
