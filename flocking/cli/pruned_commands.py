@@ -243,9 +243,9 @@ def evaluate(
     cells = Cells(out / "cells", known, keep_older)
     items = runner.evaluate(loaded, tokenizer, plan, batch_size=batch_size, cells=cells, say=notice)
     rows = report.write(items, out, source_of(loaded, known, plan, asked, items))
-    written = [out / name for name in report.FILES + report.FIGURES]
+    written = [path.name for path in report.files_in(out) if path.exists()]
     document = {"out": out, "summary": rows.to_dict("records")}
-    told = f"wrote {', '.join(path.name for path in written)} in {out}; read {out}/tables.md"
+    told = f"wrote {', '.join(written)} in {out}; read {out}/tables.md"
     result(document, lambda: say(told))
 
 

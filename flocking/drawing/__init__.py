@@ -40,6 +40,7 @@ from flocking.drawing.style import (
     page,
     save,
     save_grain,
+    style_of,
     titled,
 )
 from flocking.drawing.words import literal
@@ -78,6 +79,7 @@ __all__ = [
     "powers_of_two",
     "save",
     "save_grain",
+    "style_of",
     "tall",
     "titled",
 ]

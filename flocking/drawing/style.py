@@ -56,6 +56,25 @@ BY_SELECTION: dict[str, dict[str, Any]] = {
     "random": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "random (chance)"},
     "magnitude": {**MAGNITUDE, **_DOT, "marker": "P"},
 }
+_OTHER: dict[str, Any] = {**_DOT, "color": "0.5", "ls": "-", "marker": "d"}
+
+
+def style_of(method: str) -> dict[str, Any]:
+    """How a method of an evaluation is drawn: ``topk``, ``refreshed-64``, ``shared-4``, ..."""
+    known = BY_SELECTION | {
+        "topk": BY_SELECTION["GRIFFIN"],
+        "static": BY_SELECTION["static"] | {"label": "static: calibration texts"},
+        "static-domain": BY_SELECTION["static-domain"] | {"label": "static: the task's others"},
+    }
+    kind, _, number = method.partition("-")
+    if kind == "refreshed":
+        label = f"GRIFFIN, anew every {number}"
+        return known.get(f"every {number}", known["every 256"]) | {"label": label}
+    if kind == "shared":
+        return _OTHER | {"color": BLUE, "ls": ":", "label": f"GRIFFIN, {number} prompts share it"}
+    return known.get(method, _OTHER | {"label": method})
+
+
 BY_ALLOCATION: dict[str, dict[str, Any]] = {
     "one for all": {**_DOT, "color": ORANGE, "ls": "--", "marker": "o", "label": "one for all"},
     "allocated": {**_DOT, "color": BLUE, "ls": "-", "marker": "s", "label": "allocated"},

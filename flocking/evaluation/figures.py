@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from flocking.drawing import (
-    BY_SELECTION,
     CHANCE,
     below,
     guide,
@@ -17,14 +16,11 @@ from flocking.drawing import (
     legend,
     logarithmic,
     page,
+    style_of,
 )
 from flocking.evaluation.summary import is_divergence, is_loss
 
 _FULL = {"color": "0.15", "ls": "-", "lw": 1, "label": "full model"}
-_BY_METHOD = {name: style for name, style in BY_SELECTION.items() if name != "hindsight"}
-_BY_METHOD = {"topk" if name == "GRIFFIN" else name: style for name, style in _BY_METHOD.items()}
-_BY_METHOD["static"] = _BY_METHOD["static"] | {"label": "static: calibration texts"}
-_BY_METHOD["static-domain"] = _BY_METHOD["static-domain"] | {"label": "static: the task's others"}
 _MEANS = ["estimate", "low", "high"]
 _DIFFERENCES = ["difference", "difference_low", "difference_high"]
 _SUMMARY = "a summary of an evaluation, as flocking.evaluation.report.write makes it"
@@ -51,7 +47,7 @@ def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
         pruned = _beside(part[part["method"] != "full"])
         for method, own in pruned.groupby("method", sort=False):
             own = own.sort_values("density")
-            _errors(ax, own["shown_at"], _shown(part, own[_MEANS]), _BY_METHOD[method])
+            _errors(ax, own["shown_at"], _shown(part, own[_MEANS]), style_of(str(method)))
         ax.set_xlim(0, 1)
         _scale(ax, part)
     below(axes, "density (fraction kept)")
@@ -80,7 +76,7 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
             for number, one in enumerate(others.itertuples()):
                 y = row + 0.6 * ((number + 0.5) / len(others) - 0.5)
                 middle, low, high = _shown(part, [getattr(one, name) for name in _DIFFERENCES])
-                style = _BY_METHOD[one.method] | {"ls": "none", "ms": 3.5}
+                style = style_of(str(one.method)) | {"ls": "none", "ms": 3.5}
                 ax.errorbar(middle, y, xerr=[[middle - low], [high - middle]], lw=1, **style)
             if not np.isnan(full["chance"]):
                 gone = full["chance"] - full["estimate"]
@@ -110,12 +106,35 @@ def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
         ax.axhline(1 if loss else 0, **_FULL)
         for method, own in part[part["method"] != "full"].groupby("method", sort=False):
             own = own.sort_values("prompt_tokens")
-            _errors(ax, own["prompt_tokens"], _shown(part, own[_DIFFERENCES]), _BY_METHOD[method])
+            _errors(
+                ax, own["prompt_tokens"], _shown(part, own[_DIFFERENCES]), style_of(str(method))
+            )
         logarithmic(ax, ax.xaxis, sorted(part["prompt_tokens"].unique()))
         name = metric_in_words(part["metric"].iloc[0])
         ax.set_ylabel(f"{name},\n" + ("times full's" if loss else "minus full's"))
         _scale(ax, part)
     below(axes, "prompt (tokens)")
+    legend(upper, axes, ncols=2)
+
+
+@in_style(_SUMMARY, *_NEEDS, "batch_size")
+def quality_by_batch(data: pd.DataFrame, figure: Figure) -> None:
+    """Differences from the full model by how many prompts share a selection.
+
+    `data` is from :func:`flocking.evaluation.summary.by_batch`, one metric a task, with a caption
+    in its ``attrs``.
+    """
+    upper, axes = _panels(data, figure)
+    for ax, part in _each(data, axes):
+        ax.axhline(0, **_FULL)
+        own = part[part["batch_size"] > 0].sort_values("batch_size")
+        _errors(ax, own["batch_size"], own[_DIFFERENCES].to_numpy(), style_of("topk"))
+        for other in part[part["batch_size"] == 0].itertuples():
+            ax.axhline(other.difference, **style_of(str(other.method)) | {"marker": ""})
+        logarithmic(ax, ax.xaxis, sorted(own["batch_size"].unique()))
+        ax.set_ylabel(f"{metric_in_words(part['metric'].iloc[0])},\nminus full's")
+        _scale(ax, part)
+    below(axes, "prompts that share a selection")
     legend(upper, axes, ncols=2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,25 @@ from flocking.artifacts import replacing
 from flocking.drawing import save, titled
 from flocking.evaluation import sources
 from flocking.evaluation.domain import MOST_TOKENS, OF_DOMAIN
-from flocking.evaluation.figures import quality_by_density, quality_by_method, quality_by_prompt
-from flocking.evaluation.summary import by_prompt, footnote, headlines, label, summarise, table
+from flocking.evaluation.figures import (
+    quality_by_batch,
+    quality_by_density,
+    quality_by_method,
+    quality_by_prompt,
+)
+from flocking.evaluation.summary import (
+    by_batch,
+    by_prompt,
+    footnote,
+    headlines,
+    label,
+    summarise,
+    table,
+)
 
 FILES = ("items.parquet", "summary.csv", "tables.md", sources.NAME)
 FIGURES = ("quality_by_density", "quality_by_method", "quality_by_prompt")
+BY_BATCH = "quality_by_batch"  # a figure if a method says how many prompts share a selection
 _MARKS = {"task", "method", "density"}  # columns of its tables
 _HEADING = ": tasks, methods and densities"
 _PATIENCE = 60.0  # seconds to wait for another run that is writing its report
@@ -51,8 +65,13 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, Any]) -> pd.DataF
     rows = summarise(items)
     density = _common_density(rows)
     here = rows[(rows["density"] == density) | (rows["method"] == "full")]
+    batches = headlines(by_batch(here))
+    names = (*FIGURES, BY_BATCH) if len(batches) else FIGURES
+    for path in files_in(out):
+        refuse_foreign(path)
     of_same = items[(items["density"] == density) | (items["method"] == "full")]
-    with replacing(*files_in(out), check=refuse_foreign, wait=_PATIENCE) as first:
+    places = files_in(out, names)
+    with replacing(*places, check=refuse_foreign, wait=_PATIENCE) as first:
         partial = first.parent
         items.to_parquet(partial / "items.parquet", index=False)
         rows.to_csv(partial / "summary.csv", index=False, float_format="%.6g")
@@ -60,9 +79,11 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, Any]) -> pd.DataF
             "quality_by_density": (quality_by_density, headlines(rows), _by_density),
             "quality_by_method": (quality_by_method, headlines(here), _by_method),
             "quality_by_prompt": (quality_by_prompt, headlines(by_prompt(of_same)), _by_prompt),
+            BY_BATCH: (quality_by_batch, batches, _by_batch),
         }
         captions = {}
-        for name, (draw, data, caption) in wanted.items():
+        for name in names:
+            draw, data, caption = wanted[name]
             captions[name] = data.attrs["caption"] = caption(source["model"], density)
             at = "" if name == "quality_by_density" else f", density {density:g}"
             data.attrs["told"] = f"{source['model']}{at}. {_BAND}."
@@ -70,12 +91,14 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, Any]) -> pd.DataF
         told = _tables(items, rows, density, source, captions)
         (partial / "tables.md").write_text(told, encoding="utf-8")
         (partial / sources.NAME).write_text(sources.written(source), encoding="utf-8")
+    for path in set(files_in(out)) - set(places):
+        path.unlink(missing_ok=True)  # an earlier figure, which would not be of these rows
     return rows
 
 
-def files_in(out: Path) -> list[Path]:
-    """All files of a report, in the folder where it is to be."""
-    pictures = [f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")]
+def files_in(out: Path, figures: Sequence[str] = (*FIGURES, BY_BATCH)) -> list[Path]:
+    """All files of a report with these figures, in the folder where it is to be."""
+    pictures = [f"{name}{suffix}" for name in figures for suffix in (".png", ".svg")]
     return [out / name for name in (*FILES, *pictures)]
 
 
@@ -128,6 +151,14 @@ def _by_prompt(model: str, density: float) -> str:
         f"neurons are selected: groups of items of similar length, at their medians. {_BAND} of "
         "these differences. Where prompts differ from item to item, so do the items; on WikiText, "
         "the same tokens are predicted after every prompt."
+    )
+
+
+def _by_batch(model: str, density: float) -> str:
+    return (
+        f"Scores of {model} at density {density:g} minus the full model's, in percentage points, "
+        "by how many prompts share one selection (1: each has one; lines without points: static "
+        f"selections, which all share). {_BAND} of these differences."
     )
 
 

@@ -33,7 +33,8 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     items : pandas.DataFrame
         As :func:`flocking.evaluation.runner.evaluate` returns it.
     against : str
-        The variant to compare with, such as "full" or "static@0.5".
+        The variant to compare with, such as "full" or "static@0.5". Tasks that it was not asked
+        are left out.
     seed : int
         Of the bootstrap.
 
@@ -61,6 +62,8 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
         known = ", ".join(named["variant"].unique())
         raise ValueError(f"there is no variant {against!r}: choose from {known}.")
     for group, part in parts_of(named, _BY):
+        if against not in set(part["variant"]):  # not all are asked of every task
+            continue
         values = _by_item(part, group)
         means = _means(values, seed)
         differences = _means(values - values.loc[against], seed)
@@ -149,6 +152,29 @@ def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.Data
                 rows.assign(task=name, metric=metric, prompt_tokens=round(members.median()))
             )
     return pd.concat(parts, ignore_index=True)
+
+
+def by_batch(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that say how quality falls with the number of prompts that share a selection.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Of :func:`summarise`, at one density.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Of tasks with a method such as ``shared-4``: these, ``topk``, where each prompt has a
+        selection, and static ones, to compare with. ``batch_size`` is how many share a selection,
+        0 where that does not matter. Empty if there is no such method.
+    """
+    number = rows["method"].str.extract(r"^shared-(\d+)$")[0].astype(float)
+    sizes = number.where(rows["method"] != "topk", 1.0)
+    rows = rows.assign(batch_size=sizes.fillna(0).astype(int))
+    tasks = rows.loc[rows["batch_size"] > 1, "task"].unique()
+    others = rows["method"].isin(["static", "static-domain"]) | (rows["batch_size"] > 0)
+    return rows[rows["task"].isin(tasks) & others]
 
 
 def is_loss(metric: str) -> bool:

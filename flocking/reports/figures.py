@@ -22,19 +22,13 @@ from flocking.drawing import (
     level,
     logarithmic,
     page,
+    style_of,
 )
 from flocking.evaluation.figures import metric_in_words
 from flocking.evaluation.summary import is_divergence, is_loss, parts_of
 
 _MEANS = ("estimate", "low", "high")
 _DIFFERENCES = ("difference", "difference_low", "difference_high")
-_STYLES: dict[str, dict[str, Any]] = {
-    **BY_SELECTION,
-    "topk": BY_SELECTION["GRIFFIN"],
-    "static": BY_SELECTION["static"] | {"label": "static: calibration texts"},
-    "static-domain": BY_SELECTION["static-domain"] | {"label": "static: the task's others"},
-}
-_OTHER: dict[str, Any] = {"color": "0.5", "ls": "-", "marker": "d"}  # of methods that came later
 _DASHES = ("-", "--", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))  # of models, the smallest first
 _BESIDE = 0.03  # of the width of a panel, by which methods stand beside each other
 _NEAR = 0.2  # of the width of a panel: sizes that are nearer have one label
@@ -72,7 +66,7 @@ def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
             values = own[list(_DIFFERENCES)].to_numpy(dtype=float)
             values = np.exp(values) if loss else values
             x = _beside(ax, own["parameters"], number - (len(methods) - 1) / 2)
-            _errors(ax, x, values, _style(method) | {"ms": 3, "lw": 0.9})
+            _errors(ax, x, values, style_of(method) | {"ms": 3, "lw": 0.9})
         ax.set(title=task, ylabel=_axis_of(metric))
         if loss:
             logarithmic(ax, ax.yaxis)
@@ -100,7 +94,7 @@ def loss_by_energy(data: pd.DataFrame, figure: Figure) -> None:
         look = {"color": str(shades[number]), "ls": _DASHES[number % len(_DASHES)], "lw": 0.7}
         ax.plot(part["estimate"], part["difference"], **look, label=name, zorder=1)
     for method, part in data.groupby("method", sort=False):
-        style = _style(str(method)) | {"ls": "none", "ms": 3.5, "elinewidth": 0.7}
+        style = style_of(str(method)) | {"ls": "none", "ms": 3.5, "elinewidth": 0.7}
         across, up = (part[list(each)].to_numpy(dtype=float).T for each in (_MEANS, _DIFFERENCES))
         ax.errorbar(across[0], up[0], yerr=_spread(up), xerr=_spread(across), zorder=2, **style)
     ax.axvline(float(data["chance"].iloc[0]), **CHANCE, label="chance")
@@ -156,13 +150,9 @@ def in_words(size: float) -> str:
     return f"{size:g}"
 
 
-def _style(method: str) -> dict[str, Any]:
-    return _STYLES.get(method, _OTHER | {"label": method})
-
-
 def _order(method: str) -> int:
     """Where a method stands among others."""
-    known = list(_STYLES)
+    known = [*BY_SELECTION, "topk"]
     return known.index(method) if method in known else len(known)
 
 
@@ -188,7 +178,7 @@ def _name_beyond(ax: Axes, part: pd.DataFrame) -> None:
         told = f"{method}: {low}" + (f" to {high}" if high != low else "")
         where: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
         ax.annotate(
-            told, (1, 1 - 0.12 * line), color=_style(str(method))["color"], fontsize=5.6, **where
+            told, (1, 1 - 0.12 * line), color=style_of(str(method))["color"], fontsize=5.6, **where
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pandas as pd
 import pytest
 
 from flocking.evaluation import figures, report, sources
-from flocking.evaluation.summary import by_prompt, headlines, summarise, table
+from flocking.evaluation.summary import by_batch, by_prompt, headlines, summarise, table
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -80,7 +81,7 @@ def test_methods_stand_beside_each_other_only_where_there_are_several(
         assert near.mean() == pytest.approx(density)
 
 
-@pytest.mark.parametrize("name", report.FIGURES)
+@pytest.mark.parametrize("name", [*report.FIGURES, report.BY_BATCH])
 def test_given_something_else_they_say_what_they_draw(name: str, several: pd.DataFrame) -> None:
     with pytest.raises(TypeError, match="draws a summary of an evaluation"):
         getattr(figures, name)(None)
@@ -137,6 +138,35 @@ def test_metrics_that_are_no_losses_are_in_their_own_units(
     ax = figures.quality_by_density(alone).subfigs[0].axes[0]
     assert ax.get_ylabel() == "divergence (nats) of 64"
     assert ax.yaxis.get_major_formatter()(0.5) != "50"  # as a share would be shown
+
+
+def test_quality_by_batch(several: pd.DataFrame, tmp_path: Path) -> None:
+    """Where prompts share a selection there is a figure of it, and it goes with them."""
+    rng = np.random.default_rng(1)
+    methods = ["full", "topk@0.5", "shared-2@0.5", "shared-8@0.5", "static@0.5", "topk@0.25"]
+    values = {method: (rng.random(20) < 0.5) * 1.0 for method in methods}
+    items = pd.concat([several, helpers.made_up(values, "xsum", metric="rouge1")])
+    rows = report.write(items, tmp_path, {"model": "tiny"})
+    assert (tmp_path / "quality_by_batch.png").exists()
+    assert "![quality_by_batch](quality_by_batch.svg)" in (tmp_path / "tables.md").read_text()
+    data = headlines(by_batch(rows[(rows["density"] == 0.5) | (rows["method"] == "full")]))
+    assert set(data["task"]) == {"xsum"}
+    sizes = data.set_index("method")["batch_size"]
+    assert dict(sizes) == {"topk": 1, "shared-2": 2, "shared-8": 8, "static": 0}
+    data.attrs["caption"] = "made up"
+    ax = figures.quality_by_batch(data).subfigs[0].axes[0]
+    (drawn,) = ax.containers
+    x, y = drawn[0].get_data()
+    assert list(x) == [1, 2, 8]
+    for place, method in zip(y, ("topk", "shared-2", "shared-8"), strict=True):
+        assert place == pytest.approx(values[f"{method}@0.5"].mean() - values["full"].mean())
+    level = values["static@0.5"].mean() - values["full"].mean()
+    assert any(np.allclose(line.get_ydata(), level) for line in ax.lines)
+    # The table has nothing where a task was not asked so.
+    cells = next(x for x in table(rows).splitlines() if x.startswith("| piqa")).split("|")
+    assert cells.count("  ") + cells.count(" ") >= 2
+    report.write(several, tmp_path, {"model": "tiny"})
+    assert not (tmp_path / "quality_by_batch.png").exists()
 
 
 def test_a_report_says_what_is_from_older_code(several: pd.DataFrame, tmp_path: Path) -> None:
