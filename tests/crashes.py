@@ -144,7 +144,7 @@ def commands(folder: Path) -> list[Command]:
     def evaluated() -> str:
         out = folder / "evaluate"
         pictures(out.glob("*.png"))
-        cells = [read_content(path, ("rows",)) for path in out.glob("cells/*.json")]
+        cells = [read_content(path, ("cells",)) for path in out.glob("cells/*.json.gz")]
         if not (out / "items.parquet").exists():
             return "absent" if not cells else f"{len(cells)} cells"
         return f"{len(cells)} cells, {len(pd.read_parquet(out / 'items.parquet'))} items"

@@ -36,13 +36,19 @@ def check_room(lm: GriffinLM, blocks: Sequence[Block]) -> int:
     Raises
     ------
     ValueError
-        If they all do.
+        If they all do, or one has no prompt.
     """
     lengths = [len(_tokens(lm, one.args[0])) for block in blocks for one in block.requests]
+    name = blocks[0].question.name
+    if 0 in lengths:
+        raise ValueError(
+            f"{name}, item {lengths.index(0)}: the prompt has no token that neurons could be "
+            "selected from: leave the item out."
+        )
     skipped = sum(not _fits(lm, length) for length in lengths)
     if skipped == len(lengths):
         raise ValueError(
-            f"{blocks[0].question.name}: the model's context of {lm.max_length} tokens has no room "
+            f"{name}: the model's context of {lm.max_length} tokens has no room "
             f"for a prompt, the shortest of which has {min(lengths)}, and {NEW_TOKENS} new tokens: "
             "take a model with a longer context."
         )
@@ -90,7 +96,7 @@ def _tokens(lm: GriffinLM, prompt: str) -> list[int]:
 
 
 def _fits(lm: GriffinLM, length: int) -> bool:
-    return 0 < length <= lm.max_length - NEW_TOKENS
+    return length <= lm.max_length - NEW_TOKENS
 
 
 def _written(

@@ -330,6 +330,11 @@ class GriffinLM(HFLM):
         for request in requests:
             context, options = request.args
             length = len(self.tok_encode(context))
+            if not length:
+                raise ValueError(
+                    f"{request.task_name}, item {request.doc_id}: the prompt has no token that "
+                    "neurons could be selected from: leave the item out."
+                )
             room = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             left_out = max(0, length - (self.max_length - room))
             self._note(request, length - left_out, left_out)

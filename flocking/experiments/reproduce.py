@@ -154,7 +154,11 @@ def regenerate(
             else:
                 say(f"{name}: {why}; running")
                 subject = subject or load()
-                written = to_json(EXPERIMENTS[name](*subject, texts, seed=seed), key)
+                data = EXPERIMENTS[name](*subject, texts, seed=seed)
+                # By which numbers of several models are put together.
+                known = identity.partition(" ")[0]  # without dtype and device
+                about = {"identity": known, "parameters": subject[0].num_parameters()}
+                written = to_json(data.assign_attrs(about), key)
             caption = _draw(name, written, partial)
         say(f"{out / name}.png  {caption}\n")
         done.append(Outcome(name, why, [], out / f"{name}.png"))

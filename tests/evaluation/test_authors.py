@@ -195,6 +195,16 @@ def test_refuses_a_model_without_room(opening: tf.PreTrainedTokenizerBase, tmp_p
         runner.evaluate(short, opening, plan)
 
 
+def test_an_item_without_a_prompt_is_named(
+    model: tf.PreTrainedModel, opening: tf.PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    row = {"article": "", "summary_gt": "Birds sing."}
+    (tmp_path / "xsum.jsonl").write_text(json.dumps(row))
+    plan = Plan(["xsum"], methods=[], protocol="authors", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="xsum, item 0: the prompt has no token"):
+        runner.evaluate(model, opening, plan)
+
+
 def test_texts_without_words_have_no_score() -> None:
     from flocking.evaluation.authors import _scores
 

@@ -144,6 +144,12 @@ def test_generation_is_the_twins_in_any_batch(embedded: tuple) -> None:
         assert lm.generate_until(requests, disable_tqdm=True) == expected
 
 
+def test_an_empty_prompt_is_named(embedded: tuple) -> None:
+    requests = asked("generate_until", ("", {"until": ["\n"], "max_gen_toks": 8}))
+    with pytest.raises(ValueError, match="mine, item 0: the prompt has no token that neurons"):
+        griffin_lm(embedded).generate_until(requests, disable_tqdm=True)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
