@@ -360,6 +360,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                         y, style_of = lost["ratio_low"], {"xytext": (0, -10), "ha": "center"}
                     elif is_pruned:
                         y, style_of = lost["ratio_high"], {"xytext": (0, 3), "ha": "center"}
+                    elif one == "whole":  # below, since others are near
+                        y, style_of = lost["ratio"], {"xytext": (0, -9), "ha": "center"}
                     else:
                         y, style_of = lost["ratio"], {"xytext": (4, -2), "ha": "left"}
                     ax.annotate(one, (x, y), textcoords="offset points", **style_of)
