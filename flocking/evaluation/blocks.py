@@ -11,7 +11,7 @@ from lm_eval.api.task import Task
 
 from flocking.evaluation.articles import article_rows
 from flocking.evaluation.harness import GriffinLM
-from flocking.evaluation.plan import Question, digest_of
+from flocking.evaluation.plan import Question, definition_of, digest_of
 from flocking.evaluation.tasks import Articles, quiet
 
 _FEWSHOT_SEED = 1234  # the harness's own
@@ -56,8 +56,11 @@ class Block:
             asked = [list(self.rows), task.prompt_length]
         else:
             told = [[one.request_type, one.doc_id, one.idx, one.args] for one in self.requests]
-            asked = [task.dump_config(), told, list(self.documents)]
-        return digest_of([asked, self.question.protocol])
+            asked = [definition_of(task), told, list(self.documents)]
+        # (The two protocols of the authors differ in what is written alone.)
+        question = self.question
+        protocol = question.protocol if question.generates else question.of_likelihoods
+        return digest_of([asked, protocol, question.authors])
 
 
 def block_size(question: Question, texts: int) -> int:

@@ -40,6 +40,8 @@ COLUMNS = {
     "pruned": int,
 }
 
+_OF_ITEMS = [name for name in COLUMNS if name not in ("task", "protocol", "method", "density")]
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -105,7 +107,8 @@ class Cell:
     def table(self, rows: Sequence[Row]) -> pd.DataFrame:
         """Rows of ``COLUMNS``, of what was answered."""
         asked = self.block.question
-        table = pd.DataFrame(rows).assign(
+        # (Without rows, if no item of the block could be asked.)
+        table = pd.DataFrame(rows, columns=_OF_ITEMS).assign(
             task=asked.name,
             protocol=asked.protocol,
             method=self.variant.method,
@@ -148,7 +151,8 @@ def cells_of(
     tokenizer = [_tokenizer_digest(lm.tokenizer)] if is_another else []
     found = []
     for block in blocks:
-        scorer = "rouge" if block.question.authors else "rouge-score"
+        scorers = ("rouge" if block.question.authors else "rouge-score",)
+        packages = ("lm-eval", "tokenizers", *(scorers if block.question.generates else ()))
         digest = block.digest()
         cells = []
         for variant, texts in wanted.items():
@@ -159,10 +163,9 @@ def cells_of(
                 list(texts) if variant.twinned.needs_texts else None,
                 str(lm.full.dtype),
                 lm.full.device.type,
-                lm.seed,
+                lm.seed if variant.twinned.draws else None,
                 *tokenizer,
             ]
-            packages = ("lm-eval", "tokenizers", scorer)
             key = Key.of("flocking.evaluation.items", inputs, packages)
             cells.append(Cell(block, variant, texts, key))
         found.append(cells)

@@ -13,9 +13,9 @@ from flocking.evaluation.blocks import Block
 from flocking.evaluation.contexts import asked_of, heads
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.tasks import Articles
-from flocking.evaluation.twins import ff_bytes
+from flocking.evaluation.twins import ff_bytes, in_memory
 from flocking.evaluation.variants import FULL, Variant
-from flocking.models import device_of, embeddings_of, undisturbed
+from flocking.models import byte_count, device_of, embeddings_of, undisturbed
 
 _TOKENS = 128  # in a trial pass
 _STEPS = 4
@@ -71,13 +71,34 @@ def work_of(lm: GriffinLM, block: Block, texts: int = 1) -> Work:
     if block.question.generates:
         lengths = [len(lm.tok_encode(one.args[0])) for one in block.requests]
         most = max(_most_written(one.args[1], lm.max_gen_toks) for one in block.requests)
+        _check_written(lm, block, lengths, most)
         alone = block.question.authors
         together = 1 if alone else texts if texts > 1 else lm.batch_size
         return Work(shared=sum(lengths), steps=-(-len(lengths) // together) * most)
-    pairs = [(None, *lm._encode_pair(*one.args)) for one in block.requests if one.args[0]]
-    asked = asked_of(pairs, lm.max_length, block.question.of_likelihoods)
+    requests = [one for one in block.requests if one.args[0]]
+    pairs = [(None, *lm._encode_pair(*one.args)) for one in requests]
+
+    def named(number: int) -> str:
+        return f"{block.question.name}, item {requests[number].doc_id}: "
+
+    asked = asked_of(pairs, lm.max_length, block.question.of_likelihoods, named)
     shared = sum(asked[numbers[0]].cut for numbers in heads(asked))
     return Work(shared, sum(len(one.tokens) - 1 - one.cut for one in asked))
+
+
+def _check_written(lm: GriffinLM, block: Block, lengths: Sequence[int], most: int) -> None:
+    """Raise a ValueError for a prompt without tokens, or a model without room for an answer."""
+    name = block.question.name
+    if 0 in lengths:
+        raise ValueError(
+            f"{name}, item {block.items[lengths.index(0)]}: the prompt has no token that neurons "
+            "could be selected from: leave the item out."
+        )
+    if most >= lm.max_length:
+        raise ValueError(
+            f"{name} asks for {most} new tokens, and the model's context has {lm.max_length}: "
+            "leave the task out, or take a model with a longer context."
+        )
 
 
 def _most_written(options: Mapping[str, object], otherwise: int) -> int:
@@ -112,9 +133,11 @@ def _timed(model: PreTrainedModel, ids: torch.Tensor, times: int) -> float:
 
 
 def memory_of(model: PreTrainedModel, variants: Sequence[Variant]) -> str:
-    """What the weights of a model and of its twins take, in words."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    twins = sum(one.density for one in variants if one != FULL) * ff_bytes(model)
+    """What the weights of a model and of its twins take at once, in words."""
+    weights = sum(map(byte_count, model.parameters()))
+    groups = in_memory(model, variants)
+    shares = [sum(one.density for one in group if one != FULL) for group in groups]
+    twins = max(shares) * ff_bytes(model)
     return f"{weights / 1e9:.1f} GB for the model's weights and {twins / 1e9:.1f} GB for its twins'"
 
 

@@ -41,11 +41,6 @@ def ask(lm: GriffinLM, block: Block, models: Sequence[PreTrainedModel], texts: i
     -------
     list of list of dict
         Of each model, a dict for each item and metric.
-
-    Raises
-    ------
-    ValueError
-        If no metric is a mean over items.
     """
     if isinstance(block.question.task, Articles):
         return _articles(lm, block, block.question.task, models)
@@ -88,7 +83,7 @@ def _answers(lm: GriffinLM, block: Block, task: Task, texts: int, silent: bool) 
     requests = _answered(lm, block.requests, texts, silent)
     totals = {"prompt": "max", "left_out": "max", "scored": "sum", "pruned": "sum"}
     taken = pd.DataFrame(lm.answered).groupby("item").agg(totals)
-    rows = [
+    return [
         {
             "metric": metric,
             "item": item,
@@ -101,13 +96,6 @@ def _answers(lm: GriffinLM, block: Block, task: Task, texts: int, silent: bool) 
         }
         for item, metric, value, chance in _scored(task, block, requests)
     ]
-    if not rows:
-        raise ValueError(
-            f"{block.question.name} has no metric that is a mean over items "
-            f"({', '.join(sorted(task.aggregation()))}), so that methods cannot be compared item "
-            "by item: run it with flocking lm-eval."
-        )
-    return rows
 
 
 def _answered(

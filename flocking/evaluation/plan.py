@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 
 from flocking.evaluation.domain import refuse_none_left
@@ -57,14 +61,12 @@ class Question:
         return not isinstance(self.task, Articles) and self.task.OUTPUT_TYPE == "generate_until"
 
     def digest(self) -> str:
-        """SHA-256 of what is asked, whatever the model: the definition, documents and settings."""
+        """SHA-256 of definition, documents and protocol, whatever the model and the limit."""
         if isinstance(self.task, Articles):
             asked: Any = [self.task.texts, self.task.prompt_length]
         else:
-            # Examples shown before the items are drawn from all documents.
-            shown = self.limit if not self.task.config.num_fewshot else None
-            asked = [self.task.dump_config(), list(self.task.eval_docs)[:shown], *self._shown()]
-        return digest_of([asked, self.protocol, self.limit])
+            asked = [definition_of(self.task), list(self.task.eval_docs), *self._shown()]
+        return digest_of([asked, self.protocol])
 
     def _shown(self) -> list[Any]:
         """Documents of another split that are shown before the items, if there are any."""
@@ -76,9 +78,24 @@ class Question:
 
 def digest_of(asked: Any) -> str:
     """SHA-256 of definitions of tasks and what comes with them."""
-    # A function's address differs from process to process, its name does not.
-    text = json.dumps(asked, default=lambda x: getattr(x, "__qualname__", str(x)))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(asked, default=_plain).encode()).hexdigest()
+
+
+def definition_of(task: Task) -> dict[str, Any]:
+    """A task's definition, for :func:`digest_of`."""
+    return task.config.to_dict(keep_callable=True)
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no word for: functions by their code, this package's by their names.
+
+    (The code of this package is another part of a key.)
+    """
+    name = str(getattr(value, "__qualname__", value))
+    if callable(value) and not str(getattr(value, "__module__", "")).startswith("flocking."):
+        with contextlib.suppress(OSError, TypeError):  # it has no source, as a partial has none
+            return inspect.getsource(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", name)  # an address differs from process to process
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked, before a model is loaded."""
-        variants_of(self.methods, self.densities)
+        variants = variants_of(self.methods, self.densities)
         if self.limit is not None and (low := min(_values(self.limit), default=1)) < 1:
             raise ValueError(f"limit={low}: give 1 item or more.")
         given = set(_values(self.protocol))
@@ -135,6 +152,11 @@ class Plan:
             raise ValueError(f"protocol={odd.pop()!r}: choose from {', '.join(_PROTOCOLS)}.")
         if (self.authors and len(given) > 1) or (_names(self.protocol) and given & set(AUTHORS)):
             raise ValueError("the authors' protocol is for all tasks: give no other beside it.")
+        shared = [variant.method for variant in variants if variant.twinned.texts > 1]
+        if self.authors and shared:
+            raise ValueError(
+                f"the authors' protocol runs one prompt at a time: leave out {shared[0]}."
+            )
 
     @property
     def authors(self) -> bool:
@@ -175,6 +197,8 @@ class Plan:
         return asked
 
     def _question(self, name: str, task: Task | Articles, group: str) -> Question:
+        if not isinstance(task, Articles):
+            _refuse_uncomparable(name, task)
         limit = None if self.limit is None else _of_task(self.limit, name, group)
         asked = Question(name, task, _of_task(self.protocol, name, group) or "context", limit)
         if asked.authors:
@@ -183,6 +207,26 @@ class Plan:
             # A prompt is continued, whatever the protocol of likelihoods.
             return replace(asked, protocol="context")
         return asked
+
+
+def _refuse_uncomparable(name: str, task: Task) -> None:
+    """Refuse a task whose answers cannot be compared item by item."""
+    why = ""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        why = "asks for the likelihood of a whole text, which has no prompt to select neurons from"
+    elif not any(how is mean for how in task.aggregation().values()):
+        why = f"has no metric that is a mean over items ({', '.join(sorted(task.aggregation()))})"
+    elif task.OUTPUT_TYPE == "generate_until" and _samples(task.config.generation_kwargs):
+        why = "draws its answers at random"
+    if why:
+        raise ValueError(
+            f"{name} {why}, so that methods cannot be compared on it item by item: run it with "
+            "flocking lm-eval, or leave it out."
+        )
+
+
+def _samples(options: Mapping[str, Any] | None) -> bool:
+    return bool((options or {}).get("do_sample"))
 
 
 def _values(setting: _T | Mapping[str, _T]) -> list[_T]:

@@ -149,7 +149,7 @@ def _by_prompt(model: str, density: float) -> str:
         f"Scores of {model} at density {density:g} minus the full model's, in percentage points "
         "(perplexities: times the full model's), by the length of the prompt, from which the kept "
         f"neurons are selected: groups of items of similar length, at their medians. {_BAND} of "
-        "these differences. Where prompts differ from item to item, so do the items; on WikiText, "
+        "these differences. Where prompts differ from item to item, so do the items; on articles, "
         "the same tokens are predicted after every prompt."
     )
 
@@ -175,7 +175,8 @@ def _tables(
         f"({sources.in_words(source)})",
         "The full model's scores in percent, and differences from them in percentage points, with "
         "95% bootstrap intervals over items; differences are paired, on the same items. "
-        "Perplexities: the full model's, and the ratios of the others' to it.",
+        "Perplexities: the full model's, and the ratios of the others' to it. Divergences are in "
+        "nats.",
         table(rows),
         *filter(None, [_of_domain(rows), footnote(items)]),
     ]
@@ -190,7 +191,8 @@ def _tables(
         parts.append(_against(items, own, list(others["variant"].unique())))
     parts.append("## What was computed with the kept neurons alone")
     parts.append(
-        "Share of the scored tokens by protocol. In generation, all new tokens but the first."
+        "Share of the scored tokens by protocol, of the last method. In generation, all new tokens "
+        "but the first, and those that a refreshed selection has read again."
     )
     pruned = rows[rows["method"] != "full"].drop_duplicates(["task", "protocol"], keep="last")
     lines = [

@@ -125,15 +125,17 @@ def _jobs(
 ) -> list[_Job]:
     """All blocks of a task, by groups of variants whose twins fit in memory together."""
     wanted: dict[Variant, Texts] = {}
+    own: Texts = ()
     for variant in variants:
         if variant.twinned.texts > 1 and not question.generates:
             say(f"{variant} is for tasks that generate: it is not asked of {question.name}.")
             continue
         wanted[variant] = lm.calibration
         if variant.twinned.of_domain:
-            longest = lm.max_length
-            found = documents(question.name, question.task, question.limit, lm.tokenizer, longest)
-            wanted[variant] = found
+            own = own or documents(
+                question.name, question.task, question.limit, lm.tokenizer, lm.max_length
+            )
+            wanted[variant] = own
     jobs = []
     for texts in dict.fromkeys(variant.twinned.texts for variant in wanted):
         here = {variant: of for variant, of in wanted.items() if variant.twinned.texts == texts}
@@ -145,8 +147,8 @@ def _jobs(
         for group in in_memory(lm.full, here):
             cells = cells_of(lm, blocks, {variant: here[variant] for variant in group}, identity)
             jobs += [
-                _Job(block, own, texts, cost)
-                for block, own, cost in zip(blocks, cells, work, strict=True)
+                _Job(block, each, texts, cost)
+                for block, each, cost in zip(blocks, cells, work, strict=True)
             ]
     return jobs
 

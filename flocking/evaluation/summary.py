@@ -9,17 +9,13 @@ import pandas as pd
 import xarray as xr
 
 from flocking.analysis import intervals
+from flocking.evaluation.naming import label
 
 _BY = ["task", "protocol", "metric"]
 _MEANS = ["estimate", "low", "high"]
 _DIFFERENCES = ["difference", "difference_low", "difference_high"]
 _LEAST = 5  # items in a group of similar prompt lengths
 _MARK = "†"  # of numbers from older code
-
-
-def label(method: str, density: float) -> str:
-    """A variant as it is written in a plan: ``full``, ``topk@0.5``."""
-    return method if method == "full" else f"{method}@{density:g}"
 
 
 def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> pd.DataFrame:

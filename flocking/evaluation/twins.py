@@ -14,7 +14,6 @@ from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.variants import FULL, Variant
 from flocking.feedforward import feedforwards
 from flocking.models import byte_count
-from flocking.pruning import griffin
 
 _SHARE_OF_MEMORY = 0.6  # of what is free, for twins: caches and logits need the rest
 Texts = Sequence[str] | Sequence[list[int]]
@@ -67,17 +66,9 @@ class Twins:
         return variant, checksum(list(texts)) if variant.twinned.needs_texts else ""
 
     def _make(self, variant: Variant, texts: Texts, digest: str) -> PreTrainedModel:
-        wanted = variant.twinned
         self.read([(variant, texts)])
-        return griffin(
-            self._lm.full,
-            wanted.density,
-            method=wanted.method,
-            scope="shared" if wanted.texts > 1 else "sequence",
-            reference=self._references.get(digest),
-            seed=self._lm.seed,
-            refresh=wanted.refresh,
-        )
+        reference = self._references.get(digest)
+        return variant.twinned.of(self._lm.full, reference, self._lm.seed)
 
 
 def in_memory(model: PreTrainedModel, variants: Iterable[Variant]) -> list[list[Variant]]:

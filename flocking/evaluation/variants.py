@@ -7,13 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flocking.evaluation.summary import label
-from flocking.pruning import METHODS, WITH_REFERENCE
+import xarray as xr
+from transformers import PreTrainedModel
+
+from flocking.evaluation.naming import label
+from flocking.pruning import METHODS, WITH_REFERENCE, griffin
 
 CHOICES = ("full", *METHODS, *WITH_REFERENCE)
 # The names of methods in a plan that are no method of griffin, and what they stand for there.
 OF_DOMAIN = {"static-domain": "static"}
 _NUMBERED = ("refreshed", "shared")  # with a number after them, as in refreshed-64
+_DRAWN = ("sampled", "half-sampled", "random")
 NAMES = (*CHOICES, *OF_DOMAIN, *(f"{name}-N" for name in _NUMBERED))
 
 
@@ -44,6 +48,25 @@ class Twinned:
     def needs_texts(self) -> bool:
         """Whether a static statistic is needed."""
         return self.method in WITH_REFERENCE
+
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn."""
+        return self.method in _DRAWN
+
+    def of(
+        self, model: PreTrainedModel, reference: xr.DataArray | None, seed: int
+    ) -> PreTrainedModel:
+        """The twin of a model; `reference` is the static statistic, if it needs one."""
+        return griffin(
+            model,
+            self.density,
+            method=self.method,
+            scope="shared" if self.texts > 1 else "sequence",
+            reference=reference if self.needs_texts else None,
+            seed=seed,
+            refresh=self.refresh,
+        )
 
 
 class Variant(NamedTuple):

@@ -147,8 +147,11 @@ def branches(
                 copied.reorder_cache(beams)
             later = rest(model, rows, cut, copied)
             for row, number in enumerate(group):
-                logits = torch.cat([first[0], later[row]]) if later.shape[1] else first[0]
-                found[number] = _of_last(logits, sequences[number], scored[number])
+                # (Of the beginning's, as many as can be among those that are scored.)
+                start = max(0, cut - scored[number])
+                logits = first[0, start:]
+                logits = torch.cat([logits, later[row]]) if later.shape[1] else logits
+                found[number] = _of_last(logits, sequences[number][start:], scored[number])
         yield model, found
 
 
@@ -186,6 +189,7 @@ class SharedPrompts:
                 attention_mask=before,
                 max_new_tokens=1,
                 do_sample=False,
+                pad_token_id=0,  # nothing is padded, but generate would say that it has none
                 return_dict_in_generate=True,
             )
             self._past, self._read = outputs.past_key_values, what_was_read(leader)

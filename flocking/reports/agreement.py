@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -21,14 +22,13 @@ _SETTINGS = {
 
 
 def refuse_unlike(models: Sequence[Measured]) -> None:
-    """Raise a ValueError if two outputs were not asked the same, or contradict each other."""
+    """Raise a ValueError if two outputs were not asked the same."""
     first: dict[str, Evaluation] = {}
     for model in models:
         for evaluation in model.evaluations:
             for task in evaluation.items["task"].unique():
                 other = first.setdefault(str(task), evaluation)
                 _refuse_other_items(str(task), other, evaluation)
-        _refuse_contradictions(model.evaluations)
     before: dict[str, Numbers] = {}
     for model in models:
         for name, numbers in model.figures.items():
@@ -44,22 +44,58 @@ def _refuse_other_items(task: str, one: Evaluation, two: Evaluation) -> None:
             f"{where} were asked {task} with unlike protocols ({protocols[0]}; {protocols[1]}): "
             "evaluate both with the same --protocol, or leave one out."
         )
+    asked = [each.source.tasks.get(task) for each in (one, two)]
+    digests = [each.digest if each is not None else "" for each in asked]
     items = [set(part["item"]) for part in parts]
-    if items[0] != items[1]:
+    # (Of the same documents, fewer items are the first ones: see on_common_items.)
+    fewer = all(digests) and (items[0] < items[1] or items[1] < items[0])
+    if items[0] != items[1] and not fewer:
         counts = " and ".join(f"{len(each):,}" for each in items)
         raise ValueError(
             f"{where} do not have the same items of {task} ({counts}): evaluate both with the "
             "same --limit and documents, or leave one out."
         )
-    asked = [each.source.tasks.get(task) for each in (one, two)]
-    digests = {each.digest for each in asked if each is not None and each.digest}
-    if len(digests) > 1:
+    if all(digests) and digests[0] != digests[1]:
         harness = {each.source.versions.get("lm-eval", "") for each in (one, two)}
         unlike = f"; lm-eval {' and '.join(sorted(harness))}" if len(harness) > 1 else ""
         raise ValueError(
-            f"{where} were not asked the same {task} (its definition, documents or --limit differ"
+            f"{where} were not asked the same {task} (its definition or documents differ"
             f"{unlike}): evaluate both with the same documents and settings, or leave one out."
         )
+
+
+def on_common_items(
+    models: Sequence[Measured],
+) -> tuple[tuple[Measured, ...], tuple[Difference, ...]]:
+    """The models with the items of each task that all have been asked, and where some had more."""
+    every = [one for model in models for one in model.evaluations]
+    tasks = dict.fromkeys(task for one in every for task in one.items["task"])
+    common: dict[str, set[int]] = {}
+    found = []
+    for task in tasks:
+        counts: dict[str, set[int]] = {}
+        for model in models:
+            for one in model.evaluations:
+                if items := set(one.items.loc[one.items["task"] == task, "item"]):
+                    counts.setdefault(model.label, set()).update(items)
+                    common[task] = common.get(task, items) & items
+        if any(items != common[task] for items in counts.values()):
+            told = {name: f"{len(items)}" for name, items in counts.items()}
+            found.append(Difference(f"items of {task} ({len(common[task])} are compared)", told))
+
+    def cut(one: Evaluation) -> Evaluation:
+        pairs = zip(one.items["task"], one.items["item"], strict=True)
+        keep = [item in common[task] for task, item in pairs]
+        return replace(one, items=one.items[keep].reset_index(drop=True))
+
+    cuts = [replace(model, evaluations=tuple(map(cut, model.evaluations))) for model in models]
+    return tuple(cuts), tuple(found)
+
+
+def refuse_contradictions(models: Sequence[Measured]) -> None:
+    """Raise a ValueError if one model has different values of the same items."""
+    for model in models:
+        _refuse_contradictions(model.evaluations)
 
 
 def _refuse_contradictions(evaluations: Sequence[Evaluation]) -> None:

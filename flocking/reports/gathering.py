@@ -8,7 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flocking.reports.agreement import differences, refuse_unlike
+from flocking.reports.agreement import (
+    differences,
+    on_common_items,
+    refuse_contradictions,
+    refuse_unlike,
+)
 from flocking.reports.outputs import Evaluation, Measured, Numbers, Outputs
 from flocking.reports.reading import evaluation_in, folders_in, numbers_in
 from flocking.texts import expanded
@@ -37,8 +42,8 @@ def collect(folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
     """Read outputs of models, and check that they can be put together.
 
     Outputs of the same model, by the digest of its files and its dtype, are one. Numbers of figures
-    do not say which files a model was read from: they go with the evaluation of the same name and
-    dtype, if there is one, and the numbers of layers and neurons must agree.
+    by earlier versions do not say which files a model was read from: they go with the evaluation of
+    the same name and dtype, if there is one, and the numbers of layers and neurons must agree.
 
     Parameters
     ----------
@@ -50,7 +55,7 @@ def collect(folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
     -------
     Outputs
         By model, the smallest first. Versions, code, seeds, dtypes and devices that differ are in
-        ``differences``.
+        ``differences``, and where some were asked more items of a task, which are left out.
 
     Raises
     ------
@@ -90,7 +95,9 @@ def collect(folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
         for one in ordered
     )
     refuse_unlike(measured)
-    return Outputs(measured, differences(measured))
+    measured, unlike = on_common_items(measured)
+    refuse_contradictions(measured)
+    return Outputs(measured, (*unlike, *differences(measured)))
 
 
 def _found(outs: Sequence[Path]) -> list[tuple[Path, Path]]:

@@ -18,7 +18,7 @@ import flocking
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytest.importorskip("rouge", reason="rouge is not installed")
 
-from flocking.evaluation import runner
+from flocking.evaluation import blocks, runner
 from flocking.evaluation.cells import Cells
 from flocking.evaluation.plan import Plan
 from flocking.evaluation.tasks import find
@@ -123,6 +123,21 @@ def test_summaries_are_those_of_their_program(
     pd.testing.assert_frame_equal(runner.evaluate(model, opening, plan, **options), found)
 
 
+def test_a_block_may_have_no_item_that_fits(
+    model: tf.PreTrainedModel,
+    opening: tf.PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "_ITEMS_WRITTEN", 1)
+    written(tmp_path)
+    plan = Plan(["xsum"], methods=[], protocol="authors-greedy", data_dir=tmp_path)
+    options = {"cells": Cells(tmp_path / "cells", "one"), "say": lambda line: None}
+    found = runner.evaluate(model, opening, plan, **options)
+    assert set(found["item"]) == {0, 2, 3}
+    pd.testing.assert_frame_equal(runner.evaluate(model, opening, plan, **options), found)
+
+
 def test_gemmas_prompts_are_opened(opening: tf.PreTrainedTokenizerBase, tmp_path: Path) -> None:
     gemma = helpers.build("gemma3", vocab_size=len(opening), max_position_embeddings=512)
     requests = written(tmp_path)[:1]
@@ -175,6 +190,7 @@ def test_cnn_dailymail_is_shown_an_example(tmp_path: Path) -> None:
         (["gsm8k"], {}, "does not say how gsm8k is asked: it is for xsum, cnn_dailymail, and for"),
         (["piqa"], {"protocol": {"": "authors", "piqa": "context"}}, "give no other beside it"),
         (["piqa"], {"protocol": {"piqa": "authors"}}, "is for all tasks: give no other beside it"),
+        (["xsum"], {"methods": ["topk", "shared-4"]}, "one prompt at a time: leave out shared-4"),
         (["piqa"], {"protocol": "author"}, "choose from context, last-token, authors, authors-gr"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -39,9 +40,9 @@ def test_command(embedded: tuple, tmp_path: Path) -> None:
     assert "6 of 6 cells are there already." in again.output
     _check_source(sources.read(tmp_path / "source.json"), embedded[0])  # also if nothing is asked
     for path in (tmp_path / "cells").iterdir():
-        content = json.loads(path.read_text())
+        content = json.loads(gzip.decompress(path.read_bytes()))
         content["key"]["code"] = "0123456789abcdef"
-        path.write_text(json.dumps(content))
+        path.write_bytes(gzip.compress(json.dumps(content).encode()))
     again = CliRunner().invoke(app, [*arguments, "--keep-older"])
     assert "6 of 6 cells are there already, 6 of them of older code." in again.output
     assert "† Computed by older code" in (tmp_path / "tables.md").read_text()

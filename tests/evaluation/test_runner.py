@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from flocking.evaluation import blocks, runner  # noqa: E402
-from flocking.evaluation.definitions import rouge  # noqa: E402
+from flocking.evaluation.definitions import DEFINITIONS, rouge  # noqa: E402
 from flocking.evaluation.harness import GriffinLM  # noqa: E402
 from flocking.evaluation.items import ask  # noqa: E402
 from flocking.evaluation.plan import Plan, Question  # noqa: E402
@@ -129,6 +130,39 @@ def test_an_item_without_a_prompt_is_named(embedded: tuple, tmp_path: Path) -> N
     (block,) = blocks.blocks_of(lm, Question("boolq", task, "last-token", 1), 8)
     with pytest.raises(ValueError, match=r"boolq, item 0: protocol='last-token' needs a token"):
         ask(lm, block, [lm.full])
+
+
+def test_what_cannot_be_asked_is_said_before_it_starts(embedded: tuple, tmp_path: Path) -> None:
+    item = {"passage": "", "question": "", "label": True}
+    (tmp_path / "boolq.jsonl").write_text(json.dumps(item) + "\n")
+    plan = Plan(["boolq"], methods=["topk"], protocol="last-token", data_dir=tmp_path)
+    (question,) = plan.questions()
+    question.task.set_config(key="doc_to_text", value=lambda doc: "a")
+    lines: list[str] = []
+    with pytest.raises(ValueError, match=r"boolq, item 0: protocol='last-token' needs a token"):
+        runner.evaluate(*embedded, plan, say=lines.append)
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"output_type": "loglikelihood_rolling"}, "xsum asks for the likelihood of a whole text"),
+        ({"generation_kwargs": {"do_sample": True}}, "xsum draws its answers at random, so that"),
+        (
+            {"metric_list": [{"metric": "bleu", "aggregation": "bleu", "higher_is_better": True}]},
+            r"xsum has no metric that is a mean over items \(bleu\), so that methods cannot",
+        ),
+    ],
+)
+def test_refuses_tasks_that_cannot_be_compared(
+    change: dict, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = DEFINITIONS["xsum"]
+    changed = replace(before, own=before.own | change)
+    monkeypatch.setitem(DEFINITIONS, "xsum", changed)
+    with pytest.raises(ValueError, match=match):
+        Plan(["xsum"], data_dir=TASKS).questions()
 
 
 def test_says_what_is_too_long(embedded: tuple, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import model_outputs as made
+import numpy as np
 import pandas as pd
 import pytest
 
 from flocking.evaluation import sources
-from flocking.reports import Outputs, collect
+from flocking.reports import Outputs, collect, compared
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -144,12 +145,34 @@ def test_older_code_differs(tmp_path: Path) -> None:
     assert "eeeeeeee and older (01234567, run 2026-11-25) of two" in str(code)
 
 
+def test_fewer_items_of_the_same_documents_are_compared_on_those(tmp_path: Path) -> None:
+    """As of a larger model, which was asked fewer; and it is said."""
+    few = made.items_of(3, items=12)
+    one = made.evaluated(tmp_path / "one", "one", 10)
+    two = made.evaluated(tmp_path / "two", "two", 20, few)
+    outputs = collect([one, two])
+    told = [str(each) for each in outputs.differences if each.what.startswith("items of wiki")]
+    assert "Outputs differ in items of wikitext_16 (12 are compared): 16 of one; 12 of two." in told
+    rows = compared(outputs)
+    assert set(rows.loc[rows["task"] == "wikitext_16", "items"]) == {12}
+    whole = made.items_of(10)
+    kept = whole[(whole["task"] == "piqa") | (whole["item"] < 12)]
+    cut = made.evaluated(tmp_path / "cut", "one", 10, kept)
+    alone = compared(collect([cut, two]))
+    keys = ["model", "task", "metric", "method", "density"]
+    got, expected = (
+        table.set_index(keys)[["estimate", "difference"]].sort_index() for table in (rows, alone)
+    )
+    np.testing.assert_allclose(got, expected)
+
+
 # --------------------------------------------------------------------------------------
 # What is refused
 
 
 def other_items(folder: Path) -> None:
-    made.evaluated(folder, "two", 20, made.items_of(3, items=12))
+    items = made.items_of(3)
+    made.evaluated(folder, "two", 20, items.assign(item=items["item"] + 4))
 
 
 def other_protocol(folder: Path) -> None:
@@ -171,9 +194,9 @@ def contradiction(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (other_items, "same items of wikitext_16 (16 and 12): evaluate both with the same --limit"),
+        (other_items, "same items of piqa (30 and 30): evaluate both with the same --limit"),
         (other_protocol, "asked piqa with unlike protocols (context; last-token): evaluate both"),
-        (other_documents, "not asked the same piqa (its definition, documents or --limit differ; "),
+        (other_documents, "not asked the same piqa (its definition or documents differ; "),
         (other_documents, "lm-eval 0.4.13 and 0.5): evaluate both with the same documents"),
         (contradiction, "are of one model and have different values of full on piqa, acc: leave"),
     ],
