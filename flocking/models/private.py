@@ -133,6 +133,8 @@ PRIVATE = (
     Private(
         "_loglikelihood_tokens", "lm_eval.models.huggingface", "scores with a twin in the harness"
     ),
+    Private("_encode_pair", "lm_eval.api.model", "tokens are counted before anything is asked"),
+    Private("_instances", "lm_eval.api.task", "a block's answers are filtered as the task has it"),
     Private("_get_config", "lm_eval.models.huggingface", "its errors are told in a sentence"),
     Private("_create_tokenizer", "lm_eval.models.huggingface", "its errors are told in a sentence"),
     Private(

@@ -99,12 +99,14 @@ def test_what_is_refused_is_one_sentence(inside: Path, command: str, message: st
 
 
 def test_outputs_that_do_not_fit_together(inside: Path) -> None:
-    made.evaluated(inside / "large", "large-model", 9_000_000, made.items_of(1, items=3))
+    items = made.items_of(1)
+    others = items.assign(item=items["item"] + 4)
+    made.evaluated(inside / "large", "large-model", 9_000_000, others)
     result = run("small", "large", "-o", "out")
     assert result.exit_code == 2
     assert result.stderr == (
-        "flocking: small and large do not have the same items of wikitext_16 (16 and 3): evaluate "
-        "both with the same --limit and documents, or leave one out.\n"
+        "flocking: small and large do not have the same items of piqa (30 and 30): evaluate both "
+        "with the same --limit and documents, or leave one out.\n"
     )
     (inside / "large" / "items.parquet").write_bytes(b"no")
     result = run("small", "large", "-o", "out", "--json")

@@ -197,7 +197,7 @@ def test_a_gguf_file_is_known_by_its_digest(
             *("--data-dir", place / "items", "--methods", "topk", "--densities", "0.5"),
         )
         assert result.exit_code == 0, result.output
-        names.append({path.name for path in (tmp_path / "out" / "cells").rglob("*.json")})
+        names.append({path.name for path in (tmp_path / "out" / "cells").rglob("*.json.gz")})
     assert names[0]
     assert names[0] == names[1]
     ggufs.write(file, ggufs.tiny("llama"), "Q8_0")
@@ -205,7 +205,7 @@ def test_a_gguf_file_is_known_by_its_digest(
         *("evaluate", "--tasks", "piqa", "--model", file, "--out", tmp_path / "out"),
         *("--data-dir", place / "items", "--methods", "topk", "--densities", "0.5"),
     )
-    assert {path.name for path in (tmp_path / "out" / "cells").rglob("*.json")} > names[0]
+    assert {path.name for path in (tmp_path / "out" / "cells").rglob("*.json.gz")} > names[0]
 
 
 @pytest.mark.parametrize(
