@@ -56,6 +56,7 @@ BY_SELECTION: dict[str, dict[str, Any]] = {
     "random": {**_DOT, "color": "0.5", "ls": ":", "marker": "x", "label": "random (chance)"},
     "magnitude": {**MAGNITUDE, **_DOT, "marker": "P"},
 }
+_SHARED = "hX*^Pv<>"
 _OTHER: dict[str, Any] = {**_DOT, "color": "0.5", "ls": "-", "marker": "d"}
 
 
@@ -71,7 +72,9 @@ def style_of(method: str) -> dict[str, Any]:
         label = f"GRIFFIN, anew every {number}"
         return known.get(f"every {number}", known["every 256"]) | {"label": label}
     if kind == "shared":
-        return _OTHER | {"color": BLUE, "ls": ":", "label": f"GRIFFIN, {number} prompts share it"}
+        marker = _SHARED[int(number).bit_length() % len(_SHARED)]  # one for each power of two
+        label = f"GRIFFIN, shared by {number}"
+        return _OTHER | {"color": BLUE, "ls": ":", "marker": marker, "label": label}
     return known.get(method, _OTHER | {"label": method})
 
 

@@ -134,7 +134,7 @@ def quality_by_batch(data: pd.DataFrame, figure: Figure) -> None:
         logarithmic(ax, ax.xaxis, sorted(own["batch_size"].unique()))
         ax.set_ylabel(f"{metric_in_words(part['metric'].iloc[0])},\nminus full's")
         _scale(ax, part)
-    below(axes, "prompts that share a selection")
+    below(axes, "prompts that share\na selection")
     legend(upper, axes, ncols=2)
 
 
