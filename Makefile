@@ -103,18 +103,19 @@ $(VENV)/.docs: $(VENV)/.made
 
 # The documents are not part of the project: DATA_DIR is a folder of JSON lines, or leave it empty for the hub.
 # ARGS=--keep-older keeps what other code computed, and marks it.
-EVALUATE = $(BIN)/flocking evaluate $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --batch-size 4 $(ARGS) \
-	--protocol context,boolq=last-token
+EVALUATE = $(BIN)/flocking evaluate $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --batch-size 4 $(ARGS)
+# BoolQ's answers have one token, which the protocol "context" never asks of the pruned model.
+BOOLQ = --protocol context,boolq=last-token
 
 results: env  ## evaluate the embedded model on the paper's tasks into docs/results (hours; goes on where it was)
-	$(EVALUATE) --out docs/results \
+	$(EVALUATE) $(BOOLQ) --out docs/results \
 		--tasks hellaswag,piqa,arc_easy,copa,boolq,xsum,cnn_dailymail,wikitext,news \
 		--methods topk@0.5,static@0.5,static-domain@0.5,magnitude@0.5,global-local@0.5,refreshed-64@0.5,topk@0.25,topk@0.75,shared-4@0.5,shared-16@0.5 \
 		--limit 400,copa=80,boolq=150,xsum=32,cnn_dailymail=32,wikitext=16,news=24
 
 # Those of half a billion and of a billion and a half parameters: make results-0.5b MODEL=qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 results-0.5b: env  ## evaluate a model of about 0.5B on more tasks into docs/results/NAME (MODEL=; hours)
-	$(EVALUATE) --model $(MODEL) --out docs/results/$(basename $(notdir $(MODEL))) \
+	$(EVALUATE) $(BOOLQ) --model $(MODEL) --out docs/results/$(basename $(notdir $(MODEL))) \
 		--tasks news,wikitext,hellaswag,piqa,arc_easy,boolq,xsum,cnn_dailymail,gsm8k \
 		--methods topk@0.5,static-domain@0.5,global-local@0.5,refreshed-64@0.5,magnitude@0.5,topk@0.75,static-domain@0.75 \
 		--limit 200,xsum=48,cnn_dailymail=48,gsm8k=56,wikitext=16,news=24

@@ -46,7 +46,8 @@ def documents(
     Returns
     -------
     list of list of int
-        In order, until they have ``MOST_TOKENS`` together.
+        Until they have ``MOST_TOKENS`` together: those of other splits, then the last of the split
+        that is scored, from its end, so that they are the same when more items are scored.
 
     Raises
     ------
@@ -94,7 +95,7 @@ def _articles(
 ) -> Iterator[str]:
     scored = {number for number, _ in long_articles(tokenizer, task, limit)}
     seen = {task.texts[number].strip() for number in scored}
-    for number, text in enumerate(task.texts):
+    for number, text in reversed(list(enumerate(task.texts))):
         if number not in scored and text.strip() not in seen:
             yield text
 
@@ -111,13 +112,13 @@ def _beyond(task: Task, limit: int | None) -> Iterator[str]:
 
 
 def _candidates(task: Task, scored: int) -> Iterable[Any]:
-    """The other documents that are scored without a limit, then those of other splits."""
-    splits = [list(task.eval_docs)[scored:]]
+    """Documents of other splits, then the others that are scored without a limit."""
+    splits = []
     if task.has_training_docs():
         splits.append(task.training_docs())
     if task.has_test_docs() and task.has_validation_docs():  # the former are scored
         splits.append(task.validation_docs())
-    return chain.from_iterable(splits)
+    return chain(*splits, reversed(list(task.eval_docs)[scored:]))
 
 
 def _shown(task: Task, document: Any) -> str:

@@ -61,9 +61,25 @@ def of(name: str, folder: Path, limit: int | None, tokenizer: object, **more: in
 
 def test_are_those_beyond_the_scored_ones(embedded: tuple, tmp_path: Path) -> None:
     texts = of("piqa", piqa(tmp_path), 2, embedded[1])
-    assert texts == [f"Question: Goal {n}: mend a chair leg\nAnswer:" for n in (2, 3, 4)]
+    assert texts == [f"Question: Goal {n}: mend a chair leg\nAnswer:" for n in (4, 3, 2)]
     cut = of("piqa", tmp_path, 4, embedded[1], longest=3)
-    assert cut == [embedded[1].decode(embedded[1](texts[2])["input_ids"][:3])]
+    assert cut == [embedded[1].decode(embedded[1](texts[0])["input_ids"][:3])]
+
+
+def test_are_the_same_when_more_are_scored(
+    embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what was computed with fewer items still counts."""
+    monkeypatch.setattr(domain, "MOST_TOKENS", 20)
+    piqa(tmp_path)
+    few, more = (of("piqa", tmp_path, limit, embedded[1]) for limit in (1, 3))
+    assert few == more
+    assert len(few) == 2
+    articles = Articles(flocking.passages(), 16)
+    few, more = (
+        domain.documents("wikitext_16", articles, limit, embedded[1], 10**6) for limit in (1, 5)
+    )
+    assert few == more
 
 
 def test_another_question_about_a_scored_passage_is_left_out(
@@ -92,13 +108,13 @@ def test_scored_articles_are_left_out(embedded: tuple) -> None:
     long = [" ".join(flocking.passages()[n : n + 2]) for n in (0, 2, 4)]
     texts = ["short one", long[0], long[1], long[0] + "\n", long[2]]
     found = domain.documents("wikitext_16", Articles(texts, 16), 2, tokenizer, 10**6)
-    expected = [tokenizer(text, verbose=False)["input_ids"] for text in (texts[0], texts[4])]
+    expected = [tokenizer(text, verbose=False)["input_ids"] for text in (texts[4], texts[0])]
     assert found == expected
     with pytest.raises(ValueError, match="needs documents of wikitext_16 beyond those"):
         domain.documents("wikitext_16", Articles(long, 16), None, tokenizer, 10**6)
 
 
-def test_documents_of_other_splits_come_last(embedded: tuple) -> None:
+def test_documents_of_other_splits_come_first(embedded: tuple) -> None:
     splits = {
         "train": [{"q": "from training"}, {"q": PASSAGE}],
         "validation": [{"q": "from validation"}],
@@ -118,7 +134,7 @@ def test_documents_of_other_splits_come_last(embedded: tuple) -> None:
     task = ConfigurableTask(config=config)
     rows = domain.documents("made_up", task, 1, embedded[1], 10**6)
     texts = [embedded[1].decode(row) for row in rows]
-    assert texts == ["from the test", "from training", "from validation"]
+    assert texts == ["from training", "from validation", "from the test"]
 
 
 def test_is_static_from_these_documents(
