@@ -42,6 +42,7 @@ def compare(
     """Put outputs of several models into one table and three figures, by the models' size.
 
     Loss by size and method; loss against captured energy; flocking score and specificity by size.
+    A second table has methods, prompts and models in pairs, each item against itself.
     What was not asked the same is refused; versions, code and settings that differ are named.
     """
     from flocking.artifacts import refuse_unwritable
@@ -75,6 +76,7 @@ def compare(
         "missing": lacking,
         "not_drawn": list(written.not_drawn.values()),
         "summary": written.rows.to_dict("records"),
+        "contrasts": written.contrasts.to_dict("records"),
     }
     result(document, functools.partial(_print, models, found, written, lacking))
 
@@ -85,7 +87,7 @@ def _print(models: list[Row], found: Outputs, written: Written, lacking: list[st
         say(line)
     names = ", ".join(path.name for path in written.files)
     say(f"wrote {names} in {written.files[0].parent}")
-    notice(f"Next: read {written.files[1]}, which has all of it.")
+    notice(f"Next: read {written.files[2]}, which has all of it.")
 
 
 def _size(row: Row) -> str:

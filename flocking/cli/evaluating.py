@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.artifacts import Key, checksum, refuse_unwritable
 from flocking.evaluation import report
+from flocking.evaluation.cells import tokenizer_digest
 from flocking.evaluation.plan import Plan
 from flocking.feedforward import feedforwards
 from flocking.pruning import calibration_texts
@@ -33,6 +34,7 @@ def digests(plan: Plan) -> dict[str, str]:
 
 def source_of(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     identity: str,
     plan: Plan,
     asked: Mapping[str, str],
@@ -52,6 +54,7 @@ def source_of(
         "ff_parameters": sum(own.values()),
         "layers": len(blocks),
         "d_ff": [block.d_ff for block in blocks],
+        "tokenizer": tokenizer_digest(tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "calibration": str(plan.calibration or "the packaged passages"),

@@ -148,7 +148,7 @@ def cells_of(
     """
     # (The model's identity has its own tokenizer.)
     is_another = str(lm.tokenizer.name_or_path) != str(lm.full.name_or_path)
-    tokenizer = [_tokenizer_digest(lm.tokenizer)] if is_another else []
+    tokenizer = [tokenizer_digest(lm.tokenizer)] if is_another else []
     found = []
     for block in blocks:
         scorers = ("rouge" if block.question.authors else "rouge-score",)
@@ -172,7 +172,7 @@ def cells_of(
     return found
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of what makes tokens of text, whatever files it was read from."""
     told: list[Any] = [type(tokenizer).__name__, str(tokenizer.special_tokens_map)]
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -52,6 +52,8 @@ class Source:
         FF blocks.
     d_ff : tuple of int
         Neurons of each of them.
+    tokenizer : str
+        SHA-256 of what makes tokens of text, by which models are known to read the same tokens.
     dtype, device : str
     calibration, calibration_digest : str
         What static selections were made from, in words, and SHA-256 of the texts.
@@ -70,6 +72,7 @@ class Source:
     ff_parameters: int | None = None
     layers: int | None = None
     d_ff: tuple[int, ...] = ()
+    tokenizer: str = ""
     dtype: str = ""
     device: str = ""
     calibration: str = ""
@@ -92,7 +95,7 @@ def in_words(source: Mapping[str, Any]) -> str:
     )
 
 
-_FOR_PROGRAMS = ("identity", "code", "calibration_digest")
+_FOR_PROGRAMS = ("identity", "tokenizer", "code", "calibration_digest")
 
 
 def written(source: Mapping[str, Any]) -> str:
@@ -133,7 +136,10 @@ def _source(content: Mapping[str, Any]) -> Source:
         name: None if content.get(name) is None else int(content[name])
         for name in ("parameters", "ff_parameters", "layers", "seed")
     }
-    texts = ("identity", "dtype", "device", "calibration", "calibration_digest", "code")
+    texts = (
+        *("identity", "tokenizer", "dtype", "device"),
+        *("calibration", "calibration_digest", "code"),
+    )
     return Source(
         model=content["model"],
         parameters=numbers["parameters"],

@@ -6,6 +6,7 @@ Reads what ``flocking evaluate`` and ``flocking figures`` wrote, and runs no mod
 """
 
 from flocking.reports.comparison import by_layer, compared, missing
+from flocking.reports.contrasts import contrasted
 from flocking.reports.gathering import collect
 from flocking.reports.outputs import Difference, Evaluation, Measured, Numbers, Outputs
 from flocking.reports.writing import Written, refuse_foreign, write
@@ -20,6 +21,7 @@ __all__ = [
     "by_layer",
     "collect",
     "compared",
+    "contrasted",
     "missing",
     "refuse_foreign",
     "write",

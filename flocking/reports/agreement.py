@@ -153,6 +153,7 @@ def _settings_of(model: Measured) -> Iterator[tuple[str, str]]:
         source = one.source
         said = {
             "dtype": source.dtype,
+            "tokenizer (by digest)": source.tokenizer[:8],
             "device": source.device,
             "seed": "" if source.seed is None else str(source.seed),
             "calibration texts (by digest)": source.calibration_digest[:8],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
-from flocking.evaluation.summary import is_loss, parts_of
+from flocking.evaluation.summary import is_divergence, is_loss, parts_of
 from flocking.reports.comparison import DIFFERENCES
 
 _ENERGY = "captured_energy"
@@ -43,14 +45,30 @@ def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
     losses: list[pd.DataFrame] = []
     others: list[pd.DataFrame] = []
     for _, part in parts_of(found, ["task"]):
-        own = [name for name in part["metric"].unique() if is_loss(name)]
-        metric = max(own, key=_tokens) if own else part["metric"].iloc[0]
-        (losses if own else others).append(part[part["metric"] == metric])
+        metric = headline(part["metric"].unique())
+        (losses if is_loss(metric) else others).append(part[part["metric"] == metric])
     chosen = [part.assign(beyond=_beyond(part)) for part in losses]
     chosen += [part.assign(beyond=False) for part in others]
     together = pd.concat(chosen, ignore_index=True) if chosen else found.assign(beyond=False)
     full = together["estimate"] - together["difference"]
     return together.assign(gone=together["chance"] - full)
+
+
+def headline(metrics: Iterable[str]) -> str:
+    """The metric that speaks for a task: the loss of most tokens, or the first one."""
+    names = list(metrics)
+    return max(filter(is_loss, names), key=_tokens, default=names[0])
+
+
+def of_pairs(contrasts: pd.DataFrame) -> pd.DataFrame:
+    """Of each task its headline, and beside a loss the divergence of most tokens."""
+    keep = []
+    for _, part in parts_of(contrasts, ["of", "task"]):
+        names = part["metric"].unique().tolist()
+        divergences = sorted(filter(is_divergence, names), key=_tokens)
+        wanted = {headline(names), *divergences[-1:]}
+        keep.append(part[part["metric"].isin(wanted)])
+    return pd.concat(keep) if keep else contrasts
 
 
 def _beyond(part: pd.DataFrame) -> pd.Series:

@@ -81,11 +81,9 @@ def compared(outputs: Outputs) -> pd.DataFrame:
 
 
 def _evaluated(model: Measured) -> pd.DataFrame:
-    """The summary of a model's evaluations; what was measured twice counts once."""
-    key = ["task", "protocol", "metric", "method", "density", "item"]
-    items = pd.concat([one.items for one in model.evaluations]).drop_duplicates(key)
+    """The summary of a model's evaluations."""
     parts = []
-    for (task,), part in parts_of(items, ["task"]):
+    for (task,), part in parts_of(model.items(), ["task"]):
         try:
             parts.append(summarise(part))
         except (ValueError, KeyError) as problem:

@@ -78,6 +78,11 @@ class Measured:
     evaluations: tuple[Evaluation, ...]
     figures: Mapping[str, Numbers]
 
+    def items(self) -> pd.DataFrame:
+        """Of all its evaluations, one or more; what was measured twice counts once."""
+        key = ["task", "protocol", "metric", "method", "density", "item"]
+        return pd.concat([one.items for one in self.evaluations]).drop_duplicates(key)
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import pandas as pd
 
 from flocking.evaluation.summary import label, parts_of, said, scale_of
-from flocking.reports.choosing import densities_of
+from flocking.reports.choosing import densities_of, of_pairs
 from flocking.reports.comparison import DIFFERENCES, MEANS, missing
+from flocking.reports.contrasts import INTERVAL
 from flocking.reports.figures import in_words
 from flocking.reports.outputs import Outputs
 
@@ -17,7 +18,9 @@ _MARK = "†"
 _WEIGHTS = ("trained", "control")
 
 
-def page_of(outputs: Outputs, rows: pd.DataFrame, captions: Mapping[str, str]) -> list[str]:
+def page_of(
+    outputs: Outputs, rows: pd.DataFrame, contrasts: pd.DataFrame, captions: Mapping[str, str]
+) -> list[str]:
     """Paragraphs of ``compared.md``, without what is said of figures that are not drawn."""
     parts = [
         HEADING + ", ".join(model.label for model in outputs.models),
@@ -29,6 +32,7 @@ def page_of(outputs: Outputs, rows: pd.DataFrame, captions: Mapping[str, str]) -
     for density in densities_of(rows):
         here = rows[~weights & ((rows["density"] == density) | (rows["method"] == "full"))]
         parts += [f"## Density {density:g}", _by_method(here, outputs)]
+        parts += _contrasts(of_pairs(contrasts[contrasts["density"] == density]), rows)
     scores = rows[weights]
     if len(scores):
         parts += ["## Flocking", _TOLD_OF_SCORES, _by_weights(scores, outputs)]
@@ -46,7 +50,8 @@ _TOLD = (
     "nats), and what methods make of it: differences from the full model in percentage points (of "
     "divergences in nats; perplexities as ratios to the full model's), on the same items, with "
     "95% bootstrap intervals. Captured energy, in percent, is no difference. An empty cell was not "
-    "measured. Perplexities are by token: between models with other tokenizers, compare ratios."
+    "measured. Perplexities are by token: between models with other tokenizers, compare ratios; "
+    "articles are then other tokens, and may be other articles, since too short ones are left out."
 )
 _TOLD_OF_SCORES = (
     "Means over layers and texts, of the trained weights and of random ones in the same "
@@ -116,6 +121,56 @@ def _by_method(rows: pd.DataFrame, outputs: Outputs) -> str:
             cells.append("" if own is None else _cell(own, names, scale))
         lines.append(cells)
     return _markdown(["measured", "model", "items", "chance", "full", *methods], lines)
+
+
+_CONTRASTS = {
+    "methods": (
+        "### GRIFFIN against the other methods",
+        "GRIFFIN's value less the other method's, on the same items (perplexities: the ratio of "
+        "GRIFFIN's to the other's).",
+    ),
+    "prompts": (
+        "### Long prompts against short ones",
+        "Differences from the full model after the longest prompt less those after the shortest, "
+        "on the same tokens (perplexities: the ratio of the two ratios to the full model's).",
+    ),
+    "models": (
+        "### Larger models against smaller ones",
+        "A larger model's differences from its own full model less those of the smaller one, on "
+        "the same items (perplexities: the ratio of the two ratios). Articles are compared only "
+        "between models with the same tokenizer.",
+    ),
+}
+
+
+def _contrasts(contrasts: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
+    """A table for each kind of pair that there is."""
+    highest = rows.groupby(["task", "metric"])["high"].max()
+    parts = []
+    for of, (heading, told) in _CONTRASTS.items():
+        here = contrasts[contrasts["of"] == of]
+        if len(here):
+            column = "than" if of == "methods" else "method"
+            parts += [heading, told, _pairs(here, column, highest)]
+    return parts
+
+
+def _pairs(contrasts: pd.DataFrame, column: str, highest: pd.Series) -> str:
+    """A row for each metric, model and what is subtracted; a column for each method."""
+    methods = list(contrasts[column].unique())
+    by = [name for name in ("task", "metric", "model", "than") if name != column]
+    lines = []
+    for (task, metric, *others), part in _in_order(contrasts, by):
+        by_method = dict(part.set_index(column).iterrows())
+        # (Tasks of several prompts have no score of their own, which would be a share.)
+        scale = scale_of(metric, highest.get((task, metric), 0))
+        cells = [f"{task}, {metric.replace('loss', 'perplexity')}", *others]
+        cells.append(str(part["items"].iloc[0]))
+        for method in methods:
+            own = by_method.get(method)
+            cells.append("" if own is None else said(own[INTERVAL], scale, sign=True))
+        lines.append(cells)
+    return _markdown(["measured", *by[2:], "items", *methods], lines)
 
 
 def _by_weights(rows: pd.DataFrame, outputs: Outputs) -> str:

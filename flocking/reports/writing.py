@@ -14,11 +14,14 @@ from flocking.artifacts import replacing
 from flocking.drawing import save, titled
 from flocking.reports.choosing import of_energy, of_scores, of_sizes, refuse_density, why_none
 from flocking.reports.comparison import COLUMNS, DIFFERENCES, by_layer, compared
+from flocking.reports.contrasts import COLUMNS as OF_PAIRS
+from flocking.reports.contrasts import INTERVAL, contrasted
 from flocking.reports.figures import FIGURES, in_words
 from flocking.reports.outputs import Outputs
 from flocking.reports.tables import HEADING, older_code, page_of
 
-FILES = ("compared.csv", "compared.md")
+FILES = ("compared.csv", "contrasted.csv", "compared.md")
+_COLUMNS = {"compared.csv": COLUMNS, "contrasted.csv": (*OF_PAIRS, *INTERVAL)}
 _BARS = "Bars are 95% bootstrap intervals"
 _MARKED = 3  # of a caption's numbers: methods that are named
 
@@ -29,20 +32,21 @@ class Written:
 
     Attributes
     ----------
-    rows : pandas.DataFrame
-        As of :func:`compared`.
+    rows, contrasts : pandas.DataFrame
+        As of :func:`compared` and :func:`contrasted`.
     files : list of Path
     not_drawn : dict of str to str
         Why there is no figure of a name, in a sentence.
     """
 
     rows: pd.DataFrame
+    contrasts: pd.DataFrame
     files: list[Path]
     not_drawn: dict[str, str]
 
 
 def write(outputs: Outputs, out: str | os.PathLike[str], *, density: float = 0.5) -> Written:
-    """Write ``compared.csv``, ``compared.md``, and the figures that have something to show.
+    """Write two tables as CSV, ``compared.md``, and the figures that have something to show.
 
     All are in their places only when all are complete. Files of an earlier comparison are replaced,
     and a figure of it that has nothing to show any more is removed.
@@ -73,12 +77,12 @@ def write(outputs: Outputs, out: str | os.PathLike[str], *, density: float = 0.5
     >>> from flocking.reports import collect, write
     >>> written = write(collect(["small", "large"]), "both")
     >>> [path.name for path in written.files][:3]
-    ['compared.csv', 'compared.md', 'loss_by_size.png']
+    ['compared.csv', 'contrasted.csv', 'compared.md']
     >>> print(*written.not_drawn.values())
     loss_by_energy is not drawn: no output has loss_by_method.json, at density 0.5.
     """
     folder = Path(out)
-    rows = compared(outputs)
+    rows, contrasts = compared(outputs), contrasted(outputs)
     refuse_density(rows, density)
     data = {
         "loss_by_size": of_sizes(rows, density),
@@ -94,17 +98,22 @@ def write(outputs: Outputs, out: str | os.PathLike[str], *, density: float = 0.5
     with replacing(*places, check=refuse_foreign) as first:
         partial = first.parent
         rows.to_csv(partial / "compared.csv", index=False, float_format="%.6g")
+        contrasts.to_csv(partial / "contrasted.csv", index=False, float_format="%.6g")
         captions = {}
         for name in drawn:
             here = data[name]
             captions[name] = here.attrs["caption"] = _CAPTIONS[name](here, density)
             here.attrs["told"] = _told(name, here, outputs, density)
             save(FIGURES[name](here), partial, name, title, captions[name])
-        told = [*page_of(outputs, rows, captions), *not_drawn.values(), *older_code(rows)]
+        told = [
+            *page_of(outputs, rows, contrasts, captions),
+            *not_drawn.values(),
+            *older_code(rows),
+        ]
         (partial / "compared.md").write_text("\n\n".join(told) + "\n", encoding="utf-8")
     for path in set(places_in(folder)) - set(places):
         path.unlink(missing_ok=True)  # an earlier figure, which would not be of these rows
-    return Written(rows, places, not_drawn)
+    return Written(rows, contrasts, places, not_drawn)
 
 
 def places_in(out: Path, names: Sequence[str] = tuple(FIGURES)) -> list[Path]:
@@ -125,7 +134,7 @@ def _is_ours(path: Path) -> bool:
     try:
         if path.suffix == ".csv":
             names = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
-            return set(names) >= set(COLUMNS)
+            return set(names) >= set(_COLUMNS[path.name])
         if path.suffix == ".md":
             return path.read_text(encoding="utf-8").startswith(HEADING)
     except (OSError, ValueError):  # it cannot be read as what its name says

@@ -11,7 +11,7 @@ import pytest
 
 from flocking import reports
 
-FUNCTIONS = ["by_layer", "collect", "compared", "missing", "write"]
+FUNCTIONS = ["by_layer", "collect", "compared", "contrasted", "missing", "write"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -163,7 +163,7 @@ def test_all_files_are_written(outputs: Outputs, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     written = write(outputs, out)
     pictures = [f"{name}{suffix}" for name in PICTURES for suffix in (".png", ".svg")]
-    names = ["compared.csv", "compared.md", *pictures]
+    names = ["compared.csv", "contrasted.csv", "compared.md", *pictures]
     assert [path.name for path in written.files] == names
     assert {path.name for path in out.iterdir()} == {*names}
     assert written.not_drawn == {}
@@ -188,7 +188,8 @@ def test_the_page_says_what_the_rows_say(outputs: Outputs, tmp_path: Path) -> No
         keep = np.logical_and.reduce([rows[name] == value for name, value in wanted.items()])
         return rows[keep].iloc[0]
 
-    lines = page.partition("## Density 0.5")[2].splitlines()
+    lines = page.partition("## Density 0.5")[2].partition("\n### ")[0].splitlines()
+    lines += page.partition("## Flocking")[2].splitlines()
     (line,) = [one for one in lines if one.startswith("| wikitext_256, perplexity_256 | small")]
     own = {"model": "small-model", "task": "wikitext_256", "metric": "loss_256"}
     full = numbers(**own, method="full")
@@ -245,7 +246,8 @@ def test_figures_with_nothing_to_show_are_not_written(folders: list[Path], tmp_p
             "sequence_overlap.json."
         ),
     }
-    assert {path.stem for path in out.iterdir()} == {"compared", "loss_by_energy"}  # none is stale
+    # None is stale.
+    assert {path.stem for path in out.iterdir()} == {"compared", "contrasted", "loss_by_energy"}
     page = (out / "compared.md").read_text()
     for why in written.not_drawn.values():
         assert why in page
