@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -93,18 +95,20 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
     legend(upper, axes, ncols=2)
 
 
-@in_style(_SUMMARY, *_NEEDS)
+@in_style(_SUMMARY, *_NEEDS, "beyond")
 def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
     """Differences from the full model by how many tokens the kept neurons were selected from.
 
-    `data` is from :func:`flocking.evaluation.summary.by_prompt`, one metric a task, with a caption
-    in its ``attrs``.
+    `data` is from :func:`flocking.evaluation.summary.by_prompt`, one metric a task, with what
+    :func:`flocking.evaluation.summary.beyond_others` adds, and a caption in its ``attrs``. What is
+    ``beyond`` the scale of the others is said in words.
     """
     upper, axes = _panels(data, figure)
     for ax, part in _each(data, axes):
         loss = is_loss(part["metric"].iloc[0])
         ax.axhline(1 if loss else 0, **_FULL)
-        for method, own in part[part["method"] != "full"].groupby("method", sort=False):
+        shown = part[(part["method"] != "full") & ~part["beyond"]]
+        for method, own in shown.groupby("method", sort=False):
             own = own.sort_values("prompt_tokens")
             _errors(
                 ax, own["prompt_tokens"], _shown(part, own[_DIFFERENCES]), style_of(str(method))
@@ -113,6 +117,7 @@ def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
         name = metric_in_words(part["metric"].iloc[0])
         ax.set_ylabel(f"{name},\n" + ("times full's" if loss else "minus full's"))
         _scale(ax, part)
+        name_beyond(ax, part)
     below(axes, "prompt (tokens)")
     legend(upper, axes, ncols=2)
 
@@ -177,6 +182,26 @@ def metric_in_words(name: str) -> str:
         if name.startswith(f"{what}_"):
             return f"{words} of {name.removeprefix(f'{what}_')}"
     return name
+
+
+def name_beyond(ax: Axes, part: pd.DataFrame) -> None:
+    """Keep the scale to what can be told apart on it, and say what is beyond it, and how far.
+
+    `part` has losses of one task as differences from the full model's, and whether each is
+    ``beyond`` the others.
+    """
+    beyond = part[part["beyond"]]
+    if beyond.empty:
+        return
+    inside = np.exp(part.loc[~part["beyond"], _DIFFERENCES].to_numpy(dtype=float))
+    ax.set_ylim(min(1, inside.min()) / 1.1, inside.max() * 1.5 ** (1 + beyond["method"].nunique()))
+    for line, (method, own) in enumerate(beyond.groupby("method", sort=False)):
+        low, high = (f"{np.exp(own['difference'].agg(end)):,.0f}" for end in ("min", "max"))
+        told = f"{method}: {low}" + (f" to {high}" if high != low else "")
+        where: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
+        ax.annotate(
+            told, (1, 1 - 0.12 * line), color=style_of(str(method))["color"], fontsize=5.6, **where
+        )
 
 
 def _shown(part: pd.DataFrame, values: object) -> np.ndarray:

@@ -21,6 +21,7 @@ from flocking.evaluation.figures import (
     quality_by_prompt,
 )
 from flocking.evaluation.summary import (
+    beyond_others,
     by_batch,
     by_prompt,
     footnote,
@@ -78,7 +79,11 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, Any]) -> pd.DataF
         wanted = {
             "quality_by_density": (quality_by_density, headlines(rows), _by_density),
             "quality_by_method": (quality_by_method, headlines(here), _by_method),
-            "quality_by_prompt": (quality_by_prompt, headlines(by_prompt(of_same)), _by_prompt),
+            "quality_by_prompt": (
+                quality_by_prompt,
+                beyond_others(headlines(by_prompt(of_same))),
+                _by_prompt,
+            ),
             BY_BATCH: (quality_by_batch, batches, _by_batch),
         }
         captions = {}
@@ -150,7 +155,8 @@ def _by_prompt(model: str, density: float) -> str:
         "(perplexities: times the full model's), by the length of the prompt, from which the kept "
         f"neurons are selected: groups of items of similar length, at their medians. {_BAND} of "
         "these differences. Where prompts differ from item to item, so do the items; on articles, "
-        "the same tokens are predicted after every prompt."
+        "the same tokens are predicted after every prompt. Methods that lose over twice as much as "
+        "all others are in words, with their ratios."
     )
 
 

@@ -14,6 +14,7 @@ from flocking.evaluation.naming import label
 _BY = ["task", "protocol", "metric"]
 _MEANS = ["estimate", "low", "high"]
 _DIFFERENCES = ["difference", "difference_low", "difference_high"]
+_BLIND = ("random", "magnitude")  # methods that read no text
 _LEAST = 5  # items in a group of similar prompt lengths
 _MARK = "†"  # of numbers from older code
 
@@ -173,6 +174,30 @@ def by_batch(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["task"].isin(tasks) & others]
 
 
+def beyond_others(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same rows, and whether each is too far from the others to be drawn on their scale.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        With ``task``, ``metric``, ``method`` and differences from the full model.
+
+    Returns
+    -------
+    pandas.DataFrame
+        With ``beyond``: of losses, whether the method reads no text and loses over twice as much,
+        as a ratio of perplexities, as all others do on that task.
+    """
+    parts = []
+    for (_, metric), part in parts_of(rows, ["task", "metric"]):
+        blind = part["method"].isin(_BLIND)
+        others = part.loc[~blind & (part["method"] != "full"), "difference_high"]
+        worst = part.groupby("method")["difference"].transform("max")
+        far = blind & (worst > others.max() + np.log(2))
+        parts.append(part.assign(beyond=far & bool(len(others)) & is_loss(metric)))
+    return pd.concat(parts) if parts else rows.assign(beyond=False)
+
+
 def is_loss(metric: str) -> bool:
     """Whether a metric is a loss in nats, shown as a perplexity, and its differences as ratios."""
     return metric.startswith("loss")
@@ -285,6 +310,12 @@ def scale_of(metric: str, highest: float) -> float | None:
     return 1 if is_divergence(metric) or highest > 1 else 100
 
 
+def _of_ratio(number: float) -> str:
+    if number < 0.095:
+        return f"{number:.2g}"  # 0.00 would say nothing
+    return f"{number:,.2f}" if number < 100 else f"{number:,.0f}"
+
+
 def said(values: pd.Series, scale: float | None, sign: bool) -> str:
     """Estimate and interval, times `scale`; without one, as perplexities of losses.
 
@@ -292,7 +323,7 @@ def said(values: pd.Series, scale: float | None, sign: bool) -> str:
     """
     numbers = values.to_numpy(dtype=float)
     if scale is None:
-        digits = [f"{x:,.2f}" if x < 100 else f"{x:,.0f}" for x in np.exp(numbers)]
+        digits = [_of_ratio(x) for x in np.exp(numbers)]
         return "{}{} [{}, {}]".format("x" if sign else "", *digits)
     digits_behind = 2 if scale == 1 and np.abs(numbers).max() < 10 else 1
     digits = [f"{scale * x:{'+' if sign else ''}.{digits_behind}f}" for x in numbers]

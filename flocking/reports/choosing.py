@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import pandas as pd
 
-from flocking.evaluation.summary import is_divergence, is_loss, parts_of
+from flocking.evaluation.summary import beyond_others, is_divergence, is_loss, parts_of
 from flocking.reports.comparison import DIFFERENCES
 
 _ENERGY = "captured_energy"
-_BLIND = ("random", "magnitude")  # methods that read no text
 _SCORES = ("flocking_score", "specificity")
 
 
@@ -47,9 +45,8 @@ def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
     for _, part in parts_of(found, ["task"]):
         metric = headline(part["metric"].unique())
         (losses if is_loss(metric) else others).append(part[part["metric"] == metric])
-    chosen = [part.assign(beyond=_beyond(part)) for part in losses]
-    chosen += [part.assign(beyond=False) for part in others]
-    together = pd.concat(chosen, ignore_index=True) if chosen else found.assign(beyond=False)
+    chosen = [*losses, *others]
+    together = beyond_others(pd.concat(chosen, ignore_index=True) if chosen else found)
     full = together["estimate"] - together["difference"]
     return together.assign(gone=together["chance"] - full)
 
@@ -69,14 +66,6 @@ def of_pairs(contrasts: pd.DataFrame) -> pd.DataFrame:
         wanted = {headline(names), *divergences[-1:]}
         keep.append(part[part["metric"].isin(wanted)])
     return pd.concat(keep) if keep else contrasts
-
-
-def _beyond(part: pd.DataFrame) -> pd.Series:
-    """Whether a row is of a method that reads no text and loses over twice what all others do."""
-    blind = part["method"].isin(_BLIND)
-    others = part.loc[~blind, "difference_high"]
-    worst = part.groupby("method")["difference"].transform("max")
-    return blind & (worst > others.max() + np.log(2)) & bool(len(others))
 
 
 def _tokens(metric: str) -> int:

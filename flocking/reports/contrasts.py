@@ -13,7 +13,7 @@ from flocking.analysis import intervals
 from flocking.evaluation.summary import family, is_of_tokens, parts_of
 from flocking.reports.outputs import Measured, Outputs
 
-COLUMNS = ("of", "model", "task", "metric", "method", "density", "items", "than")
+COLUMNS = ("of", "model", "task", "protocol", "metric", "method", "density", "items", "than")
 INTERVAL = ["difference", "low", "high"]
 _FULL = "full"
 _OWN = "topk"  # GRIFFIN, which other methods are compared with
@@ -45,10 +45,10 @@ def contrasted(outputs: Outputs) -> pd.DataFrame:
     -------
     pandas.DataFrame
         A row for each pair and metric: ``of``; ``model``; ``task``, of prompts the tasks' common
-        name; ``metric``, ``method``, ``density``, ``items``; ``than``, what is subtracted: the
-        other method, task or model; ``difference``, ``low``, ``high``. Of losses, ``exp`` of these
-        is a ratio of perplexities (of methods), or of ratios to the full model's (of prompts and
-        models).
+        name; ``protocol``, ``metric``, ``method``, ``density``, ``items``; ``than``, what is
+        subtracted: the other method, task or model; ``difference``, ``low``, ``high``. Of losses,
+        ``exp`` of these is a ratio of perplexities (of methods), or of ratios to the full model's
+        (of prompts and models).
 
     Raises
     ------
@@ -181,5 +181,6 @@ def _row(
 ) -> dict[str, object]:
     array = xr.DataArray(values.astype(float), dims="sequence")
     told = zip(INTERVAL, intervals(array).to_numpy().tolist(), strict=True)
-    about = (of, part.model, part.task, part.metric, *variant, len(values), than)
+    asked = (part.task, part.protocol, part.metric)
+    about = (of, part.model, *asked, *variant, len(values), than)
     return dict(zip(COLUMNS, about, strict=True)) | dict(told)

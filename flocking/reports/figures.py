@@ -24,7 +24,7 @@ from flocking.drawing import (
     page,
     style_of,
 )
-from flocking.evaluation.figures import metric_in_words
+from flocking.evaluation.figures import metric_in_words, name_beyond
 from flocking.evaluation.summary import is_divergence, is_loss, parts_of
 
 _MEANS = ("estimate", "low", "high")
@@ -70,7 +70,7 @@ def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
         ax.set(title=task, ylabel=_axis_of(metric))
         if loss:
             logarithmic(ax, ax.yaxis)
-            _name_beyond(ax, part)
+            name_beyond(ax, part)
         elif not is_divergence(metric):
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
     below(axes, "parameters")
@@ -164,22 +164,6 @@ def _axis_of(metric: str) -> str:
     if metric == "loss":
         return "perplexity,\ntimes full's"
     return f"{metric_in_words(metric)},\n{'times' if is_loss(metric) else 'minus'} full's"
-
-
-def _name_beyond(ax: Axes, part: pd.DataFrame) -> None:
-    """Keep the scale to what can be told apart on it, and say what is beyond it, and how far."""
-    beyond = part[part["beyond"]]
-    if beyond.empty:
-        return
-    inside = np.exp(part.loc[~part["beyond"], list(_DIFFERENCES)].to_numpy(dtype=float))
-    ax.set_ylim(min(1, inside.min()) / 1.1, inside.max() * 1.5 ** (1 + beyond["method"].nunique()))
-    for line, (method, own) in enumerate(beyond.groupby("method", sort=False)):
-        low, high = (f"{np.exp(own['difference'].agg(end)):,.0f}" for end in ("min", "max"))
-        told = f"{method}: {low}" + (f" to {high}" if high != low else "")
-        where: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
-        ax.annotate(
-            told, (1, 1 - 0.12 * line), color=style_of(str(method))["color"], fontsize=5.6, **where
-        )
 
 
 def _by_size(ax: Axes, sizes: Sequence[int]) -> None:

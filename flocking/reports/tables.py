@@ -106,10 +106,9 @@ def _by_method(rows: pd.DataFrame, outputs: Outputs) -> str:
             continue
         scale = scale_of(metric, part["high"].max())
         full = by_method.get("full")
-        asked = f"{task}, {protocol}" if protocol not in ("", "context") else task
         chance = part["chance"].iloc[0]
         cells = [
-            f"{asked}, {metric.replace('loss', 'perplexity')}",
+            _measured(task, protocol, metric),
             model + _mark(model, outputs),
             str(part["items"].iloc[0]),
             "" if pd.isna(chance) else f"{100 * chance:.1f}",
@@ -158,19 +157,25 @@ def _contrasts(contrasts: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
 def _pairs(contrasts: pd.DataFrame, column: str, highest: pd.Series) -> str:
     """A row for each metric, model and what is subtracted; a column for each method."""
     methods = list(contrasts[column].unique())
-    by = [name for name in ("task", "metric", "model", "than") if name != column]
+    by = [name for name in ("task", "protocol", "metric", "model", "than") if name != column]
     lines = []
-    for (task, metric, *others), part in _in_order(contrasts, by):
+    for (task, protocol, metric, *others), part in _in_order(contrasts, by):
         by_method = dict(part.set_index(column).iterrows())
         # (Tasks of several prompts have no score of their own, which would be a share.)
         scale = scale_of(metric, highest.get((task, metric), 0))
-        cells = [f"{task}, {metric.replace('loss', 'perplexity')}", *others]
-        cells.append(str(part["items"].iloc[0]))
+        items = str(part["items"].iloc[0])
+        cells = [_measured(task, protocol, metric), *others, items]
         for method in methods:
             own = by_method.get(method)
             cells.append("" if own is None else said(own[INTERVAL], scale, sign=True))
         lines.append(cells)
-    return _markdown(["measured", *by[2:], "items", *methods], lines)
+    return _markdown(["measured", *by[3:], "items", *methods], lines)
+
+
+def _measured(task: str, protocol: str, metric: str) -> str:
+    """What was measured, as it is named in a table."""
+    asked = f"{task}, {protocol}" if protocol not in ("", "context") else task
+    return f"{asked}, {metric.replace('loss', 'perplexity')}"
 
 
 def _by_weights(rows: pd.DataFrame, outputs: Outputs) -> str:

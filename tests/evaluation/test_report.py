@@ -10,7 +10,14 @@ import pandas as pd
 import pytest
 
 from flocking.evaluation import figures, report, sources
-from flocking.evaluation.summary import by_batch, by_prompt, headlines, summarise, table
+from flocking.evaluation.summary import (
+    beyond_others,
+    by_batch,
+    by_prompt,
+    headlines,
+    summarise,
+    table,
+)
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -50,7 +57,7 @@ def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
         "wikitext_256\nperplexity of 256, n = 12"
     ]
 
-    prompts = headlines(by_prompt(several))
+    prompts = beyond_others(headlines(by_prompt(several)))
     prompts.attrs["caption"] = "made up"
     axes = figures.quality_by_prompt(prompts).subfigs[0].axes
     assert (axes[3].get_title(), axes[3].get_ylabel()) == (
@@ -58,6 +65,28 @@ def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
         "perplexity of 256,\ntimes full's",
     )
     assert axes[0].get_ylabel() == "acc,\nminus full's"
+
+
+def test_what_is_far_from_all_others_is_said_in_words() -> None:
+    rng = np.random.default_rng(0)
+    full = 3 + rng.random(12)
+    values = {"full": full, "topk@0.5": full + 1, "magnitude@0.5": full + 7}
+    lost = [
+        helpers.made_up(values, f"news_{n}", metric="loss_256", chance=np.nan, prompt_tokens=n)
+        for n in (16, 64)
+    ]
+    rows = beyond_others(headlines(by_prompt(pd.concat(lost))))
+    assert rows[rows["beyond"]]["method"].tolist() == ["magnitude"] * 2
+    rows.attrs["caption"] = "made up"
+    (ax, *_) = figures.quality_by_prompt(rows).subfigs[0].axes
+    (text,) = ax.texts
+    assert text.get_text() == "magnitude: 1,097"
+    assert ax.get_ylim()[1] < 20
+    labels = [one.get_label() for one in ax.containers]
+    assert labels == ["GRIFFIN"]
+    # A method is not named if nothing else is there to be told apart from it.
+    alone = rows[rows["method"] != "topk"].drop(columns="beyond")
+    assert not beyond_others(alone)["beyond"].any()
 
 
 def test_methods_stand_beside_each_other_only_where_there_are_several(
