@@ -31,6 +31,7 @@ def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
     """One metric of each task, pruned at one density, of models whose size is known.
 
     The metric is the loss with most tokens, or the task's first one; tasks with losses come first.
+    Tasks of a single model, which show nothing by size, are left out if others have several.
     ``beyond`` is whether a loss is too far from the others to share their scale; ``gone`` is what
     chance is above the full model's score.
     """
@@ -40,6 +41,8 @@ def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
         & (rows["density"] == density)
         & rows["difference"].notna()
     ]
+    several = found.groupby("task")["model"].transform("nunique") > 1
+    found = found[several] if several.any() else found
     losses: list[pd.DataFrame] = []
     others: list[pd.DataFrame] = []
     for _, part in parts_of(found, ["task"]):

@@ -13,15 +13,18 @@ import pandas as pd
 from flocking.artifacts import replacing
 from flocking.drawing import save, titled
 from flocking.reports.choosing import of_energy, of_scores, of_sizes, refuse_density, why_none
-from flocking.reports.comparison import COLUMNS, DIFFERENCES, by_layer, compared
-from flocking.reports.contrasts import COLUMNS as OF_PAIRS
-from flocking.reports.contrasts import INTERVAL, contrasted
+from flocking.reports.comparison import DIFFERENCES, by_layer, compared
+from flocking.reports.contrasts import contrasted
 from flocking.reports.figures import FIGURES, in_words
 from flocking.reports.outputs import Outputs
 from flocking.reports.tables import HEADING, older_code, page_of
 
 FILES = ("compared.csv", "contrasted.csv", "compared.md")
-_COLUMNS = {"compared.csv": COLUMNS, "contrasted.csv": (*OF_PAIRS, *INTERVAL)}
+# By these, tables that an earlier version wrote are known, too.
+_MARKS = {
+    "compared.csv": {"model", "metric", "method", "difference_low"},
+    "contrasted.csv": {"of", "than", "difference"},
+}
 _BARS = "Bars are 95% bootstrap intervals"
 _MARKED = 3  # of a caption's numbers: methods that are named
 
@@ -134,7 +137,7 @@ def _is_ours(path: Path) -> bool:
     try:
         if path.suffix == ".csv":
             names = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
-            return set(names) >= set(_COLUMNS[path.name])
+            return set(names) >= _MARKS[path.name]
         if path.suffix == ".md":
             return path.read_text(encoding="utf-8").startswith(HEADING)
     except (OSError, ValueError):  # it cannot be read as what its name says
@@ -162,7 +165,8 @@ def _of_sizes(data: pd.DataFrame, density: float) -> str:
         "perplexity as a multiple of the full model's, other scores in percentage points above or "
         "below the full model's (divergences in nats), of the same model on the same items. "
         f"{_BARS} of these paired differences. Chance is dotted. Methods that lose over twice as "
-        f"much as all others are in words, with the ratios of the models. {_numbers(data)}"
+        "much as all others are in words, with the ratios of the models. Tasks that one model alone "
+        f"was asked are in the tables, if others have several. {_numbers(data)}"
     )
 
 
