@@ -48,7 +48,11 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "out", "build", "dist", "tests", "flocking", "docs/_*", "**/.*"]
 # Captions of figures, which pages about them show.
-exclude_patterns += ["figures/*.md", "docs/results/*/loss_by_*.md"]
+exclude_patterns += ["figures/*.md"]
+exclude_patterns += [
+    f"docs/results/*/{name}.md"
+    for name in ("loss_by_*", "scores", "sequence_overlap", "token_order")
+]
 templates_path = [str(HERE / "_templates")]
 
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
@@ -89,8 +93,10 @@ html_theme_options = {
     "secondary_sidebar_items": {
         "**": ["page-toc"],
         "docs/architectures": [],
-        "docs/results/tables": [],
-        "docs/results/static_domain/tables": [],
+        **{
+            f"docs/{page.relative_to(HERE).with_suffix('').as_posix()}": []
+            for page in HERE.glob("results/**/*.md")
+        },
     },
     "footer_start": ["copyright"],
     "footer_end": [],

@@ -165,8 +165,8 @@ def _of_sizes(data: pd.DataFrame, density: float) -> str:
         "perplexity as a multiple of the full model's, other scores in percentage points above or "
         "below the full model's (divergences in nats), of the same model on the same items. "
         f"{_BARS} of these paired differences. Chance is dotted. Methods that lose over twice as "
-        "much as all others are in words, with the ratios of the models. Tasks that one model alone "
-        f"was asked are in the tables, if others have several. {_numbers(data)}"
+        "much as all others are in words, with the ratios of the models. Tasks of one model alone "
+        f"are in the tables, if others have several. {_numbers(data)}"
     )
 
 

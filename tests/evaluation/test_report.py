@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import helpers
@@ -18,8 +19,14 @@ from flocking.evaluation.summary import (
     summarise,
     table,
 )
+from flocking.reports import collect, compared, contrasted
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+PROSE = ROOT / "docs" / "results.md"
+LARGER = [f"qwen2.5-coder-{size}-instruct-q4_k_m" for size in ("0.5b", "1.5b")]
+# A number with its interval, as prose and tables say it.
+NUMBERS = re.compile(r"[+-]?[\d.,]+ \[[+-]?[\d.,]+, [+-]?[\d.,]+\]")
 
 
 def test_figures_show_the_summarys_numbers(several: pd.DataFrame) -> None:
@@ -220,12 +227,16 @@ def test_a_report_of_little(several: pd.DataFrame, tmp_path: Path, left: str) ->
     assert (tmp_path / "quality_by_prompt.png").exists()
 
 
-def test_the_committed_results_are_what_their_items_say() -> None:
-    """The committed tables, and the numbers that docs/results.md takes from them."""
-    rows = summarise(pd.read_parquet(RESULTS / "items.parquet"))
-    assert table(rows).strip() in (RESULTS / "tables.md").read_text()
+@pytest.mark.parametrize("folder", [".", "2026-11-25", *LARGER])
+def test_the_committed_tables_are_what_their_items_say(folder: str) -> None:
+    rows = summarise(pd.read_parquet(RESULTS / folder / "items.parquet"))
+    assert table(rows).strip() in (RESULTS / folder / "tables.md").read_text()
+
+
+def test_the_numbers_of_the_135m_model_are_those_of_its_items() -> None:
+    rows = summarise(pd.read_parquet(RESULTS / "2026-11-25" / "items.parquet"))
     found = rows.set_index(["task", "metric", "variant"])["difference"]
-    prose = (RESULTS.parent / "results.md").read_text()
+    prose = PROSE.read_text()
     for task, metric, variant, said in (
         ("arc_easy", "acc", "topk@0.5", "loses {} points on ARC-e"),
         ("hellaswag", "acc", "topk@0.5", "{} on HellaSwag [0.2"),
@@ -236,3 +247,32 @@ def test_the_committed_results_are_what_their_items_say() -> None:
     ratios = [np.exp(found[f"wikitext_{n}", "loss_256", "topk@0.5"]) for n in (16, 64, 256, 1024)]
     said = "{:.1f} after 16 tokens, {:.1f}\n  after 64, {:.1f} after 256, {:.1f} after 1,024"
     assert said.format(*ratios) in prose
+
+
+@pytest.mark.parametrize("section", ["What follows", "Static from the same domain"])
+def test_numbers_in_prose_are_those_of_the_committed_tables(section: str) -> None:
+    (text,) = (part for part in PROSE.read_text().split("\n## ") if part.startswith(section))
+    told = NUMBERS.findall(text)
+    assert len(told) > 20
+    pages = [*(ROOT / "figures").glob("*.md"), *RESULTS.glob("qwen*/s*.md")]
+    where = [RESULTS / "sizes" / "compared.md", RESULTS / "tables.md", *pages]
+    tables = "\n".join(path.read_text() for path in where)
+    known = {each.removeprefix("+") for each in NUMBERS.findall(tables)}
+    assert [each for each in told if each.removeprefix("+") not in known] == []
+
+
+def test_the_committed_comparison_is_of_the_committed_outputs() -> None:
+    outputs = collect([RESULTS, ROOT / "figures", *(RESULTS / name for name in LARGER)])
+    for name, rows in (("compared", compared(outputs)), ("contrasted", contrasted(outputs))):
+        found = pd.read_csv(
+            RESULTS / "sizes" / f"{name}.csv", keep_default_na=False, na_values=[""]
+        )
+        assert list(found) == list(rows)
+        assert found["metric"].tolist() == rows["metric"].tolist()
+        np.testing.assert_allclose(
+            found["difference"],
+            rows["difference"].astype(float),
+            rtol=1e-4,
+            atol=1e-6,
+            err_msg="run flocking compare again, as docs/results.md does",
+        )
