@@ -104,7 +104,7 @@ def test_news_are_the_articles_of_summaries(embedded: tuple, tmp_path: Path) -> 
         assert row == whole[256 - articles.prompt_length : 512]
     domain = documents("news_16", found["news_16"], 1, tokenizer, 8192)
     assert tokenizer(passages[0])["input_ids"] not in domain
-    assert domain[0] == tokenizer("too short")["input_ids"]
+    assert domain[0] == tokenizer(passages[-1])["input_ids"]
     with pytest.raises(ValueError, match="there is no task 'news_1024': near ones are news"):
         find(["news_1024"], tmp_path)
     (tmp_path / "cnn_dailymail_3.jsonl").write_text(json.dumps(rows[0]))
