@@ -11,7 +11,7 @@ import xarray as xr
 
 from flocking.analysis import intervals
 from flocking.evaluation.summary import label, parts_of, summarise
-from flocking.reports.outputs import Evaluation, Measured, Numbers, Outputs
+from flocking.reports.outputs import Evaluation, Measured, Numbers, Outputs, refuse_no_outputs
 
 MEANS = ["estimate", "low", "high"]
 DIFFERENCES = ["difference", "difference_low", "difference_high"]
@@ -55,6 +55,8 @@ def compared(outputs: Outputs) -> pd.DataFrame:
     ------
     ValueError
         If an evaluation has no full model, or values that are not numbers.
+    TypeError
+        If `outputs` is something else, such as a folder.
 
     Examples
     --------
@@ -65,6 +67,7 @@ def compared(outputs: Outputs) -> pd.DataFrame:
     >>> griffin[["model", "items"]].to_numpy().tolist()
     [['small-model', 16], ['large-model', 16]]
     """
+    refuse_no_outputs(outputs)
     rows = []
     for model in outputs.models:
         evaluated = [_evaluated(model)] if model.evaluations else []

@@ -11,7 +11,7 @@ import xarray as xr
 
 from flocking.analysis import intervals
 from flocking.evaluation.summary import family, is_of_tokens, parts_of
-from flocking.reports.outputs import Measured, Outputs
+from flocking.reports.outputs import Measured, Outputs, refuse_no_outputs
 
 COLUMNS = ("of", "model", "task", "protocol", "metric", "method", "density", "items", "than")
 INTERVAL = ["difference", "low", "high"]
@@ -54,6 +54,8 @@ def contrasted(outputs: Outputs) -> pd.DataFrame:
     ------
     ValueError
         If two prompts of one model have other items.
+    TypeError
+        If `outputs` is something else, such as a folder.
 
     Examples
     --------
@@ -64,6 +66,7 @@ def contrasted(outputs: Outputs) -> pd.DataFrame:
     >>> rows[rows["of"] == "prompts"][["task", "than"]].drop_duplicates().to_numpy().tolist()
     [['wikitext', 'wikitext_16']]
     """
+    refuse_no_outputs(outputs)
     evaluated = [model for model in outputs.models if model.evaluations]
     measured = [part for model in evaluated for part in _parts(model.label, model.items())]
     models = [model for model in evaluated if model.parameters is not None]

@@ -132,3 +132,12 @@ class Outputs:
         """Labels of the models of which something is unlike the first one's."""
         found = {label for one in self.differences for label in one.others()}
         return [one.label for one in self.models if one.label in found]
+
+
+def refuse_no_outputs(outputs: object) -> None:
+    """Raise a TypeError for anything but what ``collect`` returns, such as a folder."""
+    if not isinstance(outputs, Outputs):
+        raise TypeError(
+            f"outputs is of type {type(outputs).__name__}: give what flocking.reports.collect "
+            "returns for the folders."
+        )

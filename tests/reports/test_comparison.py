@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import model_outputs as made
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flocking.reports import Outputs, by_layer, collect, compared, missing
+from flocking.reports import Outputs, by_layer, collect, compared, contrasted, missing
 
 FIGURES = Path(__file__).parents[2] / "figures"
 
@@ -209,3 +210,9 @@ def test_missing_methods_metrics_and_sizes(tmp_path: Path) -> None:
         "two has no static@0.5 on wikitext_16, wikitext_256.",
         "three was not measured on piqa, wikitext_16, wikitext_256.",
     ]
+
+
+@pytest.mark.parametrize("function", [compared, contrasted])
+def test_folders_are_no_outputs(function: Callable) -> None:
+    with pytest.raises(TypeError, match="outputs is of type str: give what"):
+        function("small")
