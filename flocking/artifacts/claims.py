@@ -1,27 +1,33 @@
 """Claims: who is writing what, so that no two do, and what a killed process left is known.
 
-A claim on ``x.zarr`` is the folder ``.x.zarr.writing`` beside it, which ``mkdir`` gives to one
-process only. A note in it says who that is, and what it writes stays there until it is complete.
+A claim on ``x.zarr`` is the folder ``.x.zarr.writing`` beside it, which one process only
+can make. A note in it says who that is, and what it writes stays there until it is complete.
 The folder goes when it is done. If the process was killed, the next one that writes in the same
 folder finds the note, sees that its owner is gone, and removes what it left.
+
+A folder without a note may be anybody's. So a claim comes with its note and goes with it, in one
+step each: it is made and removed under a name that no one else uses, ``.flocking-....scrap``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 import psutil
 
@@ -33,10 +39,12 @@ else:
     fcntl = _fcntl
 
 NOTE = "flocking-owner.json"
-WRITING, OLD = "writing", "old"
+WRITING, OLD, SCRAP = "writing", "old", "scrap"
 LONGEST = 255  # bytes in a file's name
 _YOUNG = 10.0  # seconds in which a claim without a note may still get one
 _CLOCK = 2.0  # seconds by which the start of a process may seem to move
+_SCRAP = re.compile(rf"\.flocking-[0-9a-f]{{32}}\.{SCRAP}")
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # what systems say of a name that is taken
 
 _held: dict[Path, IO[str]] = {}  # this process's claims, and their notes, which are locked
 
@@ -96,7 +104,6 @@ def make(folder: Path, target: str) -> None:
     FileExistsError
         If it is there.
     """
-    folder.mkdir()
     owner = {
         "about": "flocking makes this folder while it writes, and removes it afterwards.",
         "target": target,
@@ -105,16 +112,31 @@ def make(folder: Path, target: str) -> None:
         "process_started": psutil.Process().create_time(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    try:
-        note = _held[folder] = (folder / NOTE).open("x", encoding="utf-8")
+    scrap = _scrap_beside(folder)
+    with ExitStack() as undoing:
+        undoing.callback(discard, scrap)
+        scrap.mkdir()
+        note = undoing.enter_context((scrap / NOTE).open("x", encoding="utf-8"))
         json.dump(owner, note)
         note.flush()
-        if fcntl is not None:
+        if fcntl is None:
+            note.close()  # Windows renames no folder with an open file in it
+        else:
             with contextlib.suppress(OSError):
                 fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        clear(folder)
-        raise
+        try:
+            scrap.rename(folder)
+        except OSError as problem:
+            if problem.errno not in _TAKEN:
+                raise
+            raise FileExistsError(problem.errno, problem.strerror, str(folder)) from problem
+        undoing.pop_all()
+    _held[folder] = note
+
+
+def _scrap_beside(folder: Path) -> Path:
+    """A name for a folder that is ours whatever is in it, and to be removed."""
+    return folder.with_name(f".flocking-{uuid4().hex}.{SCRAP}")
 
 
 def remove(folder: Path) -> None:
@@ -124,23 +146,23 @@ def remove(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove a claim, its note last, and what other threads still write into it.
+    """Remove a claim, and what other threads still write into it.
 
     Other processes are to be kept out by :func:`alone_in`: one could make its claim in between.
     """
     if (note := _held.pop(folder, None)) is not None:
         note.close()
-    owner = owner_of(folder)
+    owner, scraps = owner_of(folder), list[Path]()
     for pause in (0.0, 0.05, 0.2, 0.5):
         time.sleep(pause)
-        if not folder.exists() or owner_of(folder) not in ({}, owner):
+        is_there = folder.exists() and owner_of(folder) in ({}, owner)
+        if not is_there and not any(scrap.exists() for scrap in scraps):
             return
-        with contextlib.suppress(OSError):
-            for path in folder.iterdir():
-                if path.name != NOTE:
-                    discard(path)
-            (folder / NOTE).unlink(missing_ok=True)
-            folder.rmdir()
+        if is_there:
+            with contextlib.suppress(OSError):
+                scraps.append(folder.rename(_scrap_beside(folder)))
+        for scrap in scraps:
+            discard(scrap)
 
 
 def discard(path: Path) -> None:
@@ -163,10 +185,12 @@ def owner_of(folder: Path) -> dict[str, Any]:
 def is_ours(folder: Path) -> bool:
     """Whether a folder named like a claim is one: a note in it says so, and what it is a claim on.
 
-    A folder without one may be anybody's, whatever its name.
+    A folder without one may be anybody's, unless it has the name that claims come and go by.
     """
     if folder.is_symlink() or not folder.is_dir():
         return False
+    if _SCRAP.fullmatch(folder.name):
+        return True
     target = owner_of(folder).get("target")
     return isinstance(target, str) and folder in (
         beside(folder.with_name(target), WRITING),
@@ -175,7 +199,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_without_note(folder: Path) -> bool:
-    """Whether a claim is empty, or its note is: it was just made, or its process was killed."""
+    """Whether a claim is empty, or its note is, as earlier versions left it when killed."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return {path.name for path in folder.iterdir()} <= {NOTE} and not owner_of(folder)

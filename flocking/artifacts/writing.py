@@ -27,6 +27,7 @@ from flocking.artifacts.claims import (
     LONGEST,
     NOTE,
     OLD,
+    SCRAP,
     WRITING,
     BusyError,
     alone_in,
@@ -252,7 +253,10 @@ def _take(claim: Path, place: Path) -> bool:
                 raise OSError(f"{one} is in the way, and is not flocking's: move it")
         if os.path.lexists(claim) or os.path.lexists(old):
             return False
-        make(claim, place.name)
+        try:
+            make(claim, place.name)
+        except FileExistsError:
+            return False  # where folders cannot be locked, another process was faster
         return True
 
 
@@ -268,7 +272,7 @@ def _wait(path: Path, claim: Path, deadline: float) -> None:
 def _sweep(folder: Path, alone: bool) -> None:
     """Settle what dead processes replaced, before what they were writing is removed."""
     found = [path for path in folder.iterdir() if path.name.startswith(".")]
-    for kind in (OLD, WRITING):
+    for kind in (OLD, WRITING, SCRAP):
         for path in found:
             # Another's, in a folder open to all, may not be ours to remove, or has gone meanwhile.
             with contextlib.suppress(OSError):

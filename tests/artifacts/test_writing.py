@@ -305,6 +305,59 @@ def test_killed_at_any_moment_the_old_or_the_new_is_there(tmp_path: Path, number
             assert picture.exists()
 
 
+STEPS = """
+import os, sys
+from pathlib import Path
+from flocking.artifacts import refuse_unwritable, replacing
+
+folder, left = Path(sys.argv[1]), None
+
+
+def write(number):
+    with replacing(folder / "x.zarr") as store, replacing(folder / "x.png") as file:
+        store.mkdir()
+        for name in "ab":
+            (store / name).write_text(number)
+        file.write_text(number)
+
+
+def count(event, arguments):
+    global left
+    if left is not None and (event == "open" or event.startswith("os.")):
+        left -= 1
+        if left < 0:
+            os._exit(9)
+
+
+sys.addaudithook(count)
+for step in range(10_000):
+    write("old")
+    if not (child := os.fork()):
+        left = step
+        write("new")
+        os._exit(0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    refuse_unwritable(folder / "other")  # what any next command begins with
+    assert sorted(os.listdir(folder)) == ["x.png", "x.zarr"], step
+    store = {name: (folder / "x.zarr" / name).read_text() for name in "ab"}
+    assert store in ({"a": "old", "b": "old"}, {"a": "new", "b": "new"}), (step, store)
+    if ended:
+        break
+assert store == {"a": "new", "b": "new"}
+print(step)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is forked before each step")
+def test_killed_before_any_step_the_old_or_the_new_is_there(tmp_path: Path) -> None:
+    """Each file that is opened, moved or removed, one after the other, is the last but one."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert int(done.stdout) > 40
+
+
 CROWD = """
 import sys, time
 from pathlib import Path
