@@ -275,6 +275,7 @@ with ended_by_signals():
             for name in range(files):
                 (folder / str(name)).write_text(number)
             file.write_text(number)
+        print("written", flush=True)
         number = str(int(number) + 1)
 """
 
@@ -288,7 +289,9 @@ def test_killed_at_any_moment_the_old_or_the_new_is_there(tmp_path: Path, number
         arguments = [sys.executable, "-c", WORK, store, picture, str(1000 * trial)]
         child = subprocess.Popen(arguments, stdout=subprocess.PIPE)
         assert child.stdout is not None
-        child.stdout.readline()
+        assert child.stdout.readline() == b"started\n"
+        if not trial:
+            assert child.stdout.readline() == b"written\n"
         time.sleep(0.02 + 0.1 * rng.random())
         child.send_signal(number)
         assert child.wait() == (-number if number == signal.SIGKILL else 128 + number)
@@ -297,12 +300,9 @@ def test_killed_at_any_moment_the_old_or_the_new_is_there(tmp_path: Path, number
             assert set(names(tmp_path)) <= {"x.png", "x.zarr"}
         refuse_unwritable(tmp_path / "other")  # what any next command begins with
         assert set(names(tmp_path)) <= {"x.png", "x.zarr"}
-        if store.exists():
-            assert names(store) == sorted(map(str, range(20)))
-            assert len({path.read_text() for path in store.iterdir()}) == 1
-        if trial:
-            assert store.exists()
-            assert picture.exists()
+        assert names(store) == sorted(map(str, range(20)))
+        assert len({path.read_text() for path in store.iterdir()}) == 1
+        assert picture.exists()
 
 
 STEPS = """

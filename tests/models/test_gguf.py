@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -275,12 +274,11 @@ def changed(raw: bytes, seed: int) -> bytes:
     return bytes(new)
 
 
-def test_no_change_leads_to_another_error_or_takes_long(
+def test_no_change_leads_to_another_error(
     whole: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "changed.gguf"
     refused = 0
-    begin = time.monotonic()
     for seed in range(600):
         file.write_bytes(changed(whole, seed))
         try:
@@ -289,7 +287,6 @@ def test_no_change_leads_to_another_error_or_takes_long(
             check_sentence(problem, file)
             refused += 1
     assert refused > 400
-    assert time.monotonic() - begin < 20
     assert capfd.readouterr() == ("", "")
 
 
