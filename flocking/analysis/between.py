@@ -16,7 +16,7 @@ import xarray as xr
 from flocking.analysis.chunks import is_chunked, measure
 from flocking.analysis.couples import Pairs, chosen, of_all_pairs, of_pairs
 from flocking.analysis.metrics import MASS, RAW, consistency_of, named
-from flocking.analysis.token_pairs import identical_between, token_count
+from flocking.analysis.token_pairs import different_between, token_count
 from flocking.recording import PROMPT
 
 
@@ -99,17 +99,17 @@ def between_consistency(
 
 
 def _between(part: xr.Dataset, different_tokens: bool) -> xr.DataArray:
-    mass = part.mass.sum("window", dtype=np.float64, skipna=False)
-    count = token_count(part)
-    n = part.sizes["sequence"]
-    values = mass.transpose("layer", "sequence", "neuron").values
-    total = _by_pair(part, np.moveaxis(values @ values.swapaxes(1, 2), 0, 2))
-    pairs = count * _other(count)
+    distinct = ~np.eye(part.sizes["sequence"], dtype=bool)
     if different_tokens:
-        same, number = identical_between(part, ~np.eye(n, dtype=bool))
-        total, pairs = total - _by_pair(part, same), pairs - _by_pair(part, number)
-    distinct = ~xr.DataArray(np.eye(n, dtype=bool), dims=("sequence", "other"))
-    values = (total / pairs.where(pairs > 0)).where(distinct)
+        total, pairs = (_by_pair(part, each) for each in different_between(part, distinct))
+    else:
+        mass = part.mass.sum("window", dtype=np.float64, skipna=False)
+        sums = mass.transpose("layer", "sequence", "neuron").values
+        total = _by_pair(part, np.moveaxis(sums @ sums.swapaxes(1, 2), 0, 2))
+        count = token_count(part)
+        pairs = count * _other(count)
+    values = total / pairs.where(pairs > 0)
+    values = values.where(xr.DataArray(distinct, dims=("sequence", "other")))
     values = values.transpose("sequence", "other", "layer")
     return named(values, "between_consistency", "consistency between sequences")
 

@@ -19,7 +19,8 @@ import xarray as xr
 
 from flocking.analysis.chunks import measure
 from flocking.analysis.token_pairs import (
-    identical_within,
+    different_within,
+    pairs_of_different,
     pairs_of_tokens,
     token_count,
     token_sum,
@@ -63,7 +64,8 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     Returns
     -------
     xarray.DataArray, float64, (sequence, layer)
-        Unitless, at most 1; NaN with fewer than two tokens after the first.
+        Unitless, at most 1; NaN with fewer than two tokens after the first, or of them, with
+        `different_tokens`, no two with different ids.
 
     Raises
     ------
@@ -76,7 +78,7 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
     Warns
     -----
     UserWarning
-        If a sequence has fewer than two tokens after the first.
+        If a sequence has fewer than two tokens after the first, or no two that count.
 
     Examples
     --------
@@ -90,13 +92,11 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
 
 def consistency_of(recording: xr.Dataset, different_tokens: bool = False) -> xr.DataArray:
     """What :func:`consistency` returns, of a recording that was checked."""
-    values = _mean_cosine(recording, without_first(recording).mass)
     if different_tokens:
-        pairs = pairs_of_tokens(recording)
-        same, count = identical_within(recording)
-        own = same - token_count(recording)  # a token is not a pair with itself
-        left = pairs - (count - token_count(recording))
-        values = (values * pairs - own) / left.where(left > 0)
+        total, count = different_within(recording)
+        values = total / pairs_of_different(recording, count)
+    else:
+        values = _mean_cosine(recording, without_first(recording).mass)
     return named(values, "consistency", "consistency")
 
 

@@ -6,8 +6,9 @@ that xarray's broadcasting compares parts of a text, texts and models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, overload
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any, Literal, overload
 
 import numpy as np
 import xarray as xr
@@ -81,7 +82,8 @@ def chance_jaccard(density: float | Iterable[float]) -> float | list[float]:
     Parameters
     ----------
     density : float or iterable of float
-        Fraction of neurons kept, or one for each layer.
+        Fraction of neurons kept, or one for each layer, as the coordinate ``density`` of a
+        selection has them.
 
     Returns
     -------
@@ -90,6 +92,8 @@ def chance_jaccard(density: float | Iterable[float]) -> float | list[float]:
 
     Raises
     ------
+    TypeError
+        If a density is no number.
     ValueError
         If a density is not in (0, 1].
 
@@ -100,10 +104,23 @@ def chance_jaccard(density: float | Iterable[float]) -> float | list[float]:
     >>> flocking.chance_jaccard([0.5, 1.0])
     [0.333..., 1.0]
     """
-    if isinstance(density, Iterable):
-        return [chance_jaccard(each) for each in density]
-    kept_count(density, 1 << 62)  # raises unless it is in (0, 1]
-    return density / (2 - density)
+    if (
+        isinstance(density, Iterable)
+        and getattr(density, "ndim", 1) > 0
+        and not isinstance(density, str | bytes)
+    ):
+        by_layer = density.values() if isinstance(density, Mapping) else density
+        return [chance_jaccard(each) for each in by_layer]
+    one = _number(density)
+    kept_count(one, 1 << 62)  # raises unless it is in (0, 1]
+    return one / (2 - one)
+
+
+def _number(density: Any) -> float:
+    one = density.item() if hasattr(density, "item") else density  # an array of no dimension
+    if isinstance(one, bool) or not isinstance(one, Real):
+        raise TypeError(f"density={density!r}: give a number in (0, 1], or several.")
+    return float(one)
 
 
 def captured_energy(
@@ -121,8 +138,8 @@ def captured_energy(
     later : xarray.DataArray, (..., neuron)
         :func:`statistic` of the range to be served. Its square is the energy.
     of : {"all", "oracle"}
-        Divide by the energy of all neurons, or by the energy that as many neurons would keep if
-        they were selected in hindsight, from `later` itself.
+        Divide by the energy of all neurons, or by the energy that as many neurons (in a mixture,
+        as many of each expert) would keep if they were selected in hindsight, from `later` itself.
 
     Returns
     -------
@@ -156,17 +173,54 @@ def captured_energy(
         kept = xr.dot(selection.astype(np.float64), energy.fillna(0), dim="neuron")
         total = energy.sum("neuron", skipna=False)
         if of == "oracle":
-            total = xr.apply_ufunc(
-                _most,
-                energy,
-                count,
-                input_core_dims=[["neuron"], []],
-                dask="parallelized",
-                output_dtypes=[np.float64],
-                dask_gufunc_kwargs={"allow_rechunk": True},
-            )
+            total = _oracle(selection, energy)
         values = kept / total.where((total > 0) & (count > 0))
     return named(values, "captured_energy", f"captured energy, of {of}")
+
+
+def _oracle(selection: xr.DataArray, energy: xr.DataArray) -> xr.DataArray:
+    """The energy that as many neurons, of each expert in a mixture, would keep in hindsight."""
+    mixtures, widths = (
+        next((each.coords[name] for each in (energy, selection) if name in each.coords), otherwise)
+        for name, otherwise in (
+            ("experts", xr.DataArray(1)),
+            ("d_ff", xr.DataArray(energy.sizes["neuron"])),
+        )
+    )
+    return xr.apply_ufunc(
+        _most_of_each,
+        energy,
+        selection,
+        mixtures.reset_coords(drop=True),
+        widths.reset_coords(drop=True),
+        input_core_dims=[["neuron"], ["neuron"], [], []],
+        dask="parallelized",
+        output_dtypes=[np.float64],
+        dask_gufunc_kwargs={"allow_rechunk": True},
+    )
+
+
+def _most_of_each(
+    energy: np.ndarray, kept: np.ndarray, mixtures: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
+    """The most energy that as many neurons of each expert can keep, (...) of (..., neuron)."""
+    shape = np.broadcast_shapes(
+        energy.shape[:-1], kept.shape[:-1], np.shape(mixtures), np.shape(widths)
+    )
+    mixtures, widths = (np.broadcast_to(each, shape) for each in (mixtures, widths))
+    found = np.zeros(shape)
+    for experts, d_ff in sorted({*zip(mixtures.flat, widths.flat, strict=True)}):
+        here = (mixtures == experts) & (widths == d_ff)
+        whole = bool(here.all())
+        parts = (
+            np.broadcast_to(each, (*shape, each.shape[-1]))[... if whole else here]
+            for each in (energy, kept)
+        )
+        own, mask = (
+            part[..., : int(d_ff)].reshape(*part.shape[:-1], int(experts), -1) for part in parts
+        )
+        found[here] = _most(own, mask.sum(-1)).sum(-1).ravel()
+    return found
 
 
 def _most(energy: np.ndarray, count: np.ndarray) -> np.ndarray:

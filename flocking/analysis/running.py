@@ -33,6 +33,10 @@ class _Running(ABC):
         self._sums: xr.Dataset | None = None
 
     @abstractmethod
+    def _has_added(self, sums: xr.Dataset) -> bool:
+        """Whether sums are of this kind."""
+
+    @abstractmethod
     def _added(self, first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
         """Both sums as one."""
 
@@ -64,6 +68,10 @@ class _Running(ABC):
                 f"expected the Dataset that state() returns, got a {type(state).__name__}."
             )
         made = cls(*measures)
+        if not made._has_added(state):
+            raise ValueError(
+                f"state is not that of a {cls.__name__}: it has {', '.join(map(str, state))}."
+            )
         made._sums = state.load().copy(deep=True)
         return made
 
@@ -145,6 +153,9 @@ class RunningStatistic(_Running):
         values = (sums["total"] / sums["count"].where(sums["count"] > 0)) ** 0.5
         values = named(values, "statistic", "statistic over a calibration set")
         return made_of(values, f"{STATIC} {in_words(self.texts, int(sums['tokens']))}")
+
+    def _has_added(self, sums: xr.Dataset) -> bool:
+        return {"total", "count", "texts", "tokens"} == {*sums}
 
     def _added(self, first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
         return xr.Dataset(
@@ -255,8 +266,8 @@ class RunningScores(_Running):
         TypeError
             If it is not a recording.
         ValueError
-            If it is of another model, or other layers, than those before, or a measure has no
-            value by sequence; nothing is added then.
+            If it is of another model, or other layers, than those before, a measure has no value
+            by sequence, or two give values of one name; nothing is added then.
         """
         require(recording)
         found: dict[str, xr.DataArray] = {}
@@ -269,7 +280,13 @@ class RunningScores(_Running):
                     f"{getattr(each, '__name__', each)} gives no values by sequence: give measures "
                     "such as flocking.flocking_score."
                 )
-            found |= _moments_of(values, str(values.name or getattr(each, "__name__", "values")))
+            name = str(values.name or getattr(each, "__name__", "values"))
+            if name in found:
+                raise ValueError(
+                    f"two measures give values named {name!r}: rename those of one, as in "
+                    "lambda recording: measure(recording).rename('another')."
+                )
+            found |= _moments_of(values, name)
         sums = xr.Dataset(found, {"summary": _SUMMARY})
         sums = sums.assign(texts=recording.sizes.get("sequence", 1))
         self._add(_without_texts(sums).assign_attrs(_origin(recording)))
@@ -294,6 +311,9 @@ class RunningScores(_Running):
             joined = xr.concat(parts, sums["summary"], coords="minimal", compat="override")
             result[name] = joined.assign_attrs(sums[name].attrs)
         return xr.Dataset(result, attrs=sums.attrs)
+
+    def _has_added(self, sums: xr.Dataset) -> bool:
+        return "summary" in sums.dims
 
     def _added(self, first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
         parts = {

@@ -1,7 +1,9 @@
 """Tokens that count in a measure, and pairs of them.
 
-The first token is left out, and so are tokens without activation. Pairs of tokens with the same id
-are found apart, since they may be similar only because they are the same word.
+The first token is left out, and so are tokens without activation. Pairs of tokens with different
+ids are measured apart, since two of the same id may be similar only because they are the same word:
+all pairs without those, both from ``relative``. (The recording's moments have more digits, so that
+in repetitive texts little but the difference between two roundings would be left.)
 """
 
 from __future__ import annotations
@@ -52,11 +54,22 @@ def pairs_of_tokens(recording: xr.Dataset) -> xr.DataArray:
     return pairs.where(pairs > 0)
 
 
-def identical_within(recording: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
-    """Of pairs of tokens with the same id within each sequence: sum of cosines, and number."""
+def pairs_of_different(recording: xr.Dataset, count: xr.DataArray) -> xr.DataArray:
+    """Pairs of tokens with different ids, (sequence, layer); NaN, with a warning, if none."""
+    none = pairs_of_tokens(recording).notnull() & (count.compute() == 0)
+    if (few := none.any("layer").values).any():
+        warn(
+            f"{few.sum()} of {few.size} sequences have no two tokens with different ids after the "
+            "first: the result is NaN there.",
+        )
+    return count.where(count > 0)
+
+
+def different_within(recording: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
+    """Of pairs of tokens with different ids within each sequence: sum of cosines, and number."""
     dims = ("sequence", "layer")
     both = by_chunk(
-        _identical_of,
+        _different_of,
         recording.relative.variable.transpose(*dims, "token", "neuron"),
         recording.token_id.variable,
         counting(recording).variable.transpose(*dims, "token"),
@@ -70,36 +83,40 @@ def identical_within(recording: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]
     return xr.DataArray(both[0], labels, dims), xr.DataArray(both[1], labels, dims)
 
 
-def _identical_of(
+def _different_of(
     relative: np.ndarray, ids: np.ndarray, counted: np.ndarray, d_ff: np.ndarray
 ) -> np.ndarray:
-    """As :func:`identical_within`, (sequence, layer, 2), of arrays that can be broadcast."""
+    """As :func:`different_within`, (sequence, layer, 2), of arrays that can be broadcast."""
     result = np.zeros((*relative.shape[:2], 2))
     ids = np.broadcast_to(ids, counted.shape)
     widths = np.broadcast_to(d_ff, counted.shape[:2])
     for place in np.ndindex(*relative.shape[:2]):
         real = counted[place]
         _, sums, number = _by_id(ids[place][real], relative[place][real], int(widths[place]))
-        result[place] = np.vdot(sums, sums), number @ number
+        total, count = sums.sum(axis=0), number.sum()
+        result[place] = total @ total - np.vdot(sums, sums), count**2 - number @ number
     return result
 
 
-def identical_between(recording: xr.Dataset, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of cosines over, and number of, pairs of tokens with the same id, by pair of sequences.
+def different_between(recording: xr.Dataset, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of cosines over, and number of, pairs of tokens with different ids, by pair of sequences.
 
-    A sum over token ids v of ``<S_v, S'_v>``, where S_v sums r over a sequence's tokens v.
+    ``<sum_v S_v, sum_v S'_v> - sum_v <S_v, S'_v>``, where S_v sums r over a sequence's tokens v.
     """
     n = recording.sizes["sequence"]
     sums = np.zeros((n, n, recording.sizes["layer"]))
     counts = np.zeros_like(sums)
     for layer in range(recording.sizes["layer"]):
         members = list(_by_token_id(recording.isel(layer=layer)))
+        totals = [(total.sum(axis=0), number.sum()) for _, total, number in members]
         for a, b in np.argwhere(wanted):
             _, mine, theirs = np.intersect1d(
                 members[a][0], members[b][0], assume_unique=True, return_indices=True
             )
-            sums[a, b, layer] = np.vdot(members[a][1][mine], members[b][1][theirs])
-            counts[a, b, layer] = members[a][2][mine] @ members[b][2][theirs]
+            same = np.vdot(members[a][1][mine], members[b][1][theirs])
+            sums[a, b, layer] = totals[a][0] @ totals[b][0] - same
+            number = members[a][2][mine] @ members[b][2][theirs]
+            counts[a, b, layer] = totals[a][1] * totals[b][1] - number
     return sums, counts
 
 
@@ -120,7 +137,8 @@ def _by_id(ids: np.ndarray, r: np.ndarray, d_ff: int) -> tuple[np.ndarray, np.nd
         raise ValueError(
             "'relative' has no value at some tokens: select with isel and sel instead of where."
         )
-    r = np.nan_to_num(r.astype(np.float32))  # beyond the width of a narrower layer
-    member = sparse.csr_matrix((np.ones(len(group), np.float32), (group, np.arange(len(group)))))
+    r = np.nan_to_num(r.astype(np.float64))  # beyond the width of a narrower layer
+    r /= np.linalg.norm(r, axis=1, keepdims=True)  # 1 but for the rounding of 16 bits
+    member = sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))))
     number = np.bincount(group, minlength=len(ids)).astype(np.float64)
     return ids, (member @ r if len(ids) else r), number

@@ -61,7 +61,8 @@ def bootstrap(
     -------
     xarray.DataArray or xarray.Dataset, float64
         As `values`, with ``interval`` ("estimate", "low", "high") instead of ``sequence`` (and
-        ``other``) or ``pair``. With one sequence, the interval is NaN.
+        ``other``) or ``pair``. The interval is NaN where fewer than two sequences have a value, or
+        the pairs that have one are of fewer than three: drawing could only give the same again.
 
     Raises
     ------
@@ -74,7 +75,7 @@ def bootstrap(
     Warns
     -----
     UserWarning
-        If there is one sequence only.
+        If there are so few sequences of all values.
 
     Examples
     --------
@@ -102,7 +103,7 @@ def bootstrap(
             name: intervals(part, level=level, resamples=resamples, seed=seed)
             for name, part in parts.items()
         }
-        _warn_of_one(values)
+        _warn_of_few(values, *means.values())
         return xr.Dataset(means, attrs=values.attrs)
     if not isinstance(values, xr.DataArray):
         raise TypeError(f"values is a {type(values).__name__}: give a DataArray or a Dataset.")
@@ -112,7 +113,7 @@ def bootstrap(
             f"{_before(values)}"
         )
     result = intervals(values, level=level, resamples=resamples, seed=seed)
-    _warn_of_one(values)
+    _warn_of_few(values, result)
     return result
 
 
@@ -122,15 +123,24 @@ def _before(values: xr.DataArray | xr.Dataset) -> str:
     return f"give the values of several, before {done}."
 
 
-def _warn_of_one(values: xr.DataArray | xr.Dataset) -> None:
+def _warn_of_few(values: xr.DataArray | xr.Dataset, *results: xr.DataArray) -> None:
     if values.sizes.get("sequence") == 1:
         warn("There is one sequence only, so its interval is NaN: record several texts.")
+    elif any(
+        bool(result.sel(interval="estimate").notnull().any())
+        and bool(result.sel(interval="low").isnull().all())
+        for result in results
+    ):
+        warn(
+            "The values are of one sequence only, or of pairs of two, so that their interval is "
+            "NaN: record more texts."
+        )
 
 
 def intervals(
     values: xr.DataArray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> xr.DataArray:
-    """What :func:`bootstrap` gives for one variable, without a warning if there is one sequence."""
+    """What :func:`bootstrap` gives for one variable, without a warning if there are too few."""
     if values.dtype.kind not in "biuf":
         raise TypeError(f"values of dtype {values.dtype} have no mean: give numbers.")
     if "other" in values.dims:
@@ -145,16 +155,20 @@ def intervals(
     if "pair" in drawn and "sequence" not in values.dims:
         members, n = _members(values)
         data = stacked.values.astype(np.float64).reshape(len(members), -1)
-        found = _interval(_means_of_pairs(data, members, n, resamples, seed), n, level)
+        means = _means_of_pairs(data, members, n, resamples, seed)
+        found = _interval(means, _count_of_pairs(data, members, n), level, least=3)
     elif is_chunked(stacked) and drawn == ["sequence"] and stacked.size > ROOM:
         n = stacked.sizes["sequence"]
         draws = np.concatenate([*_draws(n, resamples, seed, np.min_scalar_type(n))])
-        parts = [_interval(means, n, level) for means in _means_of_many(stacked, draws)]
+        parts = [_interval(*each, level) for each in _means_of_many(stacked, draws)]
         found = np.concatenate(parts, axis=1)
     else:
         data = stacked.values.astype(np.float64).reshape([stacked.sizes[d] for d in drawn] + [-1])
-        n = len(data)
-        found = _interval(_resampled_means(data, resamples, seed), n, level)
+        means, least = _resampled_means(data, resamples, seed), 2
+        counts = np.isfinite(data).sum(axis=0)
+        if len(drawn) == 2:  # of pairs
+            counts, least = _count_of_members(data), 3
+        found = _interval(means, counts, level, least)
     shape = [3, *(stacked.sizes[dim] for dim in rest)]
     kept = {name: c for name, c in values.coords.items() if not set(c.dims) & set(drawn)}
     return xr.DataArray(
@@ -166,13 +180,36 @@ def intervals(
     )
 
 
-def _interval(means: np.ndarray, n: int, level: float) -> np.ndarray:
-    """Estimate and bounds, (3, value), from means of resamples, the estimate first."""
+def _interval(means: np.ndarray, counts: np.ndarray, level: float, least: int = 2) -> np.ndarray:
+    """Estimate and bounds, (3, value), from means of resamples, the estimate first.
+
+    Parameters
+    ----------
+    means : ndarray of float64, (1 + resample, value)
+    counts : ndarray of int, (value,)
+        Sequences of which there is a value; bounds are NaN where they are fewer than `least`.
+    """
     bounds = np.full((2, means.shape[1]), np.nan)
-    known = np.isfinite(means[0]) & (n > 1)
-    if known.any():
-        bounds[:, known] = np.nanquantile(means[1:, known], tails(n, level), axis=0)
+    for n in np.unique(counts[counts >= least]):
+        here = counts == n
+        bounds[:, here] = np.nanquantile(means[1:, here], tails(int(n), level), axis=0)
     return np.concatenate([means[:1], bounds])
+
+
+def _count_of_members(data: np.ndarray) -> np.ndarray:
+    """How many sequences the known pairs are of, (value,), from (sequence, other, value)."""
+    known = np.isfinite(data)
+    known[np.arange(len(data)), np.arange(len(data))] = False
+    return (known.any(axis=0) | known.any(axis=1)).sum(axis=0)
+
+
+def _count_of_pairs(data: np.ndarray, members: np.ndarray, n: int) -> np.ndarray:
+    """As :func:`_count_of_members`, from (pair, value)."""
+    known = np.isfinite(data)
+    present = np.zeros((n, data.shape[1]), bool)
+    for each in members.T:
+        np.logical_or.at(present, each, known)
+    return present.sum(axis=0)
 
 
 def _members(values: xr.DataArray) -> tuple[np.ndarray, int]:
@@ -258,8 +295,13 @@ def _means_of_pairs(
     return np.concatenate(means)
 
 
-def _means_of_many(values: xr.DataArray, draws: np.ndarray) -> Iterator[np.ndarray]:
-    """As :func:`_resampled_means` of values in chunks, (sequence, ...), some of them at a time."""
+def _means_of_many(
+    values: xr.DataArray, draws: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """As :func:`_resampled_means` of values in chunks, (sequence, ...), some of them at a time.
+
+    With each, of how many sequences there is a value.
+    """
     *outer, inner = values.dims[1:]
     width = max(1, ROOM // len(draws))
     rows = max(1, ROOM // width)
@@ -276,7 +318,7 @@ def _means_of_many(values: xr.DataArray, draws: np.ndarray) -> Iterator[np.ndarr
                 each = draws[:, here].astype(np.float64)
                 sums += each @ np.where(known, data, 0)
                 count += each @ known.astype(np.float64)
-            yield _quotient(sums, count)
+            yield _quotient(sums, count), count[0].astype(int)
 
 
 def tails(n: int, level: float = 0.95) -> tuple[float, float]:
@@ -289,7 +331,7 @@ def tails(n: int, level: float = 0.95) -> tuple[float, float]:
     Parameters
     ----------
     n : int
-        Number of sequences, 2 or more.
+        Number of sequences that have a value, 2 or more.
     level : float
         Coverage of the interval.
 

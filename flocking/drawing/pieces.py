@@ -234,7 +234,11 @@ def band(values: xr.DataArray, ax: Axes | None = None, **line: Any) -> Axes:
     ax = plt.gca() if ax is None else ax
     (dim,) = set(values.dims) - {"interval"}
     x = values[dim].values if dim in values.coords else np.arange(values.sizes[dim])
-    estimate, low, high = (values.sel(interval=name).values for name in ("estimate", "low", "high"))
+    order = in_order(x)
+    x = x[order]
+    estimate, low, high = (
+        values.sel(interval=name).values[order] for name in ("estimate", "low", "high")
+    )
     if len(x) == 1:  # neither a line nor a band has a width
         line = {"marker": "o", **line}
         (drawn,) = ax.plot(x, estimate, **line)
@@ -243,6 +247,12 @@ def band(values: xr.DataArray, ax: Axes | None = None, **line: Any) -> Axes:
     (drawn,) = ax.plot(x, estimate, **line)
     ax.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, lw=0)
     return ax
+
+
+def in_order(labels: np.ndarray) -> np.ndarray:
+    """Places of labels by size, so that lines lead from left to right; names stay as they are."""
+    numbers = np.issubdtype(labels.dtype, np.number)
+    return np.argsort(labels, kind="stable") if numbers else np.arange(len(labels))
 
 
 def guide(y: float, ax: Axes, label: str = "chance") -> Axes:

@@ -62,6 +62,17 @@ def compared(data: Any, control: Any) -> list[tuple[Any, dict[str, Any]]]:
     return [(data, MODEL), *([] if control is None else [(control, CONTROL)])]
 
 
+def refuse_other_density(found: xr.Dataset, other: xr.Dataset) -> None:
+    """Refuse a control at another density, which is not to be held against the model's chance."""
+    mine, theirs = (each.coords.get("density") for each in (found, other))
+    if mine is None or theirs is None or np.array_equal(mine.values, theirs.values):
+        return
+    told = [listed(np.atleast_1d(each.values).tolist()) for each in (theirs, mine)]
+    raise ValueError(
+        f"control is of density {told[0]}, and data of {told[1]}: compare those of one density."
+    )
+
+
 def summary(values: xr.DataArray, dim: str) -> xr.DataArray:
     """Mean over sequences with its interval, along `dim`.
 
@@ -111,6 +122,8 @@ def one_of(data: xr.Dataset | xr.DataArray, dim: str, label: object, name: str) 
     if dim not in data.dims:
         if label is not None and dim in data.coords and data[dim].item() != label:
             raise ValueError(f"{name}={label!r}: data is of {name} {data[dim].item()!r} alone.")
+        if label is not None and dim not in data.coords:
+            raise ValueError(f"{name}={label!r}: data does not say of which {name} it is.")
         return data
     labels = data[dim].values.tolist() if dim in data.coords else list(range(data.sizes[dim]))
     found = list(range(len(labels))) if label is None else _places(labels, label)

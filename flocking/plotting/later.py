@@ -18,6 +18,7 @@ from flocking.plotting.given import (
     is_recording,
     leaving_no_figure,
     listed,
+    refuse_other_density,
     results,
     several,
     small,
@@ -60,7 +61,8 @@ def drift(
         Captured energy, and the Jaccard overlap with what each later window would select itself;
         their figure is ``axes[0].figure``. Lines are means over layers and sequences, darker after
         longer prompts, with 95% bootstrap bands if there are several sequences. "Best in
-        hindsight" is the most that any selection of this size could capture. Dotted: chance.
+        hindsight" is the most that any selection of this size could capture. Dotted: chance, its
+        mean over layers where densities differ.
 
     Raises
     ------
@@ -69,7 +71,8 @@ def drift(
         no numbers, or `axes` are none.
     ValueError
         If there are fewer than three windows of prompt, a length is not the edge of a window or
-        not among those of results, more than four are given, or there are not two axes.
+        not among those of results, more than four are given, the control is of another density, or
+        there are not two axes.
 
     Examples
     --------
@@ -90,7 +93,11 @@ def drift(
         )
     other = None
     if control is not None:
-        other = _drifts(control, density, lengths[-1:] if is_recording(control) else None)
+        told = "prompt_length" in found.coords and (
+            is_recording(control) or "prompt_length" in getattr(control, "coords", ())
+        )
+        other = _drifts(control, density, lengths[-1:] if told else None, "control")
+        refuse_other_density(found, other)
     energy, overlaps = panels
     if "oracle" in found:
         band(_far(found["oracle"].isel(prompt_length=-1)), energy, **HINDSIGHT)
@@ -102,9 +109,10 @@ def drift(
     if other is not None:
         for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
             band(_far(other[name].isel(prompt_length=-1)), ax, **CONTROL)
-    if (kept := found.coords.get("density")) is not None and kept.ndim == 0:
-        guide(kept.item(), energy)
-        guide(analysis.chance_jaccard(kept.item()), overlaps)
+    if (kept := found.coords.get("density")) is not None and kept.dims in ((), ("layer",)):
+        by_layer = np.atleast_1d(kept.values)
+        guide(float(by_layer.mean()), energy)
+        guide(float(np.mean(analysis.chance_jaccard(by_layer))), overlaps)
     energy.set_ylabel("captured energy")
     overlaps.set_ylabel("Jaccard overlap")
     overlaps.set_xlabel("tokens after the prompt")
@@ -129,7 +137,7 @@ def _lengths(given: object) -> list[Any] | None:
 
 
 def _drifts(
-    data: object, density: float | Iterable[float], lengths: list[Any] | None
+    data: object, density: float | Iterable[float], lengths: list[Any] | None, name: str = "data"
 ) -> xr.Dataset:
     """Results of :func:`flocking.drift` along prompt lengths, the shortest first."""
 
@@ -145,7 +153,7 @@ def _drifts(
     known_lengths = found["prompt_length"].values.tolist()
     if lengths is not None and (unknown := [n for n in lengths if n not in known_lengths]):
         raise ValueError(
-            f"prompt_lengths={lengths}: {unknown[0]!r} is not among those of data "
+            f"prompt_lengths={lengths}: {unknown[0]!r} is not among those of {name} "
             f"({listed(known_lengths)})."
         )
     if lengths is not None:

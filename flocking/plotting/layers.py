@@ -10,7 +10,17 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from flocking import analysis
-from flocking.drawing import CHANCE, LEVEL, MODEL, band, by_layer, guide, literal, logarithmic
+from flocking.drawing import (
+    CHANCE,
+    LEVEL,
+    MODEL,
+    band,
+    by_layer,
+    guide,
+    in_order,
+    literal,
+    logarithmic,
+)
 from flocking.plotting.given import (
     above,
     check_ax,
@@ -19,6 +29,7 @@ from flocking.plotting.given import (
     is_recording,
     leaving_no_figure,
     refuse_empty,
+    refuse_other_density,
     results,
     several,
     small,
@@ -146,10 +157,13 @@ def _draw_levels(panels: np.ndarray, found: xr.Dataset) -> None:
     if "d_ff" in found.coords:
         widths = found.d_ff if "layer" in found.d_ff.dims else found.d_ff.expand_dims("layer")
         layers = widths.layer.values if "layer" in widths.coords else np.arange(len(widths))
+        order = in_order(layers)
         if len({*widths.values.tolist()}) == 1:
             panels[2].axhline(int(widths[0]), **LEVEL, label=_EQUAL)
         else:
-            panels[2].plot(layers, widths, **LEVEL, label=_EQUAL, drawstyle="steps-mid")
+            panels[2].plot(
+                layers[order], widths[order], **LEVEL, label=_EQUAL, drawstyle="steps-mid"
+            )
 
 
 def _only(ax: Axes, label: str) -> tuple[list[Any], list[str]]:
@@ -198,7 +212,7 @@ def overlap(
         If `data` or `control` is neither a recording nor results, or `ax` no axes.
     ValueError
         If there is no generation, and one text only or texts shorter than two windows; if results
-        are no overlaps.
+        are no overlaps, or the control is of another density.
 
     Examples
     --------
@@ -216,6 +230,8 @@ def overlap(
     """
     check_ax(ax)
     drawn = [(_overlaps(given, density), style) for given, style in compared(data, control)]
+    if len(drawn) == 2:
+        refuse_other_density(drawn[0][0], drawn[1][0])
     ax = free(ax)
     for found, style in drawn:
         suffix = "" if control is None else f", {style['label'].partition(' (')[0]}"
@@ -278,5 +294,6 @@ def _draw_chance(ax: Axes, found: xr.Dataset) -> None:
     if density.ndim == 0:
         guide(analysis.chance_jaccard(density.item()), ax)
     elif density.dims == ("layer",):
-        levels = analysis.chance_jaccard(density.values.tolist())
-        ax.plot(found.layer.values, levels, **CHANCE, label="chance")
+        order = in_order(found.layer.values)
+        levels = analysis.chance_jaccard(density.values[order])
+        ax.plot(found.layer.values[order], levels, **CHANCE, label="chance")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flocking import analysis
@@ -18,6 +20,7 @@ from flocking.plotting.given import check_ax, free, leaving_no_figure, one_of, r
 from flocking.recording import canonical, whole_neurons
 
 _PALE, _NOTHING = "0.9", "1.0"
+_LINE = 60  # characters in a line of the legend
 
 
 @leaving_no_figure
@@ -92,7 +95,7 @@ def selection(
     number = np.where(_there(kept), number, len(kinds))
     if other is not None:
         number = np.sort(number, axis=1)
-    ax = free(ax)
+    own, ax = ax is None, free(ax)
     named(ax, "y", _labels(kept, rows))
     colours = np.array([to_rgb(colour) for _, colour in [*kinds, ("", _NOTHING)]])
     ax.imshow(
@@ -105,11 +108,13 @@ def selection(
     )
     _name_rows(ax, kept, rows)
     ax.set_xlabel("neuron" if other is None else "neurons, sorted")
+    if own and isinstance(ax.figure, Figure) and ax.figure.get_layout_engine() is None:
+        ax.figure.set_layout_engine("constrained")  # makes room for the legend above
     legend = ax.legend(
-        handles=[Patch(color=colour, label=label) for label, colour in kinds],
+        handles=[Patch(color=colour, label=fill(label, _LINE)) for label, colour in kinds],
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=2,
+        ncols=1 if any(len(label) > _LINE // 2 for label, _ in kinds) else 2,
         frameon=False,
     )
     for text in legend.get_texts():

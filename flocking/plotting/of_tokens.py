@@ -76,7 +76,8 @@ def heatmap(
     check_ax(ax)
     drawing.check_brightest(vmax)
     if isinstance(data, xr.DataArray):
-        relative = one_of(one_of(data, "sequence", sequence, "sequence"), "layer", layer, "layer")
+        dim = "relative_layer" if {"relative_layer"} & {*data.coords, *data.dims} else "layer"
+        relative = one_of(one_of(data, "sequence", sequence, "sequence"), dim, layer, "layer")
         return drawing.heatmap(relative, free(ax), vmax=vmax, colorbar=colorbar)
     whole = canonical(data, "relative", some_layers=True).recording
     one = one_of(whole, "sequence", sequence, "sequence")

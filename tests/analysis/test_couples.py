@@ -184,7 +184,9 @@ def test_bootstrap_of_drawn_pairs_by_hand() -> None:
         total = sum(weights)
         row = values.fillna(0).values
         means.append(np.dot(weights, row) / total if total else np.full(2, np.nan))
-    bounds = np.nanquantile(means, flocking.analysis.tails(len(names)), axis=0)
+    known = values.dropna("pair")
+    count = len(np.unique([known.sequence.values, known.other.values]))
+    bounds = np.nanquantile(means, flocking.analysis.tails(count), axis=0)
     np.testing.assert_allclose(got.sel(interval=["low", "high"]), bounds, rtol=1e-12)
     np.testing.assert_allclose(got.sel(interval="estimate"), values.mean("pair"), rtol=1e-12)
     with pytest.raises(ValueError, match="have a dimension 'pair' without coordinates"):

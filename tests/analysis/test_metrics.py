@@ -218,16 +218,16 @@ def test_within_and_between_against_double_loops(repetitive: tuple, different: b
             options = {"same_sequence": True, "different_tokens": different}
             expected = mean_cosine(whole[number], whole[number], **options)
             got = within.sel(sequence=number, layer=layer).item()
-            assert got == pytest.approx(expected, abs=1e-4 if different else 1e-6)
+            assert got == pytest.approx(expected, abs=5e-5 if different else 1e-6)
             own.append(mean_cosine(common[number], common[number], **options))
         for a, b in itertools.permutations(range(3), 2):
             options = {"same_sequence": False, "different_tokens": different}
             expected = mean_cosine(common[a], common[b], **options)
             where = {"sequence": a, "other": b, "layer": layer}
-            assert between.sel(where).item() == pytest.approx(expected, abs=1e-4)
+            assert between.sel(where).item() == pytest.approx(expected, abs=5e-5)
             c = (own[a] + own[b]) / 2
             expected = (c - expected) / (1 - expected)
-            assert specific.sel(where).item() == pytest.approx(expected, abs=3e-4)
+            assert specific.sel(where).item() == pytest.approx(expected, abs=2e-4)
     for values in (between, specific):
         assert values.dims == ("sequence", "other", "layer")
         assert values.where(values.sequence == values.other).isnull().all()
@@ -296,3 +296,21 @@ def test_only_a_recording_is_taken(repetitive: tuple) -> None:
     for metric in (flocking.consistency, flocking.effective_neurons, flocking.specificity):
         with pytest.raises(TypeError, match=r"expected a recording .*, got a DataArray"):
             metric(repetitive[2].energy)
+
+
+def test_different_tokens_of_texts_that_repeat_one_word() -> None:
+    """Nearly all pairs are left out: what is measured is not the roundings of those."""
+    model = helpers.build("llama", max_position_embeddings=1024)
+    texts = [[5, *[7] * 899, 9], [11, 12, *[7] * 899], [5, *[7] * 900]]
+    recording = flocking.record(model, texts, relative=True, progress=False)
+    with pytest.warns(UserWarning, match="1 of 3 sequences have no two tokens with different ids"):
+        within = flocking.consistency(recording, different_tokens=True)
+    assert np.isnan(within[2]).all()
+    between = flocking.between_consistency(recording, different_tokens=True)
+    raw = [helpers.activations(model, ids) for ids in texts[:2]]
+    for layer in range(recording.sizes["layer"]):
+        r = [relative(each[layer].double().numpy())[1:] for each in raw]
+        for got, a, b in ((within[0], 0, 0), (within[1], 1, 1), (between[0, 1], 0, 1)):
+            different = np.array(texts[a][1:])[:, None] != np.array(texts[b][1:])
+            expected = (r[a] @ r[b].T)[different].mean()
+            assert got[layer].item() == pytest.approx(expected, abs=2e-5)

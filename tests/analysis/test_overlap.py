@@ -313,6 +313,40 @@ def test_chance_jaccard_against_simulation() -> None:
         flocking.chance_jaccard(0)
 
 
+def test_chance_jaccard_of_what_has_densities() -> None:
+    statistic = of(np.arange(64.0)).expand_dims(layer=2)
+    for density in (0.5, [0.5, 1.0]):
+        known = flocking.select(statistic, density).density
+        wanted = [pytest.approx(1 / 3), 1.0] if known.ndim else pytest.approx(1 / 3)
+        for given in (known, known.values, torch.tensor(known.values)):
+            assert flocking.chance_jaccard(given) == wanted
+    assert flocking.chance_jaccard({0: 0.5, 1: 1.0}) == [pytest.approx(1 / 3), 1.0]
+    for wrong in ("0.5", None, True, [None], ["0.5"]):
+        with pytest.raises(TypeError, match=r"density=.*: give a number in \(0, 1\]"):
+            flocking.chance_jaccard(wrong)
+
+
+def test_the_oracle_keeps_as_many_of_each_expert() -> None:
+    """As `select` does, and as many of each as the selection keeps; layers may be of two kinds."""
+    random = np.random.default_rng(0)
+    later = xr.DataArray(
+        random.exponential(size=(3, 2, 24)),
+        {"d_ff": ("layer", [24, 20]), "experts": ("layer", [4, 1])},
+        ("sequence", "layer", "neuron"),
+    )
+    later[:, 1, 20:] = 0
+    own = flocking.select(later, 0.5)
+    np.testing.assert_allclose(flocking.captured_energy(own, later, of="oracle"), 1)
+    uneven = own & (xr.DataArray(np.arange(24), dims="neuron") % 5 > 0)
+    got = flocking.captured_energy(uneven, later, of="oracle")
+    for sequence in range(3):
+        for layer, parts in ((0, np.split(np.arange(24), 4)), (1, [np.arange(20)])):
+            energy, mask = (each.values[sequence, layer] for each in (later**2, uneven))
+            most = sum(np.sort(energy[part])[::-1][: mask[part].sum()].sum() for part in parts)
+            wanted = energy[mask].sum() / most
+            assert got[sequence, layer].item() == pytest.approx(wanted, rel=1e-12)
+
+
 def test_captured_energy(recorded: tuple) -> None:
     model, ids, recording = recorded
     chosen = flocking.select(flocking.statistic(recording, stop=17), 0.25)

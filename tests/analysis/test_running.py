@@ -286,3 +286,31 @@ def test_the_text_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert failed.value.__notes__ == ["while text 5 was read"]
     with pytest.raises(TypeError, match="text is of type int"):
         statistic("llama", 5)
+
+
+def test_two_measures_of_one_name_are_refused_and_nothing_is_added() -> None:
+    different = functools.partial(flocking.consistency, different_tokens=True)
+    recording = flocking.record(
+        helpers.build("llama"), helpers.random_ids(20, 30), relative=True, progress=False
+    )
+    running = flocking.RunningScores(flocking.consistency, different)
+    with pytest.raises(ValueError, match="two measures give values named 'consistency': rename"):
+        running.update(recording)
+    assert running.texts == 0
+    both = flocking.RunningScores(
+        flocking.consistency, lambda recording: different(recording).rename("another")
+    )
+    both.update(recording)
+    assert list(both.result()) == ["consistency", "another"]
+
+
+def test_a_state_of_another_kind_is_refused() -> None:
+    recording = flocking.record(helpers.build("llama"), helpers.random_ids(20), progress=False)
+    kinds = flocking.RunningStatistic(), flocking.RunningScores()
+    for running in kinds:
+        running.update(recording)
+    for one, other in (kinds, kinds[::-1]):
+        name = type(one).__name__
+        with pytest.raises(ValueError, match=f"state is not that of a {name}: it has "):
+            type(one).from_state(other.state())
+        xr.testing.assert_identical(type(one).from_state(one.state()).result(), one.result())

@@ -29,12 +29,13 @@ def test_against_a_loop_over_resamples() -> None:
     )
     draws = np.random.default_rng(3).multinomial(9, np.full(9, 1 / 9), size=500)
     means = np.array([np.nanmean(np.repeat(values, row, axis=0), axis=0) for row in draws])
-    low, high = tails(9, 0.8)
-    assert 0.05 < low < 0.1
-    assert low + high == 1
     np.testing.assert_allclose(got.sel(interval="estimate"), np.nanmean(values, axis=0))
-    np.testing.assert_allclose(got.sel(interval="low"), np.quantile(means, low, axis=0))
-    np.testing.assert_allclose(got.sel(interval="high"), np.quantile(means, high, axis=0))
+    for column, known in enumerate((9, 8)):  # as many sequences have a value
+        low, high = tails(known, 0.8)
+        assert 0.05 < low < 0.1
+        assert low + high == 1
+        bounds = got.isel(layer=column).sel(interval=["low", "high"])
+        np.testing.assert_allclose(bounds, np.quantile(means[:, column], [low, high]))
 
 
 def test_pairs_against_a_loop() -> None:
@@ -149,3 +150,29 @@ def test_options_out_of_range_are_refused() -> None:
         flocking.bootstrap(pairs(), level=95)
     with pytest.raises(ValueError, match="resamples=0"):
         flocking.bootstrap(pairs(), resamples=0)
+
+
+def test_each_value_has_the_interval_of_the_sequences_that_have_it() -> None:
+    values = xr.DataArray(np.random.default_rng(0).normal(size=(6, 3)), dims=("sequence", "layer"))
+    values[1:, 0] = np.nan  # known of one
+    values[3:, 1] = np.nan  # known of three
+    found = flocking.bootstrap(values)
+    assert np.isfinite(found.sel(interval="estimate")).all()
+    assert np.isnan(found.sel(layer=0)).values.tolist() == [False, True, True]
+    for layer, count in ((1, 3), (2, 6)):
+        some = values[:count, layer].values
+        low, high = found.isel(layer=layer, interval=slice(1, None)).values
+        assert low < some.mean() < high
+
+
+def test_pairs_of_two_sequences_have_no_interval() -> None:
+    labels = {"sequence": ("pair", [0, 0, 1]), "other": ("pair", [1, 2, 2])}
+    values = xr.DataArray([[1.0, 1.0], [np.nan, 2.0], [np.nan, 4.0]], labels, ("pair", "layer"))
+    square = np.full((3, 3, 2), np.nan)
+    for (a, b), each in zip(((0, 1), (0, 2), (1, 2)), values.values, strict=True):
+        square[a, b] = square[b, a] = each
+    for given in (values, xr.DataArray(square, dims=("sequence", "other", "layer"))):
+        found = flocking.bootstrap(given)
+        assert np.isnan(found).values.tolist() == [[False, False], [True, False], [True, False]]
+        with pytest.warns(UserWarning, match="of one sequence only, or of pairs of two"):
+            flocking.bootstrap(given.isel(layer=0))

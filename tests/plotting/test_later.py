@@ -116,3 +116,32 @@ def test_prompt_lengths_that_are_not_there(
     with pytest.raises(ValueError, match="25 is not among those of data"):
         flocking.plot.drift(one, prompt_lengths=[25])
     assert plt.get_fignums() == []
+
+
+def test_the_control_is_drawn_after_the_same_prompt(plain: xr.Dataset) -> None:
+    results = flocking.drift(plain, prompt_lengths=[9, 33])
+    for control in (results, plain):
+        axes = flocking.plot.drift(results, prompt_lengths=[9], control=control)
+        lines = {line.get_label(): line.get_ydata() for line in axes[0].get_lines()}
+        np.testing.assert_allclose(lines["random weights (control)"], lines["prompt of 9"])
+    with pytest.raises(ValueError, match="33 is not among those of control"):
+        flocking.plot.drift(results, control=results.sel(prompt_length=[9]))
+
+
+def test_a_control_at_another_density_is_refused(plain: xr.Dataset) -> None:
+    some, most = (flocking.drift(plain, density, prompt_lengths=[9]) for density in (0.5, 0.9))
+    with pytest.raises(ValueError, match=r"control is of density 0\.9, and data of 0\.5"):
+        flocking.plot.drift(some, control=most)
+    some, most = (flocking.between_sequence_overlap(plain, density) for density in (0.5, 0.9))
+    with pytest.raises(ValueError, match=r"control is of density 0\.9, and data of 0\.5"):
+        flocking.plot.overlap(some, control=most)
+    assert not plt.get_fignums()
+
+
+def test_chance_of_densities_by_layer_is_their_mean(plain: xr.Dataset) -> None:
+    axes = flocking.plot.drift(plain, [0.2, 0.6], prompt_lengths=[9])
+    chance = [ax.get_lines()[-1] for ax in axes]
+    assert [line.get_label() for line in chance] == ["chance", "chance"]
+    overlaps = [0.2 / 1.8, 0.6 / 1.4]
+    found = [line.get_ydata()[0] for line in chance]
+    assert found == [pytest.approx(0.4), pytest.approx(np.mean(overlaps))]

@@ -300,3 +300,15 @@ def test_short_texts_with_a_generation(recording: xr.Dataset) -> None:
     np.testing.assert_allclose(line(ax, "prompt and generation"), expected)
     with pytest.raises(ValueError, match="density=7"):
         flocking.plot.overlap(short, 7)
+
+
+def test_layers_in_any_order_are_drawn_from_left_to_right(recording: xr.Dataset) -> None:
+    turned = recording.isel(layer=slice(None, None, -1))
+    assert turned.layer.values.tolist() == [1, 0]
+    for plot in (flocking.plot.scores, lambda data: [flocking.plot.overlap(data, [0.25, 0.5])]):
+        for ax, other in zip(plot(turned), plot(recording), strict=True):
+            assert len(ax.get_lines()) == len(other.get_lines())
+            for line in ax.get_lines():
+                assert (np.diff(line.get_xdata()) >= 0).all()
+    ax, other = (flocking.plot.scores(data)[0] for data in (turned, recording))
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), other.lines[0].get_xydata())

@@ -213,3 +213,13 @@ def test_pictures_that_share_an_axis_have_the_same_rows() -> None:
     flocking.plot.selection(kept, ax=first)
     with pytest.raises(ValueError, match="shares its y axis"):
         flocking.plot.selection(kept.assign_coords(layer=[5, 6]), ax=second)
+
+
+def test_long_labels_stay_within_the_picture(recording: xr.Dataset) -> None:
+    kept = flocking.select(flocking.statistic(recording))
+    labels = ("articles of the New York Times, 1987", "dialogues of film scripts, " * 4)
+    ax = flocking.plot.selection(kept.isel(sequence=0), kept.isel(sequence=1), labels=labels)
+    ax.figure.draw_without_rendering()
+    box = ax.get_legend().get_window_extent()
+    assert box.x1 <= ax.figure.bbox.x1
+    assert box.y1 <= ax.figure.bbox.y1

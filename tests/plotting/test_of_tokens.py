@@ -200,3 +200,21 @@ def test_one_layer_and_one_sequence(recording: xr.Dataset, several: object) -> N
         with pytest.raises(TypeError, match=r"sequence=.* is several: give one label"):
             flocking.plot.heatmap(data, layer=0, sequence=several)
     flocking.plot.heatmap(recording, layer=np.int64(1), sequence=np.str_("a"))
+
+
+def test_a_layer_that_is_not_in_the_data_is_refused(recording: xr.Dataset) -> None:
+    """Also where `relative` was recorded of some layers, which have a dimension of their own."""
+    one = recording.relative.isel(sequence=0)
+    some = one.isel(layer=[1]).rename(layer="relative_layer")
+    for given in (some, some.isel(relative_layer=0), one.isel(layer=1)):
+        ax = flocking.plot.heatmap(given, layer=1)
+        np.testing.assert_allclose(
+            ax.collections[0].get_array().ravel() if ax.collections else ax.images[0].get_array(),
+            flocking.plot.heatmap(one, layer=1).images[0].get_array()
+            if not ax.collections
+            else flocking.plot.heatmap(one, layer=1).collections[0].get_array().ravel(),
+        )
+        with pytest.raises(ValueError, match=r"layer 99|layer=99"):
+            flocking.plot.heatmap(given, layer=99)
+    with pytest.raises(ValueError, match="layer=1: data does not say of which layer it is"):
+        flocking.plot.heatmap(one.isel(layer=1).drop_vars("layer"), layer=1)
