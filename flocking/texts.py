@@ -7,10 +7,14 @@ import glob
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
+
+STDIN = "-"  # names standard input
+_LINES = ".jsonl"  # files of JSON lines end so
 
 _Path = TypeVar("_Path", str, Path)
 
@@ -103,7 +107,8 @@ class TextFiles:
     names : list of str
         Text files in UTF-8, one text each; files of JSON lines, whose names end in ``.jsonl`` and
         of which each line is one text; folders, of which both are taken; and patterns of such,
-        such as ``news/**/*.txt``. ``~`` is the user's folder.
+        such as ``news/**/*.txt``. ``~`` is the user's folder, and ``-`` is standard input, which
+        is one text and is read at once.
     field : str
         Of the objects in JSON lines, the field with the text. (A line may be a string, too.)
 
@@ -119,12 +124,18 @@ class TextFiles:
     """
 
     def __init__(self, names: Sequence[str], field: str = "text") -> None:
+        refuse_stdin_twice(names)
         self._field = field
-        self._files = [(path, _lines_of(path)) for name in names for path in _files_of(name)]
+        self._files = [
+            (path, None if path is None else _lines_of(path))
+            for name in names
+            for path in ([None] if name == STDIN else _files_of(name))
+        ]
         if not self._files:
             raise ValueError("no file was named: name some with texts.")
+        self._stdin = read_stdin() if STDIN in names else ""
         self.names = [
-            str(path) if lines is None else f"{path}:{line}"
+            str(path or STDIN) if lines is None else f"{path}:{line}"
             for path, lines in self._files
             for line in ([0] if lines is None else lines)
         ]
@@ -136,7 +147,9 @@ class TextFiles:
     def __iter__(self) -> Iterator[str]:
         """Each text."""
         for path, lines in self._files:
-            if lines is None:
+            if path is None:
+                yield self._stdin
+            elif lines is None:
                 yield read_text(path)
             else:
                 yield from _texts_of_lines(path, self._field)
@@ -150,7 +163,7 @@ def _files_of(name: str) -> list[Path]:
     if not (why := why_no_file(path)):
         return [path]
     if why == "is a folder":
-        found = sorted(each for each in path.iterdir() if each.suffix in (".txt", _LINES))
+        found = sorted(each for each in path.iterdir() if each.suffix.lower() in (".txt", _LINES))
         if not found:
             raise ValueError(f"{path} has no files whose names end in .txt or {_LINES}: name some.")
         return found
@@ -168,12 +181,14 @@ def _once(paths: Iterable[Path]) -> list[Path]:
     return sorted(by_place.values())
 
 
-_LINES = ".jsonl"  # files of JSON lines end so
+def has_lines(path: Path) -> bool:
+    """Whether a file is one of JSON lines, by its name."""
+    return path.suffix.lower() == _LINES
 
 
 def _lines_of(path: Path) -> list[int] | None:
     """Numbers of the lines that are texts; None where the file is one."""
-    if path.suffix != _LINES:
+    if not has_lines(path):
         return None
     with path.open("rb") as file:
         return [number for number, line in enumerate(file, 1) if line.strip()]
@@ -205,7 +220,26 @@ def _text_of_line(line: bytes, where: str, field: str) -> str:
 
 def read_text(path: Path) -> str:
     """Read a file in UTF-8, with any line endings; an error names it if it is not text."""
-    return decoded(read_bytes(path), str(path)).replace("\r\n", "\n")
+    return in_lines(decoded(read_bytes(path), str(path)))
+
+
+def read_stdin() -> str:
+    """Text from standard input, with any line endings; an error says if there is none."""
+    text = in_lines(decoded(sys.stdin.buffer.read(), "standard input"))
+    if not text:
+        raise ValueError("standard input is empty: give some text.")
+    return text
+
+
+def refuse_stdin_twice(names: Iterable[str]) -> None:
+    """Raise a ValueError if standard input is named more than once."""
+    if list(names).count(STDIN) > 1:
+        raise ValueError("- stands for standard input, which can be read once: name it once.")
+
+
+def in_lines(text: str) -> str:
+    """A text whose lines end in a line feed alone, whichever system it was written on."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,8 +19,18 @@ import flocking
 from flocking.cli import choices
 from flocking.cli.choices import one_of, several_of
 from flocking.cli.ending import Ended, ended_by_signals, left_behind
-from flocking.cli.printing import USAGE_ERROR, complain, counted
-from flocking.texts import dangling, decoded, expanded, read_bytes, why_no_file
+from flocking.cli.printing import USAGE_ERROR, complain
+from flocking.texts import (
+    STDIN,
+    dangling,
+    decoded,
+    expanded,
+    has_lines,
+    in_lines,
+    read_bytes,
+    read_stdin,
+    why_no_file,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -280,36 +289,23 @@ def load(
 
 
 def read(name: str) -> str:
-    """Text of a file, or of standard input, which is ``-``."""
-    if name == "-":
-        raw = sys.stdin.buffer.read()
-    elif not name:
+    """Text of a file, or of standard input, which is ``-``; with any line endings."""
+    if name == STDIN:
+        return read_stdin()
+    if not name:
         raise ValueError("the name of a text file is empty: name text files, or - for stdin.")
-    else:
-        path = expanded(Path(name))
-        why = why_no_file(path)
-        if why == "is a folder":
-            raise ValueError(f"{name} is a folder: name the text files in it.")
-        if why:
-            raise ValueError(f"{name} {why}: name text files, or - for standard input.")
-        raw = read_bytes(path)
-    where = "standard input" if name == "-" else name
-    text = decoded(raw, where)
+    path = expanded(Path(name))
+    why = why_no_file(path)
+    if why == "is a folder":
+        raise ValueError(f"{name} is a folder: name the text files in it.")
+    if why:
+        raise ValueError(f"{name} {why}: name text files, or - for standard input.")
+    if has_lines(path):
+        raise ValueError(f"{name} has JSON lines, and one text is read here: give a text file.")
+    text = in_lines(decoded(read_bytes(path), name))
     if not text:
-        raise ValueError(f"{where} is empty: give some text.")
+        raise ValueError(f"{name} is empty: give some text.")
     return text
-
-
-def read_all(files: list[str], following: list[str] | None) -> tuple[list[str], list[str] | None]:
-    """Texts of files, and of those that follow them; None if none do."""
-    if following and len(following) != len(files):
-        raise ValueError(
-            f"--continuation was given {counted(len(following), 'time')} for "
-            f"{counted(len(files), 'text')}: give one for each."
-        )
-    if [*files, *(following or [])].count("-") > 1:
-        raise ValueError("- stands for standard input, which can be read once: name it once.")
-    return [read(name) for name in files], [read(name) for name in following or []] or None
 
 
 def argument(text: str, what: str) -> str:

@@ -102,7 +102,11 @@ def generate(
             heading(name)
         clock = Clock(tokenizer, None if as_json() else text)
         greedy = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-        subject.generate(**inputs, **greedy, streamer=clock)
+        try:
+            subject.generate(**inputs, **greedy, tokenizer=tokenizer, streamer=clock)
+        except BaseException:
+            clock.break_off()
+            raise
         active = twin.report().active_parameters if subject is twin else loaded.num_parameters()
         rows.append({"model": name, **clock.measured(), "active_parameters": active})
 

@@ -11,7 +11,8 @@ import flocking
 from flocking.cli.options import at_least_one, load, read
 from flocking.cli.outputs import refuse_nothing
 from flocking.cli.printing import complain
-from flocking.texts import expanded, read_text
+from flocking.cli.session import is_quiet
+from flocking.texts import expanded, read_text, refuse_stdin_twice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +158,13 @@ def _write_gguf(
     from flocking.pruning import measure_lost
 
     model, tokenizer, held_out = judged
-    done = flocking.export_gguf(request.gguf(), selection, path, down=request.down_type)
+    done = flocking.export_gguf(
+        request.gguf(),
+        selection,
+        path,
+        down=request.down_type,
+        progress=not is_quiet(),
+    )
     try:
         written = read_gguf(path)
     except (OSError, ValueError) as problem:  # transformers cannot read some narrower models
@@ -178,8 +185,7 @@ def texts_of(names: Sequence[str] | None) -> list[str]:
     """
     if not names:
         return list(flocking.passages())
-    if list(names).count("-") > 1:
-        raise ValueError("- stands for standard input, which can be read once: name it once.")
+    refuse_stdin_twice(names)
     found: list[str] = []
     for name in names:
         folder = expanded(Path(name))
@@ -190,4 +196,4 @@ def texts_of(names: Sequence[str] | None) -> list[str]:
         if not inside:
             raise ValueError(f"--texts {name}: there is no .txt file with text in this folder.")
         found += inside
-    return [text.replace("\r\n", "\n").replace("\r", "\n") for text in found]
+    return found

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from flocking.artifacts import refuse_unwritable, replacing
 from flocking.cli.ending import Ended
-from flocking.cli.options import read, read_all
+from flocking.cli.options import read
 from flocking.cli.outputs import refuse_existing
 from flocking.cli.printing import counted
 from flocking.cli.session import is_quiet
 from flocking.recording import Folder, Options, done_so_far, is_growing, stream
-from flocking.texts import TextFiles
+from flocking.texts import TextFiles, refuse_stdin_twice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,9 +27,7 @@ def texts_of(
     files: list[str], field: str, following: list[str] | None
 ) -> tuple[Any, list[str], list[str] | None]:
     """Texts, the names of the files that they are from, and what follows each; None if nothing."""
-    if "-" in files:
-        texts, answers = read_all(files, following)
-        return texts, files, answers
+    refuse_stdin_twice([*files, *(following or [])])
     found = TextFiles(files, field)
     next(iter(found))  # what cannot be read is said before a model is loaded
     if not following:

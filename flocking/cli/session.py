@@ -155,19 +155,21 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Draw no progress bars, whichever library they are of."""
+    """Draw no progress bars, and print no lines beside them, whichever library they are of."""
     from tqdm import tqdm
 
-    before = tqdm.__init__
+    before, write = tqdm.__init__, tqdm.write
 
     def hidden(self: Any, *args: Any, **options: Any) -> None:
         before(self, *args, **options | {"disable": True})
 
     tqdm.__init__ = hidden  # type: ignore[method-assign]
+    tqdm.write = lambda *args, **options: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         tqdm.__init__ = before  # type: ignore[method-assign]
+        tqdm.write = write  # type: ignore[method-assign]
 
 
 def _as_sentence(

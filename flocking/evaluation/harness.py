@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -85,6 +85,23 @@ class _Whole:
         return read_model(self.auto, name, **kwargs)
 
 
+@contextmanager
+def _told_of_arguments(given: Iterable[str]) -> Iterator[None]:
+    """Let an argument that the harness hands on, and that no model takes, be named."""
+    try:
+        yield
+    except TypeError as problem:
+        unknown = [
+            name for name in given if f"unexpected keyword argument '{name}'" in str(problem)
+        ]
+        if not unknown:
+            raise
+        raise ValueError(
+            f"{unknown[0]} is no argument of GriffinLM, the harness or this model: leave it out, "
+            "or correct its name."
+        ) from problem
+
+
 @register_model("griffin")
 class GriffinLM(HFLM):
     """The harness's ``hf`` model, generating and scored with GRIFFIN.
@@ -129,8 +146,8 @@ class GriffinLM(HFLM):
     Raises
     ------
     ValueError
-        As :func:`flocking.griffin` and :func:`flocking.load`, for an unknown method or protocol,
-        or ``batch_size="auto"``.
+        As :func:`flocking.griffin` and :func:`flocking.load`, for an unknown method, protocol or
+        argument, or ``batch_size="auto"``.
     TypeError
         If `pretrained` is neither a model nor a name.
     OSError, MemoryError
@@ -171,7 +188,8 @@ class GriffinLM(HFLM):
             for name, value in kwargs.items()
             if name not in ("batch_size", "device", "tokenizer")
         )
-        super().__init__(pretrained=pretrained, **kwargs)
+        with _told_of_arguments(kwargs):
+            super().__init__(pretrained=pretrained, **kwargs)
         self.full = self.model
         self._protocol, self.scope, self.seed, self.refresh = protocol, scope, seed, refresh
         self.answered: list[Answered] = []

@@ -175,7 +175,8 @@ class Plan:
         ------
         ValueError
             For an unknown task, documents that cannot be read, settings for a task that is not
-            asked, or "static-domain" where all documents of a task are scored.
+            asked, "static-domain" where all documents of a task are scored, or "shared-N" where no
+            task generates.
         """
         return self._questions
 
@@ -191,6 +192,12 @@ class Plan:
                 f"{name} has a limit or protocol and is not one of the tasks: {', '.join(found)}."
             )
         asked = [self._question(name, groups[group][name], group) for name, group in found.items()]
+        shared = [variant for variant in self.variants if variant.twinned.texts > 1]
+        if shared and not any(question.generates for question in asked):
+            raise ValueError(
+                f"{shared[0].method} is for tasks that generate, and none of these does "
+                f"({', '.join(found)}): leave it out, or add a task such as xsum."
+            )
         if any(variant.twinned.of_domain for variant in self.variants):
             for question in asked:
                 refuse_none_left(question.name, question.task, question.limit)

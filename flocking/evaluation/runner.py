@@ -20,6 +20,7 @@ from flocking.evaluation.plan import Plan, Question
 from flocking.evaluation.tasks import Articles, quiet
 from flocking.evaluation.twins import Texts, Twins, in_memory
 from flocking.evaluation.variants import Variant
+from flocking.models import warn
 
 Say = Callable[[str], None]
 
@@ -128,7 +129,7 @@ def _jobs(
     own: Texts = ()
     for variant in variants:
         if variant.twinned.texts > 1 and not question.generates:
-            say(f"{variant} is for tasks that generate: it is not asked of {question.name}.")
+            warn(f"{variant} is for tasks that generate: it is not asked of {question.name}.")
             continue
         wanted[variant] = lm.calibration
         if variant.twinned.of_domain:

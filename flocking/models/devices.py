@@ -33,8 +33,9 @@ def check_places(name: str, kwargs: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{argument} names the device meta, which holds no values: give cpu or cuda."
                 )
-            # (The harness takes another device than one that is not there.)
-            if argument == "device_map" and (why := _why_not_there(place)):
+            # (The harness's default, cuda:0, becomes another device where there is none.)
+            asked = argument == "device_map" or place == "cuda"
+            if asked and (why := _why_not_there(place)):
                 raise ValueError(f"{name} cannot be loaded: {argument} names {why}.")
     for argument in ("dtype", "torch_dtype"):
         given = kwargs.get(argument)

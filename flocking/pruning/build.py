@@ -273,6 +273,9 @@ def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twi
         if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
             copied.__dict__[name] = copied.__class__.forward.__get__(copied)
     twin = cast(Twin, copied)
+    if getattr(twin.generation_config, "use_cache", True) is False:
+        # So MPT's configs have it, and others that were trained: a twin needs the prompt's cache.
+        twin.generation_config.use_cache = True
     twin._griffin = state
     state.hooks = {id(hook) for module in twin.modules() for hook in hooks_on(module)}
     return twin

@@ -144,8 +144,8 @@ class Twin(_Generating):
     ) -> Any:
         if not model_kwargs.get("use_cache", True):
             raise ValueError(
-                "use_cache=False, given or in the model's config, would run the prompt again, "
-                "pruned, for every token: give use_cache=True."
+                "use_cache=False, given or in the twin's generation config, would run the prompt "
+                "again, pruned, for every token: give use_cache=True."
             )
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError(

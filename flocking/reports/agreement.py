@@ -47,9 +47,9 @@ def _refuse_other_items(task: str, one: Evaluation, two: Evaluation) -> None:
     asked = [each.source.tasks.get(task) for each in (one, two)]
     digests = [each.digest if each is not None else "" for each in asked]
     items = [set(part["item"]) for part in parts]
-    # (Of the same documents, fewer items are the first ones: see on_common_items.)
-    fewer = all(digests) and (items[0] < items[1] or items[1] < items[0])
-    if items[0] != items[1] and not fewer:
+    # (Of the same documents, those that both have are put together: see on_common_items.)
+    common = all(digests) and items[0] & items[1]
+    if items[0] != items[1] and not common:
         counts = " and ".join(f"{len(each):,}" for each in items)
         raise ValueError(
             f"{where} do not have the same items of {task} ({counts}): evaluate both with the "
@@ -79,6 +79,11 @@ def on_common_items(
                 if items := set(one.items.loc[one.items["task"] == task, "item"]):
                     counts.setdefault(model.label, set()).update(items)
                     common[task] = common.get(task, items) & items
+        if not common[task]:
+            raise ValueError(
+                f"no item of {task} was asked of all of {', '.join(counts)}: evaluate them with "
+                "the same --limit and documents, or leave one out."
+            )
         if any(items != common[task] for items in counts.values()):
             told = {name: f"{len(items)}" for name, items in counts.items()}
             found.append(Difference(f"items of {task} ({len(common[task])} are compared)", told))

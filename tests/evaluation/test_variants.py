@@ -114,11 +114,14 @@ def test_refreshed_and_shared_selections(small: tuple) -> None:
 
 
 def test_shared_selections_are_for_texts_that_are_written(small: tuple) -> None:
-    lines: list[str] = []
     plan = Plan(["piqa"], methods=["shared-2"], limit=1, data_dir=TASKS)
-    found = runner.evaluate(*small, plan, say=lines.append)
-    assert lines[0] == "shared-2@0.5 is for tasks that generate: it is not asked of piqa."
-    assert set(found["method"]) == {"full"}
+    with pytest.raises(ValueError, match=r"shared-2 is for .* none of these does \(piqa\): leave"):
+        plan.questions()
+    plan = Plan(["piqa", "gsm8k"], methods=["shared-2"], limit=1, data_dir=TASKS)
+    with pytest.warns(UserWarning, match=r"shared-2@0\.5 is .* it is not asked of piqa"):
+        found = runner.evaluate(*small, plan, say=str)
+    asked = found.groupby("task")["method"].agg(set).to_dict()
+    assert asked == {"piqa": {"full"}, "gsm8k": {"full", "shared-2"}}
 
 
 def test_twins_are_made_once_and_dropped(small: tuple) -> None:

@@ -76,7 +76,7 @@ def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
         twin(ids)
     with pytest.raises(RuntimeError, match="this twin has no selection yet"):
         _ = twin.selection
-    with pytest.raises(ValueError, match="use_cache=False, given or in the model"):
+    with pytest.raises(ValueError, match="use_cache=False, given or in the twin's"):
         generate(twin, ids, use_cache=False)
     with pytest.raises(ValueError, match="assistant_model=twin"):
         generate(twin, ids, assistant_model=model)
@@ -165,8 +165,20 @@ def test_refuses_loops_that_would_not_prefill(pair: tuple) -> None:
         generate(twin, tokens(20), guidance_scale=1.5, negative_prompt_ids=tokens(5))
     twin.config.use_cache = False
     twin.generation_config.use_cache = False
-    with pytest.raises(ValueError, match="or in the model's config"):
+    with pytest.raises(ValueError, match="or in the twin's generation config"):
         generate(twin, tokens(20))
+
+
+def test_a_model_whose_config_wants_no_cache_has_twins_that_use_one() -> None:
+    """As MPT's; the model's own config stays as it is."""
+    config = tf.MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=VOCABULARY)
+    model = tf.MptForCausalLM(config).eval()
+    assert model.generation_config.use_cache is False
+    ids = tokens(20)
+    expected = generate(model, ids, use_cache=True)
+    for twin in (flocking.griffin(model, 1.0), flocking.griffin(model, 0.5, refresh=1)):
+        assert generate(twin, ids).equal(expected)
+    assert model.generation_config.use_cache is False
 
 
 def test_an_interrupted_prompt_leaves_no_half_made_selection(pair: tuple) -> None:

@@ -166,13 +166,44 @@ def test_fewer_items_of_the_same_documents_are_compared_on_those(tmp_path: Path)
     np.testing.assert_allclose(got, expected)
 
 
+def test_items_that_each_model_skipped_are_left_out_of_both(tmp_path: Path) -> None:
+    """As where prompts are too long, which of them depends on the tokenizer."""
+    items = made.items_of(3)
+    one, two, three = (
+        made.evaluated(
+            tmp_path / name, name, 10, items[(items["item"] != gap) | (items["task"] != "piqa")]
+        )
+        for name, gap in (("one", 1), ("two", 0), ("three", 5))
+    )
+    outputs = collect([one, two, three])
+    told = [str(each) for each in outputs.differences]
+    assert "items of piqa (27 are compared): 29 of one, two, three." in told[0]
+    rows = compared(outputs)
+    assert set(rows.loc[rows["task"] == "piqa", "items"]) == {27}
+
+
+def test_items_that_no_three_models_share_are_refused(tmp_path: Path) -> None:
+    items = made.items_of(3)
+    folders = [
+        made.evaluated(
+            tmp_path / name,
+            name,
+            10,
+            items[items["item"].between(*part) | (items["task"] != "piqa")],
+        )
+        for name, part in (("one", (0, 29)), ("two", (0, 9)), ("three", (10, 29)))
+    ]
+    with pytest.raises(ValueError, match="no item of piqa was asked of all of one, two, three"):
+        collect(folders)
+
+
 # --------------------------------------------------------------------------------------
 # What is refused
 
 
 def other_items(folder: Path) -> None:
     items = made.items_of(3)
-    made.evaluated(folder, "two", 20, items.assign(item=items["item"] + 4))
+    made.evaluated(folder, "two", 20, items.assign(item=items["item"] + 30))
 
 
 def other_protocol(folder: Path) -> None:
