@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from flocking.evaluation.blocks import Block
 from flocking.evaluation.contexts import asked_of, heads
 from flocking.evaluation.harness import GriffinLM
+from flocking.evaluation.plan import Question
 from flocking.evaluation.tasks import Articles
-from flocking.evaluation.twins import ff_bytes, in_memory
+from flocking.evaluation.twins import ff_bytes
 from flocking.evaluation.variants import FULL, Variant
 from flocking.models import byte_count, device_of, embeddings_of, undisturbed
 
@@ -132,12 +133,24 @@ def _timed(model: PreTrainedModel, ids: torch.Tensor, times: int) -> float:
     return time.monotonic() - started
 
 
-def memory_of(model: PreTrainedModel, variants: Sequence[Variant]) -> str:
-    """What the weights of a model and of its twins take at once, in words."""
+def copies_of(lm: GriffinLM, question: Question, texts: int = 1) -> int:
+    """How many selections a twin holds at once: where it writes, one for each text of a batch."""
+    apart = question.generates and not question.authors and texts == 1
+    return int(lm.batch_size) if apart else 1
+
+
+def memory_of(model: PreTrainedModel, groups: Iterable[tuple[Iterable[Variant], int]]) -> str:
+    """What the weights of a model and of its twins take at once, in words.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    groups : iterable of (iterable of Variant, int)
+        Variants whose twins are there at once, and the copies that each has of its neurons.
+    """
     weights = sum(map(byte_count, model.parameters()))
-    groups = in_memory(model, variants)
-    shares = [sum(one.density for one in group if one != FULL) for group in groups]
-    twins = max(shares) * ff_bytes(model)
+    shares = (copies * sum(one.density for one in group if one != FULL) for group, copies in groups)
+    twins = max(shares, default=0) * ff_bytes(model)
     return f"{weights / 1e9:.1f} GB for the model's weights and {twins / 1e9:.1f} GB for its twins'"
 
 

@@ -13,7 +13,15 @@ from flocking.evaluation.authors import check_room, opens
 from flocking.evaluation.blocks import Block, block_size, blocks_of
 from flocking.evaluation.cells import Cell, Cells, Found, Store, cells_of
 from flocking.evaluation.domain import documents
-from flocking.evaluation.estimate import Speed, Work, in_words, memory_of, speed_of, work_of
+from flocking.evaluation.estimate import (
+    Speed,
+    Work,
+    copies_of,
+    in_words,
+    memory_of,
+    speed_of,
+    work_of,
+)
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.items import ask, left_out
 from flocking.evaluation.plan import Plan, Question
@@ -112,12 +120,15 @@ class _Job:
     cells : list of Cell
     texts : int
         How many prompts share a selection.
+    copies : int
+        How many selections a twin holds at once.
     work : Work
     """
 
     block: Block
     cells: list[Cell]
     texts: int
+    copies: int
     work: Work
 
 
@@ -145,10 +156,11 @@ def _jobs(
             count = 1 + blocks[-1].items[-1]
             say(f"{question.name}: {skipped} of {count} items are too long, and are skipped.")
         work = [work_of(lm, block, texts) for block in blocks]
-        for group in in_memory(lm.full, here):
+        copies = copies_of(lm, question, texts)
+        for group in in_memory(lm.full, here, copies):
             cells = cells_of(lm, blocks, {variant: here[variant] for variant in group}, identity)
             jobs += [
-                _Job(block, each, texts, cost)
+                _Job(block, each, texts, copies, cost)
                 for block, each, cost in zip(blocks, cells, work, strict=True)
             ]
     return jobs
@@ -224,11 +236,11 @@ class _Run:
             assert self._speed is not None
             by_task["calibration texts"] = self._speed.seconds(Work(shared=tokens), 0)
         told = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in by_task.items())
-        variants = list(dict.fromkeys(cell.variant for cell in cells))
+        groups = [((cell.variant for cell in job.cells), job.copies) for job in left]
         self._say(
             f"{len(cells)} cells are to be computed, in about "
             f"{in_words(sum(by_task.values()))} or less ({told}), with "
-            f"{memory_of(self._lm.full, variants)}."
+            f"{memory_of(self._lm.full, groups)}."
         )
 
     def ask(self, question: Question) -> None:

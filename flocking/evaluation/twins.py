@@ -71,13 +71,23 @@ class Twins:
         return variant.twinned.of(self._lm.full, reference, self._lm.seed)
 
 
-def in_memory(model: PreTrainedModel, variants: Iterable[Variant]) -> list[list[Variant]]:
-    """Variants of a model in groups whose twins fit in memory together."""
+def in_memory(
+    model: PreTrainedModel, variants: Iterable[Variant], copies: int = 1
+) -> list[list[Variant]]:
+    """Variants of a model in groups whose twins fit in memory together.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    variants : iterable of Variant
+    copies : int
+        Texts of a batch, each of which has neurons of its own.
+    """
     room = _SHARE_OF_MEMORY * _free(model.device)
     groups: list[list[Variant]] = []
     left = 0.0
     for variant in variants:
-        size = 0.0 if variant == FULL else variant.density * ff_bytes(model)
+        size = 0.0 if variant == FULL else copies * variant.density * ff_bytes(model)
         if not groups or size > left:
             groups.append([])
             left = room

@@ -157,6 +157,29 @@ def test_groups_that_fit_in_memory(small: tuple, monkeypatch: pytest.MonkeyPatch
     assert twins.in_memory(model, variants[1:3]) == [[variants[1]], [variants[2]]]
 
 
+def test_a_batch_of_texts_has_neurons_of_each(
+    small: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is foreseen is what twins then hold: a selection for each text that is written."""
+    model, tokenizer = small
+    lm = GriffinLM(model, tokenizer=tokenizer, density=0.5, batch_size=2)
+    plan = Plan(["piqa", "gsm8k"], methods=["topk"], data_dir=TASKS, limit=2)
+    for question, copies in zip(plan.questions(), (1, 2), strict=True):
+        assert estimate.copies_of(lm, question) == copies
+        (block,) = blocks_of(lm, question, 2)
+        answered = lm.generate_until if question.generates else lm.loglikelihood
+        answered(list(block.requests), disable_tqdm=True)
+        held = copies * 0.5 * twins.ff_bytes(model)
+        assert lm.model.report().compact_bytes == pytest.approx(held, rel=0.01)
+        foreseen = estimate.memory_of(model, [([FULL, Variant("topk", 0.5)], copies)])
+        assert f"{held / 1e9:.1f} GB for its twins'" in foreseen
+    assert estimate.copies_of(lm, plan.questions()[1], texts=4) == 1
+    variants = variants_of(["topk", "random"], [0.5])
+    monkeypatch.setattr(twins, "_free", lambda device: 1.2 * twins.ff_bytes(model) / 0.6)
+    assert len(twins.in_memory(model, variants)) == 1
+    assert len(twins.in_memory(model, variants, copies=2)) == 2
+
+
 def test_work_is_counted(small: tuple) -> None:
     """Held against what the answers say that they took."""
     model, tokenizer = small
