@@ -81,7 +81,7 @@ def in_memory(
     model : transformers.PreTrainedModel
     variants : iterable of Variant
     copies : int
-        Texts of a batch, each of which has neurons of its own.
+        Texts of a batch that have a selection each.
     """
     room = _SHARE_OF_MEMORY * _free(model.device)
     groups: list[list[Variant]] = []
