@@ -100,7 +100,7 @@ def test_what_is_refused_is_one_sentence(inside: Path, command: str, message: st
 
 def test_outputs_that_do_not_fit_together(inside: Path) -> None:
     items = made.items_of(1)
-    others = items.assign(item=items["item"] + 4)
+    others = items.assign(item=items["item"] + 30)
     made.evaluated(inside / "large", "large-model", 9_000_000, others)
     result = run("small", "large", "-o", "out")
     assert result.exit_code == 2
