@@ -93,8 +93,7 @@ def consistency(recording: xr.Dataset, *, different_tokens: bool = False) -> xr.
 def consistency_of(recording: xr.Dataset, different_tokens: bool = False) -> xr.DataArray:
     """What :func:`consistency` returns, of a recording that was checked."""
     if different_tokens:
-        total, count = different_within(recording)
-        values = total / pairs_of_different(recording, count)
+        values = different_within(recording) / pairs_of_different(recording)
     else:
         values = _mean_cosine(recording, without_first(recording).mass)
     return named(values, "consistency", "consistency")

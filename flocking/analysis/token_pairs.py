@@ -54,10 +54,20 @@ def pairs_of_tokens(recording: xr.Dataset) -> xr.DataArray:
     return pairs.where(pairs > 0)
 
 
-def pairs_of_different(recording: xr.Dataset, count: xr.DataArray) -> xr.DataArray:
-    """Pairs of tokens with different ids, (sequence, layer); NaN, with a warning, if none."""
-    none = pairs_of_tokens(recording).notnull() & (count.compute() == 0)
-    if (few := none.any("layer").values).any():
+def pairs_of_different(recording: xr.Dataset) -> xr.DataArray:
+    """Ordered pairs of tokens with different ids, (sequence, layer), in memory.
+
+    NaN, with a warning, if there are none. What has neurons is not read for it.
+    """
+    several = pairs_of_tokens(recording).notnull()
+    dims = ("sequence", "layer")
+    real = counting(recording).transpose(*dims, "token").compute()
+    ids = recording.token_id.transpose("sequence", "token").values
+    count = several.transpose(*dims).astype(np.float64)
+    for sequence, layer in np.ndindex(count.shape):
+        number = np.unique(ids[sequence][real.values[sequence, layer]], return_counts=True)[1]
+        count[sequence, layer] = number.sum() ** 2 - (number**2).sum()
+    if (few := (several & (count == 0)).any("layer").values).any():
         warn(
             f"{few.sum()} of {few.size} sequences have no two tokens with different ids after the "
             "first: the result is NaN there.",
@@ -65,36 +75,35 @@ def pairs_of_different(recording: xr.Dataset, count: xr.DataArray) -> xr.DataArr
     return count.where(count > 0)
 
 
-def different_within(recording: xr.Dataset) -> tuple[xr.DataArray, xr.DataArray]:
-    """Of pairs of tokens with different ids within each sequence: sum of cosines, and number."""
+def different_within(recording: xr.Dataset) -> xr.DataArray:
+    """Sum of cosines over pairs of tokens with different ids within each sequence."""
     dims = ("sequence", "layer")
-    both = by_chunk(
+    sums = by_chunk(
         _different_of,
         recording.relative.variable.transpose(*dims, "token", "neuron"),
         recording.token_id.variable,
         counting(recording).variable.transpose(*dims, "token"),
         recording.d_ff.variable,
         inner=[["token", "neuron"], ["token"], ["token"], []],
-        outer=["both"],
-        sizes={"both": 2},
+        outer=[],
+        sizes={},
         dtype=np.float64,
-    ).transpose("both", *dims)
-    labels = {dim: recording[dim] for dim in dims}
-    return xr.DataArray(both[0], labels, dims), xr.DataArray(both[1], labels, dims)
+    ).transpose(*dims)
+    return xr.DataArray(sums, {dim: recording[dim] for dim in dims}, dims)
 
 
 def _different_of(
     relative: np.ndarray, ids: np.ndarray, counted: np.ndarray, d_ff: np.ndarray
 ) -> np.ndarray:
-    """As :func:`different_within`, (sequence, layer, 2), of arrays that can be broadcast."""
-    result = np.zeros((*relative.shape[:2], 2))
+    """As :func:`different_within`, (sequence, layer), of arrays that can be broadcast."""
+    result = np.zeros(relative.shape[:2])
     ids = np.broadcast_to(ids, counted.shape)
     widths = np.broadcast_to(d_ff, counted.shape[:2])
     for place in np.ndindex(*relative.shape[:2]):
         real = counted[place]
-        _, sums, number = _by_id(ids[place][real], relative[place][real], int(widths[place]))
-        total, count = sums.sum(axis=0), number.sum()
-        result[place] = total @ total - np.vdot(sums, sums), count**2 - number @ number
+        _, sums, _ = _by_id(ids[place][real], relative[place][real], int(widths[place]))
+        total = sums.sum(axis=0)
+        result[place] = total @ total - np.vdot(sums, sums)
     return result
 
 
