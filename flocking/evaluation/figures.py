@@ -65,9 +65,9 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
     losses = data["metric"].map(is_loss)
     parts = [part for part in (data[~losses], data[losses]) if len(part)]
     counts = [part.groupby(["task", "metric"]).ngroups for part in parts]
-    upper, axes = page(
-        figure, _told(data), len(parts), 1, height=0.75 + 0.5 * sum(counts), height_ratios=counts
-    )
+    in_legend = -(-(data["method"].nunique() + 1) // 2)  # lines: methods and chance, two in each
+    height = 0.13 * in_legend + 0.45 * len(parts) + 0.42 * sum(counts)
+    upper, axes = page(figure, _told(data), len(parts), 1, height=height, height_ratios=counts)
     for ax, part in zip(axes[:, 0], parts, strict=True):
         loss = is_loss(part["metric"].iloc[0])
         names = []
