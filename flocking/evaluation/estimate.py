@@ -14,8 +14,8 @@ from flocking.evaluation.contexts import asked_of, heads
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.plan import Question
 from flocking.evaluation.tasks import Articles
-from flocking.evaluation.twins import ff_bytes
-from flocking.evaluation.variants import FULL, Variant
+from flocking.evaluation.twins import ff_bytes, share_of
+from flocking.evaluation.variants import Variant
 from flocking.models import byte_count, device_of, embeddings_of, undisturbed
 
 _TOKENS = 128  # in a trial pass
@@ -134,7 +134,7 @@ def _timed(model: PreTrainedModel, ids: torch.Tensor, times: int) -> float:
 
 
 def copies_of(lm: GriffinLM, question: Question, texts: int = 1) -> int:
-    """How many selections a twin holds at once: where it writes, one for each text of a batch."""
+    """How many texts have a selection each at once: where a twin writes, those of a batch."""
     apart = question.generates and not question.authors and texts == 1
     return int(lm.batch_size) if apart else 1
 
@@ -146,10 +146,10 @@ def memory_of(model: PreTrainedModel, groups: Iterable[tuple[Iterable[Variant], 
     ----------
     model : transformers.PreTrainedModel
     groups : iterable of (iterable of Variant, int)
-        Variants whose twins are there at once, and the copies that each has of its neurons.
+        Variants whose twins are there at once, and texts of a batch with a selection each.
     """
     weights = sum(map(byte_count, model.parameters()))
-    shares = (copies * sum(one.density for one in group if one != FULL) for group, copies in groups)
+    shares = (sum(share_of(one, copies) for one in group) for group, copies in groups)
     twins = max(shares, default=0) * ff_bytes(model)
     return f"{weights / 1e9:.1f} GB for the model's weights and {twins / 1e9:.1f} GB for its twins'"
 

@@ -121,7 +121,7 @@ class _Job:
     texts : int
         How many prompts share a selection.
     copies : int
-        How many selections a twin holds at once.
+        How many texts have a selection each at once.
     work : Work
     """
 

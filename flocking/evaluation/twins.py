@@ -87,13 +87,21 @@ def in_memory(
     groups: list[list[Variant]] = []
     left = 0.0
     for variant in variants:
-        size = 0.0 if variant == FULL else copies * variant.density * ff_bytes(model)
+        size = share_of(variant, copies) * ff_bytes(model)
         if not groups or size > left:
             groups.append([])
             left = room
         groups[-1].append(variant)
         left -= size
     return groups
+
+
+def share_of(variant: Variant, copies: int) -> float:
+    """FF weights that a variant's twin holds, as a multiple of the full model's.
+
+    `copies` are as of :func:`in_memory`.
+    """
+    return 0.0 if variant == FULL else variant.twinned.copies(copies) * variant.density
 
 
 def ff_bytes(model: PreTrainedModel) -> int:

@@ -18,6 +18,7 @@ CHOICES = ("full", *METHODS, *WITH_REFERENCE)
 OF_DOMAIN = {"static-domain": "static"}
 _NUMBERED = ("refreshed", "shared")  # with a number after them, as in refreshed-64
 _DRAWN = ("sampled", "half-sampled", "random")
+_FIXED = ("static", "magnitude")
 NAMES = (*CHOICES, *OF_DOMAIN, *(f"{name}-N" for name in _NUMBERED))
 
 
@@ -54,6 +55,15 @@ class Twinned:
         """Whether random numbers are drawn."""
         return self.method in _DRAWN
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the selection does not depend on the text."""
+        return self.method in _FIXED
+
+    def copies(self, texts: int) -> int:
+        """How many selections a twin holds for a batch of so many texts, apart from each other."""
+        return 1 if self.is_fixed else texts
+
     def of(
         self, model: PreTrainedModel, reference: xr.DataArray | None, seed: int
     ) -> PreTrainedModel:
@@ -62,7 +72,8 @@ class Twinned:
             model,
             self.density,
             method=self.method,
-            scope="shared" if self.texts > 1 else "sequence",
+            # A selection that all texts have is held, and read in each step, once for all.
+            scope="shared" if self.texts > 1 or self.is_fixed else "sequence",
             reference=reference if self.needs_texts else None,
             seed=seed,
             refresh=self.refresh,
