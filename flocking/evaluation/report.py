@@ -184,7 +184,7 @@ def _tables(
         "Perplexities: the full model's, and the ratios of the others' to it. Divergences are in "
         "nats.",
         table(rows),
-        *filter(None, [_of_domain(rows), footnote(items)]),
+        *filter(None, [_not_asked(rows), _of_domain(rows), footnote(items)]),
     ]
     own = label("topk", density)
     others = rows[(rows["density"] == density) & ~rows["method"].isin(["full", "topk"])]
@@ -212,6 +212,17 @@ def _tables(
     parts.append("## Figures")
     parts += [f"![{name}]({name}.svg)\n\n{caption}" for name, caption in captions.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _not_asked(rows: pd.DataFrame) -> str:
+    """Which methods have empty cells, and in which tasks; empty if there are none."""
+    everything = set(rows["task"])
+    by_tasks: dict[tuple[str, ...], list[str]] = {}
+    for variant, part in rows.groupby("variant", sort=False):
+        if left := sorted(everything - set(part["task"])):
+            by_tasks.setdefault(tuple(left), []).append(str(variant))
+    told = (f"{', '.join(variants)} on {', '.join(tasks)}" for tasks, variants in by_tasks.items())
+    return f"Not asked (empty cells): {'; '.join(told)}." if by_tasks else ""
 
 
 def _of_domain(rows: pd.DataFrame) -> str:

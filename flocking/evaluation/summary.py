@@ -291,16 +291,24 @@ def footnote(items: pd.DataFrame) -> str:
     older = items[items["older"] != ""] if "older" in items else items.iloc[:0]
     if older.empty:
         return ""
-    variants = map(label, older["method"], older["density"])
-    cells = [f"{variant} on {task}" for variant, task in zip(variants, older["task"], strict=True)]
     codes = [
-        f"code {code}: {', '.join(part['cell'].unique())}"
-        for code, part in older.assign(cell=cells).groupby("older", sort=False)
+        f"code {code}: {', '.join(_cells_of(part, items))}"
+        for code, part in older.groupby("older", sort=False)
     ]
     return (
         f"{_MARK} Computed by older code, or compared with what older code computed "
         f"(kept with --keep-older; inputs and versions are the same). {'; '.join(codes)}."
     )
+
+
+def _cells_of(part: pd.DataFrame, items: pd.DataFrame) -> Iterator[str]:
+    """Names of the cells in a part of the items: tasks, where all of a task is in it."""
+    for task, rows in part.groupby("task", sort=False):
+        if len(rows) == (items["task"] == task).sum():
+            yield str(task)
+            continue
+        variants = dict.fromkeys(map(label, rows["method"], rows["density"]))
+        yield from (f"{variant} on {task}" for variant in variants)
 
 
 def scale_of(metric: str, highest: float) -> float | None:

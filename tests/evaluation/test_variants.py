@@ -180,6 +180,25 @@ def test_a_batch_of_texts_has_neurons_of_each(
     assert len(twins.in_memory(model, variants, copies=2)) == 2
 
 
+@pytest.mark.parametrize("method", ["magnitude", "static"])
+def test_neurons_that_all_texts_have_are_held_once(small: tuple, method: str) -> None:
+    """One copy for a batch, and the answers of a twin with a copy for each text."""
+    model, tokenizer = small
+    lm = GriffinLM(model, tokenizer=tokenizer, method=method, density=0.5, batch_size=2)
+    assert lm.scope == "sequence"
+    (question,) = Plan(["gsm8k"], methods=[method], data_dir=TASKS, limit=2).questions()
+    (block,) = blocks_of(lm, question, 2)
+    apart = lm.generate_until(list(block.requests), disable_tqdm=True)
+    variant = Variant(method, 0.5)
+    twin = twins.Twins(lm).of(variant, lm.calibration)
+    lm.answer_with(twin)
+    assert lm.generate_until(list(block.requests), disable_tqdm=True) == apart
+    held = 0.5 * twins.ff_bytes(model)
+    assert twin.report().compact_bytes == pytest.approx(held, rel=0.01)
+    foreseen = estimate.memory_of(model, [([FULL, variant], estimate.copies_of(lm, question))])
+    assert f"{held / 1e9:.1f} GB for its twins'" in foreseen
+
+
 def test_work_is_counted(small: tuple) -> None:
     """Held against what the answers say that they took."""
     model, tokenizer = small
