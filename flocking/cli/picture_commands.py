@@ -41,7 +41,11 @@ def heatmap(
     ] = None,
     model: Model = None,
     max_tokens: Annotated[
-        int, typer.Option(help="Read at most this many tokens; the first is not drawn.")
+        int,
+        typer.Option(
+            help="Read at most this many tokens, and no more than the model's context has; the "
+            "first is not drawn."
+        ),
     ] = 257,
     neurons: Annotated[int, typer.Option(help="Draw at most this many neurons, the first.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
@@ -56,6 +60,7 @@ def heatmap(
     from flocking.artifacts import replacing
     from flocking.cli.outputs import refuse_nothing, refuse_other_than_heatmaps
     from flocking.cli.pictures import beside_control, save_picture
+    from flocking.models import context
     from flocking.recording import check_numbers
 
     check_numbers(seed=seed)
@@ -68,6 +73,7 @@ def heatmap(
     with replacing(output, check=refuse_other_than_heatmaps) as partial:
         loaded, tokenizer = load(model, device, dtype)
         shown = _layer_of(loaded, layer)
+        max_tokens = min(max_tokens, context(loaded) or max_tokens)
         own, random = _recorded(loaded, tokenizer, text, shown, max_tokens, seed)
         document = _measured(own, random, neurons)
         told = _sentence(document)
