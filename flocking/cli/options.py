@@ -61,7 +61,7 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.Abort, USAGE_ERROR):
             raise
         except Exception as problem:
-            complain(_unforeseen(problem))
+            complain(_of_a_package(problem) or _unforeseen(problem))
             raise typer.Exit(2) from None
         except (KeyboardInterrupt, Ended) as ending:
             notes = getattr(ending, "__notes__", [])  # what the command itself says of it
@@ -102,6 +102,12 @@ def _of_the_system(problem: Exception) -> str:
         where = f"{problem.filename}: " if problem.filename is not None else ""
         return f"{where}{problem.strerror}: name another file or place, or make room for it there."
     return ""
+
+
+def _of_a_package(problem: Exception) -> str:
+    """What a library says of a package that it needs here, and that is not installed."""
+    said = " ".join(str(problem).split())
+    return said if isinstance(problem, ImportError) and "install" in said else ""
 
 
 def _unforeseen(problem: Exception) -> str:

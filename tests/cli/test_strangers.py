@@ -268,7 +268,7 @@ def test_generate_reads_the_prompt_as_record_does(
     assert inputs.keys() == {"input_ids", "attention_mask"}
 
 
-@pytest.mark.parametrize("kind", [TypeError, KeyError, ZeroDivisionError, RuntimeError])
+@pytest.mark.parametrize("kind", [TypeError, KeyError, ImportError, RuntimeError])
 def test_what_nobody_foresaw_is_one_sentence_too(
     kind: type[Exception], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,3 +287,17 @@ def test_what_nobody_foresaw_is_one_sentence_too(
     text = file.read_text()
     assert text.startswith("Traceback")
     assert "something odd" in text
+
+
+def test_a_package_that_a_library_misses_is_named_as_it_says(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> Callable[[], None]:
+        raise ImportError("\nThis needs the timm library:\n`pip install timm`")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(flocking, "feedforwards", fail)
+    result = run("inspect", place / "model")
+    assert result.exit_code == 2
+    assert "flocking: This needs the timm library: `pip install timm`\n" in result.output
+    assert not list(tmp_path.glob("flocking-*.txt"))
