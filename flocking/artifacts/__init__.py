@@ -5,6 +5,7 @@ Imports no other room, and neither torch nor transformers.
 
 from flocking.artifacts.code import code_digest, sources
 from flocking.artifacts.folders import file_digest, folder_digest
+from flocking.artifacts.groups import FileGroup
 from flocking.artifacts.keys import PARTS, Key, Part
 from flocking.artifacts.numbers import UnreadableError, checksum, from_json, read_content, to_json
 from flocking.artifacts.writing import (
@@ -19,6 +20,7 @@ from flocking.artifacts.writing import (
 __all__ = [
     "PARTS",
     "BusyError",
+    "FileGroup",
     "Key",
     "Part",
     "UnreadableError",

@@ -48,7 +48,7 @@ def compare(
     from flocking.artifacts import refuse_unwritable
     from flocking.cli.outputs import refuse_nothing
     from flocking.reports import collect, missing, write
-    from flocking.reports.writing import places_in
+    from flocking.reports.writing import COMPARISON
 
     refuse_nothing("output", output)
     if output.exists() and not output.is_dir():
@@ -56,7 +56,7 @@ def compare(
     if not 0 < density <= 1:
         raise ValueError(f"--density {density:g}: give a density above 0 and at most 1.")
     found = collect(outputs)
-    refuse_unwritable(places_in(output)[0])
+    refuse_unwritable(COMPARISON.paths(output)[0])
     written = write(found, output, density=density)
     lacking = missing(found, written.rows)
     models: list[Row] = [

@@ -21,8 +21,7 @@ def refuse_foreign(out: Path) -> None:
     """Refuse to write over anything but a report of an earlier evaluation, or where one cannot."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder.")
-    for path in report.files_in(out):
-        report.refuse_foreign(path)
+    report.REPORT.refuse_foreign(out)
     for name in (report.FILES[0], "cells/any.json"):
         refuse_unwritable(out / name)
 

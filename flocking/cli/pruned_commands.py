@@ -247,7 +247,7 @@ def evaluate(
     cells = Cells(out / "cells", known, keep_older)
     items = runner.evaluate(loaded, tokenizer, plan, batch_size=batch_size, cells=cells, say=notice)
     rows = report.write(items, out, source_of(loaded, tokenizer, known, plan, asked, items))
-    written = [path.name for path in report.files_in(out) if path.exists()]
+    written = [path.name for path in report.REPORT.paths(out) if path.exists()]
     document = {"out": out, "summary": rows.to_dict("records")}
     told = f"wrote {', '.join(written)} in {out}; read {out}/tables.md"
     result(document, lambda: say(told))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from pyarrow.parquet import read_schema
 
-from flocking.artifacts import replacing
+from flocking.artifacts import FileGroup
 from flocking.drawing import save, titled
 from flocking.evaluation import sources
 from flocking.evaluation.domain import MOST_TOKENS, OF_DOMAIN
@@ -44,6 +43,23 @@ _CHANCE = (
 )
 
 
+def _is_ours(path: Path) -> bool:
+    if path.name == "items.parquet":
+        return set(read_schema(path).names) >= _MARKS
+    if path.suffix == ".csv":
+        return set(path.read_text(encoding="utf-8").partition("\n")[0].split(",")) >= _MARKS
+    if path.name == sources.NAME:
+        return bool(sources.read(path))
+    if path.suffix == ".md":
+        return _HEADING in path.read_text(encoding="utf-8").partition("\n")[0]
+    return titled(path, path.stem)
+
+
+REPORT = FileGroup(
+    FILES, (*FIGURES, BY_BATCH), _is_ours, "is not a report of flocking: choose another --out"
+)
+
+
 def write(items: pd.DataFrame, out: Path, source: Mapping[str, Any]) -> pd.DataFrame:
     """Write ``FILES``, and ``FIGURES`` as PNG and SVG, each in its place only when complete.
 
@@ -68,12 +84,8 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, Any]) -> pd.DataF
     here = rows[(rows["density"] == density) | (rows["method"] == "full")]
     batches = headlines(by_batch(here))
     names = (*FIGURES, BY_BATCH) if len(batches) else FIGURES
-    for path in files_in(out):
-        refuse_foreign(path)
     of_same = items[(items["density"] == density) | (items["method"] == "full")]
-    places = files_in(out, names)
-    with replacing(*places, check=refuse_foreign, wait=_PATIENCE) as first:
-        partial = first.parent
+    with REPORT.replacing(out, names, wait=_PATIENCE) as partial:
         items.to_parquet(partial / "items.parquet", index=False)
         rows.to_csv(partial / "summary.csv", index=False, float_format="%.6g")
         wanted = {
@@ -96,36 +108,7 @@ def write(items: pd.DataFrame, out: Path, source: Mapping[str, Any]) -> pd.DataF
         told = _tables(items, rows, density, source, captions)
         (partial / "tables.md").write_text(told, encoding="utf-8")
         (partial / sources.NAME).write_text(sources.written(source), encoding="utf-8")
-    for path in set(files_in(out)) - set(places):
-        path.unlink(missing_ok=True)  # an earlier figure, which would not be of these rows
     return rows
-
-
-def files_in(out: Path, figures: Sequence[str] = (*FIGURES, BY_BATCH)) -> list[Path]:
-    """All files of a report with these figures, in the folder where it is to be."""
-    pictures = [f"{name}{suffix}" for name in figures for suffix in (".png", ".svg")]
-    return [out / name for name in (*FILES, *pictures)]
-
-
-def refuse_foreign(path: Path) -> None:
-    """Raise a ValueError if a file is there that is not one of a report."""
-    if os.path.lexists(path) and not _is_ours(path):
-        raise ValueError(f"{path} exists and is not a report of flocking: choose another --out.")
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        if path.name == "items.parquet":
-            return set(read_schema(path).names) >= _MARKS
-        if path.suffix == ".csv":
-            return set(path.read_text(encoding="utf-8").partition("\n")[0].split(",")) >= _MARKS
-        if path.name == sources.NAME:
-            return bool(sources.read(path))
-        if path.suffix == ".md":
-            return _HEADING in path.read_text(encoding="utf-8").partition("\n")[0]
-    except (OSError, ValueError):  # it cannot be read as what its name says
-        return False
-    return titled(path, path.stem)
 
 
 def _common_density(rows: pd.DataFrame) -> float:

@@ -9,7 +9,7 @@ from flocking.reports.comparison import by_layer, compared, missing
 from flocking.reports.contrasts import contrasted
 from flocking.reports.gathering import collect
 from flocking.reports.outputs import Difference, Evaluation, Measured, Numbers, Outputs
-from flocking.reports.writing import Written, refuse_foreign, write
+from flocking.reports.writing import Written, write
 
 __all__ = [
     "Difference",
@@ -23,6 +23,5 @@ __all__ = [
     "compared",
     "contrasted",
     "missing",
-    "refuse_foreign",
     "write",
 ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from flocking.artifacts import replacing
+from flocking.artifacts import FileGroup
 from flocking.drawing import save, titled
 from flocking.reports.choosing import of_energy, of_scores, of_sizes, refuse_density, why_none
 from flocking.reports.comparison import DIFFERENCES, by_layer, compared
@@ -27,6 +26,20 @@ _MARKS = {
 }
 _BARS = "Bars are 95% bootstrap intervals"
 _MARKED = 3  # of a caption's numbers: methods that are named
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix == ".csv":
+        names = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
+        return set(names) >= _MARKS[path.name]
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8").startswith(HEADING)
+    return titled(path, path.stem)
+
+
+COMPARISON = FileGroup(
+    FILES, tuple(FIGURES), _is_ours, "is not a comparison of flocking: choose another --output"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +107,8 @@ def write(outputs: Outputs, out: str | os.PathLike[str], *, density: float = 0.5
     }
     drawn = [name for name in FIGURES if len(data[name])]
     not_drawn = {name: why_none(name, density) for name in FIGURES if name not in drawn}
-    for path in places_in(folder):
-        refuse_foreign(path)
-    places = places_in(folder, drawn)
     title = ", ".join(model.label for model in outputs.models)
-    with replacing(*places, check=refuse_foreign) as first:
-        partial = first.parent
+    with COMPARISON.replacing(folder, drawn) as partial:
         rows.to_csv(partial / "compared.csv", index=False, float_format="%.6g")
         contrasts.to_csv(partial / "contrasted.csv", index=False, float_format="%.6g")
         captions = {}
@@ -114,35 +123,7 @@ def write(outputs: Outputs, out: str | os.PathLike[str], *, density: float = 0.5
             *older_code(rows),
         ]
         (partial / "compared.md").write_text("\n\n".join(told) + "\n", encoding="utf-8")
-    for path in set(places_in(folder)) - set(places):
-        path.unlink(missing_ok=True)  # an earlier figure, which would not be of these rows
-    return Written(rows, contrasts, places, not_drawn)
-
-
-def places_in(out: Path, names: Sequence[str] = tuple(FIGURES)) -> list[Path]:
-    """Files of a comparison, in the folder where it is to be."""
-    pictures = [f"{name}{suffix}" for name in names for suffix in (".png", ".svg")]
-    return [out / name for name in (*FILES, *pictures)]
-
-
-def refuse_foreign(path: Path) -> None:
-    """Raise a ValueError if a file is there that is not one of a comparison."""
-    if os.path.lexists(path) and not _is_ours(path):
-        raise ValueError(
-            f"{path} exists and is not a comparison of flocking: choose another --output."
-        )
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        if path.suffix == ".csv":
-            names = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
-            return set(names) >= _MARKS[path.name]
-        if path.suffix == ".md":
-            return path.read_text(encoding="utf-8").startswith(HEADING)
-    except (OSError, ValueError):  # it cannot be read as what its name says
-        return False
-    return titled(path, path.stem)
+    return Written(rows, contrasts, COMPARISON.paths(folder, drawn), not_drawn)
 
 
 def _told(name: str, data: pd.DataFrame, outputs: Outputs, density: float) -> str:
