@@ -48,6 +48,7 @@ from flocking.models.notices import warn
 from flocking.models.origins import NOTE
 from flocking.models.problems import listed, reading
 from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
+from flocking.models.rotary import forget_lengths
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sampling import opening_token, require_writer, sampled
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
@@ -96,6 +97,7 @@ __all__ = [
     "exclusive",
     "folder_of",
     "forcing",
+    "forget_lengths",
     "forward",
     "hooks_on",
     "hooks_on_everything",

@@ -16,6 +16,7 @@ from transformers.generation import GenerationMode
 
 from flocking.models.copies import hooks_on, working_copy
 from flocking.models.problems import brief
+from flocking.models.rotary import forget_lengths
 from flocking.models.sandbox import private_randomness
 from flocking.models.weights import device_of, embeddings_of
 
@@ -170,6 +171,7 @@ def continued(
     for number, prompt in enumerate(tqdm(prompts, "generating", unit="text", disable=not progress)):
         ids = prompt[None].to(device)
         more = {name: rows[number][None].to(device) for name, rows in (inputs or {}).items()}
+        forget_lengths(copied)
         with _as_told(copied, seeds[number] if seeds else None):
             sequence = copied.generate(
                 input_ids=ids,

@@ -15,6 +15,7 @@ from flocking.models.attributes import noting_changes
 from flocking.models.copies import hooks_on, hooks_on_everything, trial_copy
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel, settled
+from flocking.models.rotary import forget_lengths, lengths_as_before
 from flocking.models.sandbox import private_randomness, trial
 from flocking.models.weights import device_of, embeddings_of
 
@@ -23,6 +24,7 @@ from flocking.models.weights import device_of, embeddings_of
 def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode, no gradients and random numbers from `seed`; all restored at the end.
 
+    So are rotary embeddings that remember the longest text, which begin as if there was none.
     Another thread that wants the same for this model waits until then.
     """
     with (
@@ -30,6 +32,7 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
         settled(model),
         noting_changes(*model.modules()),
         _in_eval_mode(model),
+        lengths_as_before(model),
         torch.no_grad(),
         private_randomness(model, seed),
     ):
@@ -39,9 +42,9 @@ def undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
 @contextmanager
 def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
-    # BigBird's attention becomes a full one for good, once a text is short.
-    kinds: dict[Any, str] = {
-        module: str(module.attention_type)
+    # BigBird's attention becomes a full one for good, in other modules, once a text is short.
+    changing: dict[Any, tuple[str, dict[str, Any]]] = {
+        module: (str(module.attention_type), dict(module._modules))
         for module in model.modules()
         if hasattr(module, "set_attention_type")
     }
@@ -52,9 +55,10 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        for changed, kind in kinds.items():
-            if changed.attention_type != kind:
-                changed.set_attention_type(kind)
+        for changed, (kind, modules) in changing.items():
+            changed.attention_type = kind
+            changed._modules.clear()
+            changed._modules.update(modules)
 
 
 @contextmanager
@@ -116,7 +120,9 @@ def forward(
         if "decoder_attention_mask" in accepted:
             fed["decoder_attention_mask"] = fed["attention_mask"]
     fed |= {name: values.to(device) for name, values in (inputs or {}).items()}
-    if past is not None:
+    if past is None:
+        forget_lengths(model)
+    else:
         fed["past_key_values"] = past
     if "use_cache" in accepted:
         fed["use_cache"] = keep or past is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flocking.models import device_of, embeddings_of, undisturbed
+from flocking.models import device_of, embeddings_of, forget_lengths, undisturbed
 from flocking.pruning.twin import Twin, full_model, read_prompt, refresh_of
 
 Inputs = Mapping[str, Tensor]  # (sequence, token, ...), by name
@@ -45,6 +45,7 @@ def beginning(
     def run() -> Any:
         return _run(full, ids, slice(0, cut), None, inputs)
 
+    forget_lengths(full)
     with undisturbed(model, seed=0):
         outputs = read_prompt(model, run, len(ids), tokens=cut)
     return outputs.logits, outputs.past_key_values

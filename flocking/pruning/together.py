@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from flocking.models import batches, require_model
+from flocking.models import batches, forget_lengths, require_model
 from flocking.pruning.parts import beginning, of_next_tokens, rest
 from flocking.pruning.prompt import Read
 from flocking.pruning.twin import Twin, full_model, refresh_of, serving, what_was_read
@@ -184,6 +184,7 @@ class SharedPrompts:
         before = mask[:, :-1]
         shared = len(models) > 1 and bool((before.sum(dim=1) > 0).all())
         if shared and isinstance(leader, Twin):
+            forget_lengths(leader._griffin.full)
             outputs = leader.generate(
                 input_ids=ids[:, :-1],
                 attention_mask=before,
@@ -199,6 +200,8 @@ class SharedPrompts:
 
         Empty if nothing was: for a single model, or prompts of one token.
         """
+        for each in {model, full_model(model)}:
+            forget_lengths(each)
         if self._past is None:
             return {}
         copied = copy.deepcopy(self._past)

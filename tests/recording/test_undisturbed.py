@@ -94,3 +94,51 @@ def test_a_short_text_does_not_change_the_attention_for_good() -> None:
     together = record(model, [short, long])
     assert np.allclose(together.energy[1], expected.energy[0], atol=1e-6)
     assert np.allclose(together.energy[0, :, :2], alone.energy[0], atol=1e-6)
+    for text in (short, [short, long]):
+        inner = model.encoder.layer[0].attention.self
+        inner.register_forward_hook(lambda *given: None)
+        random_state = torch.get_rng_state()
+        record(model, text)
+        assert model.encoder.layer[0].attention.self is inner  # with the user's hooks
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("name", "rotary"),
+    [
+        ("llama", DYNAMIC),
+        ("gemma3", {"full_attention": DYNAMIC, "sliding_attention": DYNAMIC | {"factor": 7.0}}),
+    ],
+)
+@pytest.mark.parametrize("new", [0, 6])
+def test_a_longer_text_does_not_change_the_positions_of_others(
+    name: str, rotary: dict, new: int
+) -> None:
+    """Dynamic rotary embeddings keep the longest text's frequencies: not here, nor afterwards."""
+
+    def fresh() -> tf.PreTrainedModel:
+        return helpers.build(
+            name, rope_parameters=rotary, max_position_embeddings=16, initializer_range=0.3
+        )
+
+    long, short, other = helpers.random_ids(90, 50, 70)
+    options = {"window": 10, "max_new_tokens": new}
+    alone = record(fresh(), short, **options)
+    model = fresh()
+    with torch.no_grad():
+        before = model(torch.tensor([other])).logits
+        together = record(model, [long, short], **options)
+        after = model(torch.tensor([other])).logits
+        assert torch.equal(after, before)
+        model(torch.tensor([long]))  # the user's own, which changes it
+        again = record(model, short, **options)
+    assert torch.equal(model(torch.tensor([other])).logits, before) is False
+    fed = alone.sizes["token"]
+    for got, row in ((together, 1), (again, 0)):
+        norms = got.norm.isel(sequence=row, token=slice(fed))
+        np.testing.assert_allclose(norms, alone.norm.isel(sequence=0), rtol=1e-4)
+    if new:
+        assert together.token_id.values[1, :fed].tolist() == alone.token_id.values[0].tolist()
