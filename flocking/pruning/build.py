@@ -7,6 +7,7 @@ into compact projections; tokens are generated with those.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -47,6 +48,8 @@ from flocking.pruning.state import State
 from flocking.pruning.twin import Twin, twin_class
 from flocking.recording import whole_neurons, whole_number
 
+_WEIGHT = 0.5  # of the global ranks, unless another is given
+
 
 def griffin(
     model: PreTrainedModel,
@@ -55,7 +58,7 @@ def griffin(
     method: str | Method = "topk",
     scope: Scope = "shared",
     reference: xr.DataArray | None = None,
-    weight: float = 0.5,
+    weight: float = _WEIGHT,
     seed: int = 0,
     offload: Literal["cpu"] | None = None,
     refresh: int | None = None,
@@ -124,7 +127,8 @@ def griffin(
         twin follows changes of `model`: of values, of parameters and buffers that are replaced by
         others of the same shape, of whatever else its modules keep, such as which adapter is
         active, and of its configs, ``generation_config`` among them. It refuses a prompt after any
-        other (modules, hooks, dtype, device). A twin serves one thread at a time.
+        other (modules, hooks, dtype, device). A twin serves one
+        thread at a time, and computes in eval mode, without dropout, whatever the model's mode is.
 
         In a second turn on a cache that this twin filled, the statistic is that of the earlier
         turns and of the new turn's tokens; tokens that were generated, pruned, do not count.
@@ -136,10 +140,10 @@ def griffin(
     ------
     ValueError
         For a density outside of (0, 1] or that keeps no neuron, an unknown method or scope, a
-        reference that is missing or another model's, weights that are quantised or not in
-        memory, hooks on FF projections, a model that does not generate or cannot go on from a
-        cache, or a twin; with `offload`, for a model that is not in host memory; with `refresh`
-        below 1, or for a model whose cache cannot be taken back.
+        reference that is missing, that `method` does not use, or of other layers or widths,
+        weights that are quantised or not in memory, hooks on FF projections, a model that does not
+        generate or cannot go on from a cache, or a twin; with `offload`, for a model that is not in
+        host memory; with `refresh` below 1, or for a model whose cache cannot be taken back.
     TypeError
         If `density` or `seed` is not a number, or `reference` is not a DataArray of numbers.
     RuntimeError
@@ -255,6 +259,8 @@ def _check_options(
         )
     if not isinstance(seed, int | np.integer):
         raise TypeError(f"seed={seed!r}: give a whole number.")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: give a number below 2 ** 63.")
     if offload not in (None, "cpu"):
         raise ValueError(f"offload={offload!r}: give 'cpu', or leave it out.")
 
@@ -278,6 +284,7 @@ def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twi
         twin.generation_config.use_cache = True
     twin._griffin = state
     state.hooks = {id(hook) for module in twin.modules() for hook in hooks_on(module)}
+    state.modules = {path: weakref.ref(module) for path, module in twin.named_modules()}
     return twin
 
 
@@ -375,6 +382,16 @@ def _is_separable(block: FeedForward) -> bool:
 def _method(
     method: str | Method, reference: xr.DataArray | None, weight: float, blocks: list[FeedForward]
 ) -> Method:
+    if reference is not None and method not in WITH_REFERENCE:
+        asked = "a function" if callable(method) else repr(method)
+        raise ValueError(
+            f"reference is for method='static' and 'global-local', and method is {asked}: name one "
+            "of them, or leave reference out."
+        )
+    if weight != _WEIGHT and method != "global-local":
+        raise ValueError(
+            f"weight={weight!r} is for method='global-local': name it, or leave weight out."
+        )
     if callable(method):
         return method
     if method in METHODS:
@@ -420,9 +437,16 @@ def _with_reference(
     values = reference.transpose("layer", "neuron").values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("reference has values that are not finite: make it from this model.")
+    several = len({id(block.down) for block in blocks}) < len(blocks)
+    if several and (values < 0).any():
+        raise ValueError(
+            "reference has negative values, and those of the runs of one block are added as norms "
+            "are: give a statistic, which has none."
+        )
 
     def of(block: FeedForward) -> Tensor:
         runs = [values[row] for row, other in enumerate(blocks) if other.down is block.down]
-        return torch.from_numpy(np.sqrt(np.square(runs).sum(axis=0))[: block.d_ff])
+        joined = np.sqrt(np.square(runs).sum(axis=0)) if len(runs) > 1 else runs[0]
+        return torch.from_numpy(joined[: block.d_ff])
 
     return by_reference(of) if method == "static" else global_local(of, weight)

@@ -127,7 +127,7 @@ class Compact:
 
     def empty(self) -> None:
         """Refuse to run until the next :meth:`fill`."""
-        for module in (*self._shared, *self._apart):
+        for module in self.modules:
             vars(module)["forward"] = refuse
 
     def fill(self, kept: Tensor) -> None:
@@ -166,6 +166,11 @@ class Compact:
             put(*place, module)
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """All that may stand in the twin in the place of a projection."""
+        return [*self._shared, *self._apart]
+
+    @property
     def parameters(self) -> int:
         """Weights and biases that one token is computed with."""
         return sum(p.numel() for module in self._shared for p in module.parameters())
@@ -173,7 +178,7 @@ class Compact:
     @property
     def bytes(self) -> int:
         """Of the weights and biases that are held."""
-        weights = [p for m in (*self._shared, *self._apart) for p in m.parameters()]
+        weights = [p for m in self.modules for p in m.parameters()]
         return sum(byte_count(p) for p in weights if not p.is_meta)
 
 

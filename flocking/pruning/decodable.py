@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -14,8 +15,7 @@ from flocking.pruning.twin import Twin
 def check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) -> None:
     """Refuse sizes that are none or too large, and models on several devices or that train."""
     for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: give a whole number.")
+        check_whole(name, value)
     if max_length < 2 or batch_size < 1:
         raise ValueError(
             f"max_length={max_length}, batch_size={batch_size}: give at least two tokens and "
@@ -36,6 +36,12 @@ def check_arguments(model: PreTrainedModel, max_length: Any, batch_size: Any) ->
             f"{type(model).__name__} lies on {', '.join(devices)}: a step in fixed shapes "
             "needs all of it on one device; use generate."
         )
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise a TypeError for what is not a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}={value!r}: give a whole number.")
 
 
 def refuse_hooks(model: PreTrainedModel) -> None:

@@ -36,6 +36,7 @@ from flocking.models import (
 )
 from flocking.pruning.decodable import (
     check_arguments,
+    check_whole,
     faster_attention,
     refuse_hooks,
     special_tokens,
@@ -92,7 +93,7 @@ class Decoder:
         refuse_hooks(model)
         self._model, self._full = model, full_model(model)
         refuse_forgetful(self._full)
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length, self.batch_size = int(max_length), int(batch_size)
         self._device = device_of(embeddings_of(model))
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
@@ -100,10 +101,12 @@ class Decoder:
         self._prompt = self._since = 0  # tokens of the last prompt; steps since a refresh
         self._read_last: Any = None  # what the twin's selection was made from
         with torch.inference_mode(False):  # they outlive any mode that this is called in
-            shape = (batch_size, 1)
+            shape = (self.batch_size, 1)
             self._ids, self._position = self._zeros(*shape), self._zeros(*shape)  # of the next step
             self._done = self._zeros(*shape, dtype=torch.bool)
-            self._mask, self._text = (self._zeros(batch_size, max_length) for _ in range(2))
+            self._mask, self._text = (
+                self._zeros(self.batch_size, self.max_length) for _ in range(2)
+            )
             self._length = self._zeros(1)  # tokens of the text that are written
             self._ends, self._pad = self._zeros(0), self._zeros(1)
         implementation = self._proved(faster_attention(model, self._device))
@@ -158,6 +161,7 @@ class Decoder:
         """
         ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
         refuse_hooks(self._model)
+        self._left = 0  # until this prompt is read
         prompt = ids.shape[1]
         self._set_special_tokens()
         self._text.copy_(self._pad.expand_as(self._text))
@@ -275,6 +279,7 @@ class Decoder:
                 f"expected input_ids of shape ({self.batch_size}, tokens), the first its "
                 f"batch_size, got {tuple(ids.shape)}."
             )
+        check_whole("max_new_tokens", max_new_tokens)
         if max_new_tokens < 1 or ids.shape[1] + max_new_tokens > self.max_length:
             raise ValueError(
                 f"this decoder has room for {self.max_length} tokens in all, got a prompt of "
@@ -282,6 +287,12 @@ class Decoder:
                 "make a decoder with a larger max_length."
             )
         ids = ids.long()
+        lowest, highest, last = int(ids.min()), int(ids.max()), vocabulary_of(self._full) - 1
+        if not 0 <= lowest <= highest <= last:
+            raise ValueError(
+                f"input_ids has token ids from {lowest} to {highest}, but the model's vocabulary "
+                f"ends at {last}: use the model's own tokenizer."
+            )
         if mask is not None and (not isinstance(mask, Tensor) or mask.is_complex()):
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"attention_mask is {kind}: give a tensor of zeros and ones.")

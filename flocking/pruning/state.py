@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flocking.models import Original
@@ -79,6 +80,7 @@ class State:
         self.unreached: list[Tensor] = []
         self.watch: Stopwatch | None = None
         self.hooks: set[int] = set()
+        self.modules: dict[str, weakref.ref[nn.Module]] = {}  # of the twin, as it was made
         self.origin: Original | None = None
         self.made_from = ""
         self._requests = threading.RLock()  # held while one is served

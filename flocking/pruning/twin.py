@@ -76,7 +76,7 @@ class Twin(_Generating):
         state = self._griffin
         if state.read is None:
             raise RuntimeError("this twin has no selection yet: call generate first.")
-        indices = {layer: c.kept.cpu() for c in state.compacts for layer in c.layers}
+        indices = {layer: c.kept.clone().cpu() for c in state.compacts for layer in c.layers}
         return Kept(indices, self._told(state.read))
 
     def _told(self, read: Read) -> str:
@@ -153,6 +153,7 @@ class Twin(_Generating):
                 "selection: leave it out, or use the original model."
             )
         self._warn_of_hooks()
+        self._warn_of_modules()
         past = model_kwargs.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
         arguments = (input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -188,6 +189,19 @@ class Twin(_Generating):
                     f"a hook was registered on the twin ({path or 'itself'}): it acts on decoding "
                     "only, since the full model reads the prompt. Register it on the original, and "
                     "make the twin again.",
+                )
+                return
+
+    def _warn_of_modules(self) -> None:
+        """Say the same of modules that came into the twin after it was made."""
+        state = self._griffin
+        ours = {id(m) for each in state.compacts for part in each.modules for m in part.modules()}
+        for path, module in self.named_modules():
+            known = state.modules.get(path)
+            if (known is None or known() is not module) and id(module) not in ours:
+                warn(
+                    f"a module was put into the twin ({path}): it acts on decoding only, since the "
+                    "full model reads the prompt. Change the original, and make the twin again.",
                 )
                 return
 
@@ -281,6 +295,15 @@ class Twin(_Generating):
             "a twin shares its parameters with the original, which this would change too: change "
             "the original, then make the twin."
         )
+
+    def train(self, mode: bool = True) -> Any:
+        """Return the twin, which is in eval mode; a ValueError for training mode."""
+        if mode:
+            raise ValueError(
+                "a twin computes in eval mode, as the full model that reads its prompts does: "
+                "train the original."
+            )
+        return super().train(mode)
 
     resize_token_embeddings = load_state_dict = requires_grad_ = _apply
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flocking.recording.continuations import Wanted
-
-_Numbers = TypeVar("_Numbers")
 
 
 class Options(NamedTuple):
@@ -25,7 +23,7 @@ class Options(NamedTuple):
     seed: int = 0
 
     def checked(self) -> Options:
-        """The same, with lists in the place of iterators, which can be read once.
+        """The same, with lists in the place of iterators and arrays, and Python's own numbers.
 
         Raises
         ------
@@ -37,10 +35,22 @@ class Options(NamedTuple):
             self.window, self.wanted.max_new_tokens, self.max_tokens, self.batch_size, self.seed
         )
         self.wanted.check()
-        return self._replace(layers=_listed(self.layers), relative=_listed(self.relative))
+        return Options(
+            self.wanted._replace(max_new_tokens=int(self.wanted.max_new_tokens)),
+            None if self.window is None else int(self.window),
+            _listed(self.layers),
+            None if self.max_tokens is None else int(self.max_tokens),
+            _listed(self.relative),
+            self.ranks,
+            int(self.batch_size),
+            int(self.seed),
+        )
 
 
-def _listed(numbers: _Numbers) -> _Numbers | list[int]:
+def _listed(numbers: Any) -> Any:
+    """Layer numbers that can be read several times; an array's are whole numbers of Python."""
+    if hasattr(numbers, "__array__"):  # also a tensor, and what numpy calls true
+        return (numbers if hasattr(numbers, "tolist") else np.asarray(numbers)).tolist()
     return list(numbers) if isinstance(numbers, Iterator) else numbers
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import helpers
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -236,6 +237,39 @@ def test_a_hook_that_comes_after_the_twin_is_told_to_act_on_decoding_only() -> N
     layers_of(twin)[1].register_forward_hook(lambda module, args, output: None)
     with pytest.warns(UserWarning, match=r"on the twin \(model\.layers\.1\): it acts on decoding"):
         greedy(twin, ids)
+
+
+def other_embeddings(twin: tf.PreTrainedModel) -> None:
+    twin.set_input_embeddings(nn.Embedding(128, 64))
+
+
+def fewer_layers(twin: tf.PreTrainedModel) -> None:
+    twin.model.layers = twin.model.layers[:1]
+
+
+def adapter(twin: tf.PreTrainedModel) -> None:
+    twin.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("scope", ["shared", "sequence"])
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (other_embeddings, r"model\.embed_tokens"),
+        (fewer_layers, r"model\.layers"),
+        (adapter, r"model\.layers\.0\.self_attn\.q_proj"),
+    ],
+)
+def test_a_module_that_comes_into_the_twin_is_told_to_act_on_decoding_only(
+    change: Change, where: str, scope: str
+) -> None:
+    twin = flocking.griffin(helpers.proved("llama"), scope=scope)
+    one, several = torch.tensor(helpers.random_ids(9)), torch.tensor(helpers.random_ids(7, 7))
+    for ids in (one, several, one):  # its own compact ones come and go
+        greedy(twin, ids)
+    change(twin)
+    with pytest.warns(UserWarning, match=rf"put into the twin \({where}\): it acts on decoding"):
+        greedy(twin, one)
 
 
 @pytest.mark.parametrize("name", ["down_proj", "gate_proj", "act_fn"])

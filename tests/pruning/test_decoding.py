@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -286,10 +287,16 @@ def test_refuses_other_kinds(llama: tf.PreTrainedModel) -> None:
     for arguments, message in (
         (("llama", 64), "model is a str: load it first, with"),
         ((llama, "64"), "max_length='64': give a whole number"),
+        ((llama, True), "max_length=True: give a whole number"),
     ):
         with pytest.raises(TypeError, match=message):
             flocking.Decoder(*arguments)
-    decoder = flocking.Decoder(llama, 32)
+    with pytest.raises(TypeError, match="batch_size=True: give a whole number"):
+        flocking.Decoder(llama, 32, batch_size=True)
+    decoder = flocking.Decoder(llama, np.int64(32), batch_size=np.int32(1))
+    for new in (5.0, "5", None):
+        with pytest.raises(TypeError, match=f"max_new_tokens={new!r}: give a whole number"):
+            decoder.generate(**prompts(1, 9), max_new_tokens=new)
     for ids, kind in (("Birds", "str"), (torch.ones(1, 5), r"torch\.float32")):
         with pytest.raises(TypeError, match=f"input_ids is {kind}: give token ids as a tensor"):
             decoder.generate(ids)
@@ -303,6 +310,26 @@ def test_steps_end_where_the_room_does(llama: tf.PreTrainedModel) -> None:
     decoder.step()
     decoder.step()
     with pytest.raises(RuntimeError, match="no room for another token"):
+        decoder.step()
+
+
+@pytest.mark.parametrize("kind", ["model", "twin"])
+def test_a_prompt_that_was_not_read_is_not_gone_on_with(
+    llama: tf.PreTrainedModel, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = flocking.Decoder(llama if kind == "model" else flocking.griffin(llama, 0.5), 32)
+    decoder.read(**prompts(1, 9))
+    with pytest.raises(ValueError, match="ids from 3 to 999, but the model's vocabulary ends at"):
+        decoder.read(torch.tensor([[3, 999]]))
+    decoder.step()  # nothing was touched
+
+    def fail(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoder, "_prefill", fail)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.read(torch.tensor([[3, 4]]))
+    with pytest.raises(RuntimeError, match="read a prompt first"):
         decoder.step()
 
 

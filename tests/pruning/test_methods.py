@@ -77,15 +77,16 @@ def test_global_statistic_and_what_is_selected_by_it(llama: tf.PreTrainedModel) 
     assert reference.dims == ("layer", "neuron")
 
     def chosen(method: str, **options: object) -> np.ndarray:
-        twin = flocking.griffin(llama, 0.5, method=method, reference=reference, **options)
+        twin = flocking.griffin(llama, 0.5, method=method, **options)
         generate(twin, tokens(20))
         return as_masks(twin, llama)
 
-    static, prompt = chosen("static"), chosen("topk")
+    given = {"reference": reference}
+    static, prompt = chosen("static", **given), chosen("topk")
     np.testing.assert_array_equal(static, flocking.select(reference, 0.5).values)
-    np.testing.assert_array_equal(chosen("global-local", weight=1), static)
-    np.testing.assert_array_equal(chosen("global-local", weight=0), prompt)
-    both = chosen("global-local")
+    np.testing.assert_array_equal(chosen("global-local", weight=1, **given), static)
+    np.testing.assert_array_equal(chosen("global-local", weight=0, **given), prompt)
+    both = chosen("global-local", **given)
     assert (both != static).any()
     assert (both != prompt).any()
     # By hand: mean of ranks, for the first layer.
@@ -136,6 +137,31 @@ def test_a_users_own_method(llama: tf.PreTrainedModel) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             generate(flocking.griffin(llama, method=wrong), tokens(20))
+
+
+@pytest.mark.parametrize("method", ["static", "global-local"])
+def test_a_reference_is_ranked_by_its_values(llama: tf.PreTrainedModel, method: str) -> None:
+    """By negative ones too, such as logarithms."""
+    statistic = flocking.global_statistic(llama, random_ids(20), progress=False)
+    weight = {} if method == "static" else {"weight": 1.0}
+    for reference in (np.log(statistic), -statistic, statistic - statistic.mean()):
+        twin = flocking.griffin(llama, 0.5, method=method, reference=reference, **weight)
+        generate(twin, tokens(9))
+        expected = flocking.select(reference, 0.5)
+        np.testing.assert_array_equal(as_masks(twin, llama), expected.values)
+
+
+def test_runs_of_one_block_need_a_statistic() -> None:
+    """Theirs are added as norms are, which negative values are not."""
+    model = build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    statistic = flocking.global_statistic(model, random_ids(20), progress=False)
+    twin = flocking.griffin(model, 0.5, method="static", reference=statistic)
+    generate(twin, tokens(9))
+    norm = np.sqrt((statistic.values**2).sum(axis=0))
+    assert set(twin.selection[0].tolist()) == set(norm.argsort()[-80:])
+    with pytest.raises(ValueError, match="reference has negative values"):
+        flocking.griffin(model, 0.5, method="static", reference=-statistic)
 
 
 def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None:

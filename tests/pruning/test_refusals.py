@@ -26,6 +26,11 @@ import flocking
         ({"method": "static"}, "needs reference"),
         ({"method": "global-local"}, "needs reference"),
         ({"scope": "batch"}, "give 'shared' or 'sequence'"),
+        ({"seed": 2**64}, r"seed=.*: give a number below 2 \*\* 63"),
+        ({"weight": 0.2}, "weight=0.2 is for method='global-local': name it"),
+        ({"weight": 0.2, "method": "magnitude"}, "weight=0.2 is for method='global-local'"),
+        ({"reference": 1}, "reference is for .* method is 'topk': name one of them"),
+        ({"reference": 1, "method": max}, "reference is for .* method is a function"),
     ],
     ids=str,
 )
@@ -72,6 +77,9 @@ def test_refuses_models_that_cannot_be_pruned() -> None:
 def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
     model, twin = pair
     ids = tokens(20)
+    with pytest.raises(ValueError, match="computes in eval mode, .*: train the original"):
+        twin.train()
+    assert not twin.eval().training
     with pytest.raises(RuntimeError, match="this twin has no selection yet"):
         twin(ids)
     with pytest.raises(RuntimeError, match="this twin has no selection yet"):

@@ -32,6 +32,16 @@ def test_selects_what_the_analysis_selects(generating: tf.PreTrainedModel) -> No
         assert (kept.diff() > 0).all()
 
 
+def test_what_is_handed_out_is_the_users(llama: tf.PreTrainedModel) -> None:
+    """Whatever is done to a selection, the twin says what it selected."""
+    twin = flocking.griffin(llama, 0.5, refresh=4)
+    generate(twin, tokens(20), 6)
+    kept, history = twin.selection[0].clone(), twin.history.copy(deep=True)
+    twin.selection[0].zero_()
+    assert torch.equal(twin.selection[0], kept)
+    assert twin.history.equals(history)
+
+
 def test_each_sequence_selects_its_own(generating: tf.PreTrainedModel) -> None:
     twin = flocking.griffin(generating, 0.25, scope="sequence")
     ids = tokens(30, 30, 30)
