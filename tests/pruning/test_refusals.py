@@ -77,7 +77,7 @@ def test_refuses_models_that_cannot_be_pruned() -> None:
 def test_refuses_what_a_twin_cannot_do(pair: tuple) -> None:
     model, twin = pair
     ids = tokens(20)
-    with pytest.raises(ValueError, match="computes in eval mode, .*: train the original"):
+    with pytest.raises(ValueError, match=r"computes in eval mode, .*: train the original"):
         twin.train()
     assert not twin.eval().training
     with pytest.raises(RuntimeError, match="this twin has no selection yet"):
