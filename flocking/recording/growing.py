@@ -363,6 +363,27 @@ def is_growing(place: Location) -> bool:
         return False
 
 
+def refuse_appended(place: Location) -> None:
+    """Raise a ValueError for a finished store that something else has appended sequences to."""
+    if not is_growing(place):
+        return
+    group = place.opened("r")
+    kept = group[RECORDED]
+    lengths = [
+        array.shape[0]
+        for _, array in group.arrays()
+        if list(array.attrs.get("_ARRAY_DIMENSIONS", ()))[:1] == ["sequence"]
+    ]
+    more = max(lengths) - kept.shape[0]
+    if more and kept.attrs["finished"]:  # (one that is not may have been cut off as it grew)
+        raise ValueError(
+            f"{place} holds more sequences (by {more}) than record(out=...) wrote: they were "
+            "appended, which only the stores of save_recording take. All are in "
+            f"xarray.open_zarr(path, drop_variables={list(BOOKKEEPING)}): save that elsewhere with "
+            "flocking.save_recording."
+        )
+
+
 def done_so_far(place: Location) -> str:
     """How many texts are recorded in a store, in words; empty where there is none."""
     if not is_growing(place):

@@ -17,7 +17,12 @@ import xarray as xr
 from flocking.artifacts import replacing
 from flocking.models import warn
 from flocking.recording.entrance import canonical
-from flocking.recording.growing import RECORDED, is_growing, without_bookkeeping
+from flocking.recording.growing import (
+    RECORDED,
+    is_growing,
+    refuse_appended,
+    without_bookkeeping,
+)
 from flocking.recording.inventory import note_files, refuse_losses
 from flocking.recording.locations import Folder, Url, is_url
 from flocking.recording.storable import refuse_unstorable, with_python_strings
@@ -152,6 +157,7 @@ def _in_folder(place: Path, chunks: Any) -> xr.Dataset:
         raise ValueError(f"{place} is not a folder, as the store of a recording is.")
     if attributes_of_store(place) is None:
         raise ValueError(f"{place} is not a Zarr store: give a recording's.")
+    refuse_appended(Folder(place))
     refuse_losses(place)
     # (Of other paths, zarr and xarray would expand "~" themselves.)
     return _opened(str(place), place.absolute(), chunks, consolidated=_is_consolidated(place))
@@ -161,6 +167,7 @@ def _in_object_store(place: Url, chunks: Any) -> xr.Dataset:
     """What is stored at an address."""
     if not place.is_there():
         raise FileNotFoundError(f"there is no {place}: record into it first.")
+    refuse_appended(place)
     consolidated = place.opened("r").metadata.consolidated_metadata is not None
     options = {"storage_options": place.options, "consolidated": consolidated}
     return _opened(str(place), place.address, chunks, **options)

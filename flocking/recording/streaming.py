@@ -27,7 +27,7 @@ from flocking.recording.forward_passes import (
     recordable,
     warn_of_training,
 )
-from flocking.recording.growing import LAYOUT, GrowingStore, is_growing
+from flocking.recording.growing import LAYOUT, GrowingStore, is_growing, refuse_appended
 from flocking.recording.locations import Folder, Location, Url, is_url
 from flocking.recording.planning import bytes_of_text, create, plan_of
 from flocking.recording.ranks import Processes, processes
@@ -94,6 +94,7 @@ def _prepare(place: Location, corpus: Corpus, reader: BlockReader, progress: boo
             raise ValueError(
                 f"{place} exists and was not written by record(out=...): choose another name."
             )
+        refuse_appended(place)
         store = GrowingStore(place)
         if corpus.number is not None and not (corpus.is_lasting or store.is_finished):
             store.expect(corpus.number)

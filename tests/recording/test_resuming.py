@@ -307,3 +307,48 @@ def test_a_process_that_is_killed_is_told_of_by_the_others(tmp_path: Path) -> No
     assert second.returncode == -9
     assert first.returncode == 1
     assert "one of the 2 processes ended without a word" in told
+
+
+def test_what_was_appended_to_it_is_not_taken_away(tmp_path: Path) -> None:
+    """Neither read as if it was not there, nor cut off by the same call."""
+    path = tmp_path / "x.zarr"
+    model, texts = helpers.proved("llama"), helpers.random_ids(20, 20, 20)
+    helpers.record(model, texts[:2], window=8, out=path)
+    helpers.record(model, texts[2], window=8).to_zarr(path, append_dim="sequence")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    for again in (
+        lambda: flocking.open_recording(path),
+        lambda: helpers.record(model, texts[:2], window=8, out=path),
+    ):
+        with pytest.raises(ValueError, match=r"more sequences \(by 1\) than .* were appended"):
+            again()
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    left = xr.open_zarr(path, drop_variables=["recorded", "text_digest", "problem"])
+    flocking.save_recording(left, tmp_path / "y.zarr")  # as the error says
+    saved = flocking.open_recording(tmp_path / "y.zarr")
+    together = helpers.record(model, texts, window=8)
+    np.testing.assert_allclose(saved.energy, together.energy, rtol=1e-5)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    model, ids = helpers.proved("llama"), helpers.random_ids(20)
+    options = {"window": 8, "max_new_tokens": 2, "max_tokens": 30, "batch_size": 2, "seed": 3}
+    expected = helpers.record(model, ids, **options)
+    for dtype in (np.int64, np.uint8):
+        given = {name: dtype(value) for name, value in options.items()}
+        xr.testing.assert_identical(helpers.record(model, ids, **given), expected)
+        stored = helpers.record(model, ids, **given, out=tmp_path / f"{dtype.__name__}.zarr")
+        assert stored.energy.equals(expected.energy)
+
+
+@pytest.mark.parametrize(
+    "one", [np.array([1]), torch.tensor([1]), xr.DataArray([1]), np.array([1, 1]), {1}, range(1, 2)]
+)
+def test_layers_in_any_form(one: Any) -> None:
+    model, ids = helpers.proved("llama"), helpers.random_ids(20)
+    got = helpers.record(model, ids, layers=one, relative=one)
+    xr.testing.assert_identical(got, helpers.record(model, ids, layers=[1], relative=[1]))
+    assert helpers.record(model, ids, relative=np.True_).relative.sizes["layer"] == 2
+    assert "relative" not in helpers.record(model, ids, relative=np.False_)
+    with pytest.raises(TypeError, match=r"relative=.*: give a list of layer numbers"):
+        helpers.record(model, ids, relative=np.array([False, True]))
