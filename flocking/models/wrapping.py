@@ -30,10 +30,18 @@ def require_model(model: nn.Module) -> PreTrainedModel:
     ------
     TypeError
         If it is not one.
+    ValueError
+        If ``torch.compile`` is wrapped around a part of it.
     """
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model is a {type(inner).__name__}{_instead_of(inner)}.")
+    for path, module in inner.named_modules():
+        if "_orig_mod" in module._modules:  # around the whole model, it was taken off
+            raise ValueError(
+                f"{path} is wrapped by torch.compile, which hides what is inside: compile it in "
+                "place, with its .compile(), or compile the whole model."
+            )
     return inner
 
 

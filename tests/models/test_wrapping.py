@@ -86,3 +86,11 @@ def test_a_wrong_kind_of_model_is_refused(name: str) -> None:
 
 def test_functions_of_models_are_found() -> None:
     assert {"griffin", "record", "check", "control", "Decoder", "score"} <= OF_MODELS.keys()
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_a_part_that_is_compiled_is_named(name: str) -> None:
+    model = build("llama")
+    model.model.layers[1].mlp = torch.compile(model.model.layers[1].mlp, backend="eager")
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp is wrapped by torch\.compile"):
+        called(name, model)
