@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Set
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 
@@ -84,7 +85,8 @@ def _numbers(density: object, values: list[Any], layers: int) -> list[float]:
         each = [float(value) for value in values]
     except (TypeError, ValueError):
         each = []
-    if isinstance(density, str) or (not each and layers):
+    no_numbers = isinstance(density, str) or any(isinstance(x, bool | np.bool_) for x in values)
+    if no_numbers or (not each and layers):
         raise TypeError(f"density={density!r}: give a number, or one for each of {layers} layers.")
     return each
 

@@ -23,7 +23,7 @@ TASKS = (
     *("cnn_dailymail", "qasper", "wikitext", "news"),
 )
 FIXED_METHODS = ("static", "global-local", "magnitude")
-DOWN_TYPES = ("Q8_0", "Q4_0", "F16")
+DOWN_TYPES = ("Q8_0", "Q5_0", "Q4_0", "F16", "BF16", "F32")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 SCOPES = ("shared", "sequence")

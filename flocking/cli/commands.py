@@ -30,6 +30,8 @@ from flocking.cli.printing import counted, heading, printable, say
 from flocking.cli.session import as_json, notice, reporting, result
 from flocking.cli.tables import Column, print_table
 
+_TOLD = 3  # texts that were left out and are named
+
 
 @app.command(
     epilog="Example: flocking record article.txt news/ more.jsonl -o out/mine.zarr --layers 0,10-12"
@@ -93,12 +95,17 @@ def record(
     options = Options(Wanted(prompt_tokens, answers, max_new_tokens), window, numbers, max_tokens)
     loading = functools.partial(load, model, device, dtype)
     checked = options.checked()
-    sizes = record_into(output, texts, names, checked, on_error, overwrite, loading)
-    _tell(output, sizes)
+    sizes, skipped = record_into(output, texts, names, checked, on_error, overwrite, loading)
+    _tell(output, sizes, skipped)
 
 
-def _tell(output: Path, sizes: dict[str, int]) -> None:
-    """Say what was recorded, and how to open it."""
+def _tell(output: Path, sizes: dict[str, int], skipped: list[str]) -> None:
+    """Say what was recorded and what was not, and how to open it."""
+    if skipped:
+        from flocking.models import warn
+
+        more = "; ..." if len(skipped) > _TOLD else ""
+        warn(f"{counted(len(skipped), 'text')} left out: {'; '.join(skipped[:_TOLD])}{more}")
     told = ", ".join(counted(size, dim) for dim, size in sizes.items())
     result({"output": output, "sizes": sizes}, lambda: say(f"wrote {output}: {told}"))
     notice(f"open it with flocking.open_recording({str(output)!r})")

@@ -262,7 +262,7 @@ DownType = Annotated[
     str | None,
     typer.Option(
         help="Of GGUF files: the type of the down-projections, which have to be quantised again: "
-        "Q8_0 (by default), Q4_0 or F16.",
+        "Q8_0 (by default), Q5_0, Q4_0, F16, BF16 or F32.",
         autocompletion=one_of(choices.DOWN_TYPES),
     ),
 ]

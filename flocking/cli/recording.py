@@ -48,8 +48,8 @@ def record_into(
     on_error: str,
     overwrite: bool,
     loading: Loading,
-) -> dict[str, int]:
-    """Record texts into a store; gives the sizes of the recording.
+) -> tuple[dict[str, int], list[str]]:
+    """Record texts into a store; gives the sizes of the recording, and what was left out, and why.
 
     A store that the same command began is gone on with, unless it is to be overwritten: then the
     old one stays until the new one is complete, which begins anew if it is interrupted.
@@ -57,7 +57,7 @@ def record_into(
     # (A name may hold bytes that are no characters, which cannot be stored.)
     shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
-    def run(path: Path) -> dict[str, int]:
+    def run(path: Path) -> tuple[dict[str, int], list[str]]:
         model, tokenizer = loading()
         recording = stream(
             model,
@@ -70,7 +70,9 @@ def record_into(
             progress=not is_quiet(),
             files=shown,
         )
-        return {str(dim): size for dim, size in recording.sizes.items()}
+        sizes = {str(dim): size for dim, size in recording.sizes.items()}
+        skipped = recording.attrs.get("skipped", [])
+        return sizes, [one.partition(": ")[2] for one in skipped]
 
     if os.path.lexists(output) and not (is_growing(Folder(output)) and not overwrite):
         check = functools.partial(refuse_existing, overwrite=overwrite)

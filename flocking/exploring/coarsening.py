@@ -92,7 +92,7 @@ def _counts(recording: xr.Dataset, step: int) -> tuple[int, int]:
     """Runs of windows and of tokens of the longest text, at most: windows alone, rows in them."""
     phases = recording.phase.values
     windows = sum(-(-int((phases == phase).sum()) // step) for phase in {*phases.tolist()})
-    return windows, int(recording.tokens.sum("window").max(initial=0))
+    return windows, int(recording.tokens.sum("window").values.max(initial=0))
 
 
 def for_a_notebook(recording: xr.Dataset) -> Coarse:

@@ -207,7 +207,7 @@ def _blocks_of(model: PreTrainedModel) -> list[FeedForward]:
     try:
         found = prove_all(model, candidates)
     except Exception as problem:  # whatever a model raises that cannot be run like this
-        reason = str(problem).strip().partition("\n")[0]
+        reason = str(problem).strip().partition("\n")[0].rstrip(".")
         raise UnsupportedModelError(
             f"{name} could not be run on a few random tokens, to prove its blocks: {reason}."
         ) from problem

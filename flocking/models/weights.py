@@ -90,8 +90,20 @@ def device_of(module: nn.Module, parameter: str = "weight") -> torch.device:
 
 
 def embeddings_of(model: PreTrainedModel) -> nn.Module:
-    """The module that looks up a model's tokens; the first, if it has several."""
-    found = model.get_input_embeddings().modules()
+    """The module that looks up a model's tokens; the first, if it has several.
+
+    Raises
+    ------
+    ValueError
+        If transformers knows none, as of CLIP, which reads images beside texts.
+    """
+    try:
+        found = model.get_input_embeddings().modules()
+    except NotImplementedError as problem:
+        raise ValueError(
+            f"{type(model).__name__} has no table of tokens that transformers knows of "
+            "(get_input_embeddings): give the part of it that reads text."
+        ) from problem
     return next(module for module in found if getattr(module, "weight", None) is not None)
 
 

@@ -104,9 +104,7 @@ def score(
             raise ValueError("continuation is text: give tokenizer as well, or token ids.")
         check_string(continuation, "continuation")
         continuation = prompts.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    elif not isinstance(continuation, Mapping | Tensor) and any(
-        isinstance(x, str) for x in continuation
-    ):
+    elif isinstance(continuation, list | tuple) and any(isinstance(x, str) for x in continuation):
         raise TypeError("continuation is a list of strings: give one string, or token ids.")
     prompt_ids = prompts.ids[0].tolist()
     later = _one("continuation", model, continuation)

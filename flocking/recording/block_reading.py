@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ class BlockReader(NamedTuple):
         """
         places = list(range(len(block.texts)))
         try:
-            with _renumbered(block.start, places):
+            with self._named(block.start, places):
                 return Read(self._given(block), places, {})
         except (TypeError, ValueError):
             if self.on_error == "stop":
@@ -110,15 +110,23 @@ class BlockReader(NamedTuple):
         problems = {}
         for place in places:
             try:
-                with _renumbered(block.start, [place]):
+                with self._named(block.start, [place]):
                     self._given(block.only([place]))
             except (TypeError, ValueError) as problem:
                 problems[place] = str(problem)
         good = [place for place in places if place not in problems]
         if not good:
             return Read(None, good, problems)
-        with _renumbered(block.start, good):
+        with self._named(block.start, good):
             return Read(self._given(block.only(good)), good, problems)
+
+    def _named(self, start: int, places: list[int]) -> AbstractContextManager[None]:
+        """Let errors and warnings name a block's texts as they are among all."""
+        names = [f"text {start + place}" for place in places]
+        if self.files is not None:
+            own = (self.files[start + place] for place in places)
+            names = [f"{name} ({file})" for name, file in zip(names, own, strict=True)]
+        return _renamed(names)
 
     def _given(self, block: Block) -> Reading:
         given = given_texts(
@@ -136,7 +144,7 @@ class BlockReader(NamedTuple):
         one = self.options._replace(wanted=block.wanted)
         check_memory(read.reading, self.blocks, self.raw, one)
         try:
-            with _renumbered(block.start, read.places):
+            with self._named(block.start, read.places):
                 data = self._recorded(block.only(read.places), read.reading, bar, read.earlier)
             return data, read.problems
         except ValueError:
@@ -146,7 +154,7 @@ class BlockReader(NamedTuple):
         for place in read.places:
             alone = block.only([place])
             try:
-                with _renumbered(block.start, [place]):
+                with self._named(block.start, [place]):
                     self._recorded(alone, self._given(alone), bar, {})
             except ValueError as problem:
                 problems[place] = str(problem)
@@ -205,25 +213,25 @@ class BlockReader(NamedTuple):
 
 
 @contextmanager
-def _renumbered(start: int, places: list[int]) -> Iterator[None]:
-    """Let errors and warnings name texts by their numbers among all, not among these."""
+def _renamed(names: list[str]) -> Iterator[None]:
+    """Let errors and warnings have these names of texts in the place of their numbers."""
 
-    def number(found: re.Match[str]) -> str:
-        one = int(found[1])
-        return f"text {start + places[one]}" if one < len(places) else found[0]
+    def name(found: re.Match[str]) -> str:
+        number = int(found[1])
+        return names[number] if number < len(names) else found[0]
 
-    def renumbered(message: str) -> str:
-        return re.sub(r"\btext (\d+)\b", number, message)
+    def renamed(message: str) -> str:
+        return re.sub(r"\btext (\d+)\b", name, message)
 
     with warnings.catch_warnings(record=True) as caught:
         try:
             yield
         except (TypeError, ValueError) as problem:
             kind = TypeError if isinstance(problem, TypeError) else ValueError
-            raise kind(renumbered(str(problem))) from problem
+            raise kind(renamed(str(problem))) from problem
     for each in caught:
         if each.category is UserWarning:
-            warn(renumbered(str(each.message)))
+            warn(renamed(str(each.message)))
         else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 

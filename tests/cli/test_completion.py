@@ -89,15 +89,15 @@ def test_the_script_of_a_shell_is_shown(shell: str) -> None:
 
 def test_names_are_those_that_are_accepted() -> None:
     from flocking.experiments import EXPERIMENTS
-    from flocking.pruning import FIXED, METHODS, check_scope, type_of_down
+    from flocking.pruning import FIXED, METHODS, check_scope
+    from flocking.pruning.gguf_cuts import STEPS
 
     assert {*choices.FIGURES} == {*EXPERIMENTS}
     assert {*choices.METHODS} == {*METHODS}
     assert {*choices.FIXED_METHODS} == {*FIXED}
     for scope in choices.SCOPES:
         check_scope(scope)
-    for kind in choices.DOWN_TYPES:
-        type_of_down(kind)
+    assert {*choices.DOWN_TYPES} == {kind.name for kind in STEPS}
 
 
 def test_names_of_evaluation_are_those_that_are_accepted(tmp_path: Path) -> None:

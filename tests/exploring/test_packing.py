@@ -45,6 +45,14 @@ def test_energies_and_activations_are_those_of_the_recording(recording: xr.Datas
     assert content["brightest_row"] == float(np.percentile(shown, 99))
 
 
+def test_numbers_of_tokens_may_be_floats(recording: xr.Dataset) -> None:
+    """As arithmetic makes them, and as measures take them."""
+    floats = recording.assign(tokens=recording.tokens.astype(float))
+    assert source_of(floats).packet("text/0") == source_of(recording).packet("text/0")
+    assert for_a_page(floats, 1, 10**9) == for_a_page(recording, 1, 10**9)
+    flocking.explore(floats)
+
+
 @pytest.mark.parametrize("step", [2, 3, 100])
 @pytest.mark.parametrize("tokens", [1, 3, 8, 200])
 def test_runs_are_sums_and_means_over_their_tokens(

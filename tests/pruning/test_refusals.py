@@ -39,7 +39,7 @@ def test_refuses_what_makes_no_twin(llama: tf.PreTrainedModel, options: dict, me
         flocking.griffin(llama, **options)
 
 
-@pytest.mark.parametrize("density", ["0.5", None, [], "half"])
+@pytest.mark.parametrize("density", ["0.5", None, [], "half", True, [True, 0.5]])
 def test_density_is_a_number(llama: tf.PreTrainedModel, density: object) -> None:
     with pytest.raises(TypeError, match="give a number, or one for each of 2"):
         flocking.griffin(llama, density)

@@ -170,6 +170,11 @@ def test_refuses() -> None:
         flocking.score(model, prompt, [])
     with pytest.raises(ValueError, match="prompt: text 0 is empty"):
         flocking.score(model, "", later)
+    for wrong in (None, 5, {1: 2}):
+        with pytest.raises((TypeError, ValueError), match=r"^continuation: "):
+            flocking.score(model, prompt, wrong)
+        with pytest.raises((TypeError, ValueError), match=r"^prompt: "):
+            flocking.score(model, wrong, later)
     long = random_ids(250)[0]
     assert flocking.score(model, long, random_ids(7)[0]).sizes == {"token": 7}
     with pytest.raises(ValueError, match="257 tokens, 1 more than the model's context of 256"):

@@ -89,6 +89,18 @@ def test_models_that_record_cannot_feed_are_refused() -> None:
         record(torch.nn.Linear(3, 3), [5, 6])
 
 
+def test_a_model_of_images_and_texts_names_what_it_lacks() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = tf.CLIPConfig(
+        text_config={**sizes, "num_hidden_layers": 2, "vocab_size": 64},
+        vision_config={**sizes, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8},
+    )
+    model = tf.CLIPModel(config).eval()
+    with pytest.raises(ValueError, match=r"CLIPModel has no table of tokens .*: give the part"):
+        record(model, [5, 6])
+    assert record(model.text_model, [5, 6]).sizes["layer"] == 2
+
+
 def test_a_recording_larger_than_memory_is_refused(
     llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
