@@ -56,8 +56,9 @@ class _State:
         self._module = module
         self._attributes = dict(vars(module))
         self._buffers = dict(module._buffers)
-        # (Some are written to in place.)
-        self._values = {n: b.clone() for n, b in self._buffers.items() if b is not None}
+        # (Some are written to in place. What is offloaded has no values here.)
+        there = {n: b for n, b in self._buffers.items() if b is not None and not b.is_meta}
+        self._values = {name: buffer.clone() for name, buffer in there.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
