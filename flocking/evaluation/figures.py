@@ -90,7 +90,7 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
             ax.set_xlabel("perplexity, times the full model's")
             logarithmic(ax, ax.xaxis)
         else:
-            ax.set_xlabel("minus the full model's, percentage points")
+            ax.set_xlabel("minus the full model's\n(percentage points)")
             ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
     legend(upper, axes, ncols=2)
 
