@@ -35,6 +35,7 @@ def test_passes_with_a_hook_that_the_twin_has_too(llama: tf.PreTrainedModel) -> 
     assert flocking.check(llama).passed.all()
 
 
+@pytest.mark.filterwarnings("ignore:a module was put into the twin")
 def test_fails_where_a_twin_differs_from_its_model(
     llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
