@@ -272,6 +272,19 @@ def test_a_module_that_comes_into_the_twin_is_told_to_act_on_decoding_only(
         greedy(twin, one)
 
 
+def test_a_model_that_puts_modules_into_itself_is_not_told_of_them() -> None:
+    """BigBird's attention becomes a full one, in other modules, once a text is short."""
+    config = tf.BigBirdConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+        num_attention_heads=4, block_size=16, max_position_embeddings=512, is_decoder=True,
+    )  # fmt: skip
+    twin = flocking.griffin(tf.BigBirdForCausalLM(config).eval())
+    inner = twin.bert.encoder.layer[0].attention.self
+    ids = torch.tensor(helpers.random_ids(9))
+    assert greedy(twin, ids) == greedy(twin, ids)  # and warnings are errors here
+    assert twin.bert.encoder.layer[0].attention.self is not inner
+
+
 @pytest.mark.parametrize("name", ["down_proj", "gate_proj", "act_fn"])
 def test_a_hook_that_would_see_the_kept_neurons_only_is_refused(name: str) -> None:
     model = helpers.proved("llama")
