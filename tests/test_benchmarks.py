@@ -142,3 +142,18 @@ def test_without_a_gpu_the_benchmark_says_so(tmp_path: Path) -> None:
     assert ran.stderr.endswith(  # what packages say of what they lack may stand before it
         "there is no CUDA device here: --device cpu tries the script on a small shape.\n"
     )
+
+
+def test_the_profile_names_both_models_and_what_they_do(
+    measuring: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import gpu_kernels
+
+    from flocking.pruning import graphs
+
+    monkeypatch.setattr(graphs, "_COMPILER", "eager")
+    gpu_kernels.main(["small", "--device", "cpu", "--prompt", "24"])
+    said = capsys.readouterr().out
+    for name in ("full, a step", "full, the prompt", "GRIFFIN, a step", "GRIFFIN, the prompt"):
+        assert f"small, {name}: " in said
+    assert "aten::mm" in said

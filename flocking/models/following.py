@@ -131,9 +131,11 @@ class _Part:
         self.is_replaced, self.is_own = False, has_own_state(module)
         self.values = self._look(module, {})
         self.tensors = {
-            (kind, name): _Seen(tensor, [vars(each)[kind].get(name) for each in copies], kind)
+            kind: {
+                name: _Seen(tensor, [vars(each)[kind].get(name) for each in copies], kind)
+                for name, tensor in vars(module)[kind].items()
+            }
             for kind in _TENSORS
-            for name, tensor in vars(module)[kind].items()
         }
 
     def changes(self, module: nn.Module) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -145,7 +147,7 @@ class _Part:
         tensors = [
             (kind, name)
             for kind in _TENSORS
-            for name in {**vars(module)[kind], **self._names(kind)}
+            for name in {**vars(module)[kind], **self.tensors[kind]}
             if not self._is_as_it_was(kind, name, vars(module)[kind].get(name, _GONE))
             # What is offloaded comes and goes as the model runs.
             and not (offloaded and (kind == "_parameters" or self._is_away(module, name)))
@@ -162,16 +164,13 @@ class _Part:
             if name not in now or name not in self.values or now[name] != self.values[name]
         }
 
-    def _names(self, kind: str) -> dict[str, None]:
-        return {name: None for each, name in self.tensors if each == kind}
-
     def _is_as_it_was(self, kind: str, name: str, tensor: Any) -> bool:
-        seen = self.tensors.get((kind, name))
+        seen = self.tensors[kind].get(name)
         return seen is not None and tensor is not _GONE and seen.is_same(tensor)
 
     def _is_away(self, module: nn.Module, name: str) -> bool:
         """Whether accelerate holds a buffer, now or at the last look."""
-        tensor, seen = module._buffers.get(name), self.tensors.get(("_buffers", name))
+        tensor, seen = module._buffers.get(name), self.tensors["_buffers"].get(name)
         return tensor is None or tensor.is_meta or seen is None or seen.was_away
 
     def _ran(self, module: nn.Module, changed: list[tuple[str, str]]) -> bool:
@@ -184,25 +183,28 @@ class _Part:
         if not self.is_own or len(mine) < len(changed):
             return False
         return updates_itself(module) or any(
-            ("_buffers", name) in self.tensors
-            and not self.tensors["_buffers", name].can_become(module._buffers.get(name), "_buffers")
+            name in self.tensors["_buffers"]
+            and not self.tensors["_buffers"][name].can_become(module._buffers.get(name), "_buffers")
             for name in mine
         )
 
     def _look(self, module: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
         """What the module keeps, as it is now."""
-        return {
-            name: _Kept(value, before.get(name), self.is_own)
-            for name, value in kept(module).items()
-        }
+        looked = {}
+        for name, value in kept(module).items():
+            then = before.get(name)
+            # (Nearly all are numbers and strings; a twin looks at each of them for every prompt.)
+            known = then is not None and then.is_single(value)
+            looked[name] = then if known else _Kept(value, then, self.is_own)
+        return looked
 
     def _look_at(self, kind: str, name: str, module: nn.Module) -> None:
         tensor, mine = vars(module)[kind].get(name), self._here()
-        if (seen := self.tensors.get((kind, name))) is not None:
+        if (seen := self.tensors[kind].get(name)) is not None:
             seen.look(tensor)
         else:
             found = [vars(each)[kind].get(name) for each in mine]
-            self.tensors[kind, name] = _Seen(tensor, found, kind)
+            self.tensors[kind][name] = _Seen(tensor, found, kind)
 
     def _here(self) -> list[nn.Module]:
         return [each for ref in self.copies if (each := ref()) is not None]
@@ -225,14 +227,14 @@ class _Part:
             return f"a hook was registered on {named}"
         if values and self.is_replaced:
             return f"an attribute of {named} was changed"
-        for name, value in kept(module).items():
+        for name, value in kept(module).items() if values else ():
             if name in values and instead_of_method(module, name, value):
                 return self._what(name, True, True)
         return self._problem_of(module, tensors)
 
     def _problem_of(self, module: nn.Module, tensors: list[tuple[str, str]]) -> str:
         for kind, name in tensors:
-            seen, is_there = self.tensors.get((kind, name)), name in vars(module)[kind]
+            seen, is_there = self.tensors[kind].get(name), name in vars(module)[kind]
             tensor = vars(module)[kind].get(name)
             if seen is None and (kind == "_parameters" or self.is_replaced):
                 return self._what(name, False, True)
@@ -266,7 +268,7 @@ class _Part:
                     known = counterparts[number]
                     vars(mine)[name] = value.of_copy(attributes[name], there, known)
             for kind, name in tensors:
-                seen, there = self.tensors.get((kind, name)), vars(mine)[kind].get(name)
+                seen, there = self.tensors[kind].get(name), vars(mine)[kind].get(name)
                 shared = not self._is_unsaved(module, name) if seen is None else seen.shared
                 tensor = attributes[kind][name]
                 vars(mine)[kind][name] = tensor if shared else _own(tensor, there)
@@ -302,6 +304,10 @@ class _Kept:
             self._mark = (self._it, self._mark)
         elif isinstance(value, Tensor):
             self._mark = (self._it, _written(value))
+
+    def is_single(self, value: Any) -> bool:
+        """Whether this is that very number, string or flag, which cannot have changed."""
+        return type(value) in _SINGLE and value is self._mark
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Kept) and self._mark == other._mark)
