@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 
@@ -67,3 +68,19 @@ def llama() -> tf.PreTrainedModel:
 def embedded() -> tuple[tf.PreTrainedModel, tf.PreTrainedTokenizerBase]:
     """The embedded model; `make env` installs its weights."""
     return flocking.load()
+
+
+@pytest.fixture(scope="session")
+def shallow(
+    embedded: tuple, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tf.PreTrainedModel, tf.PreTrainedTokenizerBase]:
+    """Four layers of the embedded model, in a folder, and its tokenizer: a fifth of the time."""
+    model, tokenizer = embedded
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 4
+    few = type(model)(config)
+    few.load_state_dict(model.state_dict(), strict=False)
+    folder = tmp_path_factory.mktemp("models") / "shallow"
+    few.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return flocking.load(folder)

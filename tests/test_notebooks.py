@@ -25,13 +25,16 @@ def cells_of(path: Path, kind: str = "code") -> list[nbformat.NotebookNode]:
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # of the kernel's own machinery
-def test_runs_in_a_fresh_kernel(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the notebook's own switch for a quick pass."""
+def test_runs_in_a_fresh_kernel(path: Path, shallow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the notebook's own switch for a quick pass, and a few layers of the model."""
     monkeypatch.delenv("MPLBACKEND")  # a kernel shows its figures inline
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert first.source.count("QUICK = False") == 1
     first.source = first.source.replace("QUICK = False", "QUICK = True")
+    assert first.source.count("\nMODEL = None ") == 1
+    folder = shallow[0].name_or_path
+    first.source = first.source.replace("\nMODEL = None ", f"\nMODEL = {folder!r} ")
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]

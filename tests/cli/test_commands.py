@@ -218,10 +218,12 @@ def test_demo_refuses_a_model_whose_context_is_too_short(tmp_path: Path, model: 
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_demo_prints_the_scores_by_layer_and_writes_its_files(tmp_path: Path) -> None:
-    """What `make demo` runs; twice, since its files may be there already."""
-    for _ in range(2):
-        result = run("demo", "--out", tmp_path)
+def test_demo_prints_the_scores_by_layer_and_writes_its_files(
+    tmp_path: Path, shallow: tuple
+) -> None:
+    """What `make demo` runs, after another model's, since its files may be there already."""
+    for options in (["--model", shallow[0].name_or_path], []):
+        result = run("demo", "--out", tmp_path, *options)
         assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "demo.zarr"]
     assert (tmp_path / "demo.png").stat().st_size < 300_000

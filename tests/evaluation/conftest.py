@@ -1,4 +1,4 @@
-"""What several files use: evaluations of the embedded model on the items of tests/tasks."""
+"""What several files use: evaluations of a few layers of the model on the items of tests/tasks."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ TASKS = Path(__file__).parents[1] / "tasks"
 
 
 @pytest.fixture(scope="package")
-def evaluate(embedded: tuple) -> Callable[..., pd.DataFrame]:
-    """Evaluate the embedded model: settings of the plan by name, others as `evaluate` has them."""
+def evaluate(shallow: tuple) -> Callable[..., pd.DataFrame]:
+    """Evaluate that model: settings of the plan by name, others as `evaluate` has them."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from flocking.evaluation import plan, runner
 
     def run(
         tasks: list[str],
         *,
+        subject: tuple = shallow,
         batch_size: int = 1,
         cells: object = None,
         say: Callable[[str], None] = lambda line: None,
         **settings: object,
     ) -> pd.DataFrame:
         wanted = plan.Plan(tasks, **{"data_dir": TASKS, **settings})
-        return runner.evaluate(*embedded, wanted, batch_size=batch_size, cells=cells, say=say)
+        return runner.evaluate(*subject, wanted, batch_size=batch_size, cells=cells, say=say)
 
     return run
 

@@ -37,9 +37,9 @@ def by_hand(model: object, subject: object, ids: list[int], prompt: int) -> dict
     return {"divergence": divergence.numpy(), "agreement": agrees.numpy()}
 
 
-def test_articles(embedded: tuple, evaluate: Callable, tmp_path: Path) -> None:
+def test_articles(shallow: tuple, evaluate: Callable, tmp_path: Path) -> None:
     """Losses of the same tokens after prompts of both lengths, held against perplexity."""
-    model, tokenizer = embedded
+    model, tokenizer = shallow
     long = " = One = \n" + " ".join(flocking.passages()[5:7]) + "\n = Two = \n short\n"
     (tmp_path / "wikitext.txt").write_text(long)
     found = evaluate(["wikitext_16", "wikitext_256"], methods=["topk"], data_dir=tmp_path)
@@ -67,9 +67,9 @@ def test_articles(embedded: tuple, evaluate: Callable, tmp_path: Path) -> None:
         evaluate(["wikitext_16"], data_dir=tmp_path)
 
 
-def test_every_prompt_opens_as_the_tokenizer_has_it(embedded: tuple, tmp_path: Path) -> None:
+def test_every_prompt_opens_as_the_tokenizer_has_it(shallow: tuple, tmp_path: Path) -> None:
     """Also one that is cut out of an article, and the same tokens are predicted."""
-    tokenizer = embedded[1]
+    tokenizer = shallow[1]
     (tmp_path / "wikitext.txt").write_text(" = One = \n" + " ".join(flocking.passages()[5:7]))
 
     class Opening:
@@ -90,9 +90,9 @@ def test_every_prompt_opens_as_the_tokenizer_has_it(embedded: tuple, tmp_path: P
         article_rows("wikitext_1024", found["wikitext_1024"], Opening(), None, 512)
 
 
-def test_news_are_the_articles_of_summaries(embedded: tuple, tmp_path: Path) -> None:
+def test_news_are_the_articles_of_summaries(shallow: tuple, tmp_path: Path) -> None:
     """Those that have 512 tokens; a static selection of the domain is from the others."""
-    tokenizer = embedded[1]
+    tokenizer = shallow[1]
     passages = flocking.passages()
     rows = [{"article": text, "summary": "one"} for text in ["too short", *passages]]
     (tmp_path / "cnn_dailymail_3.jsonl").write_text("\n".join(map(json.dumps, rows)))

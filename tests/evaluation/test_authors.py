@@ -29,9 +29,9 @@ TASKS = Path(__file__).parents[1] / "tasks"
 
 
 @pytest.fixture(scope="module")
-def opening(embedded: tuple) -> tf.PreTrainedTokenizerBase:
+def opening(shallow: tuple) -> tf.PreTrainedTokenizerBase:
     """A tokenizer that opens every text with a token, as that of Llama 2 does."""
-    tokenizer = tf.AutoTokenizer.from_pretrained(embedded[1].name_or_path)
+    tokenizer = tf.AutoTokenizer.from_pretrained(shallow[1].name_or_path)
     token = tokenizer.eos_token
     tokenizer.bos_token = token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

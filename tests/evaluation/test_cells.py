@@ -104,9 +104,9 @@ def test_blocks_change_nothing(quick: Callable, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def quick(embedded: tuple) -> Callable[..., pd.DataFrame]:
+def quick(shallow: tuple) -> Callable[..., pd.DataFrame]:
     """Evaluate a tiny model: for what does not depend on the answers."""
-    tokenizer = embedded[1]
+    tokenizer = shallow[1]
     model = helpers.build("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
 
     def run(tasks: list[str], *, say=lambda line: None, cells=None, **settings) -> pd.DataFrame:
@@ -173,8 +173,8 @@ def test_two_runs_read_each_others_cells(
     pd.testing.assert_frame_equal(quick(["piqa", "boolq"], **options), found)
 
 
-def test_another_tokenizer_makes_another_cell(embedded: tuple, tmp_path: Path) -> None:
-    model, tokenizer = embedded
+def test_another_tokenizer_makes_another_cell(shallow: tuple, tmp_path: Path) -> None:
+    model, tokenizer = shallow
     plan = Plan(["piqa"], methods=[], limit=1, data_dir=TASKS)
 
     def key(other: object) -> str:

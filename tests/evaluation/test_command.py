@@ -25,9 +25,10 @@ pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not 
 TASKS = Path(__file__).parents[1] / "tasks"
 
 
-def test_command(embedded: tuple, tmp_path: Path) -> None:
+def test_command(shallow: tuple, tmp_path: Path) -> None:
     arguments = ["evaluate", "--tasks", "piqa,boolq", "--methods", "topk,magnitude@0.75"]
     arguments += ["--protocol", "boolq=last-token", "--limit", "2,boolq=1"]
+    arguments += ["--model", shallow[0].name_or_path]
     arguments += ["--data-dir", str(TASKS), "--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -35,10 +36,10 @@ def test_command(embedded: tuple, tmp_path: Path) -> None:
     assert items.groupby("task")["item"].nunique().to_dict() == {"piqa": 2, "boolq": 1}
     assert set(items["protocol"]) == {"context", "last-token"}
     assert "| boolq, last-token, acc | 1 |" in (tmp_path / "tables.md").read_text()
-    _check_source(sources.read(tmp_path / "source.json"), embedded[0])
+    _check_source(sources.read(tmp_path / "source.json"), shallow[0])
     again = CliRunner().invoke(app, arguments)
     assert "6 of 6 cells are there already." in again.output
-    _check_source(sources.read(tmp_path / "source.json"), embedded[0])  # also if nothing is asked
+    _check_source(sources.read(tmp_path / "source.json"), shallow[0])  # also if nothing is asked
     for path in (tmp_path / "cells").iterdir():
         content = json.loads(gzip.decompress(path.read_bytes()))
         content["key"]["code"] = "0123456789abcdef"
@@ -53,8 +54,8 @@ def _check_source(source: sources.Source, model: tf.PreTrainedModel) -> None:
     assert source.parameters == model.num_parameters()
     projections = {id(p): p.numel() for name, p in model.named_parameters() if ".mlp." in name}
     assert source.ff_parameters == sum(projections.values())
-    assert (source.layers, set(source.d_ff)) == (30, {1536})
-    assert source.identity == flocking.models.identity()
+    assert (source.layers, set(source.d_ff)) == (4, {1536})
+    assert source.identity == flocking.models.identity(model.name_or_path)
     assert source.versions["torch"] == torch.__version__
     settings = {"": "context", "boolq": "last-token"}, {"": 2, "boolq": 1}
     plan = Plan(["piqa", "boolq"], protocol=settings[0], limit=settings[1], data_dir=TASKS)
@@ -67,7 +68,7 @@ def _check_source(source: sources.Source, model: tf.PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("finished", [0, 1, 5])
 def test_command_interrupted(
-    finished: int, embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: int, shallow: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: object, **options: object) -> None:
         for number in range(finished):

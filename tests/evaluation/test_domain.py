@@ -59,52 +59,52 @@ def of(name: str, folder: Path, limit: int | None, tokenizer: object, **more: in
     return [tokenizer.decode(row) for row in rows]
 
 
-def test_are_those_beyond_the_scored_ones(embedded: tuple, tmp_path: Path) -> None:
-    texts = of("piqa", piqa(tmp_path), 2, embedded[1])
+def test_are_those_beyond_the_scored_ones(shallow: tuple, tmp_path: Path) -> None:
+    texts = of("piqa", piqa(tmp_path), 2, shallow[1])
     assert texts == [f"Question: Goal {n}: mend a chair leg\nAnswer:" for n in (4, 3, 2)]
-    cut = of("piqa", tmp_path, 4, embedded[1], longest=3)
-    assert cut == [embedded[1].decode(embedded[1](texts[0])["input_ids"][:3])]
+    cut = of("piqa", tmp_path, 4, shallow[1], longest=3)
+    assert cut == [shallow[1].decode(shallow[1](texts[0])["input_ids"][:3])]
 
 
 def test_are_the_same_when_more_are_scored(
-    embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that what was computed with fewer items still counts."""
     monkeypatch.setattr(domain, "MOST_TOKENS", 20)
     piqa(tmp_path)
-    few, more = (of("piqa", tmp_path, limit, embedded[1]) for limit in (1, 3))
+    few, more = (of("piqa", tmp_path, limit, shallow[1]) for limit in (1, 3))
     assert few == more
     assert len(few) == 2
     articles = Articles(flocking.passages(), 16)
     few, more = (
-        domain.documents("wikitext_16", articles, limit, embedded[1], 10**6) for limit in (1, 5)
+        domain.documents("wikitext_16", articles, limit, shallow[1], 10**6) for limit in (1, 5)
     )
     assert few == more
 
 
 def test_another_question_about_a_scored_passage_is_left_out(
-    embedded: tuple, tmp_path: Path
+    shallow: tuple, tmp_path: Path
 ) -> None:
-    texts = of("boolq", boolq(tmp_path), 2, embedded[1])
+    texts = of("boolq", boolq(tmp_path), 2, shallow[1])
     assert len(texts) == 1
     assert texts[0].startswith("Bread rises")
-    one = of("boolq", tmp_path, 1, embedded[1])
+    one = of("boolq", tmp_path, 1, shallow[1])
     assert len(one) == 3
     assert not any(PASSAGE.strip() in text for text in one)
 
 
 def test_no_more_tokens_than_wanted(
-    embedded: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(domain, "MOST_TOKENS", 20)
     (task,) = find(["piqa"], piqa(tmp_path)).values()
-    rows = domain.documents("piqa", task, 1, embedded[1], 10**6)
+    rows = domain.documents("piqa", task, 1, shallow[1], 10**6)
     assert sum(map(len, rows)) == 20
     assert len(rows) == 2
 
 
-def test_scored_articles_are_left_out(embedded: tuple) -> None:
-    tokenizer = embedded[1]
+def test_scored_articles_are_left_out(shallow: tuple) -> None:
+    tokenizer = shallow[1]
     long = [" ".join(flocking.passages()[n : n + 2]) for n in (0, 2, 4)]
     texts = ["short one", long[0], long[1], long[0] + "\n", long[2]]
     found = domain.documents("wikitext_16", Articles(texts, 16), 2, tokenizer, 10**6)
@@ -114,7 +114,7 @@ def test_scored_articles_are_left_out(embedded: tuple) -> None:
         domain.documents("wikitext_16", Articles(long, 16), None, tokenizer, 10**6)
 
 
-def test_documents_of_other_splits_come_first(embedded: tuple) -> None:
+def test_documents_of_other_splits_come_first(shallow: tuple) -> None:
     splits = {
         "train": [{"q": "from training"}, {"q": PASSAGE}],
         "validation": [{"q": "from validation"}],
@@ -132,13 +132,13 @@ def test_documents_of_other_splits_come_first(embedded: tuple) -> None:
         "doc_to_target": "x",
     }
     task = ConfigurableTask(config=config)
-    rows = domain.documents("made_up", task, 1, embedded[1], 10**6)
-    texts = [embedded[1].decode(row) for row in rows]
+    rows = domain.documents("made_up", task, 1, shallow[1], 10**6)
+    texts = [shallow[1].decode(row) for row in rows]
     assert texts == ["from training", "from validation", "from the test"]
 
 
 def test_is_static_from_these_documents(
-    embedded: tuple, evaluate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: tuple, evaluate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each task its own, and what is scored is never read for the statistic."""
     boolq(piqa(tmp_path))
@@ -152,12 +152,12 @@ def test_is_static_from_these_documents(
     monkeypatch.setattr(harness, "global_statistic", spy)
     options = {"data_dir": tmp_path, "limit": 2, "protocol": "last-token", "densities": [0.25]}
     found = evaluate(["piqa", "boolq"], methods=["static-domain"], **options)
-    texts = [embedded[1].decode(row) for row in read]
+    texts = [shallow[1].decode(row) for row in read]
     assert len(texts) == 4  # three of piqa's, one of boolq's
     scored = ["Goal 0", "Goal 1", PASSAGE.strip(), OTHER.strip()]
     assert not [text for text in texts for part in scored if part in text]
     for name in ("piqa", "boolq"):
-        own = of(name, tmp_path, 2, embedded[1])
+        own = of(name, tmp_path, 2, shallow[1])
         static = evaluate([name], methods=["static"], calibration=own, **options)
         got = found[(found["task"] == name) & (found["method"] == "static-domain")]
         expected = static[static["method"] == "static"]

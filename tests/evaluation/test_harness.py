@@ -36,21 +36,21 @@ PAIRS = [(context, choice) for context, choices, _ in CHOICES for choice in choi
 
 
 @pytest.fixture(scope="module")
-def plain(embedded: tuple) -> HFLM:
-    model, tokenizer = embedded
+def plain(shallow: tuple) -> HFLM:
+    model, tokenizer = shallow
     return HFLM(pretrained=model, tokenizer=tokenizer)
 
 
-def griffin_lm(embedded: tuple, **options: Any) -> GriffinLM:
-    model, tokenizer = embedded
+def griffin_lm(subject: tuple, **options: Any) -> GriffinLM:
+    model, tokenizer = subject
     return GriffinLM(pretrained=model, tokenizer=tokenizer, **options)
 
 
 @pytest.mark.parametrize("protocol", ["context", "last-token"])
 def test_at_density_1_likelihoods_are_the_harnesss_own(
-    embedded: tuple, plain: HFLM, protocol: str
+    shallow: tuple, plain: HFLM, protocol: str
 ) -> None:
-    lm = griffin_lm(embedded, density=1.0, protocol=protocol)
+    lm = griffin_lm(shallow, density=1.0, protocol=protocol)
     expected = plain.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
     got = lm.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
     for (one, greedy), (other, other_greedy) in zip(got, expected, strict=True):
@@ -59,10 +59,10 @@ def test_at_density_1_likelihoods_are_the_harnesss_own(
 
 
 @pytest.mark.parametrize("protocol", ["context", "last-token"])
-def test_likelihoods_are_those_of_score(embedded: tuple, protocol: str) -> None:
+def test_likelihoods_are_those_of_score(shallow: tuple, protocol: str) -> None:
     """Whatever they are asked with: alone, together, in another order."""
-    model, _ = embedded
-    lm = griffin_lm(embedded, protocol=protocol)
+    model, _ = shallow
+    lm = griffin_lm(shallow, protocol=protocol)
     together = lm.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
     backwards = lm.loglikelihood(asked("loglikelihood", *PAIRS[::-1]), disable_tqdm=True)
     assert backwards[::-1] == together
@@ -76,14 +76,14 @@ def test_likelihoods_are_those_of_score(embedded: tuple, protocol: str) -> None:
         assert got == pytest.approx(float(expected.sum()), abs=1e-3)
 
 
-def test_says_what_share_was_pruned(embedded: tuple) -> None:
-    lm = griffin_lm(embedded)
+def test_says_what_share_was_pruned(shallow: tuple) -> None:
+    lm = griffin_lm(shallow)
     lengths = [len(lm._encode_pair(*pair)[1]) for pair in PAIRS]
     lm.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
     lm.loglikelihood(asked("loglikelihood", ("Is it? Answer:", " yes"), task="boolq"), True)
     share = lm.get_model_info()["pruned_share"]
     assert share == {"mine": pytest.approx(1 - len(PAIRS) / sum(lengths)), "boolq": 0}
-    last = griffin_lm(embedded, protocol="last-token")
+    last = griffin_lm(shallow, protocol="last-token")
     last.loglikelihood(asked("loglikelihood", ("Is it? Answer:", " yes"), task="boolq"), True)
     assert last.get_model_info()["pruned_share"] == {"boolq": 1}
 
@@ -110,8 +110,8 @@ def test_refreshes_as_score_and_generate_do(embedded: tuple) -> None:
     assert written == tokenizer.decode(new, skip_special_tokens=True).partition("\n")[0]
 
 
-def test_a_context_that_is_too_long_loses_its_beginning(embedded: tuple, plain: HFLM) -> None:
-    model, tokenizer = embedded
+def test_a_context_that_is_too_long_loses_its_beginning(shallow: tuple, plain: HFLM) -> None:
+    model, tokenizer = shallow
     lm = GriffinLM(pretrained=model, tokenizer=tokenizer, density=1.0, max_length=32)
     short = HFLM(pretrained=model, tokenizer=tokenizer, max_length=32)
     pair = ("word " * 60, " and more of the same")
@@ -120,8 +120,8 @@ def test_a_context_that_is_too_long_loses_its_beginning(embedded: tuple, plain: 
     assert got[0] == pytest.approx(expected[0], abs=1e-3)
 
 
-def test_an_empty_context_is_the_prefix_token(embedded: tuple, plain: HFLM) -> None:
-    lm = griffin_lm(embedded, density=1.0)
+def test_an_empty_context_is_the_prefix_token(shallow: tuple, plain: HFLM) -> None:
+    lm = griffin_lm(shallow, density=1.0)
     pair = ("", "The sun rose")
     (got,) = lm.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
     (expected,) = plain.loglikelihood(asked("loglikelihood", pair), disable_tqdm=True)
@@ -144,10 +144,10 @@ def test_generation_is_the_twins_in_any_batch(embedded: tuple) -> None:
         assert lm.generate_until(requests, disable_tqdm=True) == expected
 
 
-def test_an_empty_prompt_is_named(embedded: tuple) -> None:
+def test_an_empty_prompt_is_named(shallow: tuple) -> None:
     requests = asked("generate_until", ("", {"until": ["\n"], "max_gen_toks": 8}))
     with pytest.raises(ValueError, match="mine, item 0: the prompt has no token that neurons"):
-        griffin_lm(embedded).generate_until(requests, disable_tqdm=True)
+        griffin_lm(shallow).generate_until(requests, disable_tqdm=True)
 
 
 @pytest.mark.parametrize(
@@ -160,14 +160,14 @@ def test_an_empty_prompt_is_named(embedded: tuple) -> None:
         ({"batch_size": "auto"}, "give a number"),
     ],
 )
-def test_refuses(embedded: tuple, options: dict, match: str) -> None:
+def test_refuses(shallow: tuple, options: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        griffin_lm(embedded, **options)
+        griffin_lm(shallow, **options)
 
 
-def test_refuses_rolling_likelihoods(embedded: tuple) -> None:
+def test_refuses_rolling_likelihoods(shallow: tuple) -> None:
     with pytest.raises(ValueError, match=r"flocking\.perplexity"):
-        griffin_lm(embedded).loglikelihood_rolling(asked("loglikelihood_rolling", ("text",)))
+        griffin_lm(shallow).loglikelihood_rolling(asked("loglikelihood_rolling", ("text",)))
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_the_harness_runs_it_from_the_command_line(
-    tasks: Path, embedded: tuple, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tasks: Path, shallow: tuple, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from typer.testing import CliRunner
 
@@ -250,9 +250,9 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def small(embedded: tuple) -> tuple:
+def small(shallow: tuple) -> tuple:
     """A tiny model with a real tokenizer."""
-    return helpers.build("llama", vocab_size=len(embedded[1])), embedded[1]
+    return helpers.build("llama", vocab_size=len(shallow[1])), shallow[1]
 
 
 def test_the_harnesss_cache_keeps_settings_apart(small: tuple, tmp_path: Path) -> None:
@@ -283,8 +283,8 @@ def test_the_cache_follows_a_change_of_settings(small: tuple, tmp_path: Path) ->
     assert len(lm.answered) == 3 * len(requests)
 
 
-def test_the_cache_keeps_models_apart(embedded: tuple, tmp_path: Path) -> None:
-    tokenizer = embedded[1]
+def test_the_cache_keeps_models_apart(shallow: tuple, tmp_path: Path) -> None:
+    tokenizer = shallow[1]
     requests = asked("loglikelihood", *PAIRS[:2])
     found = []
     for change in (0.0, 0.1):
@@ -296,15 +296,15 @@ def test_the_cache_keeps_models_apart(embedded: tuple, tmp_path: Path) -> None:
     assert found[0] != found[1]
 
 
-def test_what_load_refuses_is_refused(embedded: tuple, tmp_path: Path) -> None:
-    helpers.build("llama", vocab_size=len(embedded[1])).base_model.save_pretrained(tmp_path)
-    embedded[1].save_pretrained(tmp_path)
+def test_what_load_refuses_is_refused(shallow: tuple, tmp_path: Path) -> None:
+    helpers.build("llama", vocab_size=len(shallow[1])).base_model.save_pretrained(tmp_path)
+    shallow[1].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"1 weights that are in no file \(lm_head.weight\)"):
         GriffinLM(pretrained=str(tmp_path), device="cpu")
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         GriffinLM(pretrained=str(tmp_path / "none"))
     with pytest.raises(TypeError, match=r"model is a .*: give the model before its tokenizer"):
-        GriffinLM(pretrained=embedded[1])
+        GriffinLM(pretrained=shallow[1])
 
 
 @pytest.mark.parametrize("inside", [False, True])

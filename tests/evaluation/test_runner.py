@@ -32,10 +32,11 @@ TEXT = "Starlings turn together, each following the few that are nearest. " * 3
 
 
 @pytest.fixture(scope="module")
-def items(evaluate: Callable) -> pd.DataFrame:
+def items(embedded: tuple, evaluate: Callable) -> pd.DataFrame:
     """The full model and two variants on likelihoods and generated text."""
     return evaluate(
         ["piqa", "boolq", "xsum"],
+        subject=embedded,  # a few layers do not write a word of any summary
         methods=["topk", "static@0.75"],
         protocol={"boolq": "last-token"},
         calibration=[TEXT],
@@ -44,9 +45,9 @@ def items(evaluate: Callable) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def stock(embedded: tuple) -> dict[str, dict[int, dict]]:
+def stock(shallow: tuple) -> dict[str, dict[int, dict]]:
     """What the harness's own model of transformers models gives on the same items, by task."""
-    model, tokenizer = embedded
+    model, tokenizer = shallow
     with quiet():
         samples = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer),
@@ -82,6 +83,7 @@ def test_chances(items: pd.DataFrame, embedded: tuple) -> None:
     # Of a summary: its score as one of the next article.
     model, tokenizer = embedded
     rows = items[(items["task"] == "xsum") & (items["method"] == "full")]
+    assert (rows["value"] > 0).any()
     documents = [json.loads(x) for x in (TASKS / "xsum.jsonl").read_text().splitlines()]
     for number, document in enumerate(documents):
         ids = tokenizer(document["prompt"] + "\n", return_tensors="pt")
@@ -96,9 +98,12 @@ def test_chances(items: pd.DataFrame, embedded: tuple) -> None:
         assert (own["prompt_tokens"] == length).all()
 
 
-def test_batches_and_repetition_change_nothing(items: pd.DataFrame, evaluate: Callable) -> None:
+def test_batches_and_repetition_change_nothing(
+    items: pd.DataFrame, embedded: tuple, evaluate: Callable
+) -> None:
     again = evaluate(
         ["piqa", "boolq", "xsum"],
+        subject=embedded,  # a few layers do not write a word of any summary
         methods=["topk", "static@0.75"],
         protocol={"boolq": "last-token"},
         calibration=[TEXT],
@@ -106,9 +111,9 @@ def test_batches_and_repetition_change_nothing(items: pd.DataFrame, evaluate: Ca
     pd.testing.assert_frame_equal(again, items)
 
 
-def test_last_token_is_a_direct_computation(embedded: tuple, evaluate: Callable) -> None:
+def test_last_token_is_a_direct_computation(shallow: tuple, evaluate: Callable) -> None:
     """BoolQ: neurons are selected from all tokens but the last one that is fed, which is pruned."""
-    model, tokenizer = embedded
+    model, tokenizer = shallow
     found = evaluate(["boolq"], methods=["topk"], protocol="last-token")
     twin = flocking.griffin(model)
     for row, line in enumerate((TASKS / "boolq.jsonl").read_text().splitlines()):
@@ -122,18 +127,18 @@ def test_last_token_is_a_direct_computation(embedded: tuple, evaluate: Callable)
         assert value == ((yes > no) == item["label"])
 
 
-def test_an_item_without_a_prompt_is_named(embedded: tuple, tmp_path: Path) -> None:
+def test_an_item_without_a_prompt_is_named(shallow: tuple, tmp_path: Path) -> None:
     item = {"passage": "", "question": "", "label": True}
     (tmp_path / "boolq.jsonl").write_text(json.dumps(item) + "\n")
     (task,) = find(["boolq"], tmp_path).values()
     task.set_config(key="doc_to_text", value=lambda doc: "")
-    lm = GriffinLM(embedded[0], tokenizer=embedded[1], method="full")
+    lm = GriffinLM(shallow[0], tokenizer=shallow[1], method="full")
     (block,) = blocks.blocks_of(lm, Question("boolq", task, "last-token", 1), 8)
     with pytest.raises(ValueError, match=r"boolq, item 0: protocol='last-token' needs a token"):
         ask(lm, block, [lm.full])
 
 
-def test_what_cannot_be_asked_is_said_before_it_starts(embedded: tuple, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_said_before_it_starts(shallow: tuple, tmp_path: Path) -> None:
     item = {"passage": "", "question": "", "label": True}
     (tmp_path / "boolq.jsonl").write_text(json.dumps(item) + "\n")
     plan = Plan(["boolq"], methods=["topk"], protocol="last-token", data_dir=tmp_path)
@@ -141,7 +146,7 @@ def test_what_cannot_be_asked_is_said_before_it_starts(embedded: tuple, tmp_path
     question.task.set_config(key="doc_to_text", value=lambda doc: "a")
     lines: list[str] = []
     with pytest.raises(ValueError, match=r"boolq, item 0: protocol='last-token' needs a token"):
-        runner.evaluate(*embedded, plan, say=lines.append)
+        runner.evaluate(*shallow, plan, say=lines.append)
     assert not lines
 
 
@@ -166,8 +171,8 @@ def test_refuses_tasks_that_cannot_be_compared(
         Plan(["xsum"], data_dir=TASKS).questions()
 
 
-def test_says_what_is_too_long(embedded: tuple, tmp_path: Path) -> None:
-    tokenizer = embedded[1]
+def test_says_what_is_too_long(shallow: tuple, tmp_path: Path) -> None:
+    tokenizer = shallow[1]
     model = helpers.build("llama", vocab_size=len(tokenizer))
     lines: list[str] = []
     item = {"passage": "The bird sings. " * 400, "question": "does it sing", "label": True}

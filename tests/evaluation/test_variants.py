@@ -26,9 +26,9 @@ TASKS = Path(__file__).parents[1] / "tasks"
 
 
 @pytest.fixture(scope="module")
-def small(embedded: tuple) -> tuple:
+def small(shallow: tuple) -> tuple:
     """A tiny model with a real tokenizer."""
-    tokenizer = embedded[1]
+    tokenizer = shallow[1]
     return helpers.build(
         "llama", vocab_size=len(tokenizer), max_position_embeddings=2048
     ), tokenizer
