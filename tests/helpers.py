@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 import transformers as tf
 import xarray as xr
+from matplotlib.image import AxesImage
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
@@ -139,6 +140,16 @@ def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
     """Random token ids, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def cells(image: AxesImage, rows: int, columns: int) -> np.ndarray:
+    """The cells of a picture, each once: its image repeats them, so that they keep their edges."""
+    drawn = np.ma.filled(image.get_array().astype(float), np.nan)
+    high, wide = drawn.shape[0] // rows, drawn.shape[1] // columns
+    assert min(drawn.shape[:2]) > 1024  # more than there are pixels to draw them on
+    once = drawn[::high, ::wide]
+    np.testing.assert_array_equal(once.repeat(high, axis=0).repeat(wide, axis=1), drawn)
+    return once
 
 
 def activations(model: tf.PreTrainedModel, ids: list[int]) -> dict[int, torch.Tensor]:

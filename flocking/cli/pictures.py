@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -14,6 +16,8 @@ from matplotlib.axes import Axes
 from flocking.analysis import flocking_score
 from flocking.drawing import save_grain
 from flocking.plotting import heatmap
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 SHOWN = 256  # tokens and neurons, unless others are asked for
 _DPI = 100
@@ -27,6 +31,19 @@ def name_of(recording: xr.Dataset) -> str:
     return str(recording.attrs["model"].rstrip("/").rpartition("/")[2])
 
 
+def _in_defaults(function: _Function) -> _Function:
+    """Let a picture look the same everywhere, whatever is in the user's matplotlibrc."""
+
+    @functools.wraps(function)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        with mpl.rc_context():
+            mpl.rcdefaults()
+            return function(*args, **kwargs)
+
+    return cast(_Function, drawn)
+
+
+@_in_defaults
 def beside_control(
     recording: xr.Dataset,
     control: xr.Dataset,
@@ -116,6 +133,7 @@ def _sized(width: int, height: int) -> tuple[plt.Figure, Callable[[int, int, int
     return figure, placed
 
 
+@_in_defaults
 def save_picture(figure: plt.Figure, path: Path, about: dict[str, str]) -> None:
     """Write a picture as PNG or SVG, as its name says, with what it is of as metadata."""
     if path.suffix == ".png":

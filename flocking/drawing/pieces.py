@@ -13,9 +13,14 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import to_rgb
 from matplotlib.figure import SubFigure
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import AxesImage
+from matplotlib.legend import Legend
 from matplotlib.ticker import (
+    AutoLocator,
     FixedLocator,
     FuncFormatter,
     LogFormatter,
@@ -27,10 +32,12 @@ from matplotlib.ticker import (
 from flocking.drawing.style import CHANCE, LEVEL
 from flocking.drawing.words import literal, printed
 
-_ROWS = 256  # that an image has at least half of
+_CELLS = 2048  # along each side of an image, which has at least half of them
 _SMALLEST = 5.0  # points: the height of a row in which a token's text can be read
 # How the cells along the x and y axes of pictures are named.
 _NAMES: WeakKeyDictionary[Axes, dict[str, tuple[str, ...] | None]] = WeakKeyDictionary()
+# What was drawn there: the picture, and what belongs to it.
+_PICTURES: WeakKeyDictionary[Axes, list[AxesImage | Colorbar | Legend]] = WeakKeyDictionary()
 
 
 def heatmap(
@@ -89,24 +96,25 @@ def heatmap(
     texts = _texts(ax, values)
     named(ax, "x", columns)
     named(ax, "y", texts or rows)
-    image = ax.imshow(
-        tall(shown),
-        aspect="auto",
-        origin="upper",
-        interpolation="antialiased",
+    image = cells(
+        ax,
+        shown,
+        (*across, *down[::-1]),
         cmap=sns.color_palette("rocket", as_cmap=True),
         vmin=0,
         vmax=vmax,
-        extent=(*across, *down[::-1]),
     )
     ax.set(xlabel="neuron", ylabel="token (position in the text)")
     for axis, labels in ((ax.xaxis, columns), (ax.yaxis, rows)):
-        if labels is not None:
+        if labels is None:
+            axis.set_major_locator(MaxNLocator(integer=True))
+        else:
             _name_places(axis, labels)
     if texts:
         _name_tokens(ax, texts, down[0] + 0.5)
     if colorbar:
-        ax.figure.colorbar(image, ax=ax, extend="max", label="relative activation $|z|/\\|z\\|_2$")
+        told = "relative activation $|z|/\\|z\\|_2$"
+        belongs(ax, ax.figure.colorbar(image, ax=ax, extend="max", label=told))
     return ax
 
 
@@ -120,12 +128,59 @@ def check_brightest(vmax: object) -> None:
         raise ValueError(f"vmax={vmax!r}: give a number above 0, such as 0.1.")
 
 
-def tall(rows: np.ndarray) -> np.ndarray:
-    """An image whose few rows are repeated, so that they keep their edges.
+def cells(
+    ax: Axes, values: np.ndarray, extent: tuple[float, float, float, float], **look: Any
+) -> AxesImage:
+    """Draw numbers or colours as cells, in the place of an earlier picture.
 
-    Matplotlib averages neighbours along both axes where columns are narrower than a pixel.
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    values : numpy.ndarray, shape (row, column) or (row, column, 3)
+    extent : tuple of float
+        Left, right, lower and upper edge of the axes.
+    **look
+        Passed to ``ax.imshow``.
     """
-    return np.repeat(rows, max(1, _ROWS // len(rows)), axis=0)
+    _take_off(ax)
+    ax.grid(False)  # lines over the cells would be streaks that nothing measured
+    options = {"aspect": "auto", "origin": "upper", "interpolation": "antialiased", **look}
+    image = ax.imshow(_fine(values), extent=extent, **options)
+    _PICTURES[ax] = [image]
+    return image
+
+
+def belongs(ax: Axes, more: Colorbar | Legend) -> None:
+    """Note what is drawn for the picture on axes, and goes when another one takes its place."""
+    _PICTURES[ax].append(more)
+
+
+def _take_off(ax: Axes) -> None:
+    """Remove an earlier picture from axes, with its ticks, unless a user has cleared them."""
+    image, *more = _PICTURES.pop(ax, [None])
+    if not isinstance(image, AxesImage) or image not in ax.get_images():
+        return
+    for drawn in more:
+        if isinstance(drawn, Colorbar):
+            if drawn.ax in drawn.ax.figure.axes:
+                drawn.remove()
+        elif drawn is ax.get_legend():
+            drawn.remove()
+    image.remove()
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(AutoLocator())
+        axis.set_major_formatter(ScalarFormatter())
+        axis.reset_ticks()
+
+
+def _fine(values: np.ndarray) -> np.ndarray:
+    """An image with more pixels than the axes, whose cells are repeated, so that they keep edges.
+
+    Matplotlib averages neighbours, along both axes if columns are narrower than a pixel of the
+    screen, or between one and three pixels wide.
+    """
+    rows, columns = (max(1, _CELLS // size) for size in values.shape[:2])
+    return values.repeat(rows, axis=0).repeat(columns, axis=1)
 
 
 def _in_a_row(labels: np.ndarray) -> bool:
@@ -257,14 +312,35 @@ def in_order(labels: np.ndarray) -> np.ndarray:
 
 def guide(y: float, ax: Axes, label: str = "chance") -> Axes:
     """Draw a horizontal line for chance, which needs no estimate."""
-    ax.axhline(y, **CHANCE, label=label)
+    ax.axhline(y, **against(ax, CHANCE), label=label)
     return ax
 
 
 def level(y: float, ax: Axes, label: str) -> Axes:
     """Draw a horizontal line for a level that is not chance: the full model, all equal."""
-    ax.axhline(y, **LEVEL, label=label)
+    ax.axhline(y, **against(ax, LEVEL), label=label)
     return ax
+
+
+def is_dark(ax: Axes) -> bool:
+    """Whether axes have a dark background, as in matplotlib's style ``dark_background``."""
+    return _lightness(ax.get_facecolor()) < 0.5
+
+
+def against(ax: Axes, look: dict[str, Any]) -> dict[str, Any]:
+    """A look in grey, as it is seen as well on the background of the axes."""
+    return look | {"color": str(1 - float(look["color"]))} if is_dark(ax) else look
+
+
+def _lightness(colour: Any) -> float:
+    """From 0, black, to 1, white, as the eye weighs red, green and blue (ITU-R BT.709)."""
+    return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))
+
+
+def mark(bar: Colorbar, value: float) -> None:
+    """Draw a line at a value of a colour bar, dark on light colours and light on dark ones."""
+    colour = bar.cmap(bar.norm(value))
+    bar.ax.axhline(value, color="black" if _lightness(colour[:3]) > 0.5 else "white", lw=1)
 
 
 def by_layer(axes: np.ndarray | list[Axes]) -> None:

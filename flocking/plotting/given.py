@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -14,6 +15,8 @@ from matplotlib.axes import Axes
 from flocking.analysis import intervals
 from flocking.drawing import CONTROL, MODEL
 
+_SHARE = 0.85  # of a figure's width, that its legend may have: the rest is for the y axis
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -22,8 +25,10 @@ def is_recording(data: object) -> TypeGuard[xr.Dataset]:
     return isinstance(data, xr.Dataset) and "phase" in data.variables
 
 
-def results(data: object, measure: Callable[[xr.Dataset], Any], *names: str) -> xr.Dataset:
-    """Results by name: of `measure` for a recording, or those that were given.
+def results(
+    data: object, measure: Callable[[xr.Dataset], Any], *names: str, of: str = "data"
+) -> xr.Dataset:
+    """Results by name: of `measure` for a recording, or those that were given as the argument `of`.
 
     Raises
     ------
@@ -40,12 +45,12 @@ def results(data: object, measure: Callable[[xr.Dataset], Any], *names: str) -> 
         return data.to_dataset(name=names[0])
     if not isinstance(data, xr.Dataset):
         raise TypeError(
-            f"data is a {type(data).__name__}: give a recording (the Dataset that flocking.record "
+            f"{of} is a {type(data).__name__}: give a recording (the Dataset that flocking.record "
             f"returns), or {'a Dataset with ' if names else ''}{', '.join(names) or 'results'}."
         )
     if lacking := [name for name in names if name not in data]:
         raise ValueError(
-            f"data has no {lacking[0]!r}: give a recording, or a Dataset with {', '.join(names)}."
+            f"{of} has no {lacking[0]!r}: give a recording, or a Dataset with {', '.join(names)}."
         )
     return data
 
@@ -57,9 +62,12 @@ def refuse_empty(data: Any) -> None:
             raise ValueError(f"there is no {dim} to draw: the recording has none left.")
 
 
-def compared(data: Any, control: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """What is drawn, and how: the control, if there is one, after the model."""
-    return [(data, MODEL), *([] if control is None else [(control, CONTROL)])]
+def compared(data: Any, control: Any) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The arguments that are drawn, and how: the control, if there is one, after the model."""
+    return [
+        ("data", data, MODEL),
+        *([] if control is None else [("control", control, CONTROL)]),
+    ]
 
 
 def refuse_other_density(found: xr.Dataset, other: xr.Dataset) -> None:
@@ -145,7 +153,11 @@ def one_of(data: xr.Dataset | xr.DataArray, dim: str, label: object, name: str) 
 
 
 def _places(labels: Sequence[object], label: object) -> list[int]:
-    return [place for place, other in enumerate(labels) if other == label]
+    # (True and 1 are equal, and only one of them is a label.)
+    flag = isinstance(label, bool | np.bool_)
+    return [
+        n for n, other in enumerate(labels) if other == label and isinstance(other, bool) == flag
+    ]
 
 
 def listed(labels: Sequence[object], most: int = 8) -> str:
@@ -197,6 +209,8 @@ def several(axes: Iterable[Axes] | None, count: int, size: tuple[float, float]) 
     given = list(_flat(axes.values() if isinstance(axes, Mapping) else axes))
     if wrong := [one for one in given if not isinstance(one, Axes)]:
         raise TypeError(f"{wanted}, and not a {type(wrong[0]).__name__} among them.")
+    for one in given:
+        check_ax(one, "axes")
     if len(given) != count or len({*map(id, given)}) != count:
         raise ValueError(f"{wanted}, and not {len({*map(id, given)})} different ones.")
     found = np.empty(count, object)
@@ -213,12 +227,37 @@ def _flat(axes: Iterable[Any]) -> Iterator[Any]:
             yield one
 
 
-def check_ax(ax: object) -> None:
-    """Raise a TypeError if something that was given to draw on is no axes."""
-    if ax is not None and not isinstance(ax, Axes):
+def check_ax(ax: object, name: str = "ax") -> None:
+    """Raise a TypeError if something that was given to draw on is no axes.
+
+    And a ValueError for axes in which neither lines nor cells would be where they belong.
+    """
+    if ax is None:
+        return
+    if not isinstance(ax, Axes):
         raise TypeError(
-            f"ax is a {type(ax).__name__}: give axes to draw on, as plt.subplots()[1] has them."
+            f"{name} is a {type(ax).__name__}: give axes to draw on, as plt.subplots()[1] has them."
         )
+    if not _is_flat(ax):
+        raise ValueError(
+            f"{name}: {ax.name} axes are given, and plots need an x and a y axis at right angles: "
+            "make them without projection=."
+        )
+
+
+def _is_flat(ax: Axes) -> bool:
+    """Whether axes have an x and a y axis: they are neither polar nor three-dimensional."""
+    return ax.name == "rectilinear"
+
+
+def refuse_shared_heights(panels: np.ndarray) -> None:
+    """Refuse panels that share a y axis, where each needs its own scale."""
+    for one, other in itertools.combinations(panels, 2):
+        if one.get_shared_y_axes().joined(one, other):
+            raise ValueError(
+                "axes share their y axis, and what is drawn on them has different scales: give "
+                "axes that are not shared, as plt.subplots makes without sharey."
+            )
 
 
 def free(ax: Axes | None) -> Axes:
@@ -229,7 +268,9 @@ def free(ax: Axes | None) -> Axes:
     check_ax(ax)
     if ax is not None:
         return ax
-    return plt.figure().gca() if plt.get_fignums() and plt.gca().has_data() else plt.gca()
+    if plt.get_fignums() and (plt.gca().has_data() or not _is_flat(plt.gca())):
+        return plt.figure().gca()
+    return plt.gca()
 
 
 def small() -> float:
@@ -238,5 +279,29 @@ def small() -> float:
 
 
 def above(ax: Axes, ncols: int = 3) -> None:
-    """Put a legend above axes."""
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, frameon=False)
+    """Put a legend above axes of a new figure, in fewer columns if it would be too wide."""
+    for columns in range(ncols, 0, -1):
+        legend = ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False)
+        if legend.get_window_extent().width < _SHARE * ax.figure.bbox.width:
+            return
+    legend.set_in_layout(False)  # it would leave no room for the axes
+
+
+def name_lines(ax: Axes) -> None:
+    """Give axes a legend; one that is there keeps its entries, and gets those that it lacks."""
+    old = ax.get_legend()
+    if old is None:
+        ax.legend(frameon=False)
+        return
+    entries = dict(
+        zip([text.get_text() for text in old.get_texts()], old.legend_handles, strict=True)
+    )
+    drawn = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    if drawn.keys() - entries.keys():
+        entries |= {name: handle for name, handle in drawn.items() if name not in entries}
+        ax.legend(
+            handles=[*entries.values()],
+            labels=[*entries],
+            frameon=old.get_frame_on(),
+            title=old.get_title().get_text() or None,
+        )

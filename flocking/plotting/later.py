@@ -12,7 +12,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from flocking import analysis
-from flocking.drawing import BLUE, CONTROL, HINDSIGHT, band, guide, known
+from flocking.drawing import BLUE, CONTROL, HINDSIGHT, band, guide, is_dark, known
 from flocking.plotting.given import (
     above,
     is_recording,
@@ -59,8 +59,8 @@ def drift(
     -------
     numpy.ndarray of matplotlib.axes.Axes, (2,)
         Captured energy, and the Jaccard overlap with what each later window would select itself;
-        their figure is ``axes[0].figure``. Lines are means over layers and sequences, darker after
-        longer prompts, with 95% bootstrap bands if there are several sequences. "Best in
+        their figure is ``axes[0].figure``. Lines are means over layers and sequences, stronger
+        after longer prompts, with 95% bootstrap bands if there are several sequences. "Best in
         hindsight" is the most that any selection of this size could capture. Dotted: chance, its
         mean over layers where densities differ.
 
@@ -101,7 +101,8 @@ def drift(
     energy, overlaps = panels
     if "oracle" in found:
         band(_far(found["oracle"].isel(prompt_length=-1)), energy, **HINDSIGHT)
-    shades = sns.light_palette(BLUE, len(lengths) + 1)[1:]
+    palette = sns.dark_palette if is_dark(energy) else sns.light_palette
+    shades = palette(BLUE, len(lengths) + 1)[1:]
     for number, (length, shade, marker) in enumerate(zip(lengths, shades, "os^D", strict=False)):
         style = {"color": shade, "marker": marker, "ms": small(), "label": f"prompt of {length:g}"}
         for ax, name in ((energy, "captured_energy"), (overlaps, "jaccard")):
@@ -143,11 +144,13 @@ def _drifts(
 
     def measured(recording: xr.Dataset) -> xr.Dataset:
         cuts = _cuts(recording) if lengths is None else lengths
+        if name == "control" and lengths is not None:
+            _refuse_shorter(recording, lengths)
         return analysis.drift(recording, density, prompt_lengths=cuts)
 
-    found = results(data, measured, "captured_energy", "jaccard")
+    found = results(data, measured, "captured_energy", "jaccard", of=name)
     if "distance" not in found.dims:
-        raise ValueError("data has no dimension 'distance': give what flocking.drift returns.")
+        raise ValueError(f"{name} has no dimension 'distance': give what flocking.drift returns.")
     if "prompt_length" not in found.dims:
         found = found.expand_dims("prompt_length")
     known_lengths = found["prompt_length"].values.tolist()
@@ -159,8 +162,18 @@ def _drifts(
     if lengths is not None:
         found = found.isel(prompt_length=[known_lengths.index(n) for n in lengths])
     if not found.sizes["prompt_length"]:
-        raise ValueError("there is no prompt length to draw: data has none left.")
+        raise ValueError(f"there is no prompt length to draw: {name} has none left.")
     return found.isel(prompt_length=np.argsort(found["prompt_length"].values, kind="stable"))
+
+
+def _refuse_shorter(control: xr.Dataset, lengths: list[Any]) -> None:
+    """Refuse a control without a window that begins where the longest prompt of the model ends."""
+    starts = canonical(control, "energy", "start").recording.start.values
+    if lengths[-1] not in starts:
+        raise ValueError(
+            f"control has no window that begins after {lengths[-1]} tokens, where the model's "
+            "longest prompt ends: record both on the same texts, with the same windows."
+        )
 
 
 def _cuts(recording: xr.Dataset) -> list[int] | None:

@@ -14,10 +14,12 @@ from flocking.drawing import (
     CHANCE,
     LEVEL,
     MODEL,
+    against,
     band,
     by_layer,
     guide,
     in_order,
+    level,
     literal,
     logarithmic,
 )
@@ -28,8 +30,10 @@ from flocking.plotting.given import (
     free,
     is_recording,
     leaving_no_figure,
+    name_lines,
     refuse_empty,
     refuse_other_density,
+    refuse_shared_heights,
     results,
     several,
     small,
@@ -92,7 +96,7 @@ def scores(
     TypeError
         If `data` or `control` is neither a recording nor a Dataset of results, or `axes` are none.
     ValueError
-        If results are missing, or there are not three axes.
+        If results are missing; if there are not three axes, or they share their y axis.
 
     Examples
     --------
@@ -108,9 +112,10 @@ def scores(
     >>> axes[0].figure.savefig("scores.png")
     """
     panels = several(axes, len(_SCORES), (6.4, 6.4))
+    refuse_shared_heights(panels)
     drawn = [
-        (results(given, _scores_of, "flocking_score", "effective_neurons"), style)
-        for given, style in compared(data, control)
+        (results(given, _scores_of, "flocking_score", "effective_neurons", of=name), style)
+        for name, given, style in compared(data, control)
     ]
     for found, style in drawn:
         for ax, name in zip(panels, _SCORES, strict=True):
@@ -159,11 +164,10 @@ def _draw_levels(panels: np.ndarray, found: xr.Dataset) -> None:
         layers = widths.layer.values if "layer" in widths.coords else np.arange(len(widths))
         order = in_order(layers)
         if len({*widths.values.tolist()}) == 1:
-            panels[2].axhline(int(widths[0]), **LEVEL, label=_EQUAL)
+            level(int(widths[0]), panels[2], _EQUAL)
         else:
-            panels[2].plot(
-                layers[order], widths[order], **LEVEL, label=_EQUAL, drawstyle="steps-mid"
-            )
+            look = {**against(panels[2], LEVEL), "label": _EQUAL, "drawstyle": "steps-mid"}
+            panels[2].plot(layers[order], widths[order], **look)
 
 
 def _only(ax: Axes, label: str) -> tuple[list[Any], list[str]]:
@@ -229,7 +233,9 @@ def overlap(
     >>> ax = flocking.plot.overlap(flocking.jaccard(early, late))
     """
     check_ax(ax)
-    drawn = [(_overlaps(given, density), style) for given, style in compared(data, control)]
+    drawn = [
+        (_overlaps(given, density, name), style) for name, given, style in compared(data, control)
+    ]
     if len(drawn) == 2:
         refuse_other_density(drawn[0][0], drawn[1][0])
     ax = free(ax)
@@ -243,18 +249,18 @@ def overlap(
             _draw_chance(ax, found)
     ax.set(ylabel="Jaccard overlap", ylim=(0, 1))
     by_layer([ax])
-    if ax.get_legend() is None:
-        ax.legend(frameon=False)
+    name_lines(ax)
     return ax
 
 
-def _overlaps(data: object, density: float | Iterable[float]) -> xr.Dataset:
-    """Overlaps by name, from a recording or as given."""
+def _overlaps(data: object, density: float | Iterable[float], of: str) -> xr.Dataset:
+    """Overlaps by name, from a recording or as given; `of` is the name of the argument."""
     if isinstance(data, xr.DataArray):
-        return _refuse_others(data.to_dataset(name=data.name or "jaccard"))
+        return _refuse_others(data.to_dataset(name=data.name or "jaccard"), of)
     if not is_recording(data):
-        found = results(data, analysis.between_sequence_overlap)
-        return _refuse_others(found[[name for name in found if name in _OVERLAPS] or [*found]])
+        found = results(data, analysis.between_sequence_overlap, of=of)
+        known = [name for name in found if name in _OVERLAPS] or [*found]
+        return _refuse_others(found[known], of)
     refuse_empty(data)
     parts = xr.Dataset()
     generated = GENERATION in np.atleast_1d(data.phase.values)
@@ -269,18 +275,18 @@ def _overlaps(data: object, density: float | Iterable[float]) -> xr.Dataset:
     return parts
 
 
-def _refuse_others(found: xr.Dataset) -> xr.Dataset:
+def _refuse_others(found: xr.Dataset, of: str) -> xr.Dataset:
     """Results, which must be overlaps: fractions, and of no other measure."""
     if not found.data_vars:
         raise ValueError(
-            "data has no overlaps: give a recording, or what flocking.jaccard returns."
+            f"{of} has no overlaps: give a recording, or what flocking.jaccard returns."
         )
     for name, values in found.items():
         told = str(values.attrs.get("long_name", "overlap"))
         other = name in {*analysis.__all__} - _MEASURES or "overlap" not in told
         if other or values.dtype.kind not in "fiu" or bool(((values < 0) | (values > 1)).any()):
             raise ValueError(
-                f"data has {str(name)!r}, which is no overlap of selections, from 0 to 1: give "
+                f"{of} has {str(name)!r}, which is no overlap of selections, from 0 to 1: give "
                 "what flocking.jaccard or flocking.between_sequence_overlap returns."
             )
     return found
@@ -296,4 +302,4 @@ def _draw_chance(ax: Axes, found: xr.Dataset) -> None:
     elif density.dims == ("layer",):
         order = in_order(found.layer.values)
         levels = analysis.chance_jaccard(density.values[order])
-        ax.plot(found.layer.values[order], levels, **CHANCE, label="chance")
+        ax.plot(found.layer.values[order], levels, **against(ax, CHANCE), label="chance")

@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from flocking import analysis
-from flocking.drawing import BLUE, GREEN, ORANGE, named, tall
+from flocking.drawing import BLUE, GREEN, ORANGE, belongs, cells, mark, named
 from flocking.plotting.given import check_ax, free, leaving_no_figure, one_of, refuse_empty
 from flocking.recording import canonical, whole_neurons
 
@@ -98,14 +99,9 @@ def selection(
     own, ax = ax is None, free(ax)
     named(ax, "y", _labels(kept, rows))
     colours = np.array([to_rgb(colour) for _, colour in [*kinds, ("", _NOTHING)]])
-    ax.imshow(
-        tall(colours[number]),
-        aspect="auto",
-        origin="upper",
-        interpolation="antialiased",
-        interpolation_stage="rgba",
-        extent=(-0.5, number.shape[1] - 0.5, len(number) - 0.5, -0.5),
-    )
+    extent = (-0.5, number.shape[1] - 0.5, len(number) - 0.5, -0.5)
+    shown = np.round(255 * colours).astype(np.uint8)[number]
+    cells(ax, shown, extent, interpolation_stage="rgba")
     _name_rows(ax, kept, rows)
     ax.set_xlabel("neuron" if other is None else "neurons, sorted")
     if own and isinstance(ax.figure, Figure) and ax.figure.get_layout_engine() is None:
@@ -117,6 +113,7 @@ def selection(
         ncols=1 if any(len(label) > _LINE // 2 for label, _ in kinds) else 2,
         frameon=False,
     )
+    belongs(ax, legend)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return ax
@@ -250,21 +247,21 @@ def experts(
     shares, equal = _shares(whole)
     ax = free(ax)
     named(ax, "y", _labels(shares, "layer"))
-    image = ax.imshow(
+    image = cells(
+        ax,
         np.ma.masked_invalid(shares.values),
-        aspect="auto",
-        origin="upper",
-        interpolation="nearest",
+        (-0.5, shares.sizes["routed_expert"] - 0.5, len(shares) - 0.5, -0.5),
         cmap=sns.color_palette("rocket", as_cmap=True),
         vmin=0,
-        extent=(-0.5, shares.sizes["routed_expert"] - 0.5, len(shares) - 0.5, -0.5),
     )
     _name_rows(ax, shares, "layer")
     ax.set_xlabel("expert")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if colorbar:
         bar = ax.figure.colorbar(image, ax=ax, label="share of tokens routed to the expert")
+        belongs(ax, bar)
         for share in {*equal.tolist()}:
-            bar.ax.axhline(share, color="white", lw=1)
+            mark(bar, share)
     return ax
 
 

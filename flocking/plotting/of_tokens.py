@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
 from flocking import drawing
-from flocking.plotting.given import check_ax, free, leaving_no_figure, one_of
+from flocking.plotting.given import check_ax, free, leaving_no_figure, listed, one_of
 from flocking.recording import canonical
 
 
@@ -29,8 +30,9 @@ def heatmap(
     Parameters
     ----------
     data : xarray.Dataset or xarray.DataArray
-        A recording made with ``record(..., relative=[layer])``; or a part of its ``relative``,
-        (token, neuron), such as the first 256 neurons of one sequence and layer.
+        A recording made with ``record(..., relative=[layer])``, or windows selected from one; or a
+        part of its ``relative``, (token, neuron), such as the first 256 neurons of one sequence and
+        layer.
     layer, sequence : int or str, optional
         Labels of what is drawn. Needed if the recording has ``relative`` of several layers, or
         several sequences.
@@ -82,7 +84,17 @@ def heatmap(
     whole = canonical(data, "relative", some_layers=True).recording
     one = one_of(whole, "sequence", sequence, "sequence")
     dim = "relative_layer" if "relative_layer" in one["relative"].dims else "layer"
+    if layer is not None and layer in one.layer.values and layer not in one[dim].values:
+        raise ValueError(
+            f"layer {layer!r} was recorded without its relative activations: choose from "
+            f"{listed(one[dim].values.tolist())}, or record it with relative=[{layer!r}]."
+        )
     relative = one_of(one[["relative"]], dim, layer, "layer")["relative"]
+    # (Of windows that were selected, in the order of the text.)
+    inside = np.isin(one.token_window.values, one.window.values)
+    if not inside.any():
+        raise ValueError("the text has no token in these windows: select others.")
+    relative = relative.isel(token=np.flatnonzero(inside))
     ax = drawing.heatmap(relative, free(ax), vmax=vmax, colorbar=colorbar)
     ax.set_xlabel(f"neuron of layer {relative[dim].item()}", parse_math=False)
     return ax

@@ -6,6 +6,7 @@ import helpers
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 
@@ -194,7 +195,7 @@ def test_what_is_empty_is_said_to_be(recording: xr.Dataset, plot: str) -> None:
             getattr(flocking.plot, plot)(recording.isel({dim: []}))
 
 
-@pytest.mark.parametrize("options", [{}, {"sharex": True}, {"sharey": True}])
+@pytest.mark.parametrize("options", [{}, {"sharex": True}])
 @pytest.mark.parametrize("shape", [(1, 3), (3, 1)])
 def test_panels_keep_the_labels_of_their_own_scales(
     recording: xr.Dataset, shape: tuple[int, int], options: dict
@@ -205,9 +206,11 @@ def test_panels_keep_the_labels_of_their_own_scales(
     for number, ax in enumerate(axes):
         inner = shape == (3, 1) and "sharex" in options and number < 2
         assert ax.get_xlabel() == ("" if inner else "layer")
-        shared = shape == (1, 3) and "sharey" in options and number > 0
-        shown = [label for label in ax.get_yticklabels() if label.get_visible()]
-        assert bool(shown) != shared
+        assert any(label.get_visible() for label in ax.get_yticklabels())
+    _, shared = plt.subplots(*shape, sharey=True)
+    with pytest.raises(ValueError, match="axes share their y axis, and what is drawn on them has"):
+        flocking.plot.scores(recording, axes=shared)
+    assert not any(ax.has_data() for ax in shared)
 
 
 def test_axes_may_be_any_iterable(recording: xr.Dataset) -> None:
@@ -312,3 +315,72 @@ def test_layers_in_any_order_are_drawn_from_left_to_right(recording: xr.Dataset)
                 assert (np.diff(line.get_xdata()) >= 0).all()
     ax, other = (flocking.plot.scores(data)[0] for data in (turned, recording))
     np.testing.assert_array_equal(ax.lines[0].get_xydata(), other.lines[0].get_xydata())
+
+
+@pytest.mark.parametrize("projection", ["polar", "3d"])
+def test_axes_without_right_angles_are_refused_before_anything_is_drawn(
+    recording: xr.Dataset, projection: str
+) -> None:
+    ax = plt.figure().add_subplot(projection=projection)
+    kept = flocking.select(flocking.statistic(recording.isel(sequence=0)), 0.5)
+    for draw in (
+        lambda: flocking.plot.overlap(recording, ax=ax),
+        lambda: flocking.plot.heatmap(recording, layer=1, sequence="a", ax=ax),
+        lambda: flocking.plot.selection(kept, ax=ax),
+        lambda: flocking.plot.scores(recording, axes=[*plt.subplots(2)[1], ax]),
+    ):
+        with pytest.raises(ValueError, match=f"{projection} axes are given, and plots need an x"):
+            draw()
+    assert not ax.has_data()
+    plt.figure().add_subplot(projection=projection)
+    assert flocking.plot.overlap(recording).name == "rectilinear"  # not the current axes
+
+
+def test_a_legend_that_is_there_gets_the_lines_that_it_lacks(recording: xr.Dataset) -> None:
+    ax = plt.subplots()[1]
+    ax.plot([0, 1], [0, 0.1], label="mine")
+    ax.legend(title="Lines")
+    flocking.plot.overlap(flocking.between_sequence_overlap(recording, 0.5), ax=ax)
+    kept = flocking.select(flocking.statistic(recording), 0.5)
+    flocking.plot.overlap(flocking.jaccard(*(kept.isel(sequence=n) for n in (0, 1))), ax=ax)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == [
+        *("mine", "within a text", "between two texts", "chance", "prompt and generation")
+    ]
+    assert ax.get_legend().get_title().get_text() == "Lines"
+
+
+@pytest.mark.parametrize("context", ["paper", "talk", "poster"])
+def test_a_legend_leaves_room_for_the_axes(recording: xr.Dataset, context: str) -> None:
+    with sns.plotting_context(context):
+        for axes in (
+            flocking.plot.scores(recording, control=recording),
+            flocking.plot.drift(recording, control=recording),
+        ):
+            axes[0].figure.canvas.draw()
+            width = axes[0].figure.bbox.width
+            assert axes[0].get_window_extent().width > width / 2
+            if context != "poster":  # where one entry is wider than the figure
+                assert axes[0].get_legend().get_window_extent().x1 <= width
+
+
+def test_lines_for_chance_are_seen_on_a_dark_background(recording: xr.Dataset) -> None:
+    with plt.style.context("dark_background"):
+        axes = flocking.plot.scores(recording)
+        later = flocking.plot.drift(recording, prompt_lengths=[9, 17])
+    (equal,) = [line for line in axes[2].lines if "equal" in line.get_label()]
+    (chance,) = [line for line in axes[0].lines if line.get_label() == "chance"]
+    assert float(equal.get_color()) > 0.8
+    assert float(chance.get_color()) > 0.5
+    short, long = (
+        np.dot(line.get_color(), (0.2126, 0.7152, 0.0722))
+        for line in later[0].lines
+        if line.get_label().startswith("prompt of")
+    )
+    assert short < long  # the longest prompt's is the strongest there, too
+
+
+@pytest.mark.parametrize("plot", ["scores", "overlap", "drift"])
+def test_a_control_that_is_none_is_named(recording: xr.Dataset, plot: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^control "):
+        getattr(flocking.plot, plot)(recording, control=xr.Dataset())

@@ -17,10 +17,10 @@ COLOURS = {"both": BLUE, "first": ORANGE, "second": GREEN, "neither": "0.9", "no
 
 
 def kinds(ax: Axes, rows: int) -> list[list[str]]:
-    """What each neuron is drawn as, by row; a row may be repeated."""
-    image = np.asarray(ax.images[0].get_array())
-    image = image[:: len(image) // rows]
-    names = {to_rgb(colour): name for name, colour in COLOURS.items()}
+    """What each neuron is drawn as, by row."""
+    columns = round(ax.images[0].get_extent()[1] + 0.5)
+    image = helpers.cells(ax.images[0], rows, columns)
+    names = {tuple(np.round(255 * np.array(to_rgb(c)))): name for name, c in COLOURS.items()}
     return [[names[tuple(pixel)] for pixel in row] for row in image]
 
 
@@ -116,7 +116,7 @@ def mixture() -> xr.Dataset:
 def test_shares_of_tokens_by_expert(mixture: xr.Dataset) -> None:
     ax = flocking.plot.experts(mixture)
     shares = mixture.routed.values.sum(axis=(0, 2)) / 32
-    np.testing.assert_allclose(ax.images[0].get_array(), shares)
+    np.testing.assert_allclose(helpers.cells(ax.images[0], 2, 4), shares)
     np.testing.assert_allclose(shares.sum(axis=1), 2)  # of two experts for each token
     (equal,) = ax.figure.axes[-1].lines
     assert set(equal.get_ydata()) == {0.5}
@@ -126,10 +126,12 @@ def test_shares_of_tokens_by_expert(mixture: xr.Dataset) -> None:
 def test_shares_of_one_text_and_some_windows(mixture: xr.Dataset) -> None:
     part = mixture.isel(window=[1])
     ax = flocking.plot.experts(part, sequence=1, colorbar=False)
-    np.testing.assert_allclose(ax.images[0].get_array(), mixture.routed.values[1, :, 1] / 8)
+    np.testing.assert_allclose(
+        helpers.cells(ax.images[0], 2, 4), mixture.routed.values[1, :, 1] / 8
+    )
     ax = flocking.plot.experts(mixture.isel(layer=1, sequence=0), ax=plt.figure().gca())
     np.testing.assert_allclose(
-        ax.images[0].get_array(), mixture.routed.values[:1, 1].sum(axis=1) / 20
+        helpers.cells(ax.images[0], 1, 4), mixture.routed.values[:1, 1].sum(axis=1) / 20
     )
 
 
@@ -157,7 +159,7 @@ def test_a_part_of_the_experts_is_refused_and_labels_give_their_order(mixture: x
     labelled = mixture.assign_coords(routed_expert=np.arange(4))
     ax = flocking.plot.experts(labelled.isel(routed_expert=[2, 0, 3, 1]))
     expected = mixture.routed.values.sum(axis=(0, 2)) / 32
-    np.testing.assert_allclose(ax.images[0].get_array(), expected)
+    np.testing.assert_allclose(helpers.cells(ax.images[0], 2, 4), expected)
     for wrong in ([0, 0, 1, 2], [1, 2, 3, 0, 1]):
         with pytest.raises(ValueError, match="or others twice: give all of them"):
             flocking.plot.experts(labelled.isel(routed_expert=wrong))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import helpers
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -12,12 +13,8 @@ import flocking
 from flocking.drawing.words import printed
 
 
-def shown(ax: Axes, rows: int) -> np.ndarray:
-    """The image's rows, each of which may be repeated."""
-    image = np.asarray(ax.images[0].get_array())
-    times = len(image) // rows
-    assert all((image[n::times] == image[::times]).all() for n in range(times))
-    return image[::times]
+def shown(ax: Axes, rows: int, columns: int = 160) -> np.ndarray:
+    return helpers.cells(ax.images[0], rows, columns)
 
 
 def labels(ax: Axes) -> list[str]:
@@ -54,7 +51,7 @@ def test_one_layer_or_sequence_needs_no_name(recording: xr.Dataset) -> None:
 def test_takes_a_part_of_the_neurons_and_their_labels(recording: xr.Dataset) -> None:
     part = recording.relative.sel(layer=0, sequence="b").isel(neuron=[3, 90, 7], token=[5, 6])
     ax = flocking.plot.heatmap(part)
-    np.testing.assert_array_equal(shown(ax, 2), part.values)
+    np.testing.assert_array_equal(shown(ax, *part.shape), part.values)
     ax.set_xticks([0, 1, 1.5, 2])
     texts = [label.get_text() for label in ax.get_xticklabels()]
     assert texts == ["3", "90", "", "7"]
@@ -218,3 +215,68 @@ def test_a_layer_that_is_not_in_the_data_is_refused(recording: xr.Dataset) -> No
             flocking.plot.heatmap(given, layer=99)
     with pytest.raises(ValueError, match="layer=1: data does not say of which layer it is"):
         flocking.plot.heatmap(one.isel(layer=1).drop_vars("layer"), layer=1)
+
+
+def test_another_picture_takes_the_place_of_the_first(recording: xr.Dataset) -> None:
+    few = recording.relative.sel(layer=1).isel(sequence=0, token=slice(0, 12))
+    few = with_texts(recording, *"abcdefghijkl").isel(sequence=0).relative.sel(layer=1)
+    figure, ax = plt.subplots()
+    flocking.plot.heatmap(few.isel(token=slice(12)), ax=ax)
+    assert labels(ax)[:3] == ["a", "b", "c"]
+    flocking.plot.heatmap(recording, layer=1, sequence="b", ax=ax)
+    figure.canvas.draw()
+    assert len(ax.images) == 1
+    assert len(figure.axes) == 2  # one colour bar
+    assert all(label.lstrip("\N{MINUS SIGN}").isdigit() for label in labels(ax) if label)
+    flocking.plot.heatmap(few.isel(neuron=[5, 3, 1]), ax=ax)
+    kept = flocking.select(flocking.statistic(recording.isel(sequence=0)), 0.5)
+    flocking.plot.selection(kept, ax=ax)
+    assert ax.get_legend() is not None
+    flocking.plot.heatmap(recording, layer=1, sequence="b", ax=ax, colorbar=False)
+    figure.canvas.draw()
+    assert ax.get_legend() is None
+    assert figure.axes == [ax]
+    places = [label.get_text() for label in ax.get_xticklabels()]
+    assert all(place.lstrip("\N{MINUS SIGN}").isdigit() for place in places if place)
+    ax.clear()  # by the user
+    flocking.plot.heatmap(recording, layer=1, sequence="b", ax=ax)
+    figure.clear()
+
+
+def test_of_selected_windows_only_their_tokens_are_shown(recording: xr.Dataset) -> None:
+    values = recording.relative.sel(layer=1, sequence="a").values.astype(np.float32)
+    inside = recording.token_window.sel(sequence="a").values
+    for windows in ([3], [4, 0, 2]):
+        part = recording.isel(window=windows)
+        ax = flocking.plot.heatmap(part, layer=1, sequence="a", ax=plt.figure().gca())
+        expected = values[np.isin(inside, part.window.values)]
+        np.testing.assert_array_equal(shown(ax, len(expected)), expected)
+    last = recording.isel(window=[-1])  # which the shortest text does not reach
+    with pytest.raises(ValueError, match="the text has no token in these windows"):
+        flocking.plot.heatmap(last, layer=1, sequence="a")
+
+
+def test_cells_keep_their_colours_where_pixels_are_no_whole_number_of_them() -> None:
+    """No grid is drawn over them, either."""
+    values = np.zeros((65, 61), np.float32)
+    values[:, ::2] = 1
+    relative = xr.DataArray(values, {"token": range(65), "neuron": range(61)}, ("token", "neuron"))
+    with plt.rc_context({"axes.grid": True, "grid.color": "cyan", "savefig.dpi": 90}):
+        figure, ax = plt.subplots(dpi=90)
+        flocking.plot.heatmap(relative, ax=ax, colorbar=False, vmax=1)
+        figure.canvas.draw()
+        drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+    box = ax.get_window_extent()
+    inside = drawn[-int(box.y1) + 2 : -int(box.y0) - 2, int(box.x0) + 2 : int(box.x1) - 2]
+    dark, bright = (np.array(ax.images[0].cmap(v)[:3]) * 255 for v in (0.0, 1.0))
+    far = np.minimum(abs(inside - dark).max(axis=-1), abs(inside - bright).max(axis=-1))
+    # Columns are 5.5 pixels wide, and of those between two columns there is one at most.
+    assert (far > 30).mean() < 1 / 5.5
+
+
+def test_a_layer_without_relative_activations_says_so() -> None:
+    recording = helpers.record(helpers.proved("llama"), helpers.random_ids(9), relative=[1])
+    with pytest.raises(ValueError, match="layer 0 was recorded without its relative activations"):
+        flocking.plot.heatmap(recording, layer=0)
+    with pytest.raises(ValueError, match="no sequence True: choose from 0"):
+        flocking.plot.heatmap(recording.isel(sequence=[0, 0]), sequence=True)
