@@ -164,7 +164,7 @@ def _take_off(ax: Axes) -> None:
         if isinstance(drawn, Colorbar):
             if drawn.ax in drawn.ax.figure.axes:
                 drawn.remove()
-        elif drawn is ax.get_legend():
+        elif isinstance(drawn, Legend) and drawn is ax.get_legend():
             drawn.remove()
     image.remove()
     for axis in (ax.xaxis, ax.yaxis):
