@@ -23,6 +23,7 @@ from flocking.drawing.pieces import (
     mark,
     named,
     powers_of_two,
+    whole_numbers,
 )
 from flocking.drawing.style import (
     BLUE,
@@ -92,4 +93,5 @@ __all__ = [
     "save_grain",
     "style_of",
     "titled",
+    "whole_numbers",
 ]

@@ -107,7 +107,7 @@ def heatmap(
     ax.set(xlabel="neuron", ylabel="token (position in the text)")
     for axis, labels in ((ax.xaxis, columns), (ax.yaxis, rows)):
         if labels is None:
-            axis.set_major_locator(MaxNLocator(integer=True))
+            whole_numbers(axis)
         else:
             _name_places(axis, labels)
     if texts:
@@ -218,6 +218,11 @@ def named(ax: Axes, which: Literal["x", "y"], names: tuple[str, ...] | None) -> 
                 f"without share{which}."
             )
     _NAMES.setdefault(ax, {})[which] = names
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Put ticks at whole numbers, as many as there is room for."""
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 
 def _name_places(axis: Axis, labels: tuple[str, ...]) -> None:

@@ -13,10 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from flocking import analysis
-from flocking.drawing import BLUE, GREEN, ORANGE, belongs, cells, mark, named
+from flocking.drawing import BLUE, GREEN, ORANGE, belongs, cells, mark, named, whole_numbers
 from flocking.plotting.given import check_ax, free, leaving_no_figure, one_of, refuse_empty
 from flocking.recording import canonical, whole_neurons
 
@@ -256,7 +255,7 @@ def experts(
     )
     _name_rows(ax, shares, "layer")
     ax.set_xlabel("expert")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(ax.xaxis)
     if colorbar:
         bar = ax.figure.colorbar(image, ax=ax, label="share of tokens routed to the expert")
         belongs(ax, bar)
