@@ -14,7 +14,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import SubFigure
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
@@ -329,7 +329,8 @@ def level(y: float, ax: Axes, label: str) -> Axes:
 
 def is_dark(ax: Axes) -> bool:
     """Whether axes have a dark background, as in matplotlib's style ``dark_background``."""
-    return _lightness(ax.get_facecolor()) < 0.5
+    seen = [each for each in (ax.get_facecolor(), ax.figure.get_facecolor()) if to_rgba(each)[3]]
+    return bool(seen) and _lightness(seen[0]) < 0.5  # (What is transparent shows what is behind.)
 
 
 def against(ax: Axes, look: dict[str, Any]) -> dict[str, Any]:

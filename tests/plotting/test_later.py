@@ -145,3 +145,8 @@ def test_chance_of_densities_by_layer_is_their_mean(plain: xr.Dataset) -> None:
     overlaps = [0.2 / 1.8, 0.6 / 1.4]
     found = [line.get_ydata()[0] for line in chance]
     assert found == [pytest.approx(0.4), pytest.approx(np.mean(overlaps))]
+
+
+def test_a_control_that_is_too_short_is_named(recording: xr.Dataset) -> None:
+    with pytest.raises(ValueError, match="control has no window that begins after 17 tokens"):
+        flocking.plot.drift(recording, control=recording.isel(window=slice(0, 3)))

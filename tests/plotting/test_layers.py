@@ -380,6 +380,13 @@ def test_lines_for_chance_are_seen_on_a_dark_background(recording: xr.Dataset) -
     assert short < long  # the longest prompt's is the strongest there, too
 
 
+def test_a_transparent_background_is_not_taken_for_black(recording: xr.Dataset) -> None:
+    with plt.rc_context({"axes.facecolor": "none"}):
+        axes = flocking.plot.scores(recording)
+    (equal,) = [line for line in axes[2].lines if "equal" in line.get_label()]
+    assert float(equal.get_color()) < 0.2
+
+
 @pytest.mark.parametrize("plot", ["scores", "overlap", "drift"])
 def test_a_control_that_is_none_is_named(recording: xr.Dataset, plot: str) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^control "):
