@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from measuring import (
     interleaved,
     kv_bytes,
     machine,
+    need,
     prompts,
     quartiles,
     ratios,
@@ -508,8 +508,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", default="out/gpu.json")
     options = parser.parse_args(arguments)
     options.minutes = options.minutes or (4 if options.quick else 10)
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no CUDA device here: --device cpu tries the script on a small shape.")
+    need(options.device)
     run = Run(options)
     print(json.dumps(run.results["machine"], indent=1))
     section = None

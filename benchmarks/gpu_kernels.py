@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import SHAPES, build, prompts, seconds, synchronize
+from measuring import SHAPES, build, need, prompts, seconds, synchronize
 from torch.profiler import ProfilerActivity, profile
 
 import flocking
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--prompt", type=int, default=2048, help="tokens")
     options = parser.parse_args(arguments)
+    need(options.device)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     model = build(options.shape, options.device, dtype, "sdpa")
     ids = prompts(model, 1, options.prompt)

@@ -9,6 +9,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,12 @@ def weight_bytes(model: PreTrainedModel, twin: PreTrainedModel | None = None) ->
         report = twin.report()
         size -= report.ff_bytes - report.compact_bytes
     return size
+
+
+def need(device: str) -> None:
+    """End with a sentence if a device is not there, before anything slow starts."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no CUDA device here: --device cpu tries the script on a small shape.")
 
 
 def synchronize(device: str | torch.device) -> None:

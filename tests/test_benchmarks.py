@@ -144,9 +144,10 @@ def test_a_case_that_fails_does_not_cost_the_others(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_without_a_gpu_the_benchmark_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "gpu.py"), "--out", str(tmp_path / "gpu.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_kernels.py"])
+def test_without_a_gpu_the_benchmark_says_so(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / script)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert ran.returncode == 1
     assert ran.stderr.endswith(  # what packages say of what they lack may stand before it
         "there is no CUDA device here: --device cpu tries the script on a small shape.\n"
