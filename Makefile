@@ -91,7 +91,7 @@ notebook: env  ## JupyterLab on notebooks/
 browser: env  ## run the notebooks in JupyterLab in headless Chromium, keep pictures in out/; test the explorer there
 	$(BIN)/python -m pip install --quiet --editable '.[browser]' --constraint constraints.txt
 	$(BIN)/python tests/in_browser.py flocking.ipynb griffin.ipynb your_model.ipynb
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/exploring
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/exploring tests/test_in_browser.py
 
 docs: $(VENV)/.docs  ## build the documentation into out/docs, and check its links (a minute)
 	$(BIN)/python -m sphinx -c docs -b html -j auto -W --keep-going --quiet . out/docs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
@@ -62,6 +63,14 @@ def generating(request: pytest.FixtureRequest) -> tf.PreTrainedModel:
 @pytest.fixture
 def llama() -> tf.PreTrainedModel:
     return build("llama")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> None:
+    """Skips where selenium or Debian's chromium is not; `make browser` has both."""
+    pytest.importorskip("selenium")
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("there is no Chromium here")
 
 
 @pytest.fixture(scope="session")

@@ -136,9 +136,12 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
 def run(page: object, address: str, path: Path, timeout: float) -> list[str]:
     """Open, run all cells, wait for the last; gives the problems."""
     page.get(address.format(path.name))
+    # JupyterLab first opens what was open before, and that has a kernel already: "run all cells"
+    # went to the notebook before this one if asked then.
     ready = (
         "const app = window.jupyterapp; const shell = app && app.shell.currentWidget;"
-        "return !!(shell && shell.context && shell.context.isReady && shell.sessionContext"
+        f"return !!(shell && shell.context && shell.context.path === {json.dumps(path.name)}"
+        " && shell.context.isReady && shell.sessionContext"
         " && shell.sessionContext.session && shell.sessionContext.session.kernel"
         " && shell.sessionContext.session.kernel.status === 'idle')"
     )

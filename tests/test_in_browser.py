@@ -40,3 +40,23 @@ def test_a_failure_leaves_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit, match="give up"):
         in_browser.main()
     assert pictures == [tmp_path / "browser-flocking.png"]
+
+
+def test_each_notebook_runs_itself_and_not_the_one_before(
+    chromium: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for = in_browser.wait_for
+
+    def at_once(done: object, seconds: float, what: str, pause: float = 1) -> object:
+        return wait_for(done, seconds, what, 0.005 if what.endswith("to open") else pause)
+
+    monkeypatch.setattr(in_browser, "wait_for", at_once)
+    paths = [tmp_path / "first.ipynb", tmp_path / "second.ipynb"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for path in paths:
+        cells = [new_code_cell("1 + 1")]
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    with in_browser.chromium() as page, in_browser.lab(tmp_path) as address:
+        for path in paths:
+            assert in_browser.run(page, address, path, timeout=60) == []
+            assert in_browser.read(path).cells[0].outputs[0].data["text/plain"] == "2"

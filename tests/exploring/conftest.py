@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import helpers
@@ -36,14 +35,6 @@ def recording() -> xr.Dataset:
     return made.assign_coords(
         token_text=words, text=("sequence", ["one", "</title><script>", "three"])
     )
-
-
-@pytest.fixture(scope="session")
-def chromium() -> None:
-    """Skips where selenium or Debian's chromium is not; `make browser` has both."""
-    pytest.importorskip("selenium")
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("there is no Chromium here")
 
 
 @pytest.fixture(scope="session")
