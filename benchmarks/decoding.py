@@ -1,7 +1,7 @@
 """What GRIFFIN saves: decoding speed of the twin against the full model, and what it costs.
 
     .venv/bin/python benchmarks/decoding.py [--model NAME] [--pairs 15] [--batch 1 2 4 8]
-        [--compiled 1] [--dtype float32 bfloat16] [--density 0.5] [--prompt 256]
+        [--compiled 1] [--dtype float32] [--density 0.5] [--prompt 256]
         [--new-tokens 24] [--refresh 16 64 256] [--long 256] [--only speed refreshed memory]
 
 Every round lets each contestant decode once, in random order, so that whatever else the machine
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--compiled", type=int, nargs="*", default=[1], help="batch sizes")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=24)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 import xarray as xr
+from accelerate import cpu_offload
 from helpers import build, random_ids
 from torch import Tensor
 
@@ -214,6 +215,17 @@ def test_refreshes_are_in_no_graph(name: str, scope: str) -> None:
         assert torch.equal(write().cpu(), due)
         assert twin.report().refreshes == 4
     assert decoder._compiled._graph is not None
+
+
+def test_samples_of_an_offloaded_model_depend_on_the_seed_alone() -> None:
+    model = cpu_offload(build("llama"), execution_device=torch.device("cuda", 0))
+    options = {"max_new_tokens": 8, "do_sample": True, "seed": 3, "progress": False}
+    torch.cuda.manual_seed(1)
+    before = torch.cuda.get_rng_state()
+    first = flocking.record(model, random_ids(20), **options)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    torch.cuda.manual_seed(2)
+    assert (flocking.record(model, random_ids(20), **options).token_id == first.token_id).all()
 
 
 # --------------------------------------------------------------------------------------

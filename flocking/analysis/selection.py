@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from flocking.analysis.chunks import by_chunk, is_chunked, measure
@@ -23,7 +24,7 @@ from flocking.analysis.metrics import named
 from flocking.analysis.provenance import made_of, said_by
 from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
 from flocking.feedforward import FeedForward, dense, feedforwards, fused_rows, row_norms
-from flocking.models import warn
+from flocking.models import any_tensor_of, warn
 from flocking.recording import coordinates_of
 
 Phase = Literal["prompt", "generation"]
@@ -192,6 +193,9 @@ def weight_magnitude(model: PreTrainedModel) -> xr.DataArray:
     ------
     UnsupportedModelError
         If the model's FF blocks cannot be located and proved.
+    ValueError
+        If their weights are not all that they multiply with: adapters, or packed weights with
+        scales beside them.
 
     Examples
     --------
@@ -370,6 +374,24 @@ def top_k(statistic: Tensor, k: int) -> Tensor:
     return above | (tied & (tied.cumsum(dim=-1) <= room))
 
 
+def _refuse_hidden(block: FeedForward, projection: torch.nn.Module | None) -> None:
+    """Refuse a projection whose weight is not what it multiplies with."""
+    assert projection is not None
+    what = ""
+    if hasattr(projection, "base_layer"):
+        what = "has an adapter: merge it into the weights (merge_and_unload)"
+    else:
+        weight = any_tensor_of(projection, "down_proj" if block.kind == "experts" else "weight")
+        is_plain = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if not is_plain and not is_traceable_wrapper_subclass(weight):
+            dtype = str(weight.dtype).removeprefix("torch.")
+            what = f"is packed in {dtype}, with scales beside it: load the model unquantised"
+    if what:
+        raise ValueError(
+            f"{block.path}: the magnitude of its weights cannot be told, since a projection {what}."
+        )
+
+
 @torch.no_grad()
 def magnitude(block: FeedForward) -> Tensor:
     """Static statistic of a block's neurons: the product of their up and gate row norms.
@@ -382,6 +404,8 @@ def magnitude(block: FeedForward) -> Tensor:
     Tensor of float32, shape (d_ff,)
         On the block's device, in the weights' units (squared for gated blocks).
     """
+    for projection in {block.up, block.gate, block.down} - {None}:
+        _refuse_hidden(block, projection)
     if block.kind == "experts":
         return row_norms(block.down).flatten()
 

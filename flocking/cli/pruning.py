@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,15 +64,21 @@ class Request:
                 f"--own-samples: {self.method} reads {reads}: leave --own-samples out, or give "
                 "--method static."
             )
+        if self.seed and self.method != "global-local" and not self.own_samples:
+            raise ValueError(
+                f"--seed {self.seed}: {self.method} draws nothing: leave --seed out, or give "
+                "--own-samples or --method global-local, with which the model writes texts."
+            )
         self._check_gguf()
 
     def _check_gguf(self) -> None:
         from flocking.models import contents_of
-        from flocking.pruning import type_of_down
+        from flocking.pruning import blocks_of, type_of_down
 
         if self.is_gguf:
             type_of_down(self.down_type)
             contents = contents_of(self.gguf())
+            blocks_of(contents, str(self.gguf()))  # refuses what cannot be cut
             kinds = {one.kind.name for one in contents.tensors if "ffn_down" in one.name}
             if self.down is not None and kinds <= {"F32", "F16", "BF16"}:
                 raise ValueError(
@@ -91,10 +98,11 @@ class Request:
 
     def may_replace(self, found: Path) -> None:
         """Refuse to replace what is at the output, unless it was asked for and is a model."""
+        from flocking.models import embedded_file
         from flocking.pruning import refuse_existing
 
-        how = "pass --overwrite"
-        refuse_existing(found, self.output, self.overwrite, self.source, how=how)
+        source, how = self.source or embedded_file(), "pass --overwrite"
+        refuse_existing(found, self.output, self.overwrite, source, how=how)
 
     @property
     def down_type(self) -> str:
@@ -121,12 +129,17 @@ def write_pruned(request: Request) -> Exported:
     computed anything.
     """
     from flocking.artifacts import replacing
-    from flocking.pruning import fixed_selection, split_texts
+    from flocking.pruning import fixed_selection, refuse_unexportable, split_texts
 
     request.check()
     texts = texts_of(request.texts)
-    with replacing(request.output, check=request.may_replace) as partial:
+    with (
+        replacing(request.output, check=request.may_replace) as partial,
+        _named(partial, request.output),
+    ):
         model, tokenizer = load(request.source, request.device, request.dtype)
+        if not request.is_gguf:
+            refuse_unexportable(model, request.density, request.multiple or 1)
         calibration, sources, held_out = split_texts(model, texts, tokenizer)
         selection = fixed_selection(
             model,
@@ -154,7 +167,7 @@ def _write_gguf(
     judged: tuple[PreTrainedModel, PreTrainedTokenizerBase, list[list[int]]],
 ) -> Exported:
     """A GGUF file; what it loses is that of the file's own weights, read again."""
-    from flocking.models import read_gguf
+    from flocking.models import is_out_of_memory, read_gguf
     from flocking.pruning import measure_lost
 
     model, tokenizer, held_out = judged
@@ -165,17 +178,45 @@ def _write_gguf(
         down=request.down_type,
         progress=not is_quiet(),
     )
+    # The file is complete and was compared with its source: without a number it is still good.
     try:
         written = read_gguf(path)
+        # Buffers stay in their precision, as in `model`. (float32 may not fit the device.)
+        for parameter in written.parameters():
+            parameter.data = parameter.data.to(model.dtype)
+        # (Decorated by transformers such that mypy does not see a method.)
+        written.to(model.device)  # type: ignore[arg-type]
+        return replace(done, lost=measure_lost(model, written, held_out, tokenizer=tokenizer))
     except (OSError, ValueError) as problem:  # transformers cannot read some narrower models
-        why = str(problem).replace(str(path), str(request.output))
-        complain(f"what is lost was not measured, since the new file cannot be read here: {why}")
-        return done
-    # (Decorated by transformers such that mypy does not see a method.)
-    written.to(model.device)  # type: ignore[arg-type]
-    for parameter in written.parameters():  # buffers stay in their precision, as in `model`
-        parameter.data = parameter.data.to(model.dtype)
-    return replace(done, lost=measure_lost(model, written, held_out, tokenizer=tokenizer))
+        why = f"the new file cannot be read here: {_without(problem, path, request.output)}"
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        why = "there is no memory for the new model beside the whole one"
+    complain(f"what is lost was not measured, since {why}")
+    return done
+
+
+@contextmanager
+def _named(partial: Path, output: Path) -> Iterator[None]:
+    """Errors about what is being written name the place that was asked for."""
+    try:
+        yield
+    except OSError as problem:
+        if str(partial) not in str(problem):
+            raise
+        if problem.errno is not None and problem.filename is not None:
+            problem.filename = str(problem.filename).replace(str(partial), str(output))
+            raise
+        raise OSError(_without(problem, partial, output)) from problem
+    except ValueError as problem:
+        if str(partial) not in str(problem):
+            raise
+        raise ValueError(_without(problem, partial, output)) from problem
+
+
+def _without(problem: Exception, partial: Path, output: Path) -> str:
+    return str(problem).replace(str(partial), str(output))
 
 
 def texts_of(names: Sequence[str] | None) -> list[str]:

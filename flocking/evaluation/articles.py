@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.evaluation.tasks import CONTINUATION_LENGTHS, Articles
+from flocking.models import special_tokens_around
 from flocking.pruning import (
     are_pruned,
     compare_predictions,
@@ -71,8 +72,8 @@ def article_rows(
             f"{name} needs {length + farthest} tokens, and the model's context has "
             f"{max_length}: ask for shorter prompts, such as {family}_{articles.shortest}."
         )
-    # A token that opens every text, where the tokenizer has one, counts as one of the prompt.
-    opening = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+    # Tokens that open every text, where the tokenizer has some, count as ones of the prompt.
+    opening, _ = special_tokens_around(tokenizer)
     rows = [row for _, row in long_articles(tokenizer, articles, limit)]
     if not rows:
         needed = articles.longest + farthest

@@ -8,9 +8,10 @@ have one prompt. What is written is cut at ``###``, and where there is none, los
 character. It is scored by the package ``rouge``. Neurons are selected from all tokens of the
 prompt, the first among them.
 
-Two things differ. They set the seed once, and here it is set before each item, so that a run that
-was interrupted gives what it would have given. And a text without words, at which their program
-ends, has a score of 0.
+Three things differ. They set the seed once, and here it is set before each item, so that a run that
+was interrupted gives what it would have given. A text without words, at which their program
+ends, has a score of 0. And XSum's prompts are theirs in their file alone (``data_dir``): there one
+example, worded in another way, stands before all articles, and from a hub one is drawn for each.
 """
 
 from __future__ import annotations

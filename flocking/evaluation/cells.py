@@ -116,6 +116,14 @@ class Cell:
         )
         return table[list(COLUMNS)].astype(COLUMNS)
 
+    def taken(self, one: Found, older: str) -> pd.DataFrame:
+        """Rows of what was found, as this question's; with the older code that they are of.
+
+        (Both of the authors' protocols ask the same of tasks with choices.)
+        """
+        asked = self.block.question
+        return one.table.assign(task=asked.name, protocol=asked.protocol, older=older)
+
     def of(self, found: Sequence[Found], keep_older: bool) -> tuple[Found | None, bool]:
         """The newest of what was found that is this cell; and whether it is of older code.
 

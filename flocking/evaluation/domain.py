@@ -6,7 +6,7 @@ nothing of the item.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -29,8 +29,9 @@ def documents(
     limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> list[list[int]]:
-    """Token ids of a task's documents beyond those scored, as the model is shown them.
+    """Token ids of a task's documents beyond those scored, each as the question about it.
 
     Parameters
     ----------
@@ -42,6 +43,8 @@ def documents(
     tokenizer : transformers.PreTrainedTokenizerBase
     longest : int
         Read at most this many tokens of each.
+    encode : callable, optional
+        Gives the token ids of a text, as prompts begin; by default as the tokenizer has it.
 
     Returns
     -------
@@ -62,7 +65,8 @@ def documents(
     room = MOST_TOKENS
     for text in texts:
         # (The length is cut here: a warning about it would be wrong.)
-        ids = list(tokenizer(text, verbose=False)["input_ids"])[: min(longest, room)]
+        ids = tokenizer(text, verbose=False)["input_ids"] if encode is None else encode(text)
+        ids = list(ids)[: min(longest, room)]
         if ids:
             found.append(ids)
             room -= len(ids)

@@ -20,7 +20,7 @@ from flocking.drawing import (
     page,
     style_of,
 )
-from flocking.evaluation.summary import is_divergence, is_loss
+from flocking.evaluation.summary import is_divergence, is_loss, scale_of
 
 _FULL = {"color": "0.15", "ls": "-", "lw": 1, "label": "full model"}
 _MEANS = ["estimate", "low", "high"]
@@ -45,7 +45,7 @@ def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
         ax.axhspan(low, high, color=_FULL["color"], alpha=0.12, lw=0)
         ax.axhline(_shown(part, full["estimate"]), **_FULL)
         if not np.isnan(full["chance"]):
-            guide(full["chance"], ax)
+            guide(float(_shown(part, full["chance"])), ax)
         pruned = _beside(part[part["method"] != "full"])
         for method, own in pruned.groupby("method", sort=False):
             own = own.sort_values("density")
@@ -77,11 +77,11 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
             others = own[own["method"] != "full"]
             for number, one in enumerate(others.itertuples()):
                 y = row + 0.6 * ((number + 0.5) / len(others) - 0.5)
-                middle, low, high = _shown(part, [getattr(one, name) for name in _DIFFERENCES])
+                middle, low, high = _shown(own, [getattr(one, name) for name in _DIFFERENCES])
                 style = style_of(str(one.method)) | {"ls": "none", "ms": 3.5}
                 ax.errorbar(middle, y, xerr=[[middle - low], [high - middle]], lw=1, **style)
             if not np.isnan(full["chance"]):
-                gone = full["chance"] - full["estimate"]
+                gone = float(_shown(own, full["chance"] - full["estimate"]))
                 ax.plot([gone] * 2, [row - 0.35, row + 0.35], **CHANCE, label="chance")
         ax.axvline(1 if loss else 0, **_FULL)
         ax.set_yticks(range(len(names)), names)
@@ -133,9 +133,10 @@ def quality_by_batch(data: pd.DataFrame, figure: Figure) -> None:
     for ax, part in _each(data, axes):
         ax.axhline(0, **_FULL)
         own = part[part["batch_size"] > 0].sort_values("batch_size")
-        _errors(ax, own["batch_size"], own[_DIFFERENCES].to_numpy(), style_of("topk"))
+        _errors(ax, own["batch_size"], _shown(part, own[_DIFFERENCES]), style_of("topk"))
         for other in part[part["batch_size"] == 0].itertuples():
-            ax.axhline(other.difference, **style_of(str(other.method)) | {"marker": ""})
+            level = float(_shown(part, other.difference))
+            ax.axhline(level, **style_of(str(other.method)) | {"marker": ""})
         logarithmic(ax, ax.xaxis, sorted(own["batch_size"].unique()))
         ax.set_ylabel(f"{metric_in_words(part['metric'].iloc[0])},\nminus full's")
         _scale(ax, part)
@@ -205,9 +206,25 @@ def name_beyond(ax: Axes, part: pd.DataFrame) -> None:
 
 
 def _shown(part: pd.DataFrame, values: object) -> np.ndarray:
-    """Values as they are drawn: losses as perplexities."""
+    """Values of one metric as they are drawn: losses as perplexities, percents as shares."""
+    return as_drawn(values, part["metric"].iloc[0], part)
+
+
+def as_drawn(values: object, metric: str, rows: pd.DataFrame) -> np.ndarray:
+    """Values on axes that show losses as perplexities, and shares times 100.
+
+    Parameters
+    ----------
+    values : array_like
+    metric : str
+    rows : pandas.DataFrame
+        All that is drawn of the metric: see :func:`flocking.evaluation.summary.scale_of`.
+    """
     values = np.asarray(values, dtype=float)
-    return np.exp(values) if is_loss(part["metric"].iloc[0]) else values
+    if is_loss(metric):
+        return np.exp(values)
+    is_percent = scale_of(metric, rows) == 1 and not is_divergence(metric)
+    return values / 100 if is_percent else values
 
 
 def _errors(ax: Axes, x: pd.Series, values: np.ndarray, style: dict) -> None:

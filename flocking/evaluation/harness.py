@@ -7,6 +7,7 @@ these alone.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.artifacts import Key
 from flocking.evaluation.answers import digest_of_weights, use_table
@@ -34,6 +35,7 @@ from flocking.models import (
     reading,
     require_model,
     resolved,
+    special_tokens_around,
     trusted,
 )
 from flocking.pruning import (
@@ -138,7 +140,8 @@ class GriffinLM(HFLM):
         continuations are then computed one at a time.
     calibration : path or list of str, optional
         What the static statistic of "static" and "global-local" is made from: a text file, a
-        folder of ``.txt`` files, or the texts; the packaged passages by default.
+        folder of ``.txt`` files, or the texts; the packaged passages by default. A text that is
+        longer than the context is read in pieces, which count as texts.
     **kwargs
         The harness's: ``dtype``, ``device``, ``batch_size``, ``revision``, ... Code that comes
         with a model is run with ``trust_remote_code=True`` alone, and nothing is asked.
@@ -183,6 +186,8 @@ class GriffinLM(HFLM):
         else:
             require_model(pretrained)
         texts = calibration_texts(calibration)
+        if isinstance(kwargs.get("tokenizer"), PreTrainedTokenizerBase):
+            kwargs["tokenizer"] = copy.deepcopy(kwargs["tokenizer"])  # the harness changes it
         self._said = sorted(
             f"{name}={value!r}"
             for name, value in kwargs.items()
@@ -305,14 +310,32 @@ class GriffinLM(HFLM):
         ids = self.tokens_of(texts)
         return global_statistic(self.full, ids, tokenizer=self.tokenizer, batch_size=1)
 
+    def encoded(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text, which begins as a prompt of this model's does."""
+        # (The length is cut later: a warning about it would be wrong.)
+        special = special and self.add_bos_token is not False
+        ids = self.tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
+        return list(ids)
+
     def tokens_of(self, texts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
-        """Token ids of texts, as far as they fit the context."""
-        # (The length is cut here: a warning about it would be wrong.)
-        ids = [
-            self.tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) else text
-            for text in texts
-        ]
-        return [row[: self.max_length] for row in ids]
+        """Token ids of texts, those that do not fit the context in pieces that do."""
+        found: list[list[int]] = []
+        for text in texts:
+            ids = self.encoded(text) if isinstance(text, str) else list(text)
+            if isinstance(text, str) and len(ids) > self.max_length:
+                found += self._pieces(text)
+            else:
+                found.append(ids[: self.max_length])
+        return found
+
+    def _pieces(self, text: str) -> Iterator[list[int]]:
+        """Token ids of a long text in pieces that fit the context, each as a text alone."""
+        before, after = special_tokens_around(self.tokenizer)
+        if self.add_bos_token is False:
+            before, after = [], []
+        ids, room = self.encoded(text, special=False), self.max_length - len(before) - len(after)
+        for start in range(0, len(ids), room):
+            yield [*before, *ids[start : start + room], *after]
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes down with the results."""

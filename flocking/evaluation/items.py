@@ -22,6 +22,7 @@ from flocking.evaluation.tasks import Articles, quiet
 
 Row = dict[str, Any]
 Asked = list[list[Row]]  # of each model
+_NUMBERS = (bool, int, float, np.number, np.bool_)
 
 
 def ask(lm: GriffinLM, block: Block, models: Sequence[PreTrainedModel], texts: int = 1) -> Asked:
@@ -137,10 +138,10 @@ def _scored(
     part = copy.copy(task)
     part._instances = requests
     part.apply_filters()
-    averaged = {metric for metric, how in task.aggregation().items() if how is mean}
     by_item = defaultdict(list)
     for one in sorted(requests, key=lambda one: one.idx):
         by_item[one.doc_id].append(one)
+    found = []
     for how in requests[0].filtered_resps:
         for item, document, following in zip(
             block.items, block.documents, block.documents[1:], strict=False
@@ -148,9 +149,13 @@ def _scored(
             answers = [one.filtered_resps[how] for one in by_item[item]]
             chances = _chances(task, document, following, answers)
             for metric, value in task.process_results(document, list(answers)).items():
-                if metric in averaged and isinstance(value, bool | int | float | np.number):
-                    name = metric if how == "none" else f"{metric},{how}"
-                    yield item, name, float(value), chances.get(metric, np.nan)
+                if isinstance(value, _NUMBERS):
+                    found.append((item, how, metric, float(value), chances.get(metric, np.nan)))
+    # (Some tasks say only with their first results how their metrics are put together.)
+    known = task.aggregation()
+    for item, how, metric, value, chance in found:
+        if known.get(metric, mean) is mean:  # as the harness does with what it does not know
+            yield item, metric if how == "none" else f"{metric},{how}", value, chance
 
 
 def left_out(task: Task) -> list[str]:
@@ -168,5 +173,5 @@ def _chances(task: Task, document: Any, following: Any, answers: list[Any]) -> d
     if task.OUTPUT_TYPE == "generate_until" and following is not document:
         # The answer to this item, scored as if it were one to the next.
         found = task.process_results(following, list(answers))
-        return {m: float(x) for m, x in found.items() if isinstance(x, int | float | np.number)}
+        return {metric: float(x) for metric, x in found.items() if isinstance(x, _NUMBERS)}
     return {}

@@ -217,7 +217,12 @@ class Plan:
 
 
 def _refuse_uncomparable(name: str, task: Task) -> None:
-    """Refuse a task whose answers cannot be compared item by item."""
+    """Refuse a task whose answers cannot be compared item by item, or that runs them as code."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise ValueError(
+            f"{name} runs code that the model writes, which is not done here: run it with "
+            "flocking lm-eval --confirm_run_unsafe_code, or leave it out."
+        )
     why = ""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         why = "asks for the likelihood of a whole text, which has no prompt to select neurons from"

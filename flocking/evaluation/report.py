@@ -213,8 +213,9 @@ def _of_domain(rows: pd.DataFrame) -> str:
     if not rows["method"].isin(list(OF_DOMAIN)).any():
         return ""
     return (
-        "static-domain is static from the task's own documents beyond those that are scored, as "
-        f"the model is shown them, without answers: the first {MOST_TOKENS:,} tokens at most."
+        "static-domain is static from the task's own documents beyond those that are scored, each "
+        "as the question about it is asked, without examples and answers: the first "
+        f"{MOST_TOKENS:,} tokens at most."
     )
 
 

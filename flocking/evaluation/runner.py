@@ -90,6 +90,24 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give 1 or more.")
     questions = plan.questions()
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        return _evaluated(model, tokenizer, plan, questions, batch_size, cells, say)
+    finally:
+        for module, was in training:  # the harness puts the model in eval mode
+            module.training = was
+
+
+def _evaluated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    questions: Sequence[Question],
+    batch_size: int,
+    cells: Cells | None,
+    say: Say,
+) -> pd.DataFrame:
+    """What :func:`evaluate` returns, of a model that the harness puts in eval mode."""
     with quiet():
         lm = GriffinLM(
             model,
@@ -145,13 +163,20 @@ def _jobs(
         wanted[variant] = lm.calibration
         if variant.twinned.of_domain:
             own = own or documents(
-                question.name, question.task, question.limit, lm.tokenizer, lm.max_length
+                question.name,
+                question.task,
+                question.limit,
+                lm.tokenizer,
+                lm.max_length,
+                lm.encoded,
             )
             wanted[variant] = own
     jobs = []
     for texts in dict.fromkeys(variant.twinned.texts for variant in wanted):
         here = {variant: of for variant, of in wanted.items() if variant.twinned.texts == texts}
         blocks = blocks_of(lm, question, block_size(question, texts))
+        if odd := sum(len(block.items) for block in blocks) % texts:
+            say(f"{question.name}: the last group of shared-{texts} has {odd} of {texts} prompts.")
         if question.authors and question.generates and (skipped := check_room(lm, blocks)):
             count = 1 + blocks[-1].items[-1]
             say(f"{question.name}: {skipped} of {count} items are too long, and are skipped.")
@@ -213,7 +238,7 @@ class _Run:
             one, is_older = cell.of(found, self._store.keep_older)
             older += is_older
             if one is not None:
-                self._tables[cell] = one.table.assign(older=_code(one) if is_older else "")
+                self._tables[cell] = cell.taken(one, _code(one) if is_older else "")
         return older
 
     def _missing(self, job: _Job) -> list[Cell]:
@@ -267,6 +292,7 @@ class _Run:
         models = [self._twins.of(cell.variant, cell.texts) for cell in missing]
         answers = ask(self._lm, job.block, models, job.texts)
         tables = [cell.table(rows) for cell, rows in zip(missing, answers, strict=True)]
+        _refuse_unscored(job.block.question, tables)
         took = time.monotonic() - started
         self._store.write(missing, tables, took)
         for cell, table in zip(missing, tables, strict=True):
@@ -309,6 +335,17 @@ class _Run:
         variants = list(dict.fromkeys(cell.variant for cell in cells))
         cells.sort(key=lambda cell: variants.index(cell.variant))  # which keeps the order else
         return pd.concat([self._tables[cell] for cell in cells], ignore_index=True)
+
+
+def _refuse_unscored(question: Question, tables: Sequence[pd.DataFrame]) -> None:
+    """Refuse a task whose first answers have no score of their own, before they are kept."""
+    # (The authors skip what is too long, which may be a whole block.)
+    if question.authors or any(len(table) for table in tables):
+        return
+    raise ValueError(
+        f"{question.name} has no metric that is a number for each item and a mean over items: "
+        "leave it out, or run it with flocking lm-eval."
+    )
 
 
 def _code(found: Found) -> str:

@@ -87,8 +87,12 @@ def _by_item(part: pd.DataFrame, group: tuple[str, ...]) -> pd.DataFrame:
     """Values of one task and metric, a row for each variant and a column for each item."""
     values = part.pivot_table(index="variant", columns="item", values="value")
     values = values.loc[part["variant"].unique()]
-    if part["value"].isna().any():
-        raise ValueError(f"{group[0]}: {group[2]} is not a number for some items.")
+    if (odd := part["value"].isna()).any():
+        named = ", ".join(part.loc[odd, "variant"].unique())
+        raise ValueError(
+            f"{group[0]}: {group[2]} is not a number for some items under {named}, as where half "
+            "precision overflows: leave that out, or compute in float32."
+        )
     if values.isna().any(axis=None):
         raise ValueError(f"{group[0]}: not all variants were asked the same items.")
     return values
@@ -264,13 +268,13 @@ def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for (task, protocol, metric), part in parts_of(rows, _BY):
         by_variant = dict(part.set_index("variant").iterrows())
-        scale = scale_of(metric, part["high"].max())
+        scale = scale_of(metric, part)
         name = metric.replace("loss", "perplexity")
         asked = f"{task}, {protocol}" if protocol != "context" else task
         cells = [f"{asked}, {name}", f"{part['items'].iloc[0]}"]
         if base is not None:
             own = by_variant[base]
-            cells.append("" if np.isnan(own.chance) else f"{100 * own.chance:.1f}")
+            cells.append(chance_in_words(own.chance, scale))
             cells.append(said(own[_MEANS], scale, sign=False) + _mark(own))
         for variant in variants:
             if variant not in by_variant:  # not all are asked of every task
@@ -311,11 +315,21 @@ def _cells_of(part: pd.DataFrame, items: pd.DataFrame) -> Iterator[str]:
         yield from (f"{variant} on {task}" for variant in variants)
 
 
-def scale_of(metric: str, highest: float) -> float | None:
-    """What a metric is shown times: 100 of shares, 1 of others; None of losses, as perplexities."""
+def scale_of(metric: str, rows: pd.DataFrame) -> float | None:
+    """What a metric is shown times: 100 of shares, 1 of others; None of losses, as perplexities.
+
+    `rows` are all that are shown together, of :func:`summarise`. Some tasks have their scores in
+    percent already: what is beyond 1 anywhere, or chance is, is no share.
+    """
     if is_loss(metric):
         return None
-    return 1 if is_divergence(metric) or highest > 1 else 100
+    shown = rows[[*_MEANS, "chance"]].to_numpy(dtype=float)
+    return 1 if is_divergence(metric) or np.nanmax(np.abs(shown), initial=0) > 1 else 100
+
+
+def chance_in_words(chance: float, scale: float | None) -> str:
+    """A chance level as a table shows it, times the scale of its metric; empty without one."""
+    return "" if np.isnan(chance) else f"{(scale or 1) * chance:.1f}"
 
 
 def _of_ratio(number: float) -> str:

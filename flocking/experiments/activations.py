@@ -24,17 +24,19 @@ from flocking.experiments.common import (
     dimension,
     finished,
     said,
+    same_excerpts,
     same_length,
     source_of,
 )
 from flocking.feedforward import feedforwards
-from flocking.models import context, control
+from flocking.models import context, control, warn
 from flocking.recording import record
 
 DENSITIES = [0.1, 0.25, 0.5, 0.75, 0.9]
 _DENSITY = 0.5
 _EXCERPTS = 3
 _HORIZON = 256  # tokens after the prompt that drift against its length is measured over
+_FAR = 64  # tokens that drift against the distance is averaged over
 
 
 def heatmaps(
@@ -72,9 +74,12 @@ def heatmaps(
     ids, names = same_length(model, tokenizer, texts[:2], tokens, 16)
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
-        shown = recording.relative.sel(relative_layer=layer).astype(np.float32)
+        relative = recording.relative
+        # (Where the model has no other layer, there is no second dimension of layers.)
+        (dim,) = {"relative_layer", "layer"} & {*relative.dims}
+        shown = relative.sel({dim: layer}).astype(np.float32)
         shown = shown.isel(token=slice(1, None), neuron=slice(neurons)).drop_vars(
-            ["relative_layer", "token_id", "token_text", "token_window", "text"]
+            [dim, "token_id", "token_text", "token_window", "text", "module"], errors="ignore"
         )
         score = analysis.flocking_score(recording).sel(layer=layer)
         return xr.Dataset(
@@ -160,7 +165,7 @@ def sequence_overlap(
         ``within``, ``between`` (Jaccard at density 0.5), ``specificity``, ``different_tokens``
         (specificity without pairs of identical tokens), all (interval, weights, layer).
     """
-    ids, names = same_length(model, tokenizer, texts, tokens, 64)
+    ids, names = same_length(model, tokenizer, texts, tokens, 128, least=129)  # two halves
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
         values = analysis.between_sequence_overlap(recording, _DENSITY)
@@ -205,9 +210,10 @@ def generation(
     Parameters
     ----------
     tokens : int
-        Tokens of each prompt.
+        Tokens of each prompt; fewer where the model's context has no room for them.
     new_tokens : int
-        Tokens generated after it; the last of them is not run.
+        Tokens generated after it; the last of them is not run. Where the context has no room for
+        both, as many as are left, but not less than half of the context.
 
     Returns
     -------
@@ -218,22 +224,22 @@ def generation(
         (static: mean energy of the other prompts), "magnitude" (static: weights)
         and "GRIFFIN, control"; each also averaged over layers, as ``*_mean``.
     """
-    limit = context(model)
-    if limit and tokens + new_tokens > limit:
-        tokens, new_tokens = limit // 2, limit // 2
+    new_tokens = _that_fit(model, tokens, new_tokens)
     ids, names = same_length(model, tokenizer, texts, tokens, 64, room=new_tokens, least=65)
+    untrained = control(model, seed)  # (it may refuse the seed, and the next the weights)
+    magnitude = analysis.weight_magnitude(model)
     options = {"tokenizer": tokenizer, "window": 64, "progress": progress}
     recording = record(model, ids, max_new_tokens=new_tokens, **options)
     replayed = [row[row >= 0].tolist() for row in recording.token_id.values]
     # A prompt is its first token and whole windows, so that the windows are the same ones.
-    random = record(control(model, seed), replayed, **options)
+    random = record(untrained, replayed, **options)
     random = random.assign_coords(
         {name: recording[name] for name in ("phase", "start", "prompt_tokens")}
     )
 
     def measure(recording: xr.Dataset, weights: str) -> xr.Dataset:
         recording = recording.assign_coords(sequence=names)
-        captured = _captured_later(recording, model if weights == "trained" else None)
+        captured = _captured_later(recording, magnitude if weights == "trained" else None)
         jaccard = analysis.prompt_generation_overlap(recording, densities=DENSITIES)
         return xr.Dataset({"jaccard": jaccard, "captured": captured}).drop_vars(
             ["text", "module", "tokens", "d_ff"], errors="ignore"
@@ -256,15 +262,29 @@ def generation(
     return finished(data, source, names, ids, seed, caption, new_tokens=new_tokens)
 
 
-def _captured_later(recording: xr.Dataset, model: PreTrainedModel | None) -> xr.DataArray:
-    """Energy of the generation that selections capture; GRIFFIN's alone without a model."""
+def _that_fit(model: PreTrainedModel, tokens: int, new_tokens: int) -> int:
+    """How many new tokens the context has room for after a prompt, or at least half of it."""
+    limit = context(model)
+    room = max(limit // 2, limit - tokens) if limit else new_tokens
+    if room < new_tokens:
+        warn(
+            f"{room} tokens are generated instead of {new_tokens}: the model's context is {limit}, "
+            f"and prompts of {tokens} were asked for."
+        )
+    return min(room, new_tokens)
+
+
+def _captured_later(recording: xr.Dataset, magnitude: xr.DataArray | None) -> xr.DataArray:
+    """Energy of the generation that selections capture; of the control, GRIFFIN's alone."""
     prompt = analysis.statistic(recording, phase="prompt")
     later = analysis.statistic(recording, phase="generation")
-    selections = {"GRIFFIN" if model else "GRIFFIN, control": prompt}
-    if model:
+    if magnitude is None:
+        selections = {"GRIFFIN, control": prompt}
+    else:
+        selections = {"GRIFFIN": prompt}
         selections["hindsight"] = later
         selections["other texts"] = analysis.statistic_of_others(prompt)
-        selections["magnitude"] = analysis.weight_magnitude(model)
+        selections["magnitude"] = magnitude
     return xr.concat(
         [
             analysis.captured_energy(analysis.select(values, densities=DENSITIES), later)
@@ -318,11 +338,12 @@ def drift(
         tokens after the prompt; ``jaccard_far`` and so on (interval, weights, cut, distance), by
         distance from the prompt's end, in steps of 64 tokens.
     """
-    ids, names = same_length(model, tokenizer, texts, tokens, 16)
+    ids, names = same_length(model, tokenizer, texts, tokens, 16, least=17 + _FAR)
     total = len(ids[0])
     horizon = min(_HORIZON, (total - 1) // 32 * 16)
     lengths = [n + 1 for n in (16, 32, 64, 128, 256, 512, 1024) if n + 1 + horizon <= total]
-    cuts = [length for length in (65, 257, 1025) if length in lengths] or lengths[-1:]
+    seen = [length for length in lengths if length + _FAR <= total]
+    cuts = [length for length in (65, 257, 1025) if length in seen] or seen[-1:]
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
         drifts = analysis.drift(recording, _DENSITY, prompt_lengths=lengths)
@@ -330,9 +351,9 @@ def drift(
         drifts = drifts.rename(captured_energy="captured", oracle="hindsight")
         near = drifts.sel(distance=slice(0, horizon - 1)).mean("distance")
         far = drifts.sel(prompt_length=cuts).rename(prompt_length="cut")
-        far = far.coarsen(distance=4, boundary="trim", coord_func="min").mean()
+        far = far.coarsen(distance=_FAR // 16, boundary="trim", coord_func="min").mean()
         # Where a text ends, a mean over four windows is one of fewer: leave it out.
-        far = far.where(far.distance + far.cut + 64 <= total)
+        far = far.where(far.distance + far.cut + _FAR <= total)
         return near.merge(far.rename({name: f"{name}_far" for name in far}), compat="override")
 
     values, source = against_control(
@@ -381,11 +402,9 @@ def text_kinds(
         (interval, weights, text), the mean over layers: of all excerpts, and the lowest and the
         highest excerpt.
     """
-    room = (tokens - 1) * _EXCERPTS + 1
-    ids, names = same_length(model, tokenizer, texts, room, 16, least=33)
-    count = max(1, min(_EXCERPTS, (len(ids[0]) - 1) // (tokens - 1)))
-    step = (len(ids[0]) - 1) // count
-    excerpts = [row[step * n : step * (n + 1) + 1] for row in ids for n in range(count)]
+    excerpts, names, count = same_excerpts(
+        model, tokenizer, texts, tokens, 16, most=_EXCERPTS, least=33
+    )
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
         values = analysis.effective_neurons(recording)

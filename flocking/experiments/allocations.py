@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking import pruning
 from flocking.analysis import bootstrap, select, statistic
 from flocking.experiments.common import dimension, finished, said, same_length, source_of
-from flocking.experiments.twins import each_text, losses_of
+from flocking.experiments.twins import each_text, losses_of, refuse_unprunable
 from flocking.feedforward import FeedForward, dense, observe
 from flocking.models import forward, tokenize, undisturbed
 from flocking.recording import record
@@ -67,8 +67,10 @@ def loss_by_allocation(
     Raises
     ------
     ValueError
-        If there are fewer than two texts, or they are too short.
+        If there are fewer than two texts, they are too short, or the model has mixtures of experts.
     """
+    refuse_unprunable(model)
+    _refuse_mixtures(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW, least=1 + 3 * _WINDOW)
     prompt = 1 + (len(ids[0]) - 1) * 2 // (3 * _WINDOW) * _WINDOW
     recording = record(model, ids, tokenizer=tokenizer, window=_WINDOW, progress=progress)
@@ -131,6 +133,16 @@ def _scored(
     return xr.Dataset(
         {"excess": excess, "share": xr.concat(shares, dimension("allocation", ALLOCATIONS))}
     )
+
+
+def _refuse_mixtures(model: PreTrainedModel) -> None:
+    """The outputs of a mixture's experts are weighted by its router, which is not recorded."""
+    for block in pruning.first_runs(model):
+        if block.kind == "experts":
+            raise ValueError(
+                f"layer {block.layer} is a mixture of experts, whose output's error this "
+                "experiment does not know: give a dense model, or leave this figure out."
+            )
 
 
 def _block_errors(

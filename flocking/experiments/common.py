@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.models import context, control, warn
+from flocking.models import context, control, special_tokens_around, warn
 from flocking.recording import record
 
 WEIGHTS = ["trained", "control"]
@@ -42,27 +42,93 @@ def same_length(
     room: int = 0,
     least: int | None = None,
 ) -> tuple[list[list[int]], list[str]]:
-    """Token ids of the texts, cut to one length of a first token and whole windows; their names."""
+    """Token ids of the texts, cut to one length of a first token and whole windows; their names.
+
+    `room` is for tokens that are generated after them. At least `least` tokens of each are
+    needed, by default a first one and two windows.
+    """
+    ids, names = _read(tokenizer, texts)
+    length, why = _one_length(model, ids, names, tokens, window, room, least)
+    if length < tokens:
+        warn(f"All texts are cut to {length} tokens instead of {tokens}: {why}.")
+    return [row[:length] for row in ids], names
+
+
+def same_excerpts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    tokens: int,
+    window: int,
+    *,
+    most: int,
+    least: int,
+) -> tuple[list[list[int]], list[str], int]:
+    """Excerpts of one length, as many of each text; the texts' names, and how many of each.
+
+    They follow each other in the text, and each begins with the special tokens that open a text.
+    Of short texts there are fewer, and if there is only one, it is shorter.
+    """
+    if (step := (tokens - 1) // window * window) < least - 1:
+        raise ValueError(f"tokens={tokens}: give {least} or more for an excerpt.")
+    ids, names = _read(tokenizer, texts)
+    whole, why = _one_length(model, ids, names, most * (tokens - 1) + 1, window, 0, least)
+    step = min(step, whole - 1)
+    count = min(most, (whole - 1) // step)
+    if count < most or step + 1 < tokens:
+        warn(
+            f"{count} excerpt{'s' * (count > 1)} of {step + 1} tokens of each text instead of "
+            f"{most} of {tokens}: {why}."
+        )
+    opening, _ = special_tokens_around(tokenizer)
+    excerpts = [begun(row, step * n, opening)[: step + 1] for row in ids for n in range(count)]
+    return excerpts, names, count
+
+
+def begun(row: list[int], start: int, opening: list[int]) -> list[int]:
+    """A text's tokens from `start` on, of which the first are the special ones that open a text.
+
+    Models were trained on texts that begin with these, and treat a text without them in another
+    way. They take the place of tokens, so that there are as many.
+    """
+    return [*opening, *row[start + len(opening) :]]
+
+
+def _read(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of whole texts, and their names."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     names = names_of(texts)
-    # The length is cut below: a warning about the model's context would be wrong here.
-    ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    limit = context(model)
-    fits = min(tokens, min(map(len, ids)), (limit - room) if limit else tokens)
+    # The length is cut later: a warning about the model's context would be wrong here.
+    return [tokenizer(text, verbose=False)["input_ids"] for text in texts], names
+
+
+def _one_length(
+    model: PreTrainedModel,
+    ids: list[list[int]],
+    names: list[str],
+    tokens: int,
+    window: int,
+    room: int,
+    least: int | None,
+) -> tuple[int, str]:
+    """A first token and whole windows that all texts and the model have; why not `tokens`."""
+    limit, shortest = context(model), min(map(len, ids))
+    fits = min(tokens, shortest, (limit - room) if limit else tokens)
     length = 1 + (fits - 1) // window * window
     least = least or 1 + 2 * window
+    generated = f", {room} of it for what is generated" if room else ""
     if length < least:
         short = int(np.argmin([len(row) for row in ids]))
         raise ValueError(
             f"text {names[short]!r} has {len(ids[short])} tokens and the model's context is "
-            f"{limit}; {tokens} tokens of each were asked for, and {least + room} are needed."
+            f"{limit}{generated}; {tokens} tokens of each were asked for, and {least + room} are "
+            "needed."
         )
-    if length < tokens:
-        warn(
-            f"All texts are cut to {length} tokens instead of {tokens}: the shortest has "
-            f"{min(map(len, ids))}, and the model's context is {limit}.",
-        )
-    return [row[:length] for row in ids], names
+    if fits == tokens:
+        return length, f"they are a first token and whole windows of {window}"
+    return length, f"the shortest has {shortest}, and the model's context is {limit}{generated}"
 
 
 def against_control(

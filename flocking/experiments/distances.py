@@ -19,10 +19,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking import analysis
 from flocking.analysis import bootstrap, tails
-from flocking.experiments.common import dimension, finished, said, same_length, source_of
+from flocking.experiments.common import (
+    begun,
+    dimension,
+    finished,
+    said,
+    same_length,
+    source_of,
+)
 from flocking.experiments.intervals import by_name, perplexities, ratio
-from flocking.experiments.twins import DENSITY, each_text
+from flocking.experiments.twins import DENSITY, each_text, refuse_unprunable
 from flocking.feedforward import FeedForward
+from flocking.models import special_tokens_around
 from flocking.pruning import compare_predictions, griffin, logits_side_by_side
 from flocking.recording import record
 
@@ -76,8 +84,9 @@ def loss_by_distance(
     """
     if horizon < 2 * _STEP:
         raise ValueError(f"horizon={horizon}: give {2 * _STEP} tokens or more, to be scored.")
+    refuse_unprunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, 16, least=17 + 2 * _STEP)
-    total = len(ids[0])
+    total, (opening, _) = len(ids[0]), special_tokens_around(tokenizer)
     horizon = min(horizon, total - _PROMPTS[0]) // _STEP * _STEP
     lengths = [length for length in _PROMPTS if length + horizon <= total]
     recording = record(model, ids, tokenizer=tokenizer, window=16, progress=progress)
@@ -90,7 +99,7 @@ def loss_by_distance(
 
     def measure(number: int) -> xr.Dataset:
         static, own = others.isel(sequence=number), ahead.isel(sequence=number)
-        rows = [ids[number][total - horizon - length :] for length in lengths]
+        rows = [begun(ids[number], total - horizon - length, opening) for length in lengths]
         parts = [
             _measured(model, torch.tensor([row], device="cpu"), length, static, own)
             for row, length in zip(rows, lengths, strict=True)
@@ -182,8 +191,8 @@ def _averaged(values: xr.Dataset) -> xr.Dataset:
     assert isinstance(data, xr.Dataset)
     data["relative"] = perplexities(far.loss).relative
     data["perplexity"] = perplexities(values.loss.mean("distance")).perplexity
-    excess = far.loss - far.loss.sel(selection="full")
-    late = excess.where(excess.distance >= values.sizes["distance"] // 2, drop=True)
+    excess = values.loss - values.loss.sel(selection="full")
+    late = excess.isel(distance=slice(values.sizes["distance"] // 2, None))
     data["remaining"] = _share(late.mean("distance"), "GRIFFIN")
     data.agreement.attrs = ratio("predictions that are the full model's")
     data.divergence.attrs = {"long_name": "divergence from the full model", "units": "nat"}

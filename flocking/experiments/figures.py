@@ -71,7 +71,7 @@ def heatmaps(data: xr.Dataset, figure: Figure) -> None:
             here = data.sel(weights=weights, sequence=text)
             plotting.heatmap(here.relative, ax=ax, vmax=vmax, colorbar=False)
             ax.images[0].set_interpolation("none")  # there is more than a pixel for each
-            ax.set_title(f"{text}, score {here.score.item():.2f}")
+            ax.set_title(f"{text}, score {here.score.item():.2f}", parse_math=False)
             ax.label_outer()
             ax.set_ylabel(f"{_NAMES[weights]}\ntoken" if column == 0 else "")
     upper.colorbar(
@@ -301,7 +301,7 @@ def text_kinds(data: xr.Dataset, figure: Figure) -> None:
         shading="nearest",
         rasterized=True,
     )
-    colours.set_yticks(np.arange(len(order)), order)
+    colours.set_yticks(np.arange(len(order)), order, parse_math=False)
     by_layer([colours])
     for weights, marker in (("trained", "o"), ("control", "s")):
         style = BY_WEIGHTS[weights]
@@ -341,7 +341,7 @@ def atlas(data: xr.Dataset, figure: Figure) -> None:
             rasterized=True,
         )
         places = np.arange(data.sizes["kind"]) + 0.5
-        ax.set_yticks(places, data.kind.values if ax is axes[0, 0] else [])
+        ax.set_yticks(places, data.kind.values if ax is axes[0, 0] else [], parse_math=False)
         ax.set_xticks(places, [])
         ax.invert_yaxis()
         ax.set(title=_NAMES[weights], xlabel="piece of (same order)")

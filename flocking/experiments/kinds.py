@@ -118,7 +118,8 @@ def _like(data: xr.Dataset | xr.DataArray, values: np.ndarray) -> xr.DataArray:
     """Values (sequence, layer, neuron) of the layers of other data."""
     labels = {"sequence": np.arange(len(values)), "layer": data.layer.values}
     found = xr.DataArray(values, labels, ("sequence", "layer", "neuron"))
-    return found.assign_coords(d_ff=("layer", data.d_ff.values))
+    told = [name for name in ("d_ff", "experts") if name in data.coords]  # as selections need them
+    return found.assign_coords({name: ("layer", data[name].values) for name in told})
 
 
 def _kept(energy: xr.DataArray) -> xr.DataArray:
@@ -175,13 +176,9 @@ def _with_intervals(values: xr.Dataset) -> xr.Dataset:
     """Within and between kinds with intervals over kinds, settling with a range of draws."""
     overlap = values.overlap
     same = overlap.kind == overlap.other
-    means = xr.Dataset(
-        {
-            "within": overlap.where(same).mean("other"),
-            "between": overlap.where(~same).mean("other"),
-        }
-    )
-    over_kinds = bootstrap(means.rename(kind="sequence"))
+    # Each kind is in several pairs: their interval is of draws of kinds, not of means over pairs.
+    parts = {"within": overlap.where(same).mean("other"), "between": overlap.where(~same)}
+    over_kinds = bootstrap(xr.Dataset(parts).rename(kind="sequence"))
     drawn = values.settled
     low, high = (drawn.quantile(q, "draw").drop_vars("quantile") for q in (0.025, 0.975))
     settled = xr.concat([drawn.mean("draw"), low, high], over_kinds.interval)

@@ -61,8 +61,11 @@ def loss_by_prompt(data: xr.Dataset, figure: Figure) -> None:
     band(data.relative.sel(selection="random"), far_above, **BY_SELECTION["random"])
     for ax in (lengths, far_above):
         powers_of_two(ax, data.prompt_length.values)
-    logarithmic(far_above, far_above.yaxis, [100, 1000])
-    far_above.set(ylim=(100, 2000), ylabel="chance")
+    chance = data.relative.sel(selection="random")
+    low, high = (int(np.floor(np.log10(value))) for value in (chance.min(), chance.max()))
+    ticks = 10.0 ** np.arange(low, high + 2)
+    logarithmic(far_above, far_above.yaxis, ticks.tolist())
+    far_above.set(ylim=(ticks[0], ticks[-1]), ylabel="chance")
     logarithmic(lengths, lengths.yaxis, [1, 1.5, 2, 3, 5, 10])
     lengths.set_xlabel("prompt length (tokens)")
     shades = sns.light_palette(BLUE, data.sizes["prompt_length"] + 1)[1:]

@@ -22,7 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking import analysis
 from flocking.analysis import bootstrap
-from flocking.experiments.common import dimension, finished, said, same_length, source_of
+from flocking.experiments.common import (
+    begun,
+    dimension,
+    finished,
+    said,
+    same_excerpts,
+    same_length,
+    source_of,
+)
 from flocking.experiments.intervals import (
     OVER_STATIC,
     between_excerpts,
@@ -32,7 +40,15 @@ from flocking.experiments.intervals import (
     rank_correlation,
     ratio,
 )
-from flocking.experiments.twins import DENSITY, each_text, losses_and_energy, losses_of, twins_of
+from flocking.experiments.twins import (
+    DENSITY,
+    each_text,
+    losses_and_energy,
+    losses_of,
+    refuse_unprunable,
+    twins_of,
+)
+from flocking.models import special_tokens_around
 from flocking.pruning import griffin, side_by_side
 from flocking.recording import record
 
@@ -90,7 +106,7 @@ def loss_by_prompt(
         to that of the static selection; ``relative_far`` (interval, selection, prompt_length,
         distance) over 64 tokens around ``distance`` from the prompt's end, without the first one,
         which is computed in full; ``ageing`` (interval, prompt_length), GRIFFIN's ratio in the
-        last 64 tokens to that in the first 64.
+        last 64 tokens to that in the first 64, NaN where fewer than 128 are scored.
 
     Raises
     ------
@@ -99,8 +115,9 @@ def loss_by_prompt(
     """
     if horizon < _WINDOW:
         raise ValueError(f"horizon={horizon}: give {_WINDOW} tokens or more, to be scored.")
+    refuse_unprunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
-    total = len(ids[0])
+    total, (opening, _) = len(ids[0]), special_tokens_around(tokenizer)
     horizon = min(horizon // _WINDOW, (total - 1) // (2 * _WINDOW)) * _WINDOW
     lengths = [n + 1 for n in (16, 64, 256, 1024) if n + 1 + horizon <= total]
     recording = record(model, ids, tokenizer=tokenizer, window=_WINDOW, progress=progress)
@@ -111,8 +128,8 @@ def loss_by_prompt(
     def measure(number: int) -> xr.DataArray:
         references = others.isel(sequence=number), later.isel(sequence=number)
         twins = twins_of(wanted, *references, seed=seed + number)
-        prompts = [ids[number][total - horizon - length :] for length in lengths]
-        parts = [losses_of(model, twins, [row], n) for row, n in zip(prompts, lengths, strict=True)]
+        rows = [begun(ids[number], total - horizon - length, opening) for length in lengths]
+        parts = [losses_of(model, twins, [row], n) for row, n in zip(rows, lengths, strict=True)]
         return xr.concat(parts, dimension("prompt_length", lengths)).isel(sequence=0)
 
     losses = each_text(measure, names, progress)
@@ -127,9 +144,13 @@ def _by_distance(losses: xr.DataArray, step: int) -> dict[str, xr.DataArray]:
     """Ratios by distance from the prompt's end, and how GRIFFIN's ages."""
     pruned = losses.where(losses.distance > 0)
     far = pruned.coarsen(distance=step, boundary="trim").mean()
-    excess = far.sel(selection="GRIFFIN") - far.sel(selection="full")
-    change = excess.isel(distance=-1, drop=True) - excess.isel(distance=0, drop=True)
-    ageing = exponential(bootstrap(change))
+    excess = pruned.sel(selection="GRIFFIN") - pruned.sel(selection="full")
+    first, last = (
+        excess.isel(distance=part).mean("distance") for part in (slice(step), slice(-step, None))
+    )
+    ageing = exponential(bootstrap(last - first))
+    if losses.sizes["distance"] < 2 * step:  # they have tokens in common
+        ageing = xr.full_like(ageing, np.nan)
     ageing.attrs = ratio(f"GRIFFIN's ratio in the last {step} tokens to the first {step}")
     return {"relative_far": perplexities(far).relative, "ageing": ageing}
 
@@ -139,9 +160,10 @@ def _caption_by_prompt(
 ) -> str:
     lengths = data.prompt_length.values
     over, ages = (
-        [f"{said(values, length)} after {length}" for length in lengths]
+        ", ".join(f"{said(values, length)} after {length}" for length in lengths)
         for values in (data.over_static, data.ageing)
     )
+    aged = f" GRIFFIN's ratio in the last {step} to that in the first {step}: {ages}."
     return (
         f"Perplexity of {name} at density {DENSITY}, relative to the full model's, on "
         f"the same {horizon} tokens of {count} texts, after prompts of the tokens before them; "
@@ -149,10 +171,10 @@ def _caption_by_prompt(
         f"{by_name(data.perplexity.isel(prompt_length=0))}. "
         f"After {lengths[-1]}: {by_name(data.perplexity.isel(prompt_length=-1))}. Hindsight: "
         "selected from the scored tokens; static: from the other texts; global-local: by the mean "
-        f"of the prompt's and the other texts' ranks. GRIFFIN's over static's: {', '.join(over)}. "
+        f"of the prompt's and the other texts' ranks. GRIFFIN's over static's: {over}. "
         f"Guessing would give {vocabulary:,}. Right: by distance, in {step} tokens each, their "
-        "middle marked, without the first, which is computed in full. GRIFFIN's ratio in the last "
-        f"{step} to that in the first {step}: {', '.join(ages)}."
+        f"middle marked, without the first, which is computed in full."
+        f"{aged if data.ageing.notnull().all() else ''}"
     )
 
 
@@ -181,6 +203,7 @@ def loss_by_density(
     ValueError
         If there are fewer than two texts, or they are too short.
     """
+    refuse_unprunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt = _half(ids)
     recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)
@@ -248,11 +271,10 @@ def loss_by_method(
     ValueError
         If there are fewer than two texts, or they are too short.
     """
-    room = (tokens - 1) * _EXCERPTS + 1
-    ids, names = same_length(model, tokenizer, texts, room, _WINDOW, least=65)
-    count = max(1, min(_EXCERPTS, (len(ids[0]) - 1) // (tokens - 1)))
-    step = (len(ids[0]) - 1) // count // _WINDOW * _WINDOW
-    excerpts = [row[step * n : step * (n + 1) + 1] for row in ids for n in range(count)]
+    refuse_unprunable(model)
+    excerpts, names, count = same_excerpts(
+        model, tokenizer, texts, tokens, _WINDOW, most=_EXCERPTS, least=65
+    )
     prompt = _half(excerpts)
     recording = record(model, excerpts, tokenizer=tokenizer, window=_WINDOW, progress=progress)
     energy = analysis.statistic(recording) ** 2
@@ -357,6 +379,7 @@ def loss_by_batch(
     ValueError
         If there are fewer than two texts, or they are too short.
     """
+    refuse_unprunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt, count = _half(ids), len(ids)
     recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)

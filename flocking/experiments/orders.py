@@ -90,7 +90,7 @@ def token_order(
         values = xr.concat(
             [part.reset_coords(drop=True) for part in measured], dimension("order", ORDERS)
         )
-        return values.assign(overlap=_overlap(*parts))
+        return values.assign(_overlaps(*parts))
 
     labels = list(range(len(rows)))
     values, source = against_control(
@@ -126,21 +126,23 @@ def readings(
     return dict(zip(ORDERS, (ids, permuted, drawn), strict=True))
 
 
-def _overlap(*parts: xr.Dataset) -> xr.DataArray:
-    """Of the selections of texts in order with the others, (sequence, layer, compared)."""
+def _overlaps(*parts: xr.Dataset) -> dict[str, xr.DataArray]:
+    """Of the selections of texts in order.
+
+    ``overlap`` with those of the same text's other readings, (sequence, layer, compared), and
+    ``another`` with those of all other texts in order, (sequence, layer, other).
+    """
     chosen = [
         analysis.select(analysis.statistic(part, start=1), _DENSITY).reset_coords(drop=True)
         for part in parts
     ]
     own, *others = chosen
-    count = own.sizes["sequence"]
-    shifted = [
-        own.roll(sequence=step).assign_coords(sequence=own.sequence) for step in range(1, count)
-    ]
-    pairs = [analysis.jaccard(own, other) for other in (*others, *shifted)]
-    first, *rest = pairs[len(others) :]
-    another = sum(rest, start=first) / len(shifted)
-    return xr.concat([*pairs[: len(others)], another], dimension("compared", COMPARED))
+    same = [analysis.jaccard(own, other) for other in others]
+    pairs = analysis.jaccard(own, own.rename(sequence="other"))
+    return {
+        "overlap": xr.concat(same, dimension("compared", COMPARED[: len(same)])),
+        "another": pairs.where(pairs.sequence != pairs.other),
+    }
 
 
 def _with_changes(values: xr.Dataset) -> xr.Dataset:
@@ -156,13 +158,26 @@ def _with_changes(values: xr.Dataset) -> xr.Dataset:
     score = means.flocking_score
     over = score.sel(weights="trained", drop=True) - score.sel(weights="control", drop=True)
     means = means.rename({name: f"{name}_mean" for name in means}).assign(over_control_mean=over)
-    data = bootstrap(values.merge(means))
+    data = _compared(bootstrap(values.merge(means)))
     labels = {"flocking_score": "flocking score", "rank_consistency": "rank consistency"}
     for name, label in labels.items():
         data[name].attrs = {"long_name": label, "units": "1"}
         data[f"{name}_change"].attrs = {"long_name": f"difference in {label}", "units": "1"}
     data.overlap.attrs = {"long_name": "overlap with the text's selection", "units": "1"}
     return data.transpose("interval", "weights", "order", "step", "compared", "layer")
+
+
+def _compared(data: xr.Dataset) -> xr.Dataset:
+    """The overlaps with another text as one more of those that are compared.
+
+    They came as values of pairs: each text is in several, and their intervals are of draws of
+    texts, not of means over pairs.
+    """
+    overlaps = {}
+    for name, another in (("overlap", "another"), ("overlap_mean", "another_mean")):
+        added = data[another].expand_dims(compared=COMPARED[-1:])
+        overlaps[name] = xr.concat([data[name], added], "compared")
+    return data.drop_dims("compared").drop_vars(["another", "another_mean"]).assign(overlaps)
 
 
 def _caption(data: xr.Dataset, name: str, ids: list[list[int]], chance: float) -> str:

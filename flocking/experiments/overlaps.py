@@ -68,7 +68,7 @@ def overlap_by_density(
     ValueError
         If there are fewer than two texts, or they are too short.
     """
-    ids, names = same_length(model, tokenizer, texts, tokens, 64)
+    ids, names = same_length(model, tokenizer, texts, tokens, 128, least=129)  # two halves
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
         parts = [analysis.between_sequence_overlap(recording, density) for density in DENSITIES]

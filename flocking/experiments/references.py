@@ -13,9 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking import analysis
 from flocking.analysis import bootstrap
-from flocking.experiments.common import dimension, finished, said, same_length, source_of
+from flocking.experiments.common import (
+    begun,
+    dimension,
+    finished,
+    said,
+    same_length,
+    source_of,
+)
 from flocking.experiments.intervals import exponential, perplexities, ratio
-from flocking.experiments.twins import DENSITY, each_text, losses_of
+from flocking.experiments.twins import DENSITY, each_text, losses_of, refuse_unprunable
+from flocking.models import special_tokens_around
 from flocking.pruning import global_statistic
 from flocking.recording import record
 
@@ -92,21 +100,19 @@ def loss_by_reference(
     Raises
     ------
     ValueError
-        If there are fewer than two texts, or they are too short.
+        If there are fewer than two texts, or they or `horizon` are too short.
     """
+    if horizon < _WINDOW:
+        raise ValueError(f"horizon={horizon}: give {_WINDOW} tokens or more, to be scored.")
+    refuse_unprunable(model)
     least = horizon + 2 * _WINDOW + 1
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW, least=least)
-    total = len(ids[0])
+    total, (opening, _) = len(ids[0]), special_tokens_around(tokenizer)
     lengths = [n + 1 for n in (16, 256) if n + _WINDOW + 1 + horizon <= total]
     start = total - horizon
     begin = start - lengths[-1]
-    recording = record(
-        model,
-        [row[:begin] for row in ids],
-        tokenizer=tokenizer,
-        window=None,
-        progress=progress,
-    )
+    beginnings = [row[:begin] for row in ids]
+    recording = record(model, beginnings, tokenizer=tokenizer, window=None, progress=progress)
     own = analysis.statistic(recording)
     others = analysis.statistic_of_others(own)
     drawn = global_statistic(
@@ -127,9 +133,8 @@ def loss_by_reference(
             None: None,
         }
         twins = _twins(references, seed + number)
-        parts = [
-            losses_of(model, twins, [ids[number][start - length :]], length) for length in lengths
-        ]
+        rows = [begun(ids[number], start - length, opening) for length in lengths]
+        parts = [losses_of(model, twins, [row], n) for row, n in zip(rows, lengths, strict=True)]
         return xr.concat(parts, dimension("prompt_length", lengths)).isel(sequence=0)
 
     losses = each_text(measure, names, progress).mean("distance")

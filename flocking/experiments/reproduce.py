@@ -36,6 +36,7 @@ from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
 from flocking.models import require_model, require_tokenizer
+from flocking.recording import whole_number
 
 _Experiment = Callable[..., xr.Dataset]
 
@@ -53,6 +54,9 @@ def _asked(experiment: _Experiment) -> _Experiment:
         if require_tokenizer(tokenizer) is None:
             raise TypeError("tokenizer is None: give the model's own, as flocking.load returns it.")
         require_model(model)
+        for name, value in options.items():
+            if name != "progress":
+                whole_number(name, value, 0 if name == "seed" else 1)
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             kind = type(texts).__name__
             raise TypeError(
@@ -144,10 +148,9 @@ def regenerate(
     subject, done = None, []
     for name, key in keys.items():
         path = out / f"{name}.json"
-        # The JSON comes first: if the process is killed before the pictures are there as well,
-        # the next run draws them from it.
-        places = [out / f"{name}{suffix}" for suffix in _SUFFIXES]
-        with replacing(*places, check=_refuse_foreign) as partial:
+        # The numbers are in their place before they are drawn: whatever ends the drawing, the
+        # next run draws from them.
+        with replacing(path, check=_refuse_foreign) as partial:
             if (why := _stale(path, key, say)) is None:
                 say(f"{name}: numbers are there ({path}), redrawing")
                 written = path.read_text(encoding="utf-8")
@@ -159,7 +162,8 @@ def regenerate(
                 known = identity.partition(" ")[0]  # without dtype and device
                 about = {"identity": known, "parameters": subject[0].num_parameters()}
                 written = to_json(data.assign_attrs(about), key)
-            caption = _draw(name, written, partial)
+            partial.write_text(written, encoding="utf-8")
+        caption = _drawn(name, written, out)
         say(f"{out / name}.png  {caption}\n")
         done.append(Outcome(name, why, [], out / f"{name}.png"))
     return done
@@ -203,11 +207,16 @@ def redraw(
         path = out / f"{name}.json"
         _refuse_foreign(path)
         read_content(path)  # refuses what is not as it was written
-        places = [out / f"{name}{suffix}" for suffix in _SUFFIXES]
-        with replacing(*places, check=_refuse_foreign) as partial:
-            _draw(name, path.read_text(encoding="utf-8"), partial)
+        _drawn(name, path.read_text(encoding="utf-8"), out)
         say(f"{out / name}.png  drawn again")
     return [Outcome(name, None, [], out / f"{name}.png") for name in names]
+
+
+def _drawn(name: str, written: str, out: Path) -> str:
+    """Put a figure's numbers and pictures into a folder, all or none; its caption."""
+    places = [out / f"{name}{suffix}" for suffix in _SUFFIXES]
+    with replacing(*places, check=_refuse_foreign) as partial:
+        return _draw(name, written, partial)
 
 
 def _draw(name: str, written: str, numbers: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from flocking.feedforward.moe import is_experts
-from flocking.models import device_of, html_table, tensor_of, text_table
+from flocking.models import any_tensor_of, device_of, html_table, text_table
 
 
 class UnsupportedModelError(ValueError):
@@ -101,7 +101,7 @@ class FeedForward:
     @property
     def weight(self) -> Tensor:
         """Weight of the down-projection(s); without values while it is offloaded."""
-        return tensor_of(self.down, self._weight_name)
+        return any_tensor_of(self.down, self._weight_name)
 
     @property
     def device(self) -> torch.device:

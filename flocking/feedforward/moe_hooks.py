@@ -114,7 +114,11 @@ def _run_watched(
         if order is not None:
             z = torch.empty_like(rows)
             z[order] = rows
-        routed = Routed(z.reshape(tokens, slots, d_ff), top_k_index, count)
+        # What an expert computes for a token counts for nothing with a weight of zero, by which
+        # some routers leave all of them out.
+        filled = top_k_weights.reshape(tokens, slots) != 0
+        z = z.reshape(tokens, slots, d_ff).masked_fill(~filled[..., None], 0)
+        routed = Routed(z, top_k_index, count, filled)
         replacement = callback(routed)
         if replacement is None:
             return rows

@@ -20,6 +20,7 @@ from flocking.feedforward.moe import Routed, shape, take
 from flocking.feedforward.moe_hooks import watching
 from flocking.feedforward.projections import cut, fused_rows, projections_in
 from flocking.models import (
+    any_tensor_of,
     device_of,
     is_loaded,
     relative_error,
@@ -64,7 +65,7 @@ class _Bench:
         self.layer, self.candidate, self.run, self.rows = layer, candidate, run, rows
         self.down = layer.get_submodule(candidate.down)
         self.ups = {path: layer.get_submodule(path) for path in candidate.ups}
-        self.dtype = tensor_of(self.down).dtype
+        self.dtype = any_tensor_of(self.down).dtype
         self.tolerance = tolerance(self.dtype)
         self.token_first = False  # whether z is (token, sequence, neuron), as in XLNet
 

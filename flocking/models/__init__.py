@@ -20,11 +20,13 @@ from flocking.models.checkpoints import (
     prepared,
     read_config,
     read_model,
+    read_tokenizer,
     said_of,
     trusted,
 )
 from flocking.models.continuing import check_generation, continued
 from flocking.models.copies import (
+    forward_of,
     hooks_on,
     hooks_on_everything,
     overriding,
@@ -46,16 +48,23 @@ from flocking.models.memo import PerModel
 from flocking.models.naming import name_and_path, split_place
 from flocking.models.notices import warn
 from flocking.models.origins import NOTE
-from flocking.models.problems import listed, reading
+from flocking.models.problems import is_out_of_memory, listed, reading
 from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
 from flocking.models.rotary import forget_lengths
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sampling import opening_token, require_writer, sampled
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tables import html_table, text_table
-from flocking.models.tokenization import Prompts, tokenize, tokenize_chats, tokenizer_beside
+from flocking.models.tokenization import (
+    Prompts,
+    special_tokens_around,
+    tokenize,
+    tokenize_chats,
+    tokenizer_beside,
+)
 from flocking.models.untrained import control
 from flocking.models.weights import (
+    any_tensor_of,
     byte_count,
     device_of,
     embeddings_of,
@@ -79,6 +88,7 @@ __all__ = [
     "Prompts",
     "Seal",
     "Text",
+    "any_tensor_of",
     "attention",
     "batches",
     "byte_count",
@@ -99,11 +109,13 @@ __all__ = [
     "forcing",
     "forget_lengths",
     "forward",
+    "forward_of",
     "hooks_on",
     "hooks_on_everything",
     "html_table",
     "identity",
     "is_loaded",
+    "is_out_of_memory",
     "listed",
     "load",
     "loaded",
@@ -119,6 +131,7 @@ __all__ = [
     "read_config",
     "read_gguf",
     "read_model",
+    "read_tokenizer",
     "reading",
     "refuse_container",
     "refuse_forgetful",
@@ -135,6 +148,7 @@ __all__ = [
     "sampled",
     "separate",
     "settings",
+    "special_tokens_around",
     "split_place",
     "tensor_of",
     "text_table",

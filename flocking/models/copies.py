@@ -53,6 +53,9 @@ def trial_copy(model: _Module) -> _Module:
         config: Any = getattr(module, "config", None)
         if hasattr(config, "return_dict"):
             config.return_dict = True
+        # It is compiled, which it is not where what is run is watched, as in a trial.
+        if getattr(config, "_attn_implementation_internal", None) == "flex_attention":
+            config._attn_implementation_internal = "eager"
     return copied
 
 

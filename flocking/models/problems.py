@@ -69,7 +69,7 @@ def _of_foreign_code(name: str, problem: Exception) -> Exception | None:
 
 
 def _of_memory(name: str, problem: Exception) -> Exception | None:
-    if not (isinstance(problem, MemoryError) or _is_out_of_memory(problem)):
+    if not is_out_of_memory(problem):
         return None
     return MemoryError(
         f"{name} does not fit in memory ({brief(problem)}): load it with dtype='bfloat16', "
@@ -148,8 +148,9 @@ def listed(names: Sequence[object], most: int = 3) -> str:
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
-def _is_out_of_memory(problem: Exception) -> bool:
-    return isinstance(problem, torch.OutOfMemoryError) or (
+def is_out_of_memory(problem: Exception) -> bool:
+    """Whether an error says that there is no more memory, of the machine or of a device."""
+    return isinstance(problem, MemoryError | torch.OutOfMemoryError) or (
         isinstance(problem, RuntimeError)
         and any(words in str(problem) for words in ("not enough memory", "allocate memory"))
     )

@@ -9,15 +9,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from flocking.models.attributes import noting_changes
-from flocking.models.weights import parts
+from flocking.models.weights import device_of, parts
 
 
 @contextmanager
@@ -25,12 +26,18 @@ def private_randomness(model: nn.Module, seed: int) -> Iterator[None]:
     """Random numbers from `seed`; the global generators are as before afterwards."""
     cuda = []
     if torch.cuda.is_initialized():
-        cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+        cuda = sorted({place.index for place in _places(model) if place.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         for device in cuda:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
+
+
+def _places(model: nn.Module) -> Iterator[torch.device]:
+    """Where a model's weights are, and where those that are offloaded are computed with."""
+    yield from (parameter.device for parameter in model.parameters())
+    yield from (device_of(module) for module in model.modules() if has_offloaded_params(module))
 
 
 class _NoHeads(TorchFunctionMode):
@@ -124,6 +131,30 @@ def _usual_settings(copied: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _same_parameters(copied: nn.Module) -> Iterator[None]:
+    """Give parameters back what they had, which a copy shares with the model.
+
+    bitsandbytes' take their scales off themselves when they run for the first time, and put them
+    into the module that runs: a copy, which is thrown away.
+    """
+    before = [
+        (parameter, dict(vars(parameter)), parameter.detach())
+        for parameter in copied.parameters()
+        if not is_traceable_wrapper_subclass(parameter)
+    ]
+    try:
+        yield
+    finally:
+        for parameter, own, data in before:
+            now = vars(parameter)
+            if now.keys() != own.keys() or any(now[name] is not own[name] for name in own):
+                now.clear()
+                now.update(own)
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+
+
+@contextmanager
 def trial(copied: nn.Module) -> Iterator[None]:
     """A context for running a trial copy.
 
@@ -131,6 +162,7 @@ def trial(copied: nn.Module) -> Iterator[None]:
     """
     with (
         noting_changes(*copied.modules()),
+        _same_parameters(copied),
         _usual_settings(copied),
         private_randomness(copied, 0),
         _ReadOnly(copied.parameters()),

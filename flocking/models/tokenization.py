@@ -248,6 +248,20 @@ def tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         return None
 
 
+def special_tokens_around(
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text."""
+    if tokenizer is None:
+        return [], []
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
 def _special(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special tokens that `tokenizer` adds to a text."""
     return " ".join(tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])) or "none"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from flocking.models.naming import control_name
 from flocking.models.sandbox import private_randomness
+from flocking.models.weights import device_of, embeddings_of
 from flocking.models.wrapping import require_model
 
 # Weights that are drawn with one seed differ by less than this, relative to their size, however
@@ -73,7 +74,10 @@ def _drawn(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         del config.quantization_config
     # In float32, as training begins, whatever dtype the values are then rounded to.
     config.dtype = torch.float32
-    with private_randomness(model, seed), torch.device(model.device):
+    device = model.device
+    if device.type == "meta":  # of offloaded weights: they are drawn where they are computed with
+        device = device_of(embeddings_of(model))
+    with private_randomness(model, seed), torch.device(device):
         fresh: Any = type(model)(config)
     return fresh.to(model.dtype).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -17,6 +18,19 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def tensor_of(module: nn.Module, name: str = "weight") -> Tensor:
     """A module's tensor of that name: a parameter, or what an adapter gives for one."""
     return getattr(module, name)
+
+
+def any_tensor_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """A module's tensor of that name; of one that keeps its values under others, the first.
+
+    For its device and dtype, as of packed weights (GPTQ's), or of two matrices in one's place.
+    """
+    found = getattr(module, name, None)
+    if found is None:
+        found = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if found is None:
+        raise ValueError(f"{type(module).__name__} has neither weights nor buffers.")
+    return found
 
 
 def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
@@ -86,7 +100,7 @@ def device_of(module: nn.Module, parameter: str = "weight") -> torch.device:
     if has_offloaded_params(module):
         hook: Any = module._hf_hook
         return torch.device(hook.execution_device)
-    return tensor_of(module, parameter).device
+    return any_tensor_of(module, parameter).device
 
 
 def embeddings_of(model: PreTrainedModel) -> nn.Module:

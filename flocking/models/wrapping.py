@@ -13,14 +13,26 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model without what ``torch.compile`` or PEFT wrapped around it."""
     inner: Any = getattr(model, "_orig_mod", model)
     if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
-        config = inner.active_peft_config
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"model adds {config.peft_type.value.lower()} tokens, which belong to no text: "
-                "give its get_base_model(), which does not add them."
-            )
+        for name in inner.active_adapters:
+            _refuse_outside(inner.peft_config[name])
         inner = inner.get_base_model()  # its adapters are inside, in the place of projections
     return inner
+
+
+def _refuse_outside(config: Any) -> None:
+    """Refuse adapters that work outside of the base model, and so would be left out."""
+    kind = config.peft_type.value.lower()
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"model adds {kind} tokens, which belong to no text: give its get_base_model(), which "
+            "does not add them."
+        )
+    if kind == "xlora" or getattr(config, "alora_invocation_tokens", None):
+        name = "X-LoRA" if kind == "xlora" else "aLoRA"
+        raise ValueError(
+            f"model has an adapter of {name}, which looks at the whole input outside of the model: "
+            "give its get_base_model(), which is recorded without the adapter."
+        )
 
 
 def require_model(model: nn.Module) -> PreTrainedModel:

@@ -10,8 +10,9 @@ from flocking.pruning.build import check_refresh, check_scope, griffin
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
 from flocking.pruning.exported import Exported
-from flocking.pruning.exporting import export
+from flocking.pruning.exporting import export, refuse_unexportable
 from flocking.pruning.fixed import FIXED, fixed_selection, rounded_densities
+from flocking.pruning.gguf_blocks import blocks_of
 from flocking.pruning.gguf_files import export_gguf, type_of_down
 from flocking.pruning.halves import split_texts
 from flocking.pruning.lost import Lost, measure_lost
@@ -47,6 +48,7 @@ __all__ = [
     "SharedPrompts",
     "allocate",
     "are_pruned",
+    "blocks_of",
     "branches",
     "calibration_texts",
     "check_refresh",
@@ -66,6 +68,7 @@ __all__ = [
     "perplexity",
     "refresh_of",
     "refuse_existing",
+    "refuse_unexportable",
     "refuse_unscorable",
     "rounded_densities",
     "score",

@@ -17,7 +17,7 @@ from flocking.models import identity, listed
 from flocking.pruning.classes import is_automatic, why_not_importable
 from flocking.pruning.exported import Exported
 from flocking.pruning.lost import Lost
-from flocking.pruning.sources import Source
+from flocking.pruning.sources import LICENCES, Source
 from flocking.pruning.widths import Sized
 
 _LICENCE = ("license", "license_name", "license_link")
@@ -138,6 +138,8 @@ def _weights(source: Source) -> str:
 
 def _header(source: Source) -> huggingface_hub.ModelCardData:
     said: dict[str, Any] = _said_by(source.folder and source.folder / _README)
+    if link := _licence(str(said.pop("license_link", "")), source):
+        said["license_link"] = link
     if source.commit:
         said["base_model"] = source.name
     return huggingface_hub.ModelCardData(
@@ -146,6 +148,17 @@ def _header(source: Source) -> huggingface_hub.ModelCardData:
         tags=["flocking", "pruned"],
         **said,
     )
+
+
+def _licence(link: str, source: Source) -> str:
+    """Where the licence is that a README links to; empty if it is in no place that is known."""
+    folder = source.folder
+    is_copied = folder is not None and link in LICENCES and (folder / link).is_file()
+    if "://" in link or is_copied:
+        return link
+    if link and source.commit:
+        return f"https://huggingface.co/{source.name}/blob/{source.commit}/{link}"
+    return ""
 
 
 def _said_by(readme: Path | None) -> dict[str, Any]:

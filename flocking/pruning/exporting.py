@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from flocking.analysis import kept_count
 from flocking.artifacts import replacing
 from flocking.feedforward import FeedForward, cut, fused_rows, stored_transposed
 from flocking.feedforward import moe as mixtures
@@ -45,6 +46,7 @@ from flocking.pruning.cards import card_of
 from flocking.pruning.chosen import layers_of, made_from, masks_of
 from flocking.pruning.classes import misread
 from flocking.pruning.exported import Exported
+from flocking.pruning.fixed import rounded_densities
 from flocking.pruning.places import (
     place_of_folder,
     refuse_existing,
@@ -53,7 +55,7 @@ from flocking.pruning.places import (
     require_bool,
 )
 from flocking.pruning.saveable import refuse_unsaveable
-from flocking.pruning.sources import source_of
+from flocking.pruning.sources import copy_companions, source_of
 from flocking.pruning.twin import full_model, read_prompt
 from flocking.pruning.widths import Sized, narrowed, sized
 
@@ -75,7 +77,9 @@ def export(
 
     The folder is what ``save_pretrained`` writes of a model of the same class whose FF blocks are
     narrower: weights in safetensors, config, generation config, tokenizer with its chat template,
-    and a model card (``README.md``). transformers loads it as any other model; nothing in it needs
+    and a model card (``README.md``); and, where the model is from a folder, what other programs
+    read there: its SentencePiece vocabulary, the configs of its processors, its licence.
+    transformers loads it as any other model; nothing in it needs
     this package. `model` is not changed.
 
     Where an architecture has one width for several layers, those that keep fewer neurons than
@@ -185,20 +189,45 @@ def export(
         state = _state(smaller)
         _save(smaller, state, partial)
         again = _read_again(type(model), partial, smaller, state)
+        del smaller, state  # a GPU may have no room for this one beside the other two
         _prove(model, again, ids, expected)
-        del smaller, state
         done = dataclasses.replace(done, only=_only(model, partial, place, ids, expected))
         if held_out is not None:
             measure: Callable[..., Any] = losses.measure_lost
             lost = measure(model, again, held_out, tokenizer=tokenizer)
             done = dataclasses.replace(done, lost=lost)
+        source = source_of(model, _state(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        source = source_of(model, _state(model))
+        copy_companions(source, partial, tokenizer)
         told = made_from(selection, masks)
         card = card_of(model, source, config, done, parts, told, tokenizer is not None)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return done
+
+
+def refuse_unexportable(model: PreTrainedModel, density: float, multiple: int = 1) -> None:
+    """Raise what :func:`export` would, before a selection is made for it.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    density : float
+        Fraction of neurons that will be kept in each layer.
+    multiple : int
+        Of what widths will be multiples.
+
+    Raises
+    ------
+    RuntimeError, UnsupportedModelError, ValueError
+        As :func:`export`.
+    """
+    refuse_unsaveable(model)
+    parts = sized(model, [block for block in prunable(model) if block.call == 0])
+    blocks = [part.block for part in parts]
+    densities = rounded_densities(blocks, density, multiple)
+    pairs = zip(densities, blocks, strict=True)
+    narrowed(model, parts, [kept_count(one, block.d_ff // block.experts) for one, block in pairs])
 
 
 def _tokenizer(
@@ -418,8 +447,9 @@ def _prove(model: PreTrainedModel, again: PreTrainedModel, ids: Tensor, expected
     """
     name, whole = type(model).__name__, expected.dtype in (torch.float32, torch.float64)
     places = {parameter.device for parameter in model.parameters()}
-    if is_together := len(places) == 1 and not any(place.type == "meta" for place in places):
-        again.to(next(iter(places)))  # type: ignore[arg-type] # wrapped
+    is_together = len(places) == 1 and not any(place.type == "meta" for place in places)
+    if is_together:
+        is_together = _moved(again, next(iter(places)))
     with attention(again, model.config._attn_implementation):
         got = _logits(again, ids)
     most = _EXACT if whole and is_together else tolerance(expected.dtype)
@@ -432,6 +462,16 @@ def _prove(model: PreTrainedModel, again: PreTrainedModel, ids: Tensor, expected
             "Something that the model computes is in none of its files, such as a module, function "
             "or buffer that was replaced."
         )
+
+
+def _moved(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a model could be moved to a device; without room for it there it is on the CPU."""
+    try:
+        model.to(device)  # type: ignore[arg-type] # wrapped
+    except torch.OutOfMemoryError:
+        model.to("cpu")  # type: ignore[arg-type] # wrapped
+        return False
+    return True
 
 
 def _only(model: PreTrainedModel, partial: Path, place: Path, ids: Tensor, expected: Tensor) -> str:

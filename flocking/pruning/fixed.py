@@ -110,7 +110,13 @@ def fixed_selection(
     densities = rounded_densities(blocks, density, multiple)
     if method == "magnitude":
         return select(weight_magnitude(model), densities)
-    static = global_statistic(model, texts, tokenizer=tokenizer, seed=seed)
+    # (A model may be unable to write texts, which it says before it reads many.)
+    own = static = None
+    if method == "global-local" or texts is None:
+        own = static = global_statistic(model, tokenizer=tokenizer, seed=seed)
+    if texts is not None:
+        static = global_statistic(model, texts, tokenizer=tokenizer, seed=seed)
+    assert static is not None
     if texts is not None and sources is not None:
         pieces = f" of {len(texts)} texts of "
         told = static.attrs["made_from"].replace(
@@ -118,7 +124,7 @@ def fixed_selection(
         )
         static.attrs["made_from"] = told
     if method == "global-local":
-        own = global_statistic(model, tokenizer=tokenizer, seed=seed)
+        assert own is not None
         static = _mean_of_ranks(static, own, blocks)
     return select(static, densities)
 

@@ -230,7 +230,7 @@ def _parts(number: int, own: Mapping[str, list[Tensor]]) -> list[_Part]:
         for kind in _KINDS
         if any(f"ffn_{name}{kind}" in own for name in ("up", "gate", "gate_up", "down"))
     ]
-    cut = {name for part in parts for name in part.cuts}
+    cut = {name for part in parts for name in part.cuts} | _output_biases(own)
     widths = {n * part.d_ff for part in parts for n in (1, 2, part.experts)}
     for name, tensors in own.items():
         for tensor in tensors:
@@ -239,6 +239,18 @@ def _parts(number: int, own: Mapping[str, list[Tensor]]) -> list[_Part]:
             if widths & {*tensor.shape} or (name.startswith("ffn_") and not parts):
                 raise _UncutError(tensor, "has a value for each neuron in a way that is not known")
     return parts
+
+
+def _output_biases(own: Mapping[str, list[Tensor]]) -> set[str]:
+    """Names of the down-projections' biases: one value for each output, however many neurons."""
+    found = set()
+    for kind in _KINDS:
+        shapes = {tensor.name: list(tensor.shape) for tensor in own.get(f"ffn_down{kind}", ())}
+        for name, shape in shapes.items():
+            weight = shapes.get(f"{name.removesuffix('.bias')}.weight", [])
+            if name.endswith(".bias") and shape == weight[1:]:
+                found.add(name)
+    return found
 
 
 def _part(number: int, kind: str, own: Mapping[str, list[Tensor]]) -> _Part:

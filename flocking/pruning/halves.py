@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.models import context
+from flocking.models import context, special_tokens_around
 
 HELD_OUT = 5  # a fifth: of each text's tokens, the last ones, or of all texts that are short
 SHORTEST = 10  # tokens of a text that is divided
@@ -57,7 +57,7 @@ def split_texts(
         If the texts have fewer than 256 tokens together, or are so short that one of the parts
         has no two tokens in a row.
     """
-    around = special_tokens(tokenizer)
+    around = special_tokens_around(tokenizer)
     length = piece_length(model, around)
     calibration, held_out = [], []
     total = short = 0
@@ -92,18 +92,6 @@ def split_texts(
         len({number for number, _ in chosen}),
         [[*before, *ids, *after] for _, ids in sorted(parts.items())],
     )
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text."""
-    if tokenizer is None:
-        return [], []
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer("a")["input_ids"])
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
-    return [], []
 
 
 def piece_length(model: PreTrainedModel, around: tuple[list[int], list[int]]) -> int:

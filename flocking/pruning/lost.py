@@ -19,10 +19,11 @@ from flocking.models import (
     device_of,
     embeddings_of,
     require_model,
+    special_tokens_around,
     tokenize,
     undisturbed,
 )
-from flocking.pruning.halves import piece_length, special_tokens
+from flocking.pruning.halves import piece_length
 from flocking.pruning.predictions import compare_predictions
 from flocking.pruning.twin import Twin
 
@@ -104,7 +105,7 @@ def measure_lost(
         if isinstance(model, Twin):
             raise ValueError("a twin reads prompts: compare it with flocking.perplexity.")
     prompts = tokenize(full, texts, tokenizer)
-    around = special_tokens(prompts.tokenizer)
+    around = special_tokens_around(prompts.tokenizer)
     length = min(piece_length(model, around) for model in (full, pruned))
     usable = [number for number, ids in enumerate(prompts.ids) if len(ids) > 1]
     if not usable:

@@ -95,7 +95,8 @@ def refuse_existing(
     """
     if why := dangling(found):
         raise ValueError(f"{path} {why}: choose another name, or make what the link names.")
-    if source and os.path.exists(source) and os.path.samefile(source, found):
+    own = expanded(os.fspath(source)) if source else None
+    if own and os.path.exists(own) and os.path.samefile(own, found):
         raise ValueError(f"{path} is where the model itself is from: choose another name.")
     if is_gguf(path):
         kind, why_not = "GGUF file", _not_a_gguf(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,20 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.models import folder_of, read_model, said_of
+from flocking.models import folder_of, read_model, read_tokenizer, said_of
+
+LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt")
+# llama.cpp's converter reads the vocabulary of some models (Gemma 2, Phi-3) from this file, which
+# transformers does not write.
+_SENTENCEPIECE = "tokenizer.model"
+# Of images, sound and video: transformers writes them with a processor, which is not loaded here.
+_PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 class Source(NamedTuple):
@@ -54,6 +66,39 @@ def source_of(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Source:
         name = os.path.basename(name)
     changed = None if folder is None else _changed(model, folder, state)
     return Source(name, folder, commit, changed)
+
+
+def copy_companions(
+    source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Copy what stands beside a model's weights, is not written with them, and stays true.
+
+    Parameters
+    ----------
+    source : Source
+    folder : Path
+        Of the smaller model.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        That was saved there. A vocabulary is copied only if it is the source's own.
+    """
+    if source.folder is None:
+        return
+    names = {*_PROCESSORS, *LICENCES}
+    if tokenizer is not None and _is_from(tokenizer, source.folder):
+        names.add(_SENTENCEPIECE)
+    for name in sorted(names):
+        if (source.folder / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source.folder / name, folder / name)
+
+
+def _is_from(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether a tokenizer has the tokens of the one in a folder."""
+    if not (folder / _SENTENCEPIECE).is_file():
+        return False
+    try:
+        return bool(read_tokenizer(str(folder)).get_vocab() == tokenizer.get_vocab())
+    except (OSError, ValueError):
+        return False
 
 
 def _commit(model: PreTrainedModel, name: str) -> str:

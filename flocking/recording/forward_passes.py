@@ -17,6 +17,7 @@ from flocking.models import (
     batches,
     chunks,
     forward,
+    forward_of,
     hooks_on,
     hooks_on_everything,
     is_loaded,
@@ -90,6 +91,13 @@ def recordable(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"{type(model).__name__} has a pre-hook itself, and record runs only what is "
             "inside of it, without its head: register the hook on model.base_model, or below."
+        )
+    if model.base_model is not model and forward_of(model) and not hasattr(model, "_hf_hook"):
+        raise ValueError(
+            f"{type(model).__name__} has another forward than its class, as accelerate's mixed "
+            "precision gives it one, and record runs only what is inside of it, without its head: "
+            "give the model as it was (accelerator.unwrap_model(model, keep_fp32_wrapper=False)), "
+            "or in another dtype."
         )
     if not all(map(is_loaded, model.modules())):
         raise ValueError(

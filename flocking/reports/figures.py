@@ -24,7 +24,7 @@ from flocking.drawing import (
     page,
     style_of,
 )
-from flocking.evaluation.figures import metric_in_words, name_beyond
+from flocking.evaluation.figures import as_drawn, metric_in_words, name_beyond
 from flocking.evaluation.summary import is_divergence, is_loss, parts_of
 
 _MEANS = ("estimate", "low", "high")
@@ -58,13 +58,13 @@ def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
         level(1 if loss else 0, ax, "full model")
         chance = part.dropna(subset="gone").drop_duplicates("model")
         if len(chance):
-            ax.plot(chance["parameters"], chance["gone"], **CHANCE, marker="_", label="chance")
+            gone = as_drawn(chance["gone"], metric, part)
+            ax.plot(chance["parameters"], gone, **CHANCE, marker="_", label="chance")
         shown = part[~part["beyond"]]
         methods = sorted(shown["method"].unique(), key=lambda name: _order(str(name)))
         for number, method in enumerate(methods):
             own = shown[shown["method"] == method]
-            values = own[list(_DIFFERENCES)].to_numpy(dtype=float)
-            values = np.exp(values) if loss else values
+            values = as_drawn(own[list(_DIFFERENCES)], metric, part)
             x = _beside(ax, own["parameters"], number - (len(methods) - 1) / 2)
             _errors(ax, x, values, style_of(method) | {"ms": 3, "lw": 0.9})
         ax.set(title=task, ylabel=_axis_of(metric))

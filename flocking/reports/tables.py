@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import pandas as pd
 
-from flocking.evaluation.summary import label, parts_of, said, scale_of
+from flocking.evaluation.summary import chance_in_words, label, parts_of, said, scale_of
 from flocking.reports.choosing import densities_of, of_pairs
 from flocking.reports.comparison import DIFFERENCES, MEANS, missing
 from flocking.reports.contrasts import INTERVAL
@@ -104,14 +104,15 @@ def _by_method(rows: pd.DataFrame, outputs: Outputs) -> str:
         by_method = dict(part.set_index("method").iterrows())
         if not set(methods) & set(by_method):
             continue
-        scale = scale_of(metric, part["high"].max())
+        # (Of all models: one scale for all.)
+        scale = scale_of(metric, rows[(rows["task"] == task) & (rows["metric"] == metric)])
         full = by_method.get("full")
         chance = part["chance"].iloc[0]
         cells = [
             _measured(task, protocol, metric),
             model + _mark(model, outputs),
             str(part["items"].iloc[0]),
-            "" if pd.isna(chance) else f"{100 * chance:.1f}",
+            chance_in_words(chance, scale),
             "" if full is None else _cell(full, MEANS, scale),
         ]
         for method in methods:
@@ -144,17 +145,16 @@ _CONTRASTS = {
 
 def _contrasts(contrasts: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     """A table for each kind of pair that there is."""
-    highest = rows.groupby(["task", "metric"])["high"].max()
     parts = []
     for of, (heading, told) in _CONTRASTS.items():
         here = contrasts[contrasts["of"] == of]
         if len(here):
             column = "than" if of == "methods" else "method"
-            parts += [heading, told, _pairs(here, column, highest)]
+            parts += [heading, told, _pairs(here, column, rows)]
     return parts
 
 
-def _pairs(contrasts: pd.DataFrame, column: str, highest: pd.Series) -> str:
+def _pairs(contrasts: pd.DataFrame, column: str, rows: pd.DataFrame) -> str:
     """A row for each metric, model and what is subtracted; a column for each method."""
     methods = list(contrasts[column].unique())
     by = [name for name in ("task", "protocol", "metric", "model", "than") if name != column]
@@ -162,7 +162,7 @@ def _pairs(contrasts: pd.DataFrame, column: str, highest: pd.Series) -> str:
     for (task, protocol, metric, *others), part in _in_order(contrasts, by):
         by_method = dict(part.set_index(column).iterrows())
         # (Tasks of several prompts have no score of their own, which would be a share.)
-        scale = scale_of(metric, highest.get((task, metric), 0))
+        scale = scale_of(metric, rows[(rows["task"] == task) & (rows["metric"] == metric)])
         items = str(part["items"].iloc[0])
         cells = [_measured(task, protocol, metric), *others, items]
         for method in methods:

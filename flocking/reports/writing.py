@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from flocking.artifacts import FileGroup
 from flocking.drawing import save, titled
+from flocking.evaluation.summary import said, scale_of
 from flocking.reports.choosing import of_energy, of_scores, of_sizes, refuse_density, why_none
 from flocking.reports.comparison import DIFFERENCES, by_layer, compared
 from flocking.reports.contrasts import contrasted
@@ -158,17 +158,13 @@ def _numbers(data: pd.DataFrame) -> str:
     ]
     wanted = [name for name in ("topk", "static", "static-domain") if name in set(first["method"])]
     names = (wanted or first["method"].unique().tolist())[:_MARKED]
-    loss = data["metric"].iloc[0].startswith("loss")
+    scale = scale_of(data["metric"].iloc[0], first)
     parts = []
-    for name in names:
-        own = first[first["method"] == name]
-        values = own[DIFFERENCES].to_numpy(dtype=float)
-        values = np.exp(values) if loss else values
-        told = (
-            f"{model} {middle:.2f} [{low:.2f}, {high:.2f}]"
-            for model, (middle, low, high) in zip(own["model"], values, strict=True)
-        )
-        parts.append(f"{name} {', '.join(told)}")
+    for method in names:
+        own = first[first["method"] == method].set_index("model")[DIFFERENCES]
+        # (What ratios are the sentence before says: no sign in front of them.)
+        told = (f"{name} {said(one, scale, scale is not None)}" for name, one in own.iterrows())
+        parts.append(f"{method} {', '.join(told)}")
     return f"On {data['task'].iloc[0]}: {'; '.join(parts)}."
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import ggufs
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -147,6 +150,7 @@ def test_bad_input_is_said_in_one_sentence_and_changes_nothing(files: Path, tmp_
         ((whole, "--texts", tmp_path / "mine", *out), "there is no .txt file with text"),
         ((whole, "--texts", "-", "--texts", "-", *out), "name it once"),
         ((tmp_path / "gone.gguf", *texts, *file), "gone.gguf"),
+        ((whole, *texts, *out, "--seed", 7), "--seed 7: static draws nothing"),
     ]  # fmt: skip
     before = sorted(path.name for path in tmp_path.rglob("*"))
     for arguments, why in cases:
@@ -166,6 +170,85 @@ def test_models_are_replaced_only_if_asked(files: Path, tmp_path: Path) -> None:
     assert "pass --overwrite" in again.stderr
     assert run(*options, "--density", 0.25, "--overwrite").exit_code == 0
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 40
+
+
+def test_a_source_is_not_replaced_however_it_is_written(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves ``'~/m'`` as it is, and so do programs that start the command."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(files / "whole", tmp_path / "m")
+    shutil.copyfile(files / "whole.gguf", tmp_path / "m.gguf")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = ["--texts", files / "texts", "--method", "magnitude", "--overwrite"]
+    for name in ("m", "m.gguf"):
+        for output in (f"~/{name}", tmp_path / name):
+            result = run(f"~/{name}", *options, "-o", output)
+            assert result.exit_code == 2
+            assert "is where the model itself is from" in result.stderr
+    monkeypatch.setattr("flocking.models.embedded_file", lambda: tmp_path / "m.gguf")
+    assert "is where the model itself is from" in run(*options, "-o", "~/m.gguf").stderr
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_what_cannot_be_exported_is_refused_before_texts_are_read(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: object, **kwargs: object) -> None:
+        raise AssertionError("texts were read")
+
+    monkeypatch.setattr("flocking.pruning.fixed.global_statistic", slow)
+    tokenizer = tf.AutoTokenizer.from_pretrained(files / "whole")
+    model = helpers.build("bloom", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    texts = ["--texts", files / "texts"]
+    result = run(tmp_path / "bloom", *texts, "-o", tmp_path / "half")
+    assert result.exit_code == 2
+    assert "BloomForCausalLM cannot be exported" in result.stderr
+    monkeypatch.setattr("flocking.cli.pruning.load", slow)
+    block = {"ffn_up.weight": (160, 64), "ffn_down.weight": (64, 160), "ffn_act.scales": (160,)}
+    tensors = ((f"blk.0.{name}", np.ones(shape, np.float32)) for name, shape in block.items())
+    source = ggufs.write_file(
+        tmp_path / "scaled.gguf",
+        "llama",
+        ((name, values, gguf.GGMLQuantizationType.F32) for name, values in tensors),
+        metadata={"llama.feed_forward_length": (160, gguf.GGUFValueType.UINT32)},
+    )
+    result = run(source, *texts, "-o", tmp_path / "half.gguf")
+    assert result.exit_code == 2
+    assert "blk.0.ffn_act.scales has a value for each neuron" in result.stderr
+
+
+def test_a_file_is_kept_where_there_is_no_memory_to_measure_it(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr("flocking.pruning.measure_lost", full)
+    out = tmp_path / "half.gguf"
+    options = ["--texts", files / "texts", "--method", "magnitude"]
+    result = run(files / "whole.gguf", *options, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "was not measured, since there is no memory for the new model" in result.stderr
+    assert gguf.GGUFReader(out).fields["llama.feed_forward_length"].contents() == 64
+
+
+def test_errors_name_the_place_that_was_asked_for(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(total=10, used=9, free=1))
+    options = ["--texts", files / "texts", "--method", "magnitude"]
+    for source, out in (("whole", tmp_path / "half"), ("whole.gguf", tmp_path / "half.gguf")):
+        flocking.load(files / source)  # (what is in the cache needs no room)
+        with monkeypatch.context() as patch:
+            patch.setattr("flocking.pruning.places.shutil", nothing)
+            result = run(files / source, *options, "-o", out)
+        assert result.exit_code == 2
+        assert f"flocking: {out} cannot be written: " in result.stderr
+        assert ".writing" not in result.stderr
 
 
 def test_down_projections_of_quantised_files(files: Path, tmp_path: Path) -> None:

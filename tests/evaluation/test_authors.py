@@ -21,6 +21,7 @@ pytest.importorskip("rouge", reason="rouge is not installed")
 from flocking.evaluation import blocks, runner
 from flocking.evaluation.cells import Cells
 from flocking.evaluation.plan import Plan
+from flocking.evaluation.summary import summarise
 from flocking.evaluation.tasks import find
 
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to fail on
@@ -166,6 +167,20 @@ def test_classification_is_by_the_last_token_without_an_opening(
         own = found[(found["item"] == row) & (found["method"] == "topk")].set_index("metric")
         assert own.loc["acc", "value"] == (sums.index(max(sums)) == item["label"])
         assert own.loc["acc", "pruned"] == 2
+
+
+def test_both_protocols_share_the_cells_of_choices_and_keep_their_names(
+    model: tf.PreTrainedModel, opening: tf.PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    cells, lines = Cells(tmp_path / "cells", "one"), []
+    more = {"data_dir": TASKS}
+    first = Plan(["piqa"], methods=["topk"], protocol="authors", **more)
+    runner.evaluate(model, opening, first, cells=cells)
+    second = Plan(["piqa"], methods=["topk", "topk@0.75"], protocol="authors-greedy", **more)
+    found = runner.evaluate(model, opening, second, cells=cells, say=lines.append)
+    assert lines[0] == "2 of 3 cells are there already."
+    assert found["protocol"].unique().tolist() == ["authors-greedy"]
+    assert {*summarise(found)["variant"]} == {"full", "topk@0.5", "topk@0.75"}
 
 
 def test_cnn_dailymail_is_shown_an_example(tmp_path: Path) -> None:

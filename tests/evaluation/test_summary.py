@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import made_up
 
-from flocking.evaluation.summary import by_prompt, footnote, headlines, summarise, table
+from flocking.evaluation import figures
+from flocking.evaluation.summary import (
+    by_prompt,
+    footnote,
+    headlines,
+    scale_of,
+    summarise,
+    table,
+)
 
 
 def test_differences_are_paired() -> None:
@@ -37,7 +46,7 @@ def test_summary_against_another_variant() -> None:
     with pytest.raises(ValueError, match=r"no variant 'best': choose from"):
         summarise(made_up(values), against="best")
     unknown = made_up(values | {"full": np.array([1, np.nan, 1, 1, 1, 1])})
-    with pytest.raises(ValueError, match="piqa: acc is not a number for some items"):
+    with pytest.raises(ValueError, match="piqa: acc is not a number for some items under full, as"):
         summarise(unknown)
     missing = made_up(values).iloc[:-1]
     with pytest.raises(ValueError, match="not all variants were asked the same items"):
@@ -67,6 +76,33 @@ def test_the_table_leaves_scores_beyond_1_as_they_are() -> None:
     ].splitlines()[2:]
     assert "| 25.0 [" in line
     assert "| -24.0 [" in line
+    # Of differences of percents the highest may be below 1, and chance has the same scale.
+    values = {"full": np.array([-3.0, 0.5, 0.2]), "topk@0.5": np.array([-4.0, 0.1, -0.3])}
+    items = made_up(values, "truthfulqa_gen", metric="bleu_diff", chance=0.25)
+    rows = summarise(items)
+    assert scale_of("bleu_diff", rows) == 1
+    assert "| 3 | 0.2 | -0.77 [" in table(rows)
+    (one,) = table(summarise(made_up({"full": [25.0], "topk@0.5": [15.0]}))).splitlines()[2:]
+    assert "| 1 | 0.5 | 25.0 [" in one
+    assert scale_of("acc", summarise(made_up({"full": [0.0, 1.0], "topk@0.5": [0.0, 0.0]}))) == 100
+
+
+def test_figures_have_one_scale() -> None:
+    """Percents are drawn as shares are, beside them and by themselves."""
+    values = {"full": np.array([20.0, 30, 40]), "topk@0.5": np.array([10.0, 20, 15])}
+    percents = made_up(values, "truthfulqa_gen", metric="rouge1_max", chance=15.0)
+    shares = {name: own / 100 for name, own in values.items()}
+    rows = summarise(pd.concat([made_up(shares, chance=0.15), percents]))
+    rows.attrs["caption"] = rows.attrs["told"] = "made up"
+    panels = figures.quality_by_density(rows).subfigs[0].axes
+    assert panels[0].get_ylim() == pytest.approx(panels[1].get_ylim())
+    first, second = ([line.get_ydata() for line in ax.lines] for ax in panels[:2])
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_allclose(np.asarray(one, float), np.asarray(other, float))
+    (ax,) = figures.quality_by_method(rows).subfigs[0].axes
+    drawn = [np.asarray(line.get_xdata(), float) for line in ax.lines]
+    assert max(np.abs(x).max() for x in drawn) < 0.5
+    plt.close("all")
 
 
 def test_headlines_are_the_longest_whatever_the_order(several: pd.DataFrame) -> None:

@@ -104,6 +104,53 @@ def test_drift(subject: tuple) -> None:
     assert got.item() == pytest.approx(flocking.captured_energy(chosen, later).mean().item())
 
 
+def test_drift_of_short_texts(subject: tuple) -> None:
+    """The fewest tokens that give something in all panels."""
+    data = EXPERIMENTS["drift"](*subject, tokens=81, progress=False)
+    assert data.cut.values.tolist() == [17]
+    for name in ("captured", "jaccard", "captured_far", "jaccard_far", "other_texts_far"):
+        assert np.isfinite(data[name]).all(), name
+    for tokens in (113, 129):
+        data = EXPERIMENTS["drift"](*subject, tokens=tokens, progress=False)
+        assert np.isfinite(data.captured_far.sel(distance=0)).all()
+    with pytest.raises(ValueError, match="65 tokens of each were asked for, and 81 are needed"):
+        EXPERIMENTS["drift"](*subject, tokens=65, progress=False)
+
+
+def test_generation_of_a_short_context(subject: tuple) -> None:
+    """Only what does not fit is made shorter, and it is said."""
+    model = helpers.build("llama", vocab_size=len(subject[1]))  # a context of 256
+    texts = subject[2][:2]
+    with pytest.warns(UserWarning, match="191 tokens are generated instead of 400"):
+        data = EXPERIMENTS["generation"](
+            model, subject[1], texts, tokens=65, new_tokens=400, progress=False
+        )
+    assert (data.attrs["tokens"], data.attrs["new_tokens"]) == (65, 191)
+    with pytest.warns(UserWarning, match="193 tokens instead of 257: .* 16 of it for what is gen"):
+        data = EXPERIMENTS["generation"](
+            model, subject[1], texts, tokens=257, new_tokens=16, progress=False
+        )
+    assert (data.attrs["tokens"], data.attrs["new_tokens"]) == (193, 16)
+
+
+def test_a_model_of_one_layer(subject: tuple) -> None:
+    model = helpers.build("llama", vocab_size=len(subject[1]), num_hidden_layers=1)
+    data = EXPERIMENTS["heatmaps"](model, *subject[1:], tokens=33, progress=False)
+    assert data.relative.dims == ("weights", "sequence", "token", "neuron")
+
+
+def test_halves_are_of_as_many_tokens(subject: tuple) -> None:
+    """Of texts with an odd number of windows, the last one is left out."""
+    with pytest.warns(UserWarning, match="257 tokens instead of 321: they are a first token and"):
+        data = EXPERIMENTS["sequence_overlap"](*subject, tokens=321, progress=False)
+    assert data.attrs["tokens"] == 257
+    recording = flocking.record(
+        subject[0], ids_of(subject, 257), relative=True, progress=False, tokenizer=subject[1]
+    )
+    expected = flocking.between_sequence_overlap(recording).within.mean("sequence")
+    np.testing.assert_allclose(data.within.sel(weights="trained", interval="estimate"), expected)
+
+
 def test_text_kinds(subject: tuple) -> None:
     data = run("text_kinds", subject, tokens=65)
     ids = ids_of(subject, 193)

@@ -54,7 +54,7 @@ def test_losses_are_those_of_perplexity(
         expected = [excess[name][:, part].mean() for part in np.split(np.arange(HORIZON), 3)]
         expected[0] = excess[name][:, 1:64].mean()
         np.testing.assert_allclose(got.relative, np.exp(expected), rtol=1e-4)
-        share = excess[name][:, 128:].mean() / excess["GRIFFIN"][:, 128:].mean()
+        share = excess[name][:, 96:].mean() / excess["GRIFFIN"][:, 96:].mean()
         assert got.remaining == pytest.approx(share, rel=1e-3)
     assert (data.sel(selection="full").relative == 1).all()
     assert (data.sel(selection="full").agreement == 1).all()

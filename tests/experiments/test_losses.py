@@ -60,7 +60,7 @@ def test_loss_by_prompt(subject: tuple) -> None:
         )
         near = estimate(got.relative_far, selection="GRIFFIN", distance=31.5)
         assert near == pytest.approx(np.exp((griffin - full)[:, 1:64].mean()), rel=1e-4)
-        assert estimate(got.ageing) == 1  # one piece of 64 tokens only
+        assert np.isnan(got.ageing).all()  # the first and the last 64 tokens are not two parts
         by_text = []
         for number, row in enumerate(rows):
             others = static(model, [text for n, text in enumerate(ids) if n != number])
@@ -78,6 +78,20 @@ def test_loss_by_prompt(subject: tuple) -> None:
         assert estimate(got.over_static) == pytest.approx(
             np.exp(griffin.mean()) / expected[2], rel=1e-4
         )
+
+
+def test_ageing_is_of_the_first_and_the_last_tokens(subject: tuple) -> None:
+    """Also where what is scored is no multiple of 64 tokens."""
+    model = subject[0]
+    data = EXPERIMENTS["loss_by_prompt"](*subject, tokens=321, horizon=160, progress=False)
+    rows = [row[-160 - 17 :] for row in ids_of(subject, 321)]
+    excess = loss(model, rows, 17, density=0.5) - loss(model, rows, 17)
+    expected = np.exp(excess[:, -64:].mean() - excess[:, 1:64].mean())
+    assert estimate(data.ageing.sel(prompt_length=17)) == pytest.approx(expected, rel=1e-4)
+    assert "in the last 64 to that in the first 64: " in data.attrs["caption"]
+    short = EXPERIMENTS["loss_by_prompt"](*subject, tokens=161, horizon=64, progress=False)
+    assert "in the last" not in short.attrs["caption"]
+    assert "nan" not in short.attrs["caption"]
 
 
 def test_loss_by_density(subject: tuple) -> None:

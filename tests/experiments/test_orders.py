@@ -98,6 +98,11 @@ def test_scores_are_the_metrics_means(subject: tuple, data: xr.Dataset) -> None:
             if a != b
         ]
         np.testing.assert_allclose(got.sel(compared="another text"), np.mean(pairs, axis=0))
+        # Its interval is of draws of texts, each of which is in several pairs.
+        own = kept["in order"].assign_coords(sequence=range(4)).reset_coords(drop=True)
+        of_pairs = flocking.bootstrap(flocking.jaccard(own, own.rename(sequence="other")))
+        another = data.overlap.sel(weights=weights, compared="another text")
+        np.testing.assert_allclose(another, of_pairs)
 
 
 def test_differences_add_up(data: xr.Dataset) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
@@ -175,6 +176,51 @@ def test_a_figure_out_of_step_is_made_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"scores{suffix}" for suffix in (".json", ".md", ".png", ".svg")
     ]
+
+
+def test_numbers_are_kept_if_they_cannot_be_drawn(
+    made: Path, subject: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = artifacts.from_json((made / "scores.json").read_text())
+    ran, draw = EXPERIMENTS["scores"], reproduce.FIGURES["scores"]
+    monkeypatch.setitem(EXPERIMENTS, "scores", functools.wraps(ran)(lambda *a, **k: data))
+
+    def interrupted(data: xr.Dataset) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(reproduce.FIGURES, "scores", interrupted)
+    arguments = {"identity": "tiny", "texts": subject[2], "only": ["scores"]}
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.regenerate(tmp_path, lambda: subject[:2], **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+    monkeypatch.setitem(reproduce.FIGURES, "scores", draw)
+    reproduce.regenerate(tmp_path, lambda: pytest.fail("it was computed again"), **arguments)
+    assert len([*tmp_path.iterdir()]) == 4
+
+
+@pytest.mark.parametrize("name", ["heatmaps", "text_kinds", "atlas"])
+def test_names_of_texts_are_no_formulas(name: str, tmp_path: Path) -> None:
+    committed = Path(__file__).parents[2] / "figures" / f"{name}.json"
+    data = artifacts.from_json(committed.read_text("utf-8"))
+    for dim in {"sequence", "text", "kind", "other"} & {*data.dims}:
+        data = data.assign_coords({dim: [f"price_$_{n}_{{$^^" for n in range(data.sizes[dim])]})
+    figure = reproduce.FIGURES[name](data)
+    figure.savefig(tmp_path / "drawn.png")
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("times", [0.02, 1, 50])
+def test_chance_is_in_the_picture(times: float) -> None:
+    committed = Path(__file__).parents[2] / "figures" / "loss_by_prompt.json"
+    data = artifacts.from_json(committed.read_text("utf-8"))
+    random = data.relative.sel(selection="random") * times
+    data["relative"] = data.relative.where(data.selection != "random", random)
+    figure = reproduce.FIGURES["loss_by_prompt"](data)
+    ax = next(ax for ax in figure.subfigs[0].axes if ax.get_ylabel() == "chance")
+    low, high = ax.get_ylim()
+    assert low <= random.min() <= random.max() <= high
+    assert len(ax.get_yticks()) >= 2
+    plt.close(figure)
 
 
 def test_a_broken_figure_is_named_and_blocks_no_other(

@@ -305,6 +305,30 @@ def test_experts_that_the_prompt_did_not_reach_keep_their_largest_neurons() -> N
     assert counts[1] < 4
 
 
+def test_experts_with_a_weight_of_zero_are_not_routed_to() -> None:
+    """As where a router leaves all experts out, by giving one of them no weight."""
+    model = build("mixtral")
+
+    def without_second(module: torch.nn.Module, args: object, output: tuple) -> tuple:
+        logits, weights, index = output
+        weights = weights.clone()
+        weights[:, 1] = 0
+        return logits, weights, index
+
+    (ids,) = random_ids(12)
+    whole = flocking.record(model, [ids], progress=False)
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(without_second)
+    found = flocking.record(model, [ids], relative=True, progress=False)
+    assert whole.routed.sum() == 2 * 2 * 12
+    assert found.routed.sum() == 2 * 12
+    size = model.config.intermediate_size
+    used = found.relative.values.reshape(2, 12, -1, size).any(axis=-1).sum(axis=-1)
+    assert (used == 1).all()
+    energy = found.energy.sum(("window", "neuron")) / found.tokens.sum("window")
+    np.testing.assert_allclose(energy, 1, rtol=1e-3)
+
+
 def test_watched_by_one_at_a_time() -> None:
     model = build("mixtral")
     with flocking.observe(model, lambda block, z: None):

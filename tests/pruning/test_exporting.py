@@ -321,3 +321,32 @@ def test_layers_that_share_weights_can_keep_different_neurons(tmp_path: Path) ->
     flocking.export(model, kept, tmp_path / "out")
     again = tf.ZambaForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert_close(logits(again, tokens(9)), logits(masked(model, kept), tokens(9)))
+
+
+def test_a_device_without_room_for_two_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written is then proved on the CPU, within rounding."""
+    tried: list[bool] = []
+
+    def full(model: tf.PreTrainedModel, device: torch.device) -> bool:
+        tried.append(moved(model, device))
+        return tried[-1]
+
+    def without_room(self: tf.PreTrainedModel, device: object) -> tf.PreTrainedModel:
+        if device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self
+
+    model, moved = build("llama"), exporting._moved
+    kept = flocking.select(flocking.weight_magnitude(model))
+    monkeypatch.setattr(tf.PreTrainedModel, "to", without_room)
+    monkeypatch.setattr(exporting, "_moved", full)
+    flocking.export(model, kept, tmp_path / "small")
+    assert tried == [False]
+    # It is still held against the twin: by what rounding explains, as devices differ.
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(exporting, "tolerance", lambda dtype: asked.append(dtype) or -1.0)
+    with pytest.raises(ValueError, match="its logits differ"):
+        flocking.export(model, kept, tmp_path / "other")
+    assert asked == [torch.float32]

@@ -9,6 +9,7 @@ from helpers import build, random_ids
 from scipy.stats import rankdata
 
 import flocking
+from flocking.pruning import fixed
 from flocking.pruning.fixed import fixed_selection, rounded_densities
 
 TEXTS = random_ids(60, 40, 50)
@@ -61,6 +62,22 @@ def test_without_texts_the_model_writes_them() -> None:
     found = fixed_selection(model, None, "static", None, 0.5, multiple=32, seed=1)
     np.testing.assert_array_equal(found, flocking.select(own, 0.4))
     assert (found.sum("neuron") == 64).all()
+
+
+def test_a_model_that_writes_nothing_says_so_before_texts_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama")
+    model.config.bos_token_id = model.generation_config.bos_token_id = None
+    statistic = fixed.global_statistic
+
+    def without_texts(model: object, texts: object = None, **options: object) -> object:
+        assert texts is None
+        return statistic(model, texts, **options)
+
+    monkeypatch.setattr(fixed, "global_statistic", without_texts)
+    with pytest.raises(ValueError, match="names no token that opens a text"):
+        fixed_selection(model, None, "global-local", TEXTS)
 
 
 def test_other_methods_are_refused() -> None:

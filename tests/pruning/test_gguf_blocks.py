@@ -30,6 +30,7 @@ SHARED = {
     "ffn_up_shexp.weight": (128, 64),
     "ffn_down_shexp.weight": (64, 128),
 }
+_EXPERT_WIDTH = "expert_feed_forward_length"
 BESIDE = {"attn_q.weight": (64, 64), "attn_norm.weight": (64,), "ffn_norm.weight": (64,)}
 
 
@@ -202,6 +203,29 @@ def test_widths_of_attention_may_be_equal_by_chance(tmp_path: Path) -> None:
         np.testing.assert_array_equal(after[f"blk.0.{name}"], before[f"blk.0.{name}"])
 
 
+@pytest.mark.parametrize("experts", [1, 4])
+def test_biases_of_outputs_stay(experts: int, tmp_path: Path) -> None:
+    """Also where a model is as wide as its experts, as gpt-oss is."""
+    more = () if experts == 1 else (experts,)
+    kind, key = ("", "feed_forward_length") if not more else ("_exps", _EXPERT_WIDTH)
+    block = {
+        f"ffn_up{kind}.weight": (*more, 64, 64),
+        f"ffn_up{kind}.bias": (*more, 64),
+        f"ffn_gate{kind}.weight": (*more, 64, 64),
+        f"ffn_down{kind}.weight": (*more, 64, 64),
+        f"ffn_down{kind}.bias": (*more, 64),
+    }
+    source = file_of(tmp_path, block, **{key: 64})
+    before, _ = read(source)
+    kept = np.zeros((experts, 64), bool)
+    kept[:, :32] = True
+    after, _ = pruned(source, {0: np.flatnonzero(kept.reshape(-1))})
+    name = f"blk.0.ffn_down{kind}.bias"
+    np.testing.assert_array_equal(after[name], before[name])
+    up = f"blk.0.ffn_up{kind}.bias"
+    np.testing.assert_array_equal(after[up], before[up][..., :32])
+
+
 @pytest.mark.parametrize(
     ("block", "sizes", "why"),
     [
@@ -213,6 +237,7 @@ def test_widths_of_attention_may_be_equal_by_chance(tmp_path: Path) -> None:
         ({"ffn_up.weight": (150, 64)}, {}, r"ffn_up.weight is of 150 x 64, .* has 160 neurons"),
         ({"ffn_up.weight": (320, 64)}, {}, r"ffn_up.weight is of 320 x 64"),
         ({"ffn_up.bias": (64,)}, {}, r"ffn_up.bias is of 64"),
+        ({"ffn_down.bias": (160,)}, {}, "blk.0.ffn_down.bias has a value for each neuron"),
         ({"ffn_down.weight": (4, 64, 160)}, {}, "ffn_down.weight has 3 dimensions"),
         (EXPERTS, {"expert_feed_forward_length": 96}, "both a dense block and experts in blk.0"),
         ({}, {"feed_forward_length": 100}, "says llama.feed_forward_length=100, and blk.0 has 160"),

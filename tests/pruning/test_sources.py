@@ -9,10 +9,12 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from helpers import build
+from helpers import build, letters
 
 import flocking
 from flocking.models import identity
+from flocking.pruning.cards import _licence
+from flocking.pruning.sources import Source
 
 NOTHING = "Nothing was trained or changed"
 
@@ -95,3 +97,59 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "could not be compared" in text
     assert NOTHING not in text
     assert "huggingface.co" not in text
+
+
+def test_what_stands_beside_the_weights_goes_with_them(tmp_path: Path) -> None:
+    """What other programs read there, as long as it is still true."""
+    source = tmp_path / "mine"
+    build("llama").save_pretrained(source)
+    tokenizer = letters("<s> $A")
+    tokenizer.save_pretrained(source)
+    beside = {"tokenizer.model": b"pieces", "LICENSE": b"yours", "processor_config.json": b"{}"}
+    for name, content in {**beside, "training_args.bin": b"x", "notes.md": b"x"}.items():
+        (source / name).write_bytes(content)
+    model = read(source)
+    kept = flocking.select(flocking.weight_magnitude(model))
+    flocking.export(model, kept, tmp_path / "small")
+    for name, content in beside.items():
+        assert (tmp_path / "small" / name).read_bytes() == content
+    assert not (tmp_path / "small" / "training_args.bin").exists()
+    assert not (tmp_path / "small" / "notes.md").exists()
+    # Another tokenizer than the one that the vocabulary is of.
+    tokenizer.add_tokens(["zz"])
+    flocking.export(model, kept, tmp_path / "other", tokenizer=tokenizer)
+    assert not (tmp_path / "other" / "tokenizer.model").exists()
+    assert (tmp_path / "other" / "LICENSE").exists()
+    # An export is a model's folder with all of it, and can be replaced.
+    flocking.export(model, kept, tmp_path / "small", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("link", "files", "expected"),
+    [
+        ("LICENSE", ["LICENSE"], "LICENSE"),
+        ("LICENSE", [], None),
+        ("terms/mine.md", [], None),
+        ("https://example.org/terms", [], "https://example.org/terms"),
+    ],
+)
+def test_a_licence_is_linked_where_it_is(
+    link: str, files: list[str], expected: str | None, tmp_path: Path
+) -> None:
+    source = tmp_path / "mine"
+    build("llama").save_pretrained(source)
+    (source / "README.md").write_text(
+        f"---\nlicense: other\nlicense_name: house\nlicense_link: {link}\n---\n"
+    )
+    for name in files:
+        (source / name).write_text("yours")
+    said(read(source), tmp_path / "small")
+    header = huggingface_hub.ModelCard.load(tmp_path / "small" / "README.md").data.to_dict()
+    assert header["license_name"] == "house"
+    assert header.get("license_link") == expected
+
+
+def test_a_licence_on_a_hub() -> None:
+    source = Source("somebody/their-model", None, "abc123", None)
+    place = "https://huggingface.co/somebody/their-model/blob/abc123/LICENSE"
+    assert _licence("LICENSE", source) == place
