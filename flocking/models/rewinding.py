@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Cache, PreTrainedModel, cache_utils
-from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from flocking.models.copies import trial_copy
 from flocking.models.memo import PerModel
@@ -74,7 +74,7 @@ def refuse_unknown(cache: Any) -> None:
         kind = type(layer)
         if (
             not isinstance(layer, _KNOWN)
-            or isinstance(layer, QuantizedLayer)
+            or any("Quantized" in base.__name__ for base in kind.__mro__)  # of one base or another
             or not kind.__module__.startswith("transformers.")
         ):
             raise ValueError(

@@ -40,7 +40,14 @@ from flocking.models import (
     working_copy,
 )
 from flocking.pruning.compact import Compact
-from flocking.pruning.methods import METHODS, WITH_REFERENCE, Method, by_reference, global_local
+from flocking.pruning.methods import (
+    METHODS,
+    WITH_REFERENCE,
+    Method,
+    by_reference,
+    check_weight,
+    global_local,
+)
 from flocking.pruning.offloading import offloaded
 from flocking.pruning.refreshing import RefreshingTwin
 from flocking.pruning.selector import Scope, Selector
@@ -180,9 +187,11 @@ def griffin(
             "the model is observed, and a twin would be so for good: leave the `with` of "
             "flocking.observe first."
         )
-    blocks = prunable(model)
-    _check_options(model, blocks, scope, seed, offload)
+    _check_options(scope, seed, offload)
     check_refresh(refresh)
+    _check_method(method, reference, weight)
+    blocks = prunable(model)
+    _refuse_inseparable(model, blocks, scope)
     firsts = [block for block in blocks if block.call == 0]
     shares = density_by_layer(density, len(firsts), [block.layer for block in firsts])
     counts = [
@@ -191,11 +200,9 @@ def griffin(
     ]
     refuse_forgetful(model)
     known = traits(model)
-    if refresh is not None and not rewinds(model):
-        raise ValueError(
-            f"{type(model).__name__} cannot read tokens again over its cache, as refresh needs: "
-            "leave refresh out."
-        )
+    if refresh is not None:
+        _refuse_unrewindable(model)
+    chosen_by = _method(method, reference, weight, blocks)
     given = model
     if offload:
         model = offloaded(model)
@@ -203,7 +210,7 @@ def griffin(
         firsts = [block for block in blocks if block.call == 0]
     selector = Selector(
         list(zip(firsts, counts, strict=True)),
-        _method(method, reference, weight, blocks),
+        chosen_by,
         scope,
         int(seed),
     )
@@ -247,16 +254,27 @@ def check_scope(scope: object) -> None:
         raise ValueError(f"scope={scope!r}: give 'shared' or 'sequence'.")
 
 
-def _check_options(
-    model: PreTrainedModel, blocks: list[FeedForward], scope: object, seed: object, offload: object
-) -> None:
-    check_scope(scope)
+def _refuse_unrewindable(model: PreTrainedModel) -> None:
+    """Refuse to refresh selections over a cache that cannot be taken back."""
+    if not rewinds(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot read tokens again over its cache, as refresh needs: "
+            "leave refresh out."
+        )
+
+
+def _refuse_inseparable(model: PreTrainedModel, blocks: list[FeedForward], scope: object) -> None:
+    """Refuse a selection for each sequence where a block cannot have several."""
     if scope == "sequence" and (odd := [b for b in blocks if not _is_separable(b)]):
         raise ValueError(
             f"{type(model).__name__} has FF blocks ({odd[0].path}, ...) that are quantised, or "
             "experts that do not follow transformers' interface, and cannot have a selection for "
             "each sequence: give scope='shared'."
         )
+
+
+def _check_options(scope: object, seed: object, offload: object) -> None:
+    check_scope(scope)
     if not isinstance(seed, int | np.integer):
         raise TypeError(f"seed={seed!r}: give a whole number.")
     if not -(2**63) <= seed < 2**63:
@@ -382,6 +400,17 @@ def _is_separable(block: FeedForward) -> bool:
 def _method(
     method: str | Method, reference: xr.DataArray | None, weight: float, blocks: list[FeedForward]
 ) -> Method:
+    """The method of these arguments, which were checked."""
+    if callable(method):
+        return method
+    if method in METHODS:
+        return METHODS[method]
+    assert reference is not None
+    return _with_reference(method, reference, weight, blocks)
+
+
+def _check_method(method: str | Method, reference: xr.DataArray | None, weight: float) -> None:
+    """Refuse what needs no model to be refused."""
     if reference is not None and method not in WITH_REFERENCE:
         asked = "a function" if callable(method) else repr(method)
         raise ValueError(
@@ -392,10 +421,8 @@ def _method(
         raise ValueError(
             f"weight={weight!r} is for method='global-local': name it, or leave weight out."
         )
-    if callable(method):
-        return method
-    if method in METHODS:
-        return METHODS[method]
+    if callable(method) or method in METHODS:
+        return
     if method not in WITH_REFERENCE:
         known = ", ".join([*METHODS, *WITH_REFERENCE])
         raise ValueError(f"method={method!r}: choose from {known}, or give a function.")
@@ -409,7 +436,7 @@ def _method(
             f"reference is a {type(reference).__name__}: give the DataArray that "
             "flocking.global_statistic returns."
         )
-    return _with_reference(method, reference, weight, blocks)
+    check_weight(weight)
 
 
 def _with_reference(

@@ -9,6 +9,9 @@ graph, and nothing is asked of the device in between.
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -94,7 +97,8 @@ class Decoder:
         self._model, self._full = model, full_model(model)
         refuse_forgetful(self._full)
         self.max_length, self.batch_size = int(max_length), int(batch_size)
-        self._device = device_of(embeddings_of(model))
+        self._device, self._dtype = device_of(embeddings_of(model)), model.dtype
+        self._busy = threading.Lock()
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._cache: Cache | None = None
         self._left = 0  # steps that the last prompt leaves room for
@@ -141,7 +145,7 @@ class Decoder:
         RuntimeError
             If the model does not compile in one piece.
         """
-        with serving(self._model):
+        with serving(self._model), self._in_one_thread():
             self.read(input_ids, attention_mask, max_new_tokens=max_new_tokens)
             for number in range(1, max_new_tokens):
                 if number % _LOOK_EVERY == 0 and bool(self._done.all()):
@@ -161,6 +165,7 @@ class Decoder:
         """
         ids, mask = self._checked(input_ids, attention_mask, max_new_tokens)
         refuse_hooks(self._model)
+        self._refuse_converted()
         self._left = 0  # until this prompt is read
         prompt = ids.shape[1]
         self._set_special_tokens()
@@ -212,6 +217,32 @@ class Decoder:
         self._compiled()
         if isinstance(self._model, Twin):
             self._model._griffin.work.steps += 1
+
+    @contextmanager
+    def _in_one_thread(self) -> Iterator[None]:
+        """Refuse a second thread, which would write into the same text and cache."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "this decoder is generating in another thread: make a decoder for each thread."
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _refuse_converted(self) -> None:
+        """Refuse a model that is elsewhere, or in another dtype, than the cache was made for."""
+        now = device_of(embeddings_of(self._model)), self._model.dtype
+        before = self._device, self._dtype
+        if now != before and not isinstance(self._model, Twin):  # (a twin says so itself)
+            first, then = (
+                f"{str(dtype).removeprefix('torch.')} on {device}"
+                for device, dtype in (before, now)
+            )
+            raise RuntimeError(
+                f"the model was in {first} when this decoder was made, and is in {then} now: make "
+                "another decoder."
+            )
 
     def _note_selection(self) -> None:
         self._read_last = self._model._griffin.read if isinstance(self._model, Twin) else None

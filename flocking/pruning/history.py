@@ -16,7 +16,7 @@ def drawn_up(history: list[tuple[int, list[Tensor]]], compacts: list[Compact]) -
 
     Parameters
     ----------
-    history : list of (int, list of Tensor of int64, shape ([sequence,] k))
+    history : list of (int, list of Tensor of int32, shape ([sequence,] k))
         Position, and the kept neurons of each compact block.
     compacts : list of Compact
     """
@@ -26,7 +26,7 @@ def drawn_up(history: list[tuple[int, list[Tensor]]], compacts: list[Compact]) -
     kept = np.zeros((len(history), *lead, len(rows), max(widths)), bool)
     for mask, (_, selections) in zip(kept, history, strict=True):
         for row, (_, number) in enumerate(rows):
-            np.put_along_axis(mask[..., row, :], selections[number].cpu().numpy(), True, axis=-1)
+            np.put_along_axis(mask[..., row, :], selections[number].numpy(), True, axis=-1)
     coords: dict[str, Any] = {
         "position": ("position", [place for place, _ in history], {"units": "tokens"}),
         "layer": [layer for layer, _ in rows],

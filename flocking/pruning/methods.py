@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -96,14 +97,19 @@ def global_local(reference: Callable[[FeedForward], Tensor], weight: float) -> M
     ValueError
         If `weight` is not in [0, 1].
     """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight={weight}: give the weight of the global ranks, from 0 to 1.")
+    check_weight(weight)
 
     def method(statistic: Tensor, k: int, block: FeedForward, generator: object) -> Tensor:
         static = _ranks(reference(block).to(statistic).reshape(statistic.shape))
         return (1 - weight) * _ranks(statistic) + weight * static
 
     return method
+
+
+def check_weight(weight: object) -> None:
+    """Raise a ValueError for a weight that is no number from 0 to 1."""
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) <= 1:
+        raise ValueError(f"weight={weight!r}: give the weight of the global ranks, from 0 to 1.")
 
 
 def _ranks(values: Tensor) -> Tensor:

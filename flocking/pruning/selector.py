@@ -89,7 +89,9 @@ class Selector:
             each = energy.double().sum(dim=2).sqrt()
             if self.scope == "sequence":
                 return each
-            share = read.tokens.to(each.device, non_blocking=True).clamp_min(1).rsqrt()
+            # (In float64, whatever torch's default dtype is.)
+            counts = read.tokens.to(each.device, non_blocking=True).clamp_min(1)
+            share = counts.double().rsqrt()
             return (each * share[:, None]).sum(dim=1, keepdim=True)
 
         return _together(of, [read.moments[block.layer].energy for block, _ in self._blocks])

@@ -216,9 +216,9 @@ class State:
         except BaseException:  # a cache that cannot be taken back, or memory that ran out
             self.forget()
             raise
-        read.history.append(
-            (read.end or int(read.tokens.max()), [compact.kept for compact in self.compacts])
-        )
+        # (Of a long text there are many, which need not take up the model's device.)
+        kept = [compact.kept.to("cpu", torch.int32) for compact in self.compacts]
+        read.history.append((read.end or int(read.tokens.max()), kept))
 
     def expect(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a forward pass without a selection, or of another number of sequences."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from types import MethodType, SimpleNamespace
 
 import helpers
@@ -12,8 +13,10 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import cpu_offload
+from transformers import cache_utils
 
 import flocking
+from flocking.models.rewinding import refuse_unknown
 from flocking.models.wrapping import _refuse_outside
 
 
@@ -170,3 +173,13 @@ def test_flex_attention_is_recorded() -> None:
         model.set_attn_implementation(attention)
         recordings.append(flocking.record(model, [ids], progress=False))
     np.testing.assert_allclose(*(each.energy for each in recordings), rtol=1e-3, atol=1e-5)
+
+
+def test_every_quantised_cache_is_refused_by_name() -> None:
+    """They have several bases in transformers, and keep tuples of numbers and scales."""
+    found = vars(cache_utils).items()
+    kinds = [kind for name, kind in found if name.endswith("QuantizedLayer") and name[0] != "B"]
+    assert kinds
+    for kind in filter(lambda kind: not inspect.isabstract(kind), kinds):
+        with pytest.raises(ValueError, match=f"{kind.__name__}, in which tokens are cached"):
+            refuse_unknown(object.__new__(kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -384,3 +385,37 @@ def test_refuses_models() -> None:
     llama.model.layers[1].to("meta")
     with pytest.raises(ValueError, match="lies on cpu, meta"):
         flocking.Decoder(llama, 64)
+
+
+def test_refuses_a_second_thread(
+    llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would write into the same text; the first goes on undisturbed."""
+    decoder = flocking.Decoder(llama, 40)
+    ids = torch.tensor(random_ids(9))
+    expected = decoder.generate(ids, max_new_tokens=6)
+    step, refused = decoder.step, []
+
+    def other() -> None:
+        try:
+            decoder.generate(ids, max_new_tokens=2)
+        except RuntimeError as problem:
+            refused.append(str(problem))
+
+    def meanwhile() -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        step()
+
+    monkeypatch.setattr(decoder, "step", meanwhile)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=6), expected)
+    assert len(refused) == 5
+    assert all("generating in another thread" in one for one in refused)
+
+
+def test_refuses_a_model_that_was_converted_since(llama: tf.PreTrainedModel) -> None:
+    decoder = flocking.Decoder(llama, 40)
+    llama.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"was in float32 on cpu when .* in bfloat16 on cpu now"):
+        decoder.generate(torch.tensor(random_ids(9)), max_new_tokens=2)

@@ -183,3 +183,6 @@ def test_refuses_a_reference_of_another_model(llama: tf.PreTrainedModel) -> None
         flocking.griffin(llama, method="static", reference=reference.isel(layer=0))
     with pytest.raises(ValueError, match="weight=2"):
         flocking.griffin(llama, method="global-local", reference=reference, weight=2)
+    for weight in ("0.5", None, True):
+        with pytest.raises(ValueError, match="give the weight of the global ranks"):
+            flocking.griffin(llama, method="global-local", reference=reference, weight=weight)

@@ -28,6 +28,7 @@ import flocking
         ({"scope": "batch"}, "give 'shared' or 'sequence'"),
         ({"seed": 2**64}, r"seed=.*: give a number below 2 \*\* 63"),
         ({"weight": 0.2}, "weight=0.2 is for method='global-local': name it"),
+        ({"weight": "0.5"}, "weight='0.5' is for method='global-local'"),
         ({"weight": 0.2, "method": "magnitude"}, "weight=0.2 is for method='global-local'"),
         ({"reference": 1}, "reference is for .* method is 'topk': name one of them"),
         ({"reference": 1, "method": max}, "reference is for .* method is a function"),
@@ -227,3 +228,21 @@ def test_refuses_to_be_pickled_or_copied(pair: tuple) -> None:
     for attempt in (pickle.dumps, copy.deepcopy):
         with pytest.raises(TypeError, match="cannot be pickled or copied: give the original"):
             attempt(twin)
+
+
+def test_what_needs_no_model_is_refused_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(model: object) -> None:
+        raise AssertionError("the model was tried")
+
+    monkeypatch.setattr("flocking.pruning.build.prunable", slow)
+    llama = build("llama")
+    for options, why in (
+        ({"method": "topK"}, "method='topK': choose from topk"),
+        ({"method": "static"}, "needs reference"),
+        ({"scope": "batch"}, "scope='batch'"),
+        ({"seed": "1"}, "seed='1'"),
+        ({"refresh": 0}, "refresh=0"),
+        ({"offload": "disk"}, "offload='disk'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=why):
+            flocking.griffin(llama, **options)
