@@ -76,9 +76,13 @@ def to_json(data: xr.Dataset, key: Key) -> str:
             value = float(f"{value:.3g}")
         return None if value != value else value
 
+    def array(values: np.ndarray) -> np.ndarray:
+        # (Labels that were put together are objects, each a text.)
+        return np.array(values.tolist()) if values.dtype == object else values
+
     def variables(which: Mapping[Any, xr.DataArray]) -> dict[str, Any]:
         return {
-            name: {"dims": list(v.dims), "attrs": v.attrs, "data": plain(np.asarray(v.values))}
+            name: {"dims": list(v.dims), "attrs": v.attrs, "data": plain(array(np.asarray(v)))}
             for name, v in which.items()
         }
 

@@ -177,7 +177,8 @@ def _compared(data: xr.Dataset) -> xr.Dataset:
     for name, another in (("overlap", "another"), ("overlap_mean", "another_mean")):
         added = data[another].expand_dims(compared=COMPARED[-1:])
         overlaps[name] = xr.concat([data[name], added], "compared")
-    return data.drop_dims("compared").drop_vars(["another", "another_mean"]).assign(overlaps)
+    data = data.drop_dims("compared").drop_vars(["another", "another_mean"]).assign(overlaps)
+    return data.assign_coords(compared=COMPARED)  # as text: concat makes objects of it
 
 
 def _caption(data: xr.Dataset, name: str, ids: list[list[int]], chance: float) -> str:

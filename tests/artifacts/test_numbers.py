@@ -41,6 +41,16 @@ def test_what_was_written_is_read(tmp_path: Path, data: xr.Dataset) -> None:
     assert read_content(path) == content
 
 
+def test_labels_that_were_put_together_are_texts(data: xr.Dataset) -> None:
+    """``xarray.concat`` makes objects of them."""
+    labels = np.array(["one", "three"], dtype=object)
+    together = data.assign_coords(a=("a", labels))
+    assert together.a.dtype == object
+    found = from_json(to_json(together, KEY))
+    assert found.a.values.tolist() == ["one", "three"]
+    xr.testing.assert_identical(found.x, together.assign_coords(a=["one", "three"]).x)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [("0.30000000000000004", "0.3000000000000001"), ("null", "0.0"), ("1.23", "1.24"),

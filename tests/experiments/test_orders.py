@@ -105,6 +105,12 @@ def test_scores_are_the_metrics_means(subject: tuple, data: xr.Dataset) -> None:
         np.testing.assert_allclose(another, of_pairs)
 
 
+def test_its_numbers_can_be_written(data: xr.Dataset) -> None:
+    """All labels are texts or numbers, as a figure's file has them."""
+    for name, variable in data.variables.items():
+        assert variable.dtype.kind in "fiU", name
+
+
 def test_differences_add_up(data: xr.Dataset) -> None:
     here = data.sel(interval="estimate")
     score = here.flocking_score_mean
