@@ -90,8 +90,14 @@ class Corpus:
             )
         if not isinstance(text, str):
             refuse_container(text)
+        if isinstance(wanted.continuation, Mapping):
+            raise TypeError(
+                "continuation is a dict, and with out= texts are read one by one: give a list of "
+                "continuations, or the dict's input_ids without padding."
+            )
         if num_texts is not None:
             whole_number("num_texts", num_texts, 1)
+            num_texts = int(num_texts)  # (numpy's cannot be written into a store)
         self._texts, self.wanted = _several(text), wanted
         self.is_lasting = isinstance(self._texts, Sized) and all(
             isinstance(each, Sized | None) for each in self._aside.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import psutil
 import torch
 import xarray as xr
@@ -122,7 +123,7 @@ def chosen_blocks(
     """The blocks to record, and those of them of which relative activations are kept."""
     blocks = select_layers(feedforwards(model), options.layers)
     relative = options.relative
-    if not relative:
+    if relative is None or (isinstance(relative, bool | np.bool_) and not relative):
         return blocks, []
     return blocks, select_layers(blocks, None if relative is True else relative, "relative")
 

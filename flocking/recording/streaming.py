@@ -66,7 +66,8 @@ def stream(
         with place.claimed() if among.rank == 0 else nullcontext():
             among.of_first(lambda: _prepare(place, corpus, reader, progress))
             store = GrowingStore(place)
-            _refuse_other(store, reader.arguments(), corpus)  # in each process
+            _refuse_other(store, reader.arguments())  # in each process
+            _refuse_other_number(store, corpus)
             if not store.is_finished:
                 _fill(store, corpus, reader, among, progress)
     return open_recording(str(place))
@@ -96,9 +97,11 @@ def _prepare(place: Location, corpus: Corpus, reader: BlockReader, progress: boo
             )
         refuse_appended(place)
         store = GrowingStore(place)
+        _refuse_other(store, reader.arguments())
         if corpus.number is not None and not (corpus.is_lasting or store.is_finished):
+            _check_all_there(store, corpus.number)
             store.expect(corpus.number)
-        _refuse_other(store, reader.arguments(), corpus)
+        _refuse_other_number(store, corpus)
         if not store.is_finished:
             store.forget_losses()
         if corpus.is_lasting or store.is_finished:
@@ -122,8 +125,8 @@ def _prepare(place: Location, corpus: Corpus, reader: BlockReader, progress: boo
 # What goes on, and what does not
 
 
-def _refuse_other(store: GrowingStore, arguments: dict[str, Any], corpus: Corpus) -> None:
-    """Raise a ValueError if a store was begun with other arguments, or another number of texts."""
+def _refuse_other(store: GrowingStore, arguments: dict[str, Any]) -> None:
+    """Raise a ValueError if a store was begun with other arguments."""
     if store.asked["layout"] != LAYOUT:
         raise ValueError(
             f"{store.place} has layout {store.asked['layout']!r}, and this version of flocking "
@@ -137,6 +140,10 @@ def _refuse_other(store: GrowingStore, arguments: dict[str, Any], corpus: Corpus
                 f"{store.place} was begun with another {name} ({_shown(before.get(name))}; now "
                 f"{_shown(now.get(name))}): give the same, or record into another store."
             )
+
+
+def _refuse_other_number(store: GrowingStore, corpus: Corpus) -> None:
+    """Raise a ValueError if a store was begun with another number of texts."""
     texts = store.asked["texts"]
     if None not in (texts, corpus.number) and texts != corpus.number:
         raise ValueError(
@@ -172,7 +179,7 @@ def _check_same(store: GrowingStore, block: Block) -> None:
 
 def _check_all_there(store: GrowingStore, texts: int) -> None:
     known = store.sequences if store.asked["texts"] is None else store.asked["texts"]
-    if texts < known and store.state(slice(texts, known)).any():
+    if texts < store.sequences and store.state(slice(texts, store.sequences)).any():
         raise ValueError(
             f"text has {texts} texts, and more are recorded in {store.place}: give the same texts, "
             "or record into another store."

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
 from streams import (
     BLOCK,
     SMALL,
@@ -218,10 +219,24 @@ def test_another_config_or_chat_template_is_refused(tmp_path: Path) -> None:
 
 def test_a_number_of_texts_that_was_wrong_can_be_corrected(tmp_path: Path) -> None:
     path = tmp_path / "x.zarr"
-    for wrong in (30, 9):
+    for wrong in (9, 30):
         with pytest.raises(ValueError, match="correct it"):
             stream(path, iter(TEXTS), num_texts=wrong)
     got = stream(path, iter(TEXTS), num_texts=len(TEXTS))
+    assert_same_values(got.load(), by_block("llama", TEXTS))
+
+
+def test_a_smaller_number_cuts_nothing_off(tmp_path: Path) -> None:
+    """A call that is refused leaves the store as it was, whatever it said of the texts."""
+    path = tmp_path / "x.zarr"
+    with pytest.raises(ValueError, match="correct it"):
+        stream(path, iter(TEXTS), num_texts=30)
+    with pytest.raises(ValueError, match="text has 5 texts, and more are recorded in"):
+        stream(path, iter(TEXTS[:5]), num_texts=5)
+    with pytest.raises(ValueError, match="was begun with another window"):
+        stream(path, iter(TEXTS), num_texts=len(TEXTS), window=4)
+    assert zarr.open_array(path / "recorded", mode="r").attrs["texts"] == 30
+    got = stream(path, iter(TEXTS), num_texts=np.int64(len(TEXTS)))
     assert_same_values(got.load(), by_block("llama", TEXTS))
 
 

@@ -271,6 +271,7 @@ def test_where_every_text_fails(tmp_path: Path) -> None:
         (TEXTS, {"num_texts": 0}, "num_texts=0"),
         (TEXTS, {"on_error": "ignore"}, "on_error='ignore': give 'stop' or 'skip'"),
         (TEXTS, {"continuation": TEXTS[:3]}, "continuation has 3 entries, and text has 21"),
+        (TEXTS, {"continuation": {"input_ids": TEXTS}}, "continuation is a dict"),
         (iter(TEXTS), {"continuation": iter(TEXTS[:3])}, "continuation has 3 entries"),
         (iter(TEXTS[:3]), {"continuation": iter(TEXTS)}, "text has 3 entries"),
         (TEXTS, {"prompt_tokens": [1]}, "prompt_tokens has 1 entries"),
