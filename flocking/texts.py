@@ -108,7 +108,7 @@ class TextFiles:
         Text files in UTF-8, one text each; files of JSON lines, whose names end in ``.jsonl`` and
         of which each line is one text; folders, of which both are taken; and patterns of such,
         such as ``news/**/*.txt``. ``~`` is the user's folder, and ``-`` is standard input, which
-        is one text and is read at once.
+        is one text and is read at once, as pipes are.
     field : str
         Of the objects in JSON lines, the field with the text. (A line may be a string, too.)
 
@@ -133,12 +133,16 @@ class TextFiles:
         ]
         if not self._files:
             raise ValueError("no file was named: name some with texts.")
+        # What can be read once is held.
+        self._held = {path: read_text(path) for path, _ in self._files if path and path.is_fifo()}
         self._stdin = read_stdin() if STDIN in names else ""
         self.names = [
             str(path or STDIN) if lines is None else f"{path}:{line}"
             for path, lines in self._files
             for line in ([0] if lines is None else lines)
         ]
+        if not self.names:
+            raise ValueError(f"{', '.join(names)}: there is no line with a text: name other files.")
 
     def __len__(self) -> int:
         """How many texts there are."""
@@ -149,6 +153,8 @@ class TextFiles:
         for path, lines in self._files:
             if path is None:
                 yield self._stdin
+            elif path in self._held:
+                yield self._held[path]
             elif lines is None:
                 yield read_text(path)
             else:

@@ -120,7 +120,17 @@ def kept(s: np.ndarray, experts: int) -> set[int]:
     return found
 
 
-def _jaccard(a: set[int], b: set[int]) -> float:
+def _overlap(parts: list[Span], experts: int) -> float:
+    """Jaccard overlap of what two parts select, in experts that had a token in both."""
+    statistics = [_statistic(part) for part in parts]
+    size = len(statistics[0]) // experts
+    there = [
+        j
+        for expert in range(experts)
+        for j in range(expert * size, (expert + 1) * size)
+        if all(s[expert * size : (expert + 1) * size].any() for s in statistics)
+    ]
+    a, b = (kept(s, experts) & {*there} for s in statistics)
     return len(a & b) / len(a | b)
 
 
@@ -147,7 +157,7 @@ def _phases(reference: Reference, windows: Collection[int], sequence: int, layer
     parts = [span.of(windows, ("first", "prompt")), span.of(windows, ("generation",))]
     if not all(len(part.r) for part in parts):
         return np.nan
-    return _jaccard(*(kept(_statistic(part), reference.experts) for part in parts))
+    return _overlap(parts, reference.experts)
 
 
 def _common(reference: Reference, windows: Collection[int]) -> list[int]:
@@ -186,10 +196,13 @@ def _specificity(
 
 def _halves(reference: Reference, windows: Collection[int], a: int, b: int, layer: int) -> float:
     common = _common(reference, windows)
+    span = reference.spans[0][0]
+    sizes = [int((span.window == window).sum()) for window in common]
+    common = [w for w, size in zip(common, sizes, strict=True) if size == max(sizes)]
     half = len(common) // 2
     first = reference.spans[a][layer].of(common[:half], ("prompt",))
     second = reference.spans[b][layer].of(common[half : 2 * half], ("prompt",))
-    return _jaccard(*(kept(_statistic(part), reference.experts) for part in (first, second)))
+    return _overlap([first, second], reference.experts)
 
 
 _SINGLE: dict[str, Callable[..., object]] = {

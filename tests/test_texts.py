@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,7 @@ def test_other_fields_of_json_lines(tmp_path: Path) -> None:
         (["nothing.txt"], "nothing.txt does not exist: name a text file, a folder or a pattern"),
         (["no*.txt"], r"no\*.txt does not exist"),
         (["empty"], "empty has no files whose names end in .txt or .jsonl"),
+        (["none.jsonl"], "none.jsonl: there is no line with a text"),
         ([], "no file was named"),
     ],
 )
@@ -103,9 +105,22 @@ def test_what_names_no_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], said: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "none.jsonl").write_text("\n \n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
         TextFiles(names)
+
+
+def test_pipes_are_read_once_and_held(tmp_path: Path) -> None:
+    """As a shell's <(zcat a.txt.gz), which is gone through more than once."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("From a pipe.\r\n",))
+    writer.start()
+    texts = TextFiles([str(pipe)])
+    writer.join()
+    assert list(texts) == list(texts) == ["From a pipe.\n"]
+    assert texts.names == [str(pipe)]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ def common_windows(recording: xr.Dataset) -> np.ndarray:
     tokens = recording.tokens.values
     same = (tokens == tokens.max(axis=0, initial=0)).all(axis=0) & (tokens > 0).all(axis=0)
     found = np.flatnonzero(same & (recording.phase.values == PROMPT))
+    if PROMPT not in recording.phase.values:
+        raise ValueError(
+            "the recording has no window of a prompt after the first token, and sequences are "
+            "compared by these: give them, or record what was generated as a prompt."
+        )
     if not len(found):
         short = int(tokens[:, recording.phase.values == PROMPT].sum(axis=1).min())
         raise ValueError(
@@ -50,8 +55,8 @@ def between_consistency(
     """Mean cosine between the relative activations of tokens of two sequences.
 
     ``B = <sum_t r_t, sum_u r'_u> / (T T')``: :func:`consistency` over pairs whose tokens come
-    from two sequences. Only windows that all sequences fill are counted, so that each brings
-    as many tokens.
+    from two sequences. Only windows of the prompt that all sequences fill are counted, so that
+    each brings as many tokens; what is generated is left out.
 
     Parameters
     ----------
@@ -125,9 +130,9 @@ def specificity(
     """How much of the consistency belongs to the sequence rather than to the model.
 
     ``(C - B) / (1 - B)`` for each pair of sequences, with :func:`between_consistency` B and the
-    mean C of their two :func:`consistency`, from the same windows. 0: tokens of one text are not
-    more similar than tokens of two, so that a static selection would serve as well. 1: a text's
-    tokens are identical, but differ from the other's.
+    mean C of their two :func:`consistency`, from the same windows of the prompt. 0: tokens of one
+    text are not more similar than tokens of two, so that a static selection would serve as well.
+    1: a text's tokens are identical, but differ from the other's.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import xarray as xr
 
+from flocking.models import warn
 from flocking.recording import whole_number
 
 Pairs = int | Literal["all"]
@@ -103,7 +104,11 @@ def of_pairs(
     xarray.DataArray or xarray.Dataset, (pair, ...)
         With coordinates ``sequence`` and ``other`` along ``pair``.
     """
-    recording = recording.assign_coords(sequence=recording.sequence.values)  # also if unnamed
+    labels = recording.sequence.values  # also if they have none
+    if len({*labels.tolist()}) < len(labels):
+        warn("Names of sequences repeat: they are numbered in the pairs.")
+        labels = np.arange(len(labels))
+    recording = recording.assign_coords(sequence=labels)
     parts: list[_Data] = []
     places: list[np.ndarray] = []
     for numbers, rows in groups(couples, at_a_time(each)):

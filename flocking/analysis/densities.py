@@ -117,9 +117,15 @@ def kept_count(density: float, d_ff: int) -> int:
     count = math.floor(density * d_ff + 1e-9)
     if count == 0:
         raise ValueError(
-            f"density={density} keeps none of {d_ff} neurons: give {1 / d_ff:.2g} or more."
+            f"density={density} keeps none of {d_ff} neurons: give {_rounded_up(1 / d_ff)} or more."
         )
     return count
+
+
+def _rounded_up(value: float) -> str:
+    """A number above 0 to two digits, not below it."""
+    digits = 1 - math.floor(math.log10(value))
+    return f"{math.ceil(value * 10**digits - 1e-9) / 10**digits:.2g}"
 
 
 def densities_in_words(densities: list[float]) -> str:

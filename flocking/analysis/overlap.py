@@ -14,16 +14,21 @@ import numpy as np
 import xarray as xr
 
 from flocking.analysis.between import common_windows
-from flocking.analysis.chunks import is_chunked, measure
+from flocking.analysis.chunks import by_chunk, is_chunked, measure
 from flocking.analysis.couples import Pairs, chosen, of_all_pairs, of_pairs
 from flocking.analysis.densities import density_by_layer, kept_count, several_densities
 from flocking.analysis.labels import aligned, checked, checked_selection
 from flocking.analysis.metrics import named
-from flocking.analysis.selection import select, statistic
+from flocking.analysis.selection import reached, select, statistic
 
 
 def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArray:
     """Overlap of two selections: ``|A and B| / |A or B|``. See :func:`chance_jaccard`.
+
+    It compares what was selected, whatever that was from: experts of a mixture without a token in
+    both parts, and neurons without energy that make up for a density, agree by their order alone.
+    (:func:`prompt_generation_overlap`, :func:`between_sequence_overlap` and :func:`drift` leave
+    such experts out.)
 
     Parameters
     ----------
@@ -226,10 +231,12 @@ def _most_of_each(
 def _most(energy: np.ndarray, count: np.ndarray) -> np.ndarray:
     """The most energy that so many neurons can keep: a sum in descending order."""
     best = np.cumsum(-np.sort(-np.nan_to_num(energy), axis=-1), axis=-1)
-    last = np.maximum(np.asarray(count) - 1, 0)[..., None]
+    count = np.asarray(count)
+    last = np.maximum(count - 1, 0)[..., None]
     shape = np.broadcast_shapes(best.shape[:-1], last.shape[:-1])
     best = np.broadcast_to(best, (*shape, best.shape[-1]))
-    return np.take_along_axis(best, np.broadcast_to(last, (*shape, 1)), axis=-1)[..., 0]
+    most = np.take_along_axis(best, np.broadcast_to(last, (*shape, 1)), axis=-1)[..., 0]
+    return np.where(count > 0, most, 0)
 
 
 # --------------------------------------------------------------------------------------
@@ -244,6 +251,9 @@ def prompt_generation_overlap(
     densities: Iterable[float] | None = None,
 ) -> xr.DataArray:
     """Jaccard overlap of the selections from the prompt and from the generation.
+
+    Experts of a mixture that had no token in one of the two are left out: nothing says which of
+    their neurons matter there.
 
     Parameters
     ----------
@@ -271,10 +281,12 @@ def prompt_generation_overlap(
     """
     density = density_by_layer(density, recording.sizes["layer"], recording.layer.values.tolist())
     densities = None if densities is None else several_densities(densities)
-    prompt = select(statistic(recording, phase="prompt"), density, densities=densities)
-    generation = select(statistic(recording, phase="generation"), density, densities=densities)
-    overlap = jaccard(prompt, generation)
-    return overlap.transpose("density", "sequence", "layer", missing_dims="ignore")
+    parts = [statistic(recording, phase=phase) for phase in ("prompt", "generation")]
+    prompt, generation = (select(part, density, densities=densities) for part in parts)
+    in_both = _reached(parts[0]) & _reached(parts[1])
+    overlap = jaccard(prompt & in_both, generation & in_both)
+    overlap = overlap.transpose("density", "sequence", "layer", missing_dims="ignore")
+    return named(overlap, "jaccard", "Jaccard overlap of prompt and generation")
 
 
 @measure("energy", "tokens")
@@ -289,8 +301,8 @@ def between_sequence_overlap(
 
     The selection from the first half of each sequence is compared with that from the second half of
     each: within a sequence and between two, from equally many tokens (after a figure of Dong, Chen
-    and Chi 2024, arXiv 2404.01365, section 3). The first token, and windows that not all sequences
-    fill, are left out.
+    and Chi 2024, arXiv 2404.01365, section 3). The first token, what is generated, and windows that
+    not all sequences fill, are left out; and experts of a mixture that had no token in a half.
 
     Parameters
     ----------
@@ -333,9 +345,14 @@ def between_sequence_overlap(
     (('pair', 'layer'), ('pair',))
     """
     windows = common_windows(recording)
+    sizes = recording.tokens.values[0, windows]
+    windows = windows[sizes == sizes.max()]  # the last one may have fewer tokens than its half
     half = len(windows) // 2
     if half == 0:
-        raise ValueError("expected two windows or more, got 1: record with a smaller window.")
+        raise ValueError(
+            "expected two full windows or more, got 1: record with a smaller window, or "
+            "longer texts."
+        )
     density = density_by_layer(density, recording.sizes["layer"], recording.layer.values.tolist())
     halves = windows[:half], windows[half : 2 * half]
     n = recording.sizes["sequence"]
@@ -370,17 +387,40 @@ def _overlap_of_halves(
     recording: xr.Dataset, halves: tuple[np.ndarray, np.ndarray], density: list[float]
 ) -> xr.DataArray:
     """Overlap of each sequence's first half with each one's second, its own as well."""
-    selections = []
+    dims = ("layer", "sequence", "neuron")
+    arrays = []
     for part in halves:
         energy = recording.energy.isel(window=part).sum("window", dtype=np.float64, skipna=False)
-        selections.append(select(np.sqrt(energy.compute()), density))
-    first, second = (kept.transpose("sequence", "layer", "neuron") for kept in selections)
-    coordinates = {name: c for name, c in first.coords.items() if "neuron" not in c.dims}
+        values = np.sqrt(energy.compute())
+        kept = select(values, density).transpose(*dims)
+        arrays += [kept.values, _reached(values).transpose(*dims).values]
+    coordinates = {name: c for name, c in kept.coords.items() if "neuron" not in c.dims}
     return xr.DataArray(
-        _of_all_pairs(first.values, second.values),
+        np.moveaxis(overlap_of_all(*arrays), 0, -1),
         {**coordinates, "other": recording["sequence"].values},
         ("sequence", "other", "layer"),
     )
+
+
+def _reached(values: xr.DataArray) -> xr.DataArray:
+    """Which neurons of a statistic are of experts that had any token; all of a dense block."""
+    widths = values.coords.get("d_ff", xr.DataArray(values.sizes["neuron"]))
+    mixtures = values.coords.get("experts", xr.DataArray(1))
+    by_layer = values.transpose("layer", ..., "neuron")
+    of_layers = [
+        xr.Variable("layer", np.broadcast_to(each.values, by_layer.sizes["layer"]).astype(int))
+        for each in (widths, mixtures)
+    ]
+    found = by_chunk(
+        reached,
+        by_layer.variable,
+        *of_layers,
+        inner=[["neuron"], [], []],
+        outer=["neuron"],
+        sizes={},
+        dtype=bool,
+    )
+    return by_layer.copy(data=found.data).transpose(*values.dims)
 
 
 def _own(overlap: xr.DataArray) -> xr.DataArray:
@@ -389,22 +429,33 @@ def _own(overlap: xr.DataArray) -> xr.DataArray:
     return overlap.isel(sequence=number, other=number).drop_vars("other")
 
 
-def _of_all_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def overlap_of_all(
+    first: np.ndarray, in_first: np.ndarray, second: np.ndarray, in_second: np.ndarray
+) -> np.ndarray:
     """Jaccard overlap of each first selection with each second one.
 
     Parameters
     ----------
-    first, second : ndarray of bool, (sequence, layer, neuron)
+    first, second : ndarray of bool, (layer, first or second, neuron)
+        Selections.
+    in_first, in_second : ndarray of bool
+        Which neurons are of experts that had a token, as :func:`reached` says it; others are left
+        out of both selections.
 
     Returns
     -------
-    ndarray of float64, (sequence, other, layer)
+    ndarray of float64, (layer, first, second)
+        NaN where one of the two is empty.
     """
-    result = np.full((len(first), *second.shape[:2]), np.nan)
-    for layer in range(first.shape[1]):  # counts below 2^24 are exact in float32
-        a, b = (each[:, layer].astype(np.float32) for each in (first, second))
+    result = np.full((*first.shape[:2], second.shape[1]), np.nan)
+    for layer, found in enumerate(result):  # counts below 2^24 are exact in float32
+        there = [each[layer].astype(np.float32) for each in (in_first, in_second)]
+        a, b = (each[layer] * part for each, part in zip((first, second), there, strict=True))
         both = (a @ b.T).astype(np.float64)
-        sizes = a.sum(1, dtype=np.float64)[:, None], b.sum(1, dtype=np.float64)[None]
+        if all(part.all() for part in there):
+            sizes = a.sum(1, dtype=np.float64)[:, None], b.sum(1, dtype=np.float64)[None]
+        else:
+            sizes = (a @ there[1].T).astype(np.float64), (there[0] @ b.T).astype(np.float64)
         union = sizes[0] + sizes[1] - both
-        np.divide(both, union, out=result[..., layer], where=(sizes[0] > 0) & (sizes[1] > 0))
+        np.divide(both, union, out=found, where=(sizes[0] > 0) & (sizes[1] > 0))
     return result

@@ -10,8 +10,9 @@ import xarray as xr
 
 from flocking.analysis.chunks import by_chunk, measure
 from flocking.analysis.densities import density_by_layer
+from flocking.analysis.overlap import overlap_of_all
 from flocking.analysis.ranges import edge_at, refuse_gaps, windows_of
-from flocking.analysis.selection import by_layer_of, kept_neurons
+from flocking.analysis.selection import by_layer_of, kept_neurons, reached
 from flocking.recording import FIRST, PROMPT
 
 _DRIFT_DIMS = ("sequence", "layer", "prompt_length", "distance")
@@ -47,7 +48,8 @@ def drift(
     -------
     xarray.Dataset, float64, (sequence, layer, prompt_length, distance)
         ``jaccard`` with the selection from the later window itself (which is noisy, since it is
-        made from few tokens, so that this stays below 1 even without drift); ``captured_energy``
+        made from few tokens, so that this stays below 1 even without drift), where experts of a
+        mixture that had no token before the cut or in the window are left out; ``captured_energy``
         of the later window; and ``oracle``, the most that a selection made in hindsight could
         capture. ``distance`` is from the cut to the start of the later window, in tokens. NaN
         after the end of a sequence.
@@ -155,13 +157,11 @@ def _serving(
         Density, d_ff and number of experts of each layer.
     """
     prompts = np.nancumsum(energy, axis=1)[:, np.array(counts) - 1]
-    chosen, own = (
-        kept_neurons(values**0.5, *of_layers).astype(np.float32) for values in (prompts, energy)
-    )
+    chosen, own = (kept_neurons(values**0.5, *of_layers) for values in (prompts, energy))
+    parts = (reached(values, *of_layers[1:]) for values in (prompts, energy))
+    overlap = overlap_of_all(chosen, next(parts), own, next(parts))
     total = energy.sum(-1)
     with np.errstate(invalid="ignore"):
-        both = chosen @ own.swapaxes(1, 2)
-        overlap = both / (2 * own.sum(-1).max(-1)[:, None, None] - both)
         kept = chosen.astype(np.float64) @ energy.swapaxes(1, 2) / total[:, None]
         oracle = (own * energy).sum(-1) / total
     return overlap, kept, np.broadcast_to(oracle[:, None], kept.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from flocking.recording import FIRST, GENERATION, PROMPT, require
+from flocking.recording import GENERATION, PROMPT, require
 
 
 def windows_of(
@@ -26,7 +26,7 @@ def windows_of(
     stops = [start + int(count) for start, count in zip(starts, counts, strict=True)]
     for number in np.flatnonzero(_followed(recording, windows)):
         stops[number] = starts[number + 1]  # also where no sequence fills it
-    if phase is None and len({*phases} - {FIRST}) > 1:
+    if phase is None and GENERATION in phases and len({*phases}) > 1:
         # A generation is counted from its first token.
         starts, stops = [np.nan] * len(starts), [np.nan] * (len(stops) - 1) + stops[-1:]
     return windows, starts, stops

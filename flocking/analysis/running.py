@@ -211,7 +211,13 @@ def _refuse_others(first: xr.Dataset, second: xr.Dataset) -> None:
     if {*first} != {*second}:
         names = [", ".join(sorted(map(str, each))) for each in (first, second)]
         raise ValueError(f"other sums ({names[0]}; {names[1]}): put those of one kind together.")
-    if dict(first.sizes) != dict(second.sizes) or not first.coords.equals(second.coords):
+    differ = [dim for dim in first.sizes if first.sizes[dim] != second.sizes.get(dim)]
+    if differ and differ[0] not in (*_OF_LAYERS, "neuron"):
+        raise ValueError(
+            f"the texts before have {first.sizes[differ[0]]} values along {differ[0]}, and these "
+            f"{second.sizes.get(differ[0])}: give a measure that has as many for all texts."
+        )
+    if differ or not first.coords.equals(second.coords):
         raise ValueError(
             "the texts before are of other layers or neurons than these: record the same layers of "
             "all."
@@ -279,6 +285,12 @@ class RunningScores(_Running):
                 raise ValueError(
                     f"{getattr(each, '__name__', each)} gives no values by sequence: give measures "
                     "such as flocking.flocking_score."
+                )
+            if "other" in values.dims:
+                raise ValueError(
+                    f"{getattr(each, '__name__', each)} compares the texts of one recording with "
+                    "each other, and texts that come later cannot be added: give measures of each "
+                    "text, such as flocking.flocking_score."
                 )
             name = str(values.name or getattr(each, "__name__", "values"))
             if name in found:
@@ -359,6 +371,9 @@ def mean_scores(
     *measures: Measure,
     tokenizer: PreTrainedTokenizerBase | None = None,
     window: int | None = None,
+    layers: Iterable[int] | None = None,
+    relative: bool = False,
+    ranks: bool = False,
     max_tokens: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
@@ -379,6 +394,9 @@ def mean_scores(
         For text; by default the one in the model's folder.
     window : int or None
         Tokens in a window, for measures that need several.
+    layers, relative, ranks
+        As of :func:`flocking.record`, for measures that need them: ``ranks=True`` for
+        :func:`flocking.rank_consistency`.
     max_tokens : int or None
         Read at most this many tokens of each text, the first ones.
     batch_size : int
@@ -421,6 +439,9 @@ def mean_scores(
         seed=seed,
         progress=progress,
         window=window,
+        layers=layers,
+        relative=relative,
+        ranks=ranks,
     ):
         running.update(batch.recording)
     return running.result()

@@ -226,7 +226,8 @@ def select(
     """Select the neurons to keep: those with the largest statistic, per sequence and layer.
 
     ``k = floor(density * d_ff + 1e-9)`` neurons of each layer's ``d_ff``, ties to the lowest index.
-    In a mixture of experts, as many of each expert.
+    In a mixture of experts, as many of each expert: of one that no token was routed to, the first
+    ones, since its statistic is 0. (:func:`flocking.griffin` keeps those with the largest weights.)
 
     Parameters
     ----------
@@ -343,6 +344,29 @@ def kept_neurons(
     for mask, layer, share, d_ff, mixture in zip(kept, values, *by_layer, strict=True):
         mask[..., :d_ff] = _largest(layer[..., :d_ff], float(share), int(mixture))
     return kept
+
+
+def reached(values: np.ndarray, widths: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """Mask of the neurons of experts with any energy, (layer, ..., neuron).
+
+    Of an expert that no token was routed to, the statistic says nothing. A dense block is one
+    expert.
+
+    Parameters
+    ----------
+    values : ndarray, (layer, ..., neuron)
+        A statistic or energies.
+    widths, experts : ndarray
+        d_ff and number of experts of each layer.
+    """
+    found = np.zeros(values.shape, bool)
+    for mask, layer, d_ff, mixture in zip(
+        found, values, widths.ravel(), experts.ravel(), strict=True
+    ):
+        by_expert = layer[..., :d_ff].reshape(*layer.shape[:-1], int(mixture), -1)
+        any_of = (by_expert != 0).any(axis=-1, keepdims=True)  # (NaN too)
+        mask[..., :d_ff] = np.broadcast_to(any_of, by_expert.shape).reshape(*layer.shape[:-1], -1)
+    return found
 
 
 def _largest(values: np.ndarray, density: float, experts: int) -> np.ndarray:

@@ -148,6 +148,7 @@ def _by_id(ids: np.ndarray, r: np.ndarray, d_ff: int) -> tuple[np.ndarray, np.nd
         )
     r = np.nan_to_num(r.astype(np.float64))  # beyond the width of a narrower layer
     r /= np.linalg.norm(r, axis=1, keepdims=True)  # 1 but for the rounding of 16 bits
-    member = sparse.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))))
+    places = group, np.arange(len(group))
+    member = sparse.csr_matrix((np.ones(len(group)), places), shape=(len(ids), len(group)))
     number = np.bincount(group, minlength=len(ids)).astype(np.float64)
-    return ids, (member @ r if len(ids) else r), number
+    return ids, member @ r, number

@@ -12,6 +12,7 @@ from scipy import stats
 
 from flocking.analysis.chunks import is_chunked
 from flocking.models import warn
+from flocking.recording import whole_number
 
 _DRAWN = ("sequence", "pair")
 ROOM = 2**22  # numbers that are held at a time, of values that are many
@@ -50,8 +51,9 @@ def bootstrap(
     values : xarray.DataArray or xarray.Dataset
         Measures of a recording, with a dimension ``sequence``; values of all pairs have ``other``,
         too, with the same labels in any order. Values of some pairs have ``pair`` instead, with
-        coordinates ``sequence`` and ``other``; the sequences in them are drawn. NaN counts as
-        missing. Variables of a Dataset without ``sequence`` or ``pair`` are left out.
+        coordinates ``sequence`` and ``other``; the sequences in them are drawn. NaN and infinite
+        values count as missing. Variables of a Dataset without ``sequence`` or ``pair`` are left
+        out.
     level : float
         Coverage of the interval.
     resamples : int
@@ -84,10 +86,12 @@ def bootstrap(
     >>> score.dims, score.interval.values.tolist()
     (('interval', 'layer'), ['estimate', 'low', 'high'])
     """
+    if isinstance(level, bool) or not isinstance(level, int | float | np.number):
+        raise TypeError(f"level={level!r}: give a number, the interval's coverage.")
     if not 0 < level < 1:
         raise ValueError(f"level={level}: give the interval's coverage, between 0 and 1.")
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}: give how often to draw, 1 or more.")
+    whole_number("resamples", resamples, 1)
+    whole_number("seed", seed, 0)
     if isinstance(values, xr.Dataset):
         if "energy" in values and "phase" in values.coords:
             raise TypeError(
@@ -257,7 +261,7 @@ def _resampled_means(data: np.ndarray, resamples: int, seed: int) -> np.ndarray:
             return np.stack(columns, axis=1)
 
         count = total(np.isfinite(data).astype(np.float64))
-        means.append(_quotient(total(np.nan_to_num(data, nan=0)), count))
+        means.append(_quotient(total(np.where(np.isfinite(data), data, 0)), count))
     return np.concatenate(means)
 
 

@@ -5,6 +5,7 @@ Imports every room, but only inside of the command that needs it, so that help i
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Entry point of the ``flocking`` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # (Where it is not UTF-8, a character that it lacks would end a command that did its work.)
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from flocking.cli.registered import app
 

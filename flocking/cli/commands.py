@@ -22,6 +22,7 @@ from flocking.cli.options import (
     Model,
     ModelArgument,
     PromptTokens,
+    is_first,
     load,
     numbers_of,
     passage,
@@ -75,7 +76,11 @@ def record(
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT.zarr if it exists.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace OUT.zarr if it exists; begins anew where a run was interrupted.",
+        ),
     ] = False,
 ) -> None:
     """Record texts, one sequence each, into a Zarr store.
@@ -91,12 +96,13 @@ def record(
     numbers = numbers_of(layers)
     refuse_nothing("output", output)
     output = new_store_path(output, "--output")
-    texts, names, answers = texts_of(files, field, continuation)
+    texts, names, answers = texts_of(files, field, continuation, on_error)
     options = Options(Wanted(prompt_tokens, answers, max_new_tokens), window, numbers, max_tokens)
     loading = functools.partial(load, model, device, dtype)
     checked = options.checked()
     sizes, skipped = record_into(output, texts, names, checked, on_error, overwrite, loading)
-    _tell(output, sizes, skipped)
+    if is_first():
+        _tell(output, sizes, skipped)
 
 
 def _tell(output: Path, sizes: dict[str, int], skipped: list[str]) -> None:
@@ -107,7 +113,8 @@ def _tell(output: Path, sizes: dict[str, int], skipped: list[str]) -> None:
         more = "; ..." if len(skipped) > _TOLD else ""
         warn(f"{counted(len(skipped), 'text')} left out: {'; '.join(skipped[:_TOLD])}{more}")
     told = ", ".join(counted(size, dim) for dim, size in sizes.items())
-    result({"output": output, "sizes": sizes}, lambda: say(f"wrote {output}: {told}"))
+    document = {"output": output, "sizes": sizes, "skipped": skipped}
+    result(document, lambda: say(f"wrote {output}: {told}"))
     notice(f"open it with flocking.open_recording({str(output)!r})")
 
 
@@ -213,6 +220,12 @@ def figures(
     check_numbers(seed=seed)
     if redraw and check:
         raise ValueError("--redraw and --check: give one of the two.")
+    if redraw:
+        options = {"model": model, "texts": texts, "seed": seed, "device": device, "dtype": dtype}
+        if ignored := [f"--{name}" for name, value in options.items() if value]:
+            raise ValueError(
+                f"--redraw draws the numbers that are there: leave {' and '.join(ignored)} out."
+            )
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     if redraw:
         done = experiments.redraw(out, only=only, say=notice)

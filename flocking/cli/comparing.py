@@ -55,8 +55,9 @@ def compare(
         raise ValueError(f"--output {output} is a file: name a folder.")
     if not 0 < density <= 1:
         raise ValueError(f"--density {density:g}: give a density above 0 and at most 1.")
-    found = collect(outputs)
+    COMPARISON.refuse_foreign(output)
     refuse_unwritable(COMPARISON.paths(output)[0])
+    found = collect(outputs)
     written = write(found, output, density=density)
     lacking = missing(found, written.rows)
     models: list[Row] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 import tempfile
 import traceback
@@ -131,7 +132,9 @@ ModelArgument = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="Such as cpu, cuda or cuda:1.", autocompletion=one_of(choices.DEVICES)),
+    typer.Option(
+        help="Such as cpu (the default), cuda or cuda:1.", autocompletion=one_of(choices.DEVICES)
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -206,8 +209,8 @@ DataDir = Annotated[
 Calibration = Annotated[
     Path | None,
     typer.Option(
-        help="Text file, or folder of .txt files, for static and global-local; the packaged "
-        "passages by default."
+        help="Text file, file of JSON lines or folder of such, for static and global-local; the "
+        "packaged passages by default."
     ),
 ]
 KeepOlder = Annotated[
@@ -232,8 +235,8 @@ CalibrationTexts = Annotated[
     typer.Option(
         "--texts",
         metavar="FILE",
-        help="Text file, or folder of .txt files, of the kind that the smaller model is for; "
-        "repeat it for more; - is standard input. The packaged passages by default.",
+        help="Text file, file of JSON lines or folder of such, of the kind that the smaller model "
+        "is for; repeat it for more; - is standard input. The packaged passages by default.",
     ),
 ]
 OwnSamples = Annotated[
@@ -278,8 +281,9 @@ def load(
 
     if dtype not in (None, "float64", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype}: give float32, bfloat16 or float16.")
+    place = _of_this_process("cpu" if device is None else device)
     try:
-        tried = torch.empty(0, device=device or "cpu")
+        tried = torch.empty(0, device=place)
     except (RuntimeError, AssertionError, ImportError) as problem:
         raise ValueError(
             f"--device {device} cannot be used here: give cpu, or cuda or cuda:1 with a GPU and a "
@@ -290,8 +294,24 @@ def load(
     loaded, tokenizer = flocking.load(model, **({"dtype": dtype} if dtype else {}))
     with reading(model or "the embedded model"):
         # (Decorated by transformers such that mypy does not see a method.)
-        moved = loaded.to(device or "cpu")  # type: ignore[arg-type]
+        moved = loaded.to(place)  # type: ignore[arg-type]
     return moved, tokenizer
+
+
+def _of_this_process(device: str) -> str:
+    """The device; of processes that torchrun starts on a machine, each has a GPU to itself."""
+    own = os.environ.get("LOCAL_RANK")
+    return f"cuda:{own}" if device == "cuda" and own and is_one_of_several() else device
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun, or another program like it, started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this process says what came out: alone, or the first of several."""
+    return not is_one_of_several() or os.environ.get("RANK", "0") == "0"
 
 
 def read(name: str) -> str:

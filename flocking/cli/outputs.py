@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flocking.drawing import titled
@@ -67,3 +69,26 @@ def _not_of_demo(picture: Path) -> str | None:
     except (OSError, ValueError, SyntaxError):  # PIL's for a broken PNG
         ours = False
     return None if ours else "it is another picture, or none"
+
+
+@contextmanager
+def naming(output: Path, partial: Path) -> Iterator[None]:
+    """Let errors about what is being written name the place that was asked for."""
+    try:
+        yield
+    except OSError as problem:
+        if str(partial) not in str(problem):
+            raise
+        if problem.errno is not None and problem.filename is not None:
+            problem.filename = str(problem.filename).replace(str(partial), str(output))
+            raise
+        raise OSError(said_of(problem, partial, output)) from problem
+    except ValueError as problem:
+        if str(partial) not in str(problem):
+            raise
+        raise ValueError(said_of(problem, partial, output)) from problem
+
+
+def said_of(problem: Exception, partial: Path, output: Path) -> str:
+    """What an error says, with the place that was asked for."""
+    return str(problem).replace(str(partial), str(output))

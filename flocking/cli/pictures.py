@@ -14,7 +14,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from flocking.analysis import flocking_score
-from flocking.drawing import save_grain
+from flocking.drawing import brightest, save_grain
 from flocking.plotting import heatmap
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -81,7 +81,7 @@ def beside_control(
         parts.append(relative.isel(neuron=slice(neurons), token=slice(1, 1 + tokens)))
         scores.append(float(flocking_score(given).sel(layer=layer, sequence=sequence)))
     values = [part.values.astype(np.float32) for part in parts]
-    most = float(np.percentile(values[0], 99)) or 1.0  # one scale for both, so that they compare
+    most = brightest(values[0])  # one scale for both, so that they compare
     means = [each.mean(axis=0, keepdims=True) for each in values]
     rows, columns = values[0].shape
     high, wide = rows * _pixels(rows), columns * _pixels(columns)

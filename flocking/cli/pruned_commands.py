@@ -46,7 +46,7 @@ from flocking.cli.options import (
     read,
 )
 from flocking.cli.printing import heading, say
-from flocking.cli.session import as_json, notice, reporting, result
+from flocking.cli.session import as_json, notice, progress, reporting, result
 from flocking.cli.tables import Column, Row, print_table
 
 if TYPE_CHECKING:
@@ -245,7 +245,9 @@ def evaluate(
     loaded, tokenizer = load(model, device, dtype)
     known = identity(model)
     cells = Cells(out / "cells", known, keep_older)
-    items = runner.evaluate(loaded, tokenizer, plan, batch_size=batch_size, cells=cells, say=notice)
+    items = runner.evaluate(
+        loaded, tokenizer, plan, batch_size=batch_size, cells=cells, say=progress
+    )
     rows = report.write(items, out, source_of(loaded, tokenizer, known, plan, asked, items))
     written = [path.name for path in report.REPORT.paths(out) if path.exists()]
     document = {"out": out, "summary": rows.to_dict("records")}

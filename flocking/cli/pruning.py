@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flocking
-from flocking.cli.options import at_least_one, load, read
-from flocking.cli.outputs import refuse_nothing
+from flocking.cli.options import at_least_one, load
+from flocking.cli.outputs import naming, refuse_nothing, said_of
 from flocking.cli.printing import complain
 from flocking.cli.session import is_quiet
-from flocking.texts import expanded, read_text, refuse_stdin_twice
+from flocking.texts import TextFiles, expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,7 +134,7 @@ def write_pruned(request: Request) -> Exported:
     texts = texts_of(request.texts)
     with (
         replacing(request.output, check=request.may_replace) as partial,
-        _named(partial, request.output),
+        naming(request.output, partial),
     ):
         model, tokenizer = load(request.source, request.device, request.dtype)
         if not request.is_gguf:
@@ -188,7 +187,7 @@ def _write_gguf(
         written.to(model.device)  # type: ignore[arg-type]
         return replace(done, lost=measure_lost(model, written, held_out, tokenizer=tokenizer))
     except (OSError, ValueError) as problem:  # transformers cannot read some narrower models
-        why = f"the new file cannot be read here: {_without(problem, path, request.output)}"
+        why = f"the new file cannot be read here: {said_of(problem, path, request.output)}"
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
@@ -197,44 +196,14 @@ def _write_gguf(
     return done
 
 
-@contextmanager
-def _named(partial: Path, output: Path) -> Iterator[None]:
-    """Errors about what is being written name the place that was asked for."""
-    try:
-        yield
-    except OSError as problem:
-        if str(partial) not in str(problem):
-            raise
-        if problem.errno is not None and problem.filename is not None:
-            problem.filename = str(problem.filename).replace(str(partial), str(output))
-            raise
-        raise OSError(_without(problem, partial, output)) from problem
-    except ValueError as problem:
-        if str(partial) not in str(problem):
-            raise
-        raise ValueError(_without(problem, partial, output)) from problem
-
-
-def _without(problem: Exception, partial: Path, output: Path) -> str:
-    return str(problem).replace(str(partial), str(output))
-
-
 def texts_of(names: Sequence[str] | None) -> list[str]:
-    """Texts of files, folders of .txt files and standard input; without any, the packaged ones.
+    """Texts of files, folders and standard input; without any, the packaged ones.
 
-    Lines end as in Unix, and files of a folder in which there is nothing are left out.
+    Lines end as in Unix, and texts in which there is nothing are left out.
     """
     if not names:
         return list(flocking.passages())
-    refuse_stdin_twice(names)
-    found: list[str] = []
-    for name in names:
-        folder = expanded(Path(name))
-        if name in ("", "-") or not folder.is_dir():
-            found.append(read(name))
-            continue
-        inside = list(filter(str.strip, map(read_text, sorted(folder.glob("*.txt")))))
-        if not inside:
-            raise ValueError(f"--texts {name}: there is no .txt file with text in this folder.")
-        found += inside
+    found = list(filter(str.strip, TextFiles(names)))
+    if not found:
+        raise ValueError(f"--texts {' '.join(names)}: there is no text in it: name other files.")
     return found

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flocking.artifacts import refuse_unwritable, replacing
+from flocking.cli import choices
 from flocking.cli.ending import Ended
-from flocking.cli.options import read
-from flocking.cli.outputs import refuse_existing
+from flocking.cli.options import is_one_of_several, read
+from flocking.cli.outputs import naming, refuse_existing
 from flocking.cli.printing import counted
 from flocking.cli.session import is_quiet
 from flocking.recording import Folder, Options, done_so_far, is_growing, stream
@@ -24,12 +25,18 @@ if TYPE_CHECKING:
 
 
 def texts_of(
-    files: list[str], field: str, following: list[str] | None
+    files: list[str], field: str, following: list[str] | None, on_error: str
 ) -> tuple[Any, list[str], list[str] | None]:
     """Texts, the names of the files that they are from, and what follows each; None if nothing."""
+    if on_error not in choices.ON_ERROR:
+        raise ValueError(f"--on-error {on_error}: give {' or '.join(choices.ON_ERROR)}.")
     refuse_stdin_twice([*files, *(following or [])])
     found = TextFiles(files, field)
-    next(iter(found))  # what cannot be read is said before a model is loaded
+    # What cannot be read is said before a model is loaded.
+    if not next(iter(found)) and on_error == "stop":
+        raise ValueError(
+            f"{found.names[0]} is empty: leave it out, or give --on-error skip, which does."
+        )
     if not following:
         return found, found.names, None
     if len(following) != len(found):
@@ -56,6 +63,12 @@ def record_into(
     """
     # (A name may hold bytes that are no characters, which cannot be stored.)
     shown = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+    replaces = os.path.lexists(output) and not (is_growing(Folder(output)) and not overwrite)
+    if replaces and is_one_of_several():
+        raise ValueError(
+            f"{output} exists, and several processes cannot replace it together: remove it first, "
+            "or choose another name."
+        )
 
     def run(path: Path) -> tuple[dict[str, int], list[str]]:
         model, tokenizer = loading()
@@ -74,14 +87,15 @@ def record_into(
         skipped = recording.attrs.get("skipped", [])
         return sizes, [one.partition(": ")[2] for one in skipped]
 
-    if os.path.lexists(output) and not (is_growing(Folder(output)) and not overwrite):
+    if replaces:
         check = functools.partial(refuse_existing, overwrite=overwrite)
-        with replacing(output, check=check) as partial:
+        with replacing(output, check=check) as partial, naming(output, partial):
             return run(partial)
     refuse_unwritable(output, wait=0)
     try:
         return run(output)
     except (KeyboardInterrupt, Ended) as ending:
         if done := done_so_far(Folder(output)):
-            ending.add_note(f"interrupted: {output}: {done}; the same command goes on.")
+            how = ", without --overwrite," if overwrite else ""
+            ending.add_note(f"interrupted: {output}: {done}; the same command{how} goes on.")
         raise

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from flocking.cli.options import one_sentence
-from flocking.cli.printing import printable, say
+from flocking.cli.printing import broken, printable, say, width_of
 
 Quiet = Annotated[
     bool,
@@ -61,6 +61,13 @@ def notice(line: object) -> None:
     """Print what is good to know and no result: how it goes, and what can be done next."""
     if not _sessions[-1].quiet:
         say(line)
+
+
+def progress(line: object) -> None:
+    """Print how far a long run is, on standard error, as progress bars are."""
+    if not _sessions[-1].quiet:
+        for one in str(line).split("\n"):
+            typer.echo(broken(printable(one), width_of(sys.stderr)), err=True)
 
 
 def is_quiet() -> bool:

@@ -35,7 +35,8 @@ from flocking.drawing.words import literal, printed
 _CELLS = 2048  # along each side of an image, which has at least half of them
 _SMALLEST = 5.0  # points: the height of a row in which a token's text can be read
 # How the cells along the x and y axes of pictures are named.
-_NAMES: WeakKeyDictionary[Axes, dict[str, tuple[str, ...] | None]] = WeakKeyDictionary()
+_Cells = tuple[tuple[str, ...] | None, tuple[float, float]]  # names, and from where to where
+_NAMES: WeakKeyDictionary[Axes, dict[str, _Cells]] = WeakKeyDictionary()
 # What was drawn there: the picture, and what belongs to it.
 _PICTURES: WeakKeyDictionary[Axes, list[AxesImage | Colorbar | Legend]] = WeakKeyDictionary()
 
@@ -88,14 +89,14 @@ def heatmap(
     shown = values.values.astype(np.float32)
     if not shown.size:
         raise ValueError("relative has no token with values: select one that is not padding.")
-    if vmax is None:  # (Neurons beyond the width of a narrower layer have no values.)
-        vmax = float(np.percentile(shown[~np.isnan(shown)], 99)) or 1.0
+    if vmax is None:
+        vmax = brightest(shown)
     ax = plt.gca() if ax is None else ax
     across, down = (_extent(axis.values) for axis in (values.neuron, values.token))
     rows, columns = _places(values.token.values), _places(values.neuron.values)
     texts = _texts(ax, values)
-    named(ax, "x", columns)
-    named(ax, "y", texts or rows)
+    named(ax, "x", columns, across)
+    named(ax, "y", texts or rows, down)
     image = cells(
         ax,
         shown,
@@ -188,6 +189,15 @@ def _in_a_row(labels: np.ndarray) -> bool:
     return bool(labels.dtype.kind in "iu" and (np.diff(labels) == 1).all())
 
 
+def brightest(values: np.ndarray) -> float:
+    """Value of the brightest colour: the 99th percentile of what is not 0.
+
+    (Of sparse layers, nearly all is. Neurons beyond a narrower layer's width have no values.)
+    """
+    there = values[~np.isnan(values) & (values != 0)]
+    return float(np.percentile(there, 99)) if there.size else 1.0
+
+
 def _extent(labels: np.ndarray) -> tuple[float, float]:
     """Edges of an axis on which each label is in the middle of its cell."""
     first = labels[0] if _in_a_row(labels) else 0
@@ -199,10 +209,15 @@ def _places(labels: np.ndarray) -> tuple[str, ...] | None:
     return None if _in_a_row(labels) else tuple(str(label) for label in labels.tolist())
 
 
-def named(ax: Axes, which: Literal["x", "y"], names: tuple[str, ...] | None) -> None:
-    """Note what the cells along an axis are named; others that share it must have the same names.
+def named(
+    ax: Axes,
+    which: Literal["x", "y"],
+    names: tuple[str, ...] | None,
+    extent: tuple[float, float],
+) -> None:
+    """Note where the cells along an axis are, and their names; others that share it must agree.
 
-    Matplotlib has one set of names for all axes that share one.
+    Matplotlib has one set of names, and one pair of limits, for all axes that share one.
 
     Raises
     ------
@@ -211,13 +226,16 @@ def named(ax: Axes, which: Literal["x", "y"], names: tuple[str, ...] | None) -> 
     """
     shared = ax.get_shared_x_axes() if which == "x" else ax.get_shared_y_axes()
     for other in shared.get_siblings(ax):
-        if other is not ax and other.has_data() and _NAMES.get(other, {}).get(which) != names:
+        if other is ax or not other.has_data():
+            continue
+        # (Of what else is drawn there, such as a line, limits may be any.)
+        if _NAMES.get(other, {}).get(which, (None, extent)) != (names, extent):
             raise ValueError(
                 f"ax shares its {which} axis with axes on which something else is drawn, and both "
-                "would have the same names: give axes that are not shared, as plt.subplots makes "
-                f"without share{which}."
+                "would have the same names and limits: give axes that are not shared, as "
+                f"plt.subplots makes without share{which}."
             )
-    _NAMES.setdefault(ax, {})[which] = names
+    _NAMES.setdefault(ax, {})[which] = names, extent
 
 
 def whole_numbers(axis: Axis) -> None:

@@ -20,7 +20,7 @@ from flocking.evaluation.domain import refuse_none_left
 from flocking.evaluation.protocols import AUTHORS, MOST_ITEMS, rouge_scorer
 from flocking.evaluation.tasks import Articles, find
 from flocking.evaluation.variants import Variant, variants_of
-from flocking.pruning import Protocol
+from flocking.pruning import DRAWN, Protocol
 
 _OF_LIKELIHOODS = ("context", "last-token")
 _PROTOCOLS = (*_OF_LIKELIHOODS, *AUTHORS)
@@ -145,6 +145,19 @@ class Plan:
     def __post_init__(self) -> None:
         """Refuse what cannot be asked, before a model is loaded."""
         variants = variants_of(self.methods, self.densities)
+        twins = [variant.twinned for variant in variants]
+        if self.calibration is not None and not any(
+            twin.needs_texts and not twin.of_domain for twin in twins
+        ):
+            raise ValueError(
+                f"calibration={self.calibration}: none of {', '.join(self.methods)} is made from "
+                "it: leave it out, or ask static or global-local."
+            )
+        if self.seed and not any(twin.draws for twin in twins):
+            raise ValueError(
+                f"seed={self.seed}: none of {', '.join(self.methods)} draws: leave it out, or ask "
+                f"{', '.join(DRAWN)}."
+            )
         if self.limit is not None and (low := min(_values(self.limit), default=1)) < 1:
             raise ValueError(f"limit={low}: give 1 item or more.")
         given = set(_values(self.protocol))

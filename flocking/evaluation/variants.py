@@ -11,14 +11,12 @@ import xarray as xr
 from transformers import PreTrainedModel
 
 from flocking.evaluation.naming import label
-from flocking.pruning import METHODS, WITH_REFERENCE, griffin
+from flocking.pruning import DRAWN, METHODS, WITH_REFERENCE, WITHOUT_TEXT, griffin
 
 CHOICES = ("full", *METHODS, *WITH_REFERENCE)
 # The names of methods in a plan that are no method of griffin, and what they stand for there.
 OF_DOMAIN = {"static-domain": "static"}
 _NUMBERED = ("refreshed", "shared")  # with a number after them, as in refreshed-64
-_DRAWN = ("sampled", "half-sampled", "random")
-_FIXED = ("static", "magnitude")
 NAMES = (*CHOICES, *OF_DOMAIN, *(f"{name}-N" for name in _NUMBERED))
 
 
@@ -53,12 +51,12 @@ class Twinned:
     @property
     def draws(self) -> bool:
         """Whether random numbers are drawn."""
-        return self.method in _DRAWN
+        return self.method in DRAWN
 
     @property
     def is_fixed(self) -> bool:
         """Whether the selection does not depend on the text."""
-        return self.method in _FIXED
+        return self.method in WITHOUT_TEXT
 
     def copies(self, texts: int) -> int:
         """How many selections a twin holds for a batch of so many texts, apart from each other."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking import pruning
 from flocking.analysis import bootstrap, select, statistic
 from flocking.experiments.common import dimension, finished, said, same_length, source_of
-from flocking.experiments.twins import each_text, losses_of, refuse_unprunable
+from flocking.experiments.twins import each_text, losses_of
 from flocking.feedforward import FeedForward, dense, observe
 from flocking.models import forward, tokenize, undisturbed
 from flocking.recording import record
@@ -69,7 +69,7 @@ def loss_by_allocation(
     ValueError
         If there are fewer than two texts, they are too short, or the model has mixtures of experts.
     """
-    refuse_unprunable(model)
+    pruning.require_prunable(model)
     _refuse_mixtures(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW, least=1 + 3 * _WINDOW)
     prompt = 1 + (len(ids[0]) - 1) * 2 // (3 * _WINDOW) * _WINDOW

@@ -94,6 +94,16 @@ def begun(row: list[int], start: int, opening: list[int]) -> list[int]:
     return [*opening, *row[start + len(opening) :]]
 
 
+def prompts_before(
+    row: list[int], end: int, lengths: Iterable[int], opening: list[int]
+) -> list[list[int]]:
+    """A text from each of these numbers of tokens before `end` on, with its opening tokens.
+
+    What follows `end` is the same in all of them, after prompts of different lengths.
+    """
+    return [begun(row, end - length, opening) for length in lengths]
+
+
 def _read(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
 ) -> tuple[list[list[int]], list[str]]:

@@ -20,18 +20,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking import analysis
 from flocking.analysis import bootstrap, tails
 from flocking.experiments.common import (
-    begun,
     dimension,
     finished,
+    prompts_before,
     said,
     same_length,
     source_of,
 )
 from flocking.experiments.intervals import by_name, perplexities, ratio
-from flocking.experiments.twins import DENSITY, each_text, refuse_unprunable
+from flocking.experiments.twins import DENSITY, each_text
 from flocking.feedforward import FeedForward
 from flocking.models import special_tokens_around
-from flocking.pruning import compare_predictions, griffin, logits_side_by_side
+from flocking.pruning import (
+    compare_predictions,
+    griffin,
+    logits_side_by_side,
+    require_prunable,
+)
 from flocking.recording import record
 
 EVERY = [16, 64, 256]
@@ -84,7 +89,7 @@ def loss_by_distance(
     """
     if horizon < 2 * _STEP:
         raise ValueError(f"horizon={horizon}: give {2 * _STEP} tokens or more, to be scored.")
-    refuse_unprunable(model)
+    require_prunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, 16, least=17 + 2 * _STEP)
     total, (opening, _) = len(ids[0]), special_tokens_around(tokenizer)
     horizon = min(horizon, total - _PROMPTS[0]) // _STEP * _STEP
@@ -99,7 +104,7 @@ def loss_by_distance(
 
     def measure(number: int) -> xr.Dataset:
         static, own = others.isel(sequence=number), ahead.isel(sequence=number)
-        rows = [begun(ids[number], total - horizon - length, opening) for length in lengths]
+        rows = prompts_before(ids[number], total - horizon, lengths, opening)
         parts = [
             _measured(model, torch.tensor([row], device="cpu"), length, static, own)
             for row, length in zip(rows, lengths, strict=True)

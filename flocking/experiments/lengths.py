@@ -16,17 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking import analysis
 from flocking.analysis import bootstrap
 from flocking.experiments.common import (
-    begun,
     dimension,
     finished,
+    prompts_before,
     said,
     same_length,
     source_of,
 )
 from flocking.experiments.distances import predictions_of
 from flocking.experiments.intervals import by_name, exponential, perplexities, ratio
-from flocking.experiments.twins import DENSITY, each_text, refuse_unprunable, twins_of
+from flocking.experiments.twins import DENSITY, each_text, twins_of
 from flocking.models import special_tokens_around
+from flocking.pruning import require_prunable
 from flocking.recording import record
 
 PROMPTS = [17, 65, 257, 1025]
@@ -88,7 +89,7 @@ def loss_by_lengths(
     """
     if horizon < HORIZONS[0]:
         raise ValueError(f"horizon={horizon}: give {HORIZONS[0]} tokens or more, to be scored.")
-    refuse_unprunable(model)
+    require_prunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     total, (opening, _) = len(ids[0]), special_tokens_around(tokenizer)
     horizons = [n for n in HORIZONS if n <= min(horizon, (total - 1) // 2)]
@@ -98,7 +99,7 @@ def loss_by_lengths(
 
     def measure(number: int) -> xr.Dataset:
         twins = twins_of(SELECTIONS, others.isel(sequence=number), None, seed + number)
-        rows = [begun(ids[number], total - horizons[-1] - length, opening) for length in lengths]
+        rows = prompts_before(ids[number], total - horizons[-1], lengths, opening)
         parts = [
             predictions_of(model, twins, torch.tensor([row], device="cpu"), length)
             for row, length in zip(rows, lengths, strict=True)

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking import analysis
 from flocking.analysis import bootstrap
 from flocking.experiments.common import (
-    begun,
     dimension,
     finished,
+    prompts_before,
     said,
     same_excerpts,
     same_length,
@@ -45,11 +45,10 @@ from flocking.experiments.twins import (
     each_text,
     losses_and_energy,
     losses_of,
-    refuse_unprunable,
     twins_of,
 )
 from flocking.models import special_tokens_around
-from flocking.pruning import griffin, side_by_side
+from flocking.pruning import griffin, require_prunable, side_by_side
 from flocking.recording import record
 
 DENSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
@@ -115,7 +114,7 @@ def loss_by_prompt(
     """
     if horizon < _WINDOW:
         raise ValueError(f"horizon={horizon}: give {_WINDOW} tokens or more, to be scored.")
-    refuse_unprunable(model)
+    require_prunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     total, (opening, _) = len(ids[0]), special_tokens_around(tokenizer)
     horizon = min(horizon // _WINDOW, (total - 1) // (2 * _WINDOW)) * _WINDOW
@@ -128,7 +127,7 @@ def loss_by_prompt(
     def measure(number: int) -> xr.DataArray:
         references = others.isel(sequence=number), later.isel(sequence=number)
         twins = twins_of(wanted, *references, seed=seed + number)
-        rows = [begun(ids[number], total - horizon - length, opening) for length in lengths]
+        rows = prompts_before(ids[number], total - horizon, lengths, opening)
         parts = [losses_of(model, twins, [row], n) for row, n in zip(rows, lengths, strict=True)]
         return xr.concat(parts, dimension("prompt_length", lengths)).isel(sequence=0)
 
@@ -203,7 +202,7 @@ def loss_by_density(
     ValueError
         If there are fewer than two texts, or they are too short.
     """
-    refuse_unprunable(model)
+    require_prunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt = _half(ids)
     recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)
@@ -271,7 +270,7 @@ def loss_by_method(
     ValueError
         If there are fewer than two texts, or they are too short.
     """
-    refuse_unprunable(model)
+    require_prunable(model)
     excerpts, names, count = same_excerpts(
         model, tokenizer, texts, tokens, _WINDOW, most=_EXCERPTS, least=65
     )
@@ -379,7 +378,7 @@ def loss_by_batch(
     ValueError
         If there are fewer than two texts, or they are too short.
     """
-    refuse_unprunable(model)
+    require_prunable(model)
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW)
     prompt, count = _half(ids), len(ids)
     recording = record(model, ids, tokenizer=tokenizer, window=None, progress=progress)

@@ -14,17 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking import analysis
 from flocking.analysis import bootstrap
 from flocking.experiments.common import (
-    begun,
     dimension,
     finished,
+    prompts_before,
     said,
     same_length,
     source_of,
 )
 from flocking.experiments.intervals import exponential, perplexities, ratio
-from flocking.experiments.twins import DENSITY, each_text, losses_of, refuse_unprunable
+from flocking.experiments.twins import DENSITY, each_text, losses_of
 from flocking.models import special_tokens_around
-from flocking.pruning import global_statistic
+from flocking.pruning import global_statistic, require_prunable
 from flocking.recording import record
 
 _WINDOW = 16
@@ -104,7 +104,7 @@ def loss_by_reference(
     """
     if horizon < _WINDOW:
         raise ValueError(f"horizon={horizon}: give {_WINDOW} tokens or more, to be scored.")
-    refuse_unprunable(model)
+    require_prunable(model)
     least = horizon + 2 * _WINDOW + 1
     ids, names = same_length(model, tokenizer, texts, tokens, _WINDOW, least=least)
     total, (opening, _) = len(ids[0]), special_tokens_around(tokenizer)
@@ -133,7 +133,7 @@ def loss_by_reference(
             None: None,
         }
         twins = _twins(references, seed + number)
-        rows = [begun(ids[number], start - length, opening) for length in lengths]
+        rows = prompts_before(ids[number], start, lengths, opening)
         parts = [losses_of(model, twins, [row], n) for row, n in zip(rows, lengths, strict=True)]
         return xr.concat(parts, dimension("prompt_length", lengths)).isel(sequence=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +35,12 @@ from flocking.experiments import (
 from flocking.experiments.common import names_of
 from flocking.experiments.comparing import changes, committed
 from flocking.experiments.figures import FIGURES
+from flocking.feedforward import UnsupportedModelError
 from flocking.models import require_model, require_tokenizer
 from flocking.recording import whole_number
 
 _Experiment = Callable[..., xr.Dataset]
+_Subject = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def _asked(experiment: _Experiment) -> _Experiment:
@@ -106,7 +108,7 @@ _SUFFIXES = (".json", ".png", ".svg", ".md")
 
 def regenerate(
     out: Path,
-    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    load: Callable[[], _Subject],
     identity: str,
     texts: Sequence[str],
     *,
@@ -140,33 +142,66 @@ def regenerate(
     Raises
     ------
     ValueError
-        For an unknown name, or if there is a file of that name that is not a figure's.
+        For an unknown name, or if there is a file of that name that is not a figure's; and, after
+        all others are made, for figures that cannot be made of these texts or this model.
     OSError
         If `out` cannot be written, or another process is writing a figure there.
     """
     keys = _keys(out, identity, texts, only, seed)
-    subject, done = None, []
+    subject: _Subject | None = None
+    done = []
+    impossible: dict[str, str] = {}
     for name, key in keys.items():
         path = out / f"{name}.json"
         # The numbers are in their place before they are drawn: whatever ends the drawing, the
         # next run draws from them.
-        with replacing(path, check=_refuse_foreign) as partial:
-            if (why := _stale(path, key, say)) is None:
-                say(f"{name}: numbers are there ({path}), redrawing")
-                written = path.read_text(encoding="utf-8")
-            else:
-                say(f"{name}: {why}; running")
-                subject = subject or load()
-                data = EXPERIMENTS[name](*subject, texts, seed=seed)
-                # By which numbers of several models are put together.
-                known = identity.partition(" ")[0]  # without dtype and device
-                about = {"identity": known, "parameters": subject[0].num_parameters()}
-                written = to_json(data.assign_attrs(about), key)
-            partial.write_text(written, encoding="utf-8")
+        try:
+            with replacing(path, check=_refuse_foreign) as partial:
+                if (why := _stale(path, key, say)) is None:
+                    say(f"{name}: numbers are there ({path}), redrawing")
+                    written = path.read_text(encoding="utf-8")
+                else:
+                    say(f"{name}: {why}; running")
+                    subject = subject or load()
+                    about = {
+                        # By which numbers of several models are put together: without dtype, device
+                        "identity": identity.partition(" ")[0],
+                        "parameters": subject[0].num_parameters(),
+                    }
+                    written = to_json(_run(name, subject, texts, seed).assign_attrs(about), key)
+                partial.write_text(written, encoding="utf-8")
+        except _ImpossibleError as problem:
+            impossible[name] = str(problem)
+            say(f"{name}: cannot be made: {problem}\n")
+            continue
         caption = _drawn(name, written, out)
         say(f"{out / name}.png  {caption}\n")
         done.append(Outcome(name, why, [], out / f"{name}.png"))
+    if impossible:
+        raise ValueError(_without(impossible, len(keys)))
     return done
+
+
+class _ImpossibleError(Exception):
+    """What a figure cannot be made from; others may."""
+
+
+def _run(name: str, subject: _Subject, texts: Sequence[str], seed: int) -> xr.Dataset:
+    try:
+        return EXPERIMENTS[name](*subject, texts, seed=seed)
+    except UnsupportedModelError:  # no figure can be made
+        raise
+    except ValueError as problem:
+        raise _ImpossibleError(str(problem)) from problem
+
+
+def _without(impossible: Mapping[str, str], of: int) -> str:
+    """Which of so many figures cannot be made, and why."""
+    if of == 1:
+        return next(iter(impossible.values()))
+    names = ", ".join(impossible)
+    reasons = "; ".join(dict.fromkeys(impossible.values()))
+    return f"{len(impossible)} of {of} figures cannot be made ({names}), all others are: {reasons}"
 
 
 def redraw(

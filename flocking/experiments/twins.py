@@ -21,11 +21,6 @@ _T = TypeVar("_T", xr.DataArray, xr.Dataset)
 DENSITY = 0.5
 
 
-def refuse_unprunable(model: PreTrainedModel) -> None:
-    """Raise now what :func:`flocking.griffin` would after a long recording."""
-    griffin(model, DENSITY)
-
-
 def twins_of(
     names: Iterable[str],
     others: xr.DataArray | None,

@@ -14,6 +14,7 @@ from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flocking.feedforward.block import FeedForward
 from flocking.feedforward.discovery import feedforwards
@@ -169,7 +170,8 @@ def observe(
         If `model` is not a transformers model.
     RuntimeError
         At the end, if a watched block never ran: no forward pass was made inside the ``with``, or
-        something bypassed the block.
+        something bypassed the block. Before, if gradients are wanted of a model that is trained
+        with gradient checkpointing, whose blocks run again for them.
 
     Examples
     --------
@@ -180,6 +182,7 @@ def observe(
     {0: (1, ..., 64), 1: (1, ..., 64)}
     """
     model = require_model(model)
+    _refuse_checkpointing(model)
     with ExitStack() as everything:
         everything.enter_context(exclusive(model))
         blocks = select_layers(feedforwards(model), layers)
@@ -197,6 +200,19 @@ def observe(
                 everything.callback(handle.remove)
         yield blocks
     watch.refuse_silent()
+
+
+def _refuse_checkpointing(model: PreTrainedModel) -> None:
+    """Refuse to watch passes whose blocks run again for the gradients, outside of the ``with``."""
+    again = any(
+        module.training and getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    )
+    if again and torch.is_grad_enabled():
+        raise RuntimeError(
+            "the model has gradient checkpointing, which runs its blocks again for the gradients, "
+            "watched twice or not at all: disable it first, or enter torch.no_grad()."
+        )
 
 
 class _Watch:

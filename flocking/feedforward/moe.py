@@ -52,6 +52,10 @@ def _layout(experts: nn.Module) -> _Layout:
 def foreign_experts(layer: nn.Module) -> str | None:
     """Path of experts in `layer` of another kind, which cannot be watched; None without any."""
     for path, module in layer.named_modules():
+        # Experts of one neuron each, whose weights are looked up by their numbers (Doge).
+        tables = [each for each in module.children() if isinstance(each, nn.Embedding)]
+        if path and len({table.weight.shape for table in tables}) < len(tables):
+            return path
         named = re.search("experts?$", path, re.I) or re.search("experts?$", type(module).__name__)
         several = isinstance(module, nn.ModuleList | nn.ModuleDict) or any(
             p is not None and p.ndim == 3 for p in module._parameters.values()
@@ -161,7 +165,10 @@ def row_norms(experts: nn.Module) -> Tensor:
             weight = parameter_of(experts, name).detach()
             if name == "down_proj" or weight.ndim != 3:
                 continue
-            norms = torch.linalg.vector_norm(weight.float(), dim=3 - axis)
+            # (In float32, without a copy in float32; torch has no norms of 8 bits.)
+            weight = weight if weight.dtype.itemsize > 1 else weight.float()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(weight, dim=3 - axis, dtype=wide).float()
             if fused:
                 pair = (2, -1) if layout.is_concatenated else (-1, 2)
                 norms = norms.unflatten(1, pair).prod(dim=1 if layout.is_concatenated else 2)

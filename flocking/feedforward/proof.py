@@ -2,7 +2,9 @@
 
 The layer, run with its projections cut down to a random half of the neurons, must give what the
 whole layer gives when the tensor that would be recorded is masked to that half. Attention's
-value-to-output pair and Mamba's in-and-out pair have the structure of an FF block and fail.
+value-to-output pair and Mamba's in-and-out pair have the structure of an FF block and fail. Cut
+down to the neurons that are largest, as GRIFFIN cuts them, each must still have the same value: a
+mean over all neurons is hardly another over a random half of many, and quite another over these.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class _Bench:
     """One candidate in a layer of the copy, to be run with changed projections."""
 
     def __init__(
-        self, layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None
+        self, layer: nn.Module, candidate: Candidate, run: Callable[..., Any], rows: Rows | None
     ) -> None:
         self.layer, self.candidate, self.run, self.rows = layer, candidate, run, rows
         self.down = layer.get_submodule(candidate.down)
@@ -74,8 +76,12 @@ class _Bench:
         ups: dict[str, nn.Module],
         down: nn.Module | None = None,
         mask: Tensor | None = None,
+        otherwise: bool = False,
     ) -> tuple[Any, Tensor]:
-        """Output of the layer with these projections, and the z that the last one was given."""
+        """Output of the layer with these projections, and the z that the last one was given.
+
+        With `otherwise`, the layer is given other values of each token.
+        """
         seen: list[Tensor] = []
         final = self.down if down is None else down
 
@@ -84,7 +90,7 @@ class _Bench:
             return final(z if mask is None else z * mask)
 
         with replaced(self.layer, {**ups, self.candidate.down: with_forward(self.down, tap)}):
-            output = self.run()
+            output = self.run(otherwise)
         if len(seen) != 1:
             raise RefusedError(f"calls its down-projection {len(seen)} times in one forward")
         self.token_first = seen[0].shape[:-1] == PROBE_SHAPE[::-1]
@@ -104,6 +110,8 @@ class _Bench:
             self.rows = None
         elif self.rows is None or z.shape[:-1] != (PROBE_SHAPE[0], self.rows.total):
             raise RefusedError(f"lays out its activations as {tuple(z.shape)}, not token by token")
+        if z.shape[-1] != self.candidate.d_ff:
+            raise RefusedError(f"has {z.shape[-1]} activations, and {self.candidate.d_ff} neurons")
 
     def proved(self, error: float, order: tuple[str, ...], prunable: bool = True) -> Proved:
         offset = self.rows and self.rows.offset
@@ -113,7 +121,7 @@ class _Bench:
 def prove(
     layer: nn.Module,
     candidate: Candidate,
-    run: Callable[[], Any],
+    run: Callable[..., Any],
     generator: torch.Generator,
     rows: Rows | None = None,
 ) -> Proved:
@@ -137,7 +145,7 @@ def prove(
 
 
 def prove_recordable(
-    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], rows: Rows | None = None
+    layer: nn.Module, candidate: Candidate, run: Callable[..., Any], rows: Rows | None = None
 ) -> Proved:
     """A weaker proof, for blocks whose neurons depend on each other and can only be recorded.
 
@@ -182,7 +190,7 @@ def prove_recordable(
         _, other = bench.run_with({path: negated(up)})
         if relative_error(other, z) <= bench.tolerance:
             raise RefusedError(f"its activations do not depend on {path}")
-    _, z_held = bench.run_with({**others, **held})
+    z_held = _otherwise(bench, {**others, **held})
     error = max(error, relative_error(z_held, z))
     bench.check(error, "its activations depend on more than its up-projections")
     masked, _ = bench.run_with({}, mask=z.new_zeros(1))
@@ -191,29 +199,54 @@ def prove_recordable(
     return bench.proved(error, order, prunable=False)
 
 
+def _otherwise(bench: _Bench, ups: dict[str, nn.Module]) -> Tensor:
+    """The z of a layer that is given other values of each token, where it can be given these.
+
+    (Gemma 4's gate of each layer's own inputs looks like a block, but for these inputs.)
+    """
+    try:
+        return bench.run_with(ups, otherwise=True)[1]
+    except RefusedError:
+        raise
+    except Exception:  # some layers cannot be given just anything
+        return bench.run_with(ups)[1]
+
+
 def _prove_independent(bench: _Bench, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Check that the layer, cut down to a random half of the neurons, computes those alone."""
+    """Check that the layer, cut down to half of the neurons, computes those alone."""
     d_ff, device = bench.candidate.d_ff, device_of(bench.down)
     half = torch.randperm(d_ff, generator=generator, device="cpu")[: d_ff // 2].sort().values
     mask = torch.zeros(d_ff, dtype=bench.dtype, device="cpu").index_fill_(0, half, 1)
     half, mask = half.to(device), mask.to(device)
-    fused = bench.candidate.fused
-    rows = fused_rows(half, d_ff, bench.candidate.interleaved) if fused else half
-    cut_ups = {path: cut(up, outputs=rows) for path, up in bench.ups.items()}
-    output, z_half = bench.run_with(cut_ups, cut(bench.down, inputs=half))
+    output, z_half = bench.run_with(*_cut(bench, half))
     whole, z = bench.run_with({})
     masked, _ = bench.run_with({}, mask=mask)
     bench.refuse_layout(z)
     if not z.is_meta and not (z.isfinite().all() and (z * (1 - mask)).any()):
         raise RefusedError("has activations that are all zero, or not finite")
-    error = bench.check(relative_error(z_half, z[..., half]), "its neurons depend on each other")
+    reason = "its neurons depend on each other"
+    errors = [bench.check(relative_error(z_half, z[..., half]), reason)]
+    if not z.is_meta:
+        largest = z.abs().float().flatten(0, -2).mean(dim=0).topk(d_ff // 2).indices.sort().values
+        _, z_largest = bench.run_with(*_cut(bench, largest))
+        errors.append(bench.check(relative_error(z_largest, z[..., largest]), reason))
     effect = relative_error(output, masked, whole)
     bench.check(effect, "its up-projection serves something else too")
-    return z, max(error, relative_error(output, masked))
+    return z, max(*errors, relative_error(output, masked))
+
+
+def _cut(bench: _Bench, neurons: Tensor) -> tuple[dict[str, nn.Module], nn.Module]:
+    """The up- and down-projections with these neurons alone."""
+    candidate = bench.candidate
+    rows = neurons
+    if candidate.fused:
+        rows = fused_rows(neurons, candidate.d_ff, candidate.interleaved)
+    ups = {path: cut(up, outputs=rows) for path, up in bench.ups.items()}
+    return ups, cut(bench.down, inputs=neurons)
 
 
 def _prove_experts(
-    layer: nn.Module, candidate: Candidate, run: Callable[[], Any], generator: torch.Generator
+    layer: nn.Module, candidate: Candidate, run: Callable[..., Any], generator: torch.Generator
 ) -> float:
     """Check that experts, each cut down to a random half of its neurons, compute those alone."""
     experts = layer.get_submodule(candidate.down)
@@ -253,9 +286,18 @@ def _prove_experts(
         raise RefusedError(f"lays out its activations as {z.shape}, not token by token")
     if not (z.z.isfinite().all() and torch.equal(z.expert, cut_z.expert)):
         raise RefusedError("has activations that are not finite, or routes tokens at random")
-    kept = z.z.gather(-1, half[z.expert])
+    sizes = z.z.new_zeros(count, d_ff, dtype=torch.float32)
+    sizes.index_add_(0, z.expert.flatten(), z.z.abs().float().flatten(0, -2))
+    largest = sizes.topk(d_ff // 2).indices.sort(dim=1)[0]
+    cuts = [(half, cut_z), (largest, run_with(take(experts, largest))[1])]
     errors = [
-        check(relative_error(cut_z.z[..., : d_ff // 2], kept), "its neurons depend on each other"),
+        *(
+            check(
+                relative_error(each.z[..., : d_ff // 2], z.z.gather(-1, neurons[z.expert])),
+                "its neurons depend on each other",
+            )
+            for neurons, each in cuts
+        ),
         check(relative_error(whole, run()), "watched, it computes something else"),
         relative_error(cut_output, masked),
     ]
@@ -291,8 +333,12 @@ def _gate_first(bench: _Bench, z: Tensor) -> tuple[str, ...]:
     """
     linear: dict[str, bool] = {}
     for path, up in bench.ups.items():
-        _, negated = bench.run_with({path: with_forward(up, lambda x, up=up: -up(x))})
-        linear[path] = relative_error(negated, -z) <= bench.tolerance
+        # (tanh is odd, and ReLU takes a factor out: only what does both is linear.)
+        scaled = (
+            bench.run_with({path: with_forward(up, lambda x, up=up, by=by: by * up(x))})[1] / by
+            for by in (-1, 2)
+        )
+        linear[path] = all(relative_error(each, z) <= bench.tolerance for each in scaled)
     if not bench.candidate.fused and len(linear) == 1 and all(linear.values()):
         raise RefusedError("it has no activation function: two factors of one matrix")
     return tuple(sorted(bench.candidate.ups, key=linear.__getitem__))  # stable

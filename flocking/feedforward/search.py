@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import Cache, PreTrainedModel
 
 from flocking.feedforward.candidates import Candidate
@@ -77,12 +78,15 @@ def prove_all(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) ->
         forward = layer.forward
 
         def run_and_prove(*args: Any, **kwargs: Any) -> Any:
-            def run() -> Any:  # from the same cache every time, if the model always uses one
-                again = {
+            def run(otherwise: bool = False) -> Any:
+                again = {  # from the same cache every time, if the model always uses one
                     name: copy.deepcopy(value) if isinstance(value, Cache) else value
                     for name, value in kwargs.items()
                 }
-                return forward(*args, **again)
+                given = (args, again)
+                if otherwise:
+                    given = tree_map_only(Tensor, _halved_tokens, given)
+                return forward(*given[0], **given[1])
 
             found.calls[path] += 1
             if found.calls[path] == 1:
@@ -105,6 +109,15 @@ def prove_all(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) ->
             found = Findings({}, {}, dict.fromkeys(candidates, 0))
             _probe(copied, masked=False)
     return found
+
+
+def _halved_tokens(x: Tensor) -> Tensor:
+    """Values of tokens, half as large; anything else as it is.
+
+    (With the other sign, they would make up for projections whose outputs are negated.)
+    """
+    of_tokens = x.is_floating_point() and x.ndim == 3 and x.shape[:2] == PROBE_SHAPE
+    return x / 2 if of_tokens else x
 
 
 class _SeenError(Exception):
@@ -190,7 +203,7 @@ def _order_of_calls(layer: nn.Module, paths: set[str], run: Callable[[], Any]) -
 def _search_layer(
     layer: nn.Module,
     candidates: list[Candidate],
-    run: Callable[[], Any],
+    run: Callable[..., Any],
     broken: dict[tuple, str],
     rows: Rows | None,
 ) -> tuple[list[Proved], dict[Candidate, str]]:
@@ -216,7 +229,7 @@ def _search_layer(
 def _prove_by_cutting(
     layer: nn.Module,
     candidates: list[Candidate],
-    run: Callable[[], Any],
+    run: Callable[..., Any],
     broken: dict[tuple, str],
     rows: Rows | None,
 ) -> tuple[list[Proved], dict[Candidate, str], list[Candidate]]:
@@ -249,7 +262,7 @@ def _prove_without_cutting(
     layer: nn.Module,
     candidates: list[Candidate],
     cuttable: list[Proved],
-    run: Callable[[], Any],
+    run: Callable[..., Any],
     rows: Rows | None,
 ) -> list[Proved]:
     """The blocks that can only be recorded, of a layer without blocks that can be cut.

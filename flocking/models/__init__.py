@@ -56,6 +56,8 @@ from flocking.models.sampling import opening_token, require_writer, sampled
 from flocking.models.sandbox import private_randomness, relative_error, tolerance, trial
 from flocking.models.tables import html_table, text_table
 from flocking.models.tokenization import (
+    AS_GIVEN,
+    CHATS,
     Prompts,
     special_tokens_around,
     tokenize,
@@ -80,6 +82,8 @@ from flocking.models.weights import (
 from flocking.models.wrapping import require_model, unwrap
 
 __all__ = [
+    "AS_GIVEN",
+    "CHATS",
     "NOTE",
     "Bookmark",
     "Chats",

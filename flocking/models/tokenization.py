@@ -18,6 +18,9 @@ from flocking.models.notices import warn
 from flocking.models.weights import vocabulary_of
 from flocking.texts import check_string, doubt
 
+# Where special tokens come from, if it is not the tokenizer that adds them.
+AS_GIVEN, CHATS = "as given", "chat template"
+
 
 class Prompts(NamedTuple):
     """Tokenized texts.
@@ -32,7 +35,8 @@ class Prompts(NamedTuple):
         The texts; decoded where ids were given (empty without a tokenizer).
     tokenizer : transformers.PreTrainedTokenizerBase or None
     special : str
-        The special tokens that the tokenizer added to each text.
+        The special tokens that the tokenizer added to each text; or ``AS_GIVEN``, of token ids, or
+        ``CHATS``, of conversations.
     """
 
     ids: list[Tensor]
@@ -72,7 +76,7 @@ def tokenize(
         ids, inputs = _read(model, rows, bare, encoding, given=True)
         tokenizer = tokenizer or tokenizer_beside(model)
         texts = [str(tokenizer.decode(each)) if tokenizer else "" for each in ids]
-        return Prompts(ids, inputs, texts, tokenizer, "as given")
+        return Prompts(ids, inputs, texts, tokenizer, AS_GIVEN)
     _check_strings(texts)
     tokenizer = tokenizer or _tokenizer_of(model)
     ids, inputs = _read(model, *_encoded(texts, tokenizer, special), given=False)
@@ -98,7 +102,7 @@ def tokenize_chats(
     read = [templated(chat, number, tokenizer) for number, chat in enumerate(chats)]
     rows, encoding = _columns([each.encoding for each in read])
     ids, inputs = _read(model, rows, False, encoding, given=False)
-    prompts = Prompts(ids, inputs, [each.text for each in read], tokenizer, "chat template")
+    prompts = Prompts(ids, inputs, [each.text for each in read], tokenizer, CHATS)
     return prompts, [each.prompt or len(row) for each, row in zip(read, ids, strict=True)]
 
 

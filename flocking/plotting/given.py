@@ -86,7 +86,7 @@ def summary(values: xr.DataArray, dim: str) -> xr.DataArray:
 
     Parameters
     ----------
-    values : xarray.DataArray, ([interval,] [sequence, [other,]] [dim])
+    values : xarray.DataArray, ([interval,] [sequence, [other,]] [dim]), or of pairs or summaries
         As a measure returns it; or averaged over sequences, with intervals or without. One of
         `dim` may have been selected.
 
@@ -102,7 +102,9 @@ def summary(values: xr.DataArray, dim: str) -> xr.DataArray:
     """
     if dim not in values.dims:
         values = values.expand_dims(dim)
-    if "sequence" in values.dims:
+    if "summary" in values.dims:  # of flocking.mean_scores
+        values = values.sel(summary="mean", drop=True)
+    if "sequence" in values.dims or "pair" in values.dims:
         values = intervals(values)
     elif "interval" not in values.dims:
         unknown = xr.full_like(values, np.nan, dtype=np.float64)

@@ -51,7 +51,7 @@ def drift(
         Tokens of the prompt, edges of windows: at most four. By default up to four, from the
         shortest to one of half the text.
     control : xarray.Dataset, optional
-        The same of another network; drawn after the longest prompt.
+        The same of random weights, as which it is drawn; after the longest prompt.
     axes : iterable of matplotlib.axes.Axes, optional
         Two to draw on. By default those of a new figure, one below the other.
 

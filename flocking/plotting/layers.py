@@ -49,8 +49,9 @@ _SCORES = {
 _OVERLAPS = {  # label and marker
     "within": ("within a text", None),
     "between": ("between two texts", "o"),
-    "jaccard": ("prompt and generation", "^"),
+    "jaccard": ("two selections", "^"),
 }
+_OF_GENERATION = "prompt and generation"
 _MEASURES = {"jaccard", "between_sequence_overlap", "prompt_generation_overlap"}
 _EQUAL = "all equal ($d_{ff}$)"
 _NO_RANKS = "no ranks in the recording:\nmake it with record(..., ranks=True)"
@@ -78,8 +79,8 @@ def scores(
         the functions of these names return them, or averaged over sequences, as
         :func:`flocking.bootstrap` does.
     control : xarray.Dataset, optional
-        The same of another network, such as a recording of ``flocking.control(model)`` on the
-        same texts.
+        The same of random weights, as which it is drawn: a recording of ``flocking.control(model)``
+        on the same texts.
     axes : iterable of matplotlib.axes.Axes, optional
         Three to draw on. By default those of a new figure, one below the other.
 
@@ -123,6 +124,7 @@ def scores(
                 band(summary(found[name], "layer"), ax, **style)
         if style is MODEL:
             _draw_levels(panels, found)
+    _draw_ranks_level(panels[1], [found for found, _ in drawn])
     for ax, label in zip(panels, _SCORES.values(), strict=True):
         ax.set_ylabel(label)
     logarithmic(panels[2], panels[2].yaxis)
@@ -154,11 +156,6 @@ def _scores_of(recording: xr.Dataset) -> xr.Dataset:
 def _draw_levels(panels: np.ndarray, found: xr.Dataset) -> None:
     """Chance where there is one, and what the number of effective neurons can be."""
     guide(0, panels[0])
-    if "rank_consistency" in found:
-        guide(0, panels[1])
-    else:
-        panels[1].text(0.5, 0.5, _NO_RANKS, transform=panels[1].transAxes, ha="center", va="center")
-        panels[1].set_yticks([])
     if "d_ff" in found.coords:
         widths = found.d_ff if "layer" in found.d_ff.dims else found.d_ff.expand_dims("layer")
         layers = widths.layer.values if "layer" in widths.coords else np.arange(len(widths))
@@ -168,6 +165,20 @@ def _draw_levels(panels: np.ndarray, found: xr.Dataset) -> None:
         else:
             look = {**against(panels[2], LEVEL), "label": _EQUAL, "drawstyle": "steps-mid"}
             panels[2].plot(layers[order], widths[order], **look)
+
+
+def _draw_ranks_level(ax: Axes, drawn: list[xr.Dataset]) -> None:
+    """Chance of rank consistency, and in which of what is drawn it is missing."""
+    names = zip(("data", "control"), drawn, strict=False)
+    lacking = [name for name, found in names if "rank_consistency" not in found]
+    if len(lacking) < len(drawn):
+        guide(0, ax)
+    else:
+        ax.set_yticks([])
+    if lacking:
+        which = "" if len(lacking) == len(drawn) else f"{lacking[0]}: "
+        told = which + _NO_RANKS
+        ax.text(0.5, 0.5, told, transform=ax.transAxes, ha="center", va="center")
 
 
 def _only(ax: Axes, label: str) -> tuple[list[Any], list[str]]:
@@ -197,8 +208,8 @@ def overlap(
     density : float or iterable of float
         Fraction of neurons kept, or one for each layer. Of results, that which they have.
     control : xarray.Dataset or xarray.DataArray, optional
-        The same of another network, such as a recording of ``flocking.control(model)`` on the
-        same texts.
+        The same of random weights, as which it is drawn: a recording of ``flocking.control(model)``
+        on the same texts.
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default the current axes if they are empty, or those of a new figure.
 
@@ -243,6 +254,8 @@ def overlap(
         suffix = "" if control is None else f", {style['label'].partition(' (')[0]}"
         for name, values in found.items():
             label, marker = _OVERLAPS.get(str(name), (literal(str(name)), None))
+            if _OF_GENERATION in values.attrs.get("long_name", ""):
+                label = _OF_GENERATION
             look = {**style, "label": f"{label}{suffix}", "marker": marker, "ms": small()}
             band(summary(values, "layer"), ax, **look)
         if style is MODEL:

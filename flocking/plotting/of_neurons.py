@@ -96,7 +96,8 @@ def selection(
     if other is not None:
         number = np.sort(number, axis=1)
     own, ax = ax is None, free(ax)
-    named(ax, "y", _labels(kept, rows))
+    named(ax, "x", None, (-0.5, number.shape[1] - 0.5))
+    named(ax, "y", _labels(kept, rows), (-0.5, len(number) - 0.5))
     colours = np.array([to_rgb(colour) for _, colour in [*kinds, ("", _NOTHING)]])
     extent = (-0.5, number.shape[1] - 0.5, len(number) - 0.5, -0.5)
     shown = np.round(255 * colours).astype(np.uint8)[number]
@@ -245,7 +246,8 @@ def experts(
         whole = one_of(whole, "sequence", sequence, "sequence").expand_dims("sequence")
     shares, equal = _shares(whole)
     ax = free(ax)
-    named(ax, "y", _labels(shares, "layer"))
+    named(ax, "x", None, (-0.5, shares.sizes["routed_expert"] - 0.5))
+    named(ax, "y", _labels(shares, "layer"), (-0.5, len(shares) - 0.5))
     image = cells(
         ax,
         np.ma.masked_invalid(shares.values),

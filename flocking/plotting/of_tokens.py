@@ -40,7 +40,8 @@ def heatmap(
         Where to draw; by default the current axes if they are empty, or those of a new figure.
     vmax : float, optional
         Value of the brightest colour, above 0, to compare several pictures; by default the 99th
-        percentile.
+        percentile of all values but zeros. (Where columns are narrower than a pixel, matplotlib
+        draws the mean of neighbours: give some of the neurons, as below, to see single ones.)
     colorbar : bool
         Draw a colour bar beside the axes.
 

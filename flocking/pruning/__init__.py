@@ -6,7 +6,7 @@ Imports ``analysis`` and the rooms below it; no experiment and no evaluation.
 """
 
 from flocking.pruning.allocation import MEASURED, allocate, first_runs, layer_harms, spread
-from flocking.pruning.build import check_refresh, check_scope, griffin
+from flocking.pruning.build import check_refresh, check_scope, griffin, require_prunable
 from flocking.pruning.calibration import calibration_texts, global_statistic
 from flocking.pruning.decoding import Decoder
 from flocking.pruning.exported import Exported
@@ -16,7 +16,7 @@ from flocking.pruning.gguf_blocks import blocks_of
 from flocking.pruning.gguf_files import export_gguf, type_of_down
 from flocking.pruning.halves import split_texts
 from flocking.pruning.lost import Lost, measure_lost
-from flocking.pruning.methods import METHODS, WITH_REFERENCE
+from flocking.pruning.methods import DRAWN, METHODS, WITH_REFERENCE, WITHOUT_TEXT
 from flocking.pruning.parts import are_pruned
 from flocking.pruning.places import refuse_existing
 from flocking.pruning.predictions import Compared, compare_predictions
@@ -36,9 +36,11 @@ from flocking.pruning.together import (
 from flocking.pruning.twin import full_model, refresh_of
 
 __all__ = [
+    "DRAWN",
     "FIXED",
     "MEASURED",
     "METHODS",
+    "WITHOUT_TEXT",
     "WITH_REFERENCE",
     "Compared",
     "Decoder",
@@ -70,6 +72,7 @@ __all__ = [
     "refuse_existing",
     "refuse_unexportable",
     "refuse_unscorable",
+    "require_prunable",
     "rounded_densities",
     "score",
     "side_by_side",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking.analysis import kept_count, named
 from flocking.feedforward import FeedForward, feedforwards, observe
 from flocking.models import Prompts, Text, require_model, tokenize
-from flocking.pruning.build import griffin
+from flocking.pruning.build import require_prunable
 from flocking.pruning.methods import METHODS
 from flocking.pruning.parts import beginning, rest
 from flocking.pruning.prompt import Reader
@@ -117,8 +117,9 @@ def allocate(
     _check_densities(density, floor)
     whole_number("prompt_length", prompt_length, 1)
     whole_number("continuation_length", continuation_length, 2)
-    griffin(model, density)  # refuses what cannot be pruned, before anything takes long
+    require_prunable(model)
     for block in first_runs(model):
+        kept_count(density, block.d_ff // block.experts)
         _lowest(density, floor, block.d_ff // block.experts)
     measured = layer_harms(
         model,
@@ -211,14 +212,13 @@ def layer_harms(
         for number, ids in enumerate(prompts.ids):
             inputs = {name: rows[number][None] for name, rows in prompts.inputs.items()}
             for place, at, harm in _harms_of(model, blocks, ids[None], prompt_length, inputs):
+                if not np.isfinite(harm):
+                    raise ValueError(
+                        f"the model's output is not finite in text {number}, with layer "
+                        f"{blocks[place].layer} pruned: no harm can be measured."
+                    )
                 values[number, place, at] = harm
                 bar.update()
-    if not np.isfinite(values).all():
-        number, place, _ = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(
-            f"the model's output is not finite in text {number}, with layer "
-            f"{blocks[place].layer} pruned: no harm can be measured."
-        )
     labels = {name: ("layer", each) for name, each in coordinates_of(blocks).items()}
     return xr.DataArray(
         values,

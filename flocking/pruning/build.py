@@ -182,15 +182,10 @@ def griffin(
     3
     """
     model = require_model(model)
-    if is_observed(model):
-        raise RuntimeError(
-            "the model is observed, and a twin would be so for good: leave the `with` of "
-            "flocking.observe first."
-        )
     _check_options(scope, seed, offload)
     check_refresh(refresh)
     _check_method(method, reference, weight)
-    blocks = prunable(model)
+    blocks = require_prunable(model)
     _refuse_inseparable(model, blocks, scope)
     firsts = [block for block in blocks if block.call == 0]
     shares = density_by_layer(density, len(firsts), [block.layer for block in firsts])
@@ -198,7 +193,6 @@ def griffin(
         kept_count(each, block.d_ff // block.experts)
         for each, block in zip(shares, firsts, strict=True)
     ]
-    refuse_forgetful(model)
     known = traits(model)
     if refresh is not None:
         _refuse_unrewindable(model)
@@ -286,12 +280,7 @@ def _check_options(scope: object, seed: object, offload: object) -> None:
 def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twin:
     """Give it a twin's class, also where accelerate keeps the forward of the class before."""
     plain = type(copied)
-    added = {name for part in base.__mro__ if issubclass(part, Twin) for name in vars(part)}
-    for name in added & vars(copied).keys():
-        raise ValueError(
-            f"model.{name} was replaced on this very object, and a twin would go around its own: "
-            f"delete it (del model.{name})."
-        )
+    _refuse_replaced(copied, base)
     copied.__class__ = twin_class(plain, base)  # type: ignore[arg-type] # a class can be hashed
     for name in ("_old_forward", "forward"):
         if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
@@ -306,10 +295,41 @@ def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twi
     return twin
 
 
+def _refuse_replaced(model: PreTrainedModel, base: type[Twin]) -> None:
+    """Refuse a model on which something was replaced that a twin does itself."""
+    added = {name for part in base.__mro__ if issubclass(part, Twin) for name in vars(part)}
+    for name in added & vars(model).keys():
+        raise ValueError(
+            f"model.{name} was replaced on this very object, and a twin would go around its own: "
+            f"delete it (del model.{name})."
+        )
+
+
 def _check_changed(full: PreTrainedModel) -> None:
     """Refuse a full model that :func:`griffin` would not take as it has become."""
     prunable(full)
     refuse_forgetful(full)
+
+
+def require_prunable(model: PreTrainedModel) -> list[FeedForward]:
+    """The blocks of a model that a twin can be made of now; an error says why it cannot.
+
+    Makes no twin, and takes no memory: it is for what would find out only after a long time.
+
+    Raises
+    ------
+    RuntimeError, ValueError, UnsupportedModelError
+        As :func:`griffin`.
+    """
+    if is_observed(model):
+        raise RuntimeError(
+            "the model is observed, and a twin would be so for good: leave the `with` of "
+            "flocking.observe first."
+        )
+    blocks = prunable(model)
+    refuse_forgetful(model)
+    _refuse_replaced(model, Twin)
+    return blocks
 
 
 def prunable(model: PreTrainedModel) -> list[FeedForward]:

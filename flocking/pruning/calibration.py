@@ -25,7 +25,7 @@ from flocking.models import (
     tokenize,
 )
 from flocking.recording import check_numbers, record, whole_number
-from flocking.texts import expanded, passages, read_text, why_no_file
+from flocking.texts import TextFiles, expanded, passages, why_no_file
 
 if TYPE_CHECKING:
     from flocking.analysis import Batch
@@ -271,8 +271,9 @@ def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[
     Parameters
     ----------
     source : path or list of str, optional
-        A text file in UTF-8, a folder of ``.txt`` files with one text each, or the texts
-        themselves; by default the packaged passages.
+        A text file in UTF-8, a file of JSON lines, a folder of such (:class:`TextFiles` says
+        more; files without text are left out), or the texts themselves; by default the packaged
+        passages.
 
     Returns
     -------
@@ -292,8 +293,7 @@ def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[
         why = why_no_file(path)
         if why and why != "is a folder":
             raise ValueError(f"calibration: {path} {why}: give a text file or a folder.")
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        texts = [read_text(file) for file in files]
+        texts = [text for text in TextFiles([str(path)]) if text.strip()]
     if not any(texts):
-        raise ValueError(f"calibration: there is no text in {source}: give some .txt files.")
+        raise ValueError(f"calibration: there is no text in {source}: give some text files.")
     return texts

@@ -119,7 +119,10 @@ def _ranks(values: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, ranks.expand_as(values))
 
 
-WITH_REFERENCE = ("static", "global-local")  # methods that need a statistic of other texts
+# Methods that need a statistic of other texts, that draw, and for which the text does not matter.
+WITH_REFERENCE = ("static", "global-local")
+DRAWN = ("sampled", "half-sampled", "random")
+WITHOUT_TEXT = ("static", "magnitude")
 
 METHODS: dict[str, Method] = {
     "topk": by_statistic,

@@ -57,8 +57,8 @@ class Selector:
     def select(self, read: Read) -> Selected:
         """Select neurons of every block.
 
-        Layers of one shape are computed together, and the device is never waited for: whoever
-        uses the result checks its flags when that costs nothing.
+        Layers of one shape are computed together, and the device is not waited for, but with
+        mixtures: whoever uses the result checks its flags when that costs nothing.
         """
         apart = self.scope == "sequence"
         # Each sequence draws the same numbers, so that its selection is the same in a batch and
@@ -67,11 +67,11 @@ class Selector:
         generators = [torch.Generator().manual_seed(self.seed) for _ in range(count)]
         statistics = self._statistics(read)
         finite = _together(lambda each: each.isfinite().flatten(1).all(dim=1), statistics)
-        unreached: list[Tensor] = []
+        statistics, unreached = self._with_weights(statistics)
         scores = [
             torch.stack(
                 [
-                    self._scores(block, k, statistic, generator, unreached)
+                    self._scores(block, k, statistic, generator)
                     for statistic, generator in zip(rows, generators, strict=True)
                 ]
             )
@@ -96,22 +96,32 @@ class Selector:
 
         return _together(of, [read.moments[block.layer].energy for block, _ in self._blocks])
 
+    def _with_weights(self, statistics: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of mixtures, (sequence, expert, neuron), with experts that no token was routed to filled.
+
+        The text says nothing about these: their weights do. Gives also how many these are.
+        """
+        absent = {}
+        for place, (block, _) in enumerate(self._blocks):
+            if block.kind == "experts":
+                statistic = statistics[place].unflatten(1, (block.experts, -1))
+                absent[place] = (statistic == 0).all(dim=2, keepdim=True)
+                statistics[place] = statistic
+        # (All weights of a mixture take longer to read than the device takes to say whether they
+        # are needed.)
+        needed = {place: where.any() for place, where in absent.items()}
+        for place, where in absent.items():
+            if needed[place]:
+                statistic = statistics[place]
+                by_weights = magnitude(self._blocks[place][0]).to(statistic)
+                by_weights = by_weights.view_as(statistic[0])
+                statistics[place] = torch.where(where, by_weights, statistic)
+        return statistics, [row.sum() for where in absent.values() for row in where]
+
     def _scores(
-        self,
-        block: FeedForward,
-        k: int,
-        statistic: Tensor,
-        generator: torch.Generator,
-        unreached: list[Tensor],
+        self, block: FeedForward, k: int, statistic: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The method's score of each neuron, (expert, neuron); a dense block is one expert."""
-        if block.kind == "experts":
-            statistic = statistic.view(block.experts, -1)
-            # The text says nothing about an expert that no token was routed to: its weights do.
-            absent = (statistic == 0).all(dim=1, keepdim=True)
-            by_weights = magnitude(block).to(statistic).view_as(statistic)
-            statistic = torch.where(absent, by_weights, statistic)
-            unreached.append(absent.sum())
         scores = self.method(statistic, k, block, generator)
         if not isinstance(scores, Tensor) or scores.shape != statistic.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward
-from flocking.models import warn
+from flocking.models import AS_GIVEN, warn
 from flocking.recording.arguments import Options
 from flocking.recording.continuations import Reading, given_texts
 from flocking.recording.corpora import Block
@@ -76,6 +76,17 @@ class BlockReader(NamedTuple):
     options: Options
     on_error: str
     files: Sequence[str] | None = None  # that the texts are from
+    form: str = ""  # special tokens of the texts before, if there are any: all have the same
+
+    def after(self, first: Read) -> BlockReader:
+        """The same reader, which expects texts like the first ones, read by their tokenizer."""
+        if first.reading is None:
+            return self
+        whole, tokenizer = first.reading.whole, self.tokenizer
+        # (Token ids need none; one that lies beside the model only shows them.)
+        if whole.special != AS_GIVEN or self.options.wanted.continuation is not None:
+            tokenizer = whole.tokenizer
+        return self._replace(form=whole.special, tokenizer=tokenizer)
 
     @property
     def looked_at(self) -> int:
@@ -107,13 +118,15 @@ class BlockReader(NamedTuple):
         except (TypeError, ValueError):
             if self.on_error == "stop":
                 raise
-        problems = {}
+        problems, reader = {}, self
         for place in places:
             try:
                 with self._named(block.start, [place]):
-                    self._given(block.only([place]))
+                    alone = reader._given(block.only([place]))
             except (TypeError, ValueError) as problem:
                 problems[place] = str(problem)
+            else:
+                reader = reader._replace(form=alone.whole.special)
         good = [place for place in places if place not in problems]
         if not good:
             return Read(None, good, problems)
@@ -132,6 +145,7 @@ class BlockReader(NamedTuple):
         given = given_texts(
             self.model, block.texts, self.tokenizer, block.wanted, self.options.max_tokens
         )
+        refuse_mixture(self.form, given.whole.special)
         refuse_unfit(self.model, given, self.options)
         return given
 
@@ -275,10 +289,10 @@ def _vocabulary(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([ids, len(tokenizer), template]).encode()).hexdigest()
 
 
-def refuse_mixture(before: str, now: str, start: int) -> None:
+def refuse_mixture(before: str, now: str, number: int = 0) -> None:
     """Raise a ValueError if texts from a number on come in another form than those before."""
     if before and now != before:
         raise ValueError(
-            f"from text {start} on, texts come in another form than those before (special tokens: "
-            f"{now}; before: {before}): give all in one form."
+            f"text {number} comes in another form than those before it (special tokens: {now}; "
+            f"before: {before}): give all in one form."
         )

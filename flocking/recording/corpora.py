@@ -147,7 +147,8 @@ class Corpus:
         firsts: dict[str, Any] = {name: [each[name] for each in first] for name in aside}
         wanted = self.wanted._replace(**firsts)
         texts = [each["text"] for each in first]
-        return Block(0, texts, wanted, np.zeros(len(texts), np.uint64))
+        digests = [_digest(*each.values()) for each in first]
+        return Block(0, texts, wanted, np.array(digests, np.uint64))
 
     def blocks(self, size: int) -> Iterator[Block]:
         """The texts in their order, `size` at a time.

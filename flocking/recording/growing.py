@@ -10,6 +10,7 @@ What was asked for stands in the attributes of ``recorded``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -293,9 +294,13 @@ class GrowingStore:
             if shape != array.shape:
                 array.resize(shape)
 
-    def expect(self, texts: int | None) -> None:
-        """Let it be known how many texts there are, if that was not right or not known."""
+    def expect(self, texts: int) -> None:
+        """Let it be known how many texts there are, if that was not right or not known.
+
+        There is room for all of them afterwards, so that no two processes make it.
+        """
         if texts != self.asked["texts"]:
+            self._make_room(texts)
             self._array(RECORDED).attrs["texts"] = self.asked["texts"] = texts
 
     def forget_losses(self) -> None:
@@ -313,18 +318,38 @@ class GrowingStore:
                 self._array(RECORDED)[rows] = np.zeros(len(state), np.int8)
 
     def _chunks_of(self, number: int) -> Iterator[str]:
-        """Files that a block of texts has at least: its first windows and tokens, of all layers."""
+        """Files that a recorded block of texts has."""
+        block = self.asked["block"]
+        counts = np.asarray(self._array("tokens")[number * block : (number + 1) * block])
+        written = self._written(counts)
         for name, array in self._group.arrays():
             dims = array.attrs["_ARRAY_DIMENSIONS"]
             if dims[0] != "sequence":
                 continue
-            each = self.asked["block"] // array.chunks[0] if array.chunks[0] else 1
-            last = -(-array.shape[0] // array.chunks[0])
-            layers = array.shape[1] if len(dims) > 1 and "layer" in dims[1] else 1
-            for first in range(number * each, min((number + 1) * each, last)):
-                for layer in range(layers):
-                    rest = ([layer] if len(dims) > 1 else []) + [0] * (len(dims) - 2)
-                    yield f"{name}/{'.'.join(map(str, [first, *rest]))}"
+            along = []
+            for dim, size, chunk in zip(dims, array.shape, array.chunks, strict=True):
+                pieces = [(0, size)]
+                if dim == "sequence":
+                    pieces = [(number * block, min((number + 1) * block, size))]
+                elif dim in written and name not in _PADDED:
+                    pieces = written[dim]
+                along.append(_touched(pieces, size, chunk))
+            for place in itertools.product(*along):
+                yield f"{name}/{'.'.join(map(str, place))}"
+
+    def _written(self, counts: np.ndarray) -> dict[str, list[tuple[int, int]]]:
+        """What a block has along windows and tokens, as (from, to).
+
+        `counts` are its tokens, of shape (text, window).
+        """
+        first = self.asked["prompt_windows"]
+        used = np.flatnonzero(counts.any(axis=0))
+        prompt, new = used[used < first], used[used >= first]
+        # (The first window is there in any case, also where the file with the counts is lost.)
+        windows = [(0, int(prompt.max(initial=0)) + 1)]
+        if len(new):
+            windows.append((first, int(new.max()) + 1))
+        return {"window": windows, "token": [(0, max(1, int(counts.sum(axis=1).max(initial=0))))]}
 
     def finish(self, texts: int, generation: str) -> None:
         """Cut the arrays to what was needed, and note which files there are.
@@ -353,6 +378,14 @@ class GrowingStore:
         zarr.consolidate_metadata(self._group.store, zarr_format=2)
         self.place.tidy()
         self.place.finish()
+
+
+def _touched(pieces: list[tuple[int, int]], size: int, chunk: int) -> list[int]:
+    """Numbers of the chunks along a dimension that pieces of it, as (from, to), lie in."""
+    found = set()
+    for start, stop in pieces:
+        found.update(range(start // max(1, chunk), -(-min(stop, size) // max(1, chunk))))
+    return sorted(found)
 
 
 def is_growing(place: Location) -> bool:

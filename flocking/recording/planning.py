@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from flocking.models import context
+from flocking.models import CHATS, context
 from flocking.recording.block_reading import BlockReader, refuse_mixture
 from flocking.recording.corpora import Corpus
 from flocking.recording.dataset import GENERATION, fixed_coordinates
@@ -20,7 +20,6 @@ FEWEST, MOST = 4, 16  # batches in a block of texts
 _SHARES = 16  # blocks that a corpus has, where that is possible, for processes to share
 _BLOCK = 256 * 2**20  # bytes of a block in memory, unless one text takes more
 _SURVEYED = 256  # texts that are counted at a time
-CHATS = "chat template"  # where special tokens come from, if texts are conversations
 
 
 class Plan(NamedTuple):

@@ -72,6 +72,28 @@ class Processes(NamedTuple):
             if other is not None:
                 raise RuntimeError(f"process {rank} of {self.number} failed: {other}")
 
+    def refuse_unlike(self, what: str, value: Any) -> None:
+        """Raise a ValueError, in all processes, if they were given different values of something.
+
+        Parameters
+        ----------
+        what : str
+            Its name.
+        value : object
+            What this process was given: anything that can be sent and compared.
+        """
+        if self.group is None:
+            return
+        told: list[Any] = [None] * self.number
+        with self._hearing():
+            dist.all_gather_object(told, value, group=self.group)
+        for rank, other in enumerate(told):
+            if other != told[0]:
+                raise ValueError(
+                    f"process {rank} of {self.number} was given another {what} than process 0: "
+                    "give all the same, and they share the texts among themselves."
+                )
+
     @contextmanager
     def _hearing(self, problem: Exception | None = None) -> Iterator[None]:
         """What torch.distributed says when a process is gone, in a sentence; or `problem`."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -56,13 +57,14 @@ def stream(
     model = recordable(require_model(model))
     corpus = Corpus(text, options.wanted, num_texts)
     reader = BlockReader(model, require_tokenizer(tokenizer), options, on_error, files)
-    reader.read(
-        corpus.peek(reader.looked_at)
-    )  # what is wrong with all texts is wrong with the first
+    first = corpus.peek(reader.looked_at)
+    reader = reader.after(reader.read(first))  # what is wrong with all is wrong with the first
     chosen_blocks(model, options)
     warn_of_training(model)
     with processes() as among:
         _require_number(corpus, among)
+        among.refuse_unlike("out", str(place))
+        among.refuse_unlike("texts", (corpus.number, first.digests.tolist()))
         with place.claimed() if among.rank == 0 else nullcontext():
             among.of_first(lambda: _prepare(place, corpus, reader, progress))
             store = GrowingStore(place)
@@ -98,14 +100,17 @@ def _prepare(place: Location, corpus: Corpus, reader: BlockReader, progress: boo
         refuse_appended(place)
         store = GrowingStore(place)
         _refuse_other(store, reader.arguments())
-        if corpus.number is not None and not (corpus.is_lasting or store.is_finished):
-            _check_all_there(store, corpus.number)
-            store.expect(corpus.number)
-        _refuse_other_number(store, corpus)
+        # (Of what can be read only once, the user has said a number, perhaps a wrong one.)
+        if corpus.is_lasting or store.is_finished:
+            _refuse_other_number(store, corpus)
         if not store.is_finished:
             store.forget_losses()
         if corpus.is_lasting or store.is_finished:
             _refuse_changed(store, corpus)
+        elif corpus.number is not None:
+            _check_all_there(store, corpus.number)
+        if corpus.number is not None and not store.is_finished:
+            store.expect(corpus.number)
         if progress and store.is_finished:
             tqdm.write(f"{place} is finished: nothing is left to record", file=sys.stderr)
         return
@@ -200,39 +205,40 @@ def _fill(
 ) -> None:
     """Record what is missing, and finish the store when all processes are done."""
     failure, texts = None, 0
+    digest = hashlib.sha256()
     try:
-        texts = _record_blocks(store, corpus, reader, among, progress)
+        for block in _recorded_blocks(store, corpus, reader, among, progress):
+            texts = block.rows.stop
+            digest.update(block.digests.tobytes())
+        _check_all_there(store, texts)
     except Exception as problem:
         failure = problem
     among.settle(failure)
+    among.refuse_unlike("texts", digest.hexdigest())
     generation = reader.options.wanted.source(True)
     among.of_first(lambda: store.finish(texts, generation))
 
 
-def _record_blocks(
+def _recorded_blocks(
     store: GrowingStore, corpus: Corpus, reader: BlockReader, among: Processes, progress: bool
-) -> int:
-    """Record this process's share of the blocks that are missing; gives the number of texts."""
+) -> Iterator[Block]:
+    """All blocks, after this process's share of those that are missing is recorded."""
     size = store.asked["block"]
     mine = _share(store, among)
-    texts = 0
     drawn = bool(reader.options.wanted.arguments)
     seen: Counter[bytes] = Counter()
     with _bar(store, among, progress) as bar:
         for block in corpus.blocks(size):
-            texts = block.rows.stop
             done = (store.state(block.rows) > 0).all()
             if done:
                 _check_same(store, block)
             here = not done and (mine is None or block.start // size in mine)
-            if not here and not drawn:
-                continue
-            read = _read_again(store, block, reader)
-            read = read.counted(seen) if drawn else read
+            if here or drawn:
+                read = _read_again(store, block, reader)
+                read = read.counted(seen) if drawn else read
             if here:
                 _record_block(store, block, read, reader, bar)
-    _check_all_there(store, texts)
-    return texts
+            yield block
 
 
 def _read_again(store: GrowingStore, block: Block, reader: BlockReader) -> Read:

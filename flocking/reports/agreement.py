@@ -23,12 +23,15 @@ _SETTINGS = {
 
 def refuse_unlike(models: Sequence[Measured]) -> None:
     """Raise a ValueError if two outputs were not asked the same."""
-    first: dict[str, Evaluation] = {}
+    first: dict[tuple[str, bool], Evaluation] = {}
     for model in models:
         for evaluation in model.evaluations:
-            for task in evaluation.items["task"].unique():
-                other = first.setdefault(str(task), evaluation)
-                _refuse_other_items(str(task), other, evaluation)
+            for task in map(str, evaluation.items["task"].unique()):
+                asked = evaluation.source.tasks.get(task)
+                # (What an older one does not say of its documents, the next may not agree in.)
+                for known in {False, bool(asked and asked.digest)}:
+                    other = first.setdefault((task, known), evaluation)
+                    _refuse_other_items(task, other, evaluation)
     before: dict[str, Numbers] = {}
     for model in models:
         for name, numbers in model.figures.items():

@@ -138,14 +138,17 @@ def _of_prompts(parts: list[_Part]) -> Iterator[dict[str, object]]:
         short, long = group[0], group[-1]
         if short is long:
             continue
-        if short.items != long.items:
+        _, of_long, of_short = np.intersect1d(
+            long.items, short.items, assume_unique=True, return_indices=True
+        )
+        if not len(of_long):
             raise ValueError(
                 f"{long.task} and {short.task} of {long.model} have other items: give both the "
                 "same --limit."
             )
         for variant in long.pruned:
             if variant in short.by_variant:
-                values = long.above_full(variant) - short.above_full(variant)
+                values = long.above_full(variant)[of_long] - short.above_full(variant)[of_short]
                 yield _row("prompts", long, variant, values, than=short.task) | {"task": name}
 
 

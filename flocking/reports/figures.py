@@ -94,7 +94,9 @@ def loss_by_energy(data: pd.DataFrame, figure: Figure) -> None:
         look = {"color": str(shades[number]), "ls": _DASHES[number % len(_DASHES)], "lw": 0.7}
         ax.plot(part["estimate"], part["difference"], **look, label=name, zorder=1)
     for method, part in data.groupby("method", sort=False):
-        style = style_of(str(method)) | {"ls": "none", "ms": 3.5, "elinewidth": 0.7}
+        # (As the figure names it: its static is of the other texts, not of calibration texts.)
+        style = BY_SELECTION.get(str(method)) or style_of(str(method))
+        style = style | {"ls": "none", "ms": 3.5, "elinewidth": 0.7}
         across, up = (part[list(each)].to_numpy(dtype=float).T for each in (_MEANS, _DIFFERENCES))
         ax.errorbar(across[0], up[0], yerr=_spread(up), xerr=_spread(across), zorder=2, **style)
     ax.axvline(float(data["chance"].iloc[0]), **CHANCE, label="chance")

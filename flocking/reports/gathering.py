@@ -26,7 +26,8 @@ class _Model:
     name: str
     dtype: str
     identity: str
-    outs: set[Path]
+    outs: set[Path]  # as they were named
+    folders: set[Path] = field(default_factory=set)  # that its outputs are in
     evaluations: list[Evaluation] = field(default_factory=list)
     figures: dict[str, Numbers] = field(default_factory=dict)
 
@@ -143,6 +144,7 @@ def _model_of(
     (model,) = same
     model.identity, model.dtype = model.identity or identity, model.dtype or dtype
     model.outs.add(out)
+    model.folders.add(output.folder if isinstance(output, Evaluation) else output.path.parent)
     return model
 
 
@@ -188,13 +190,14 @@ def _labels(models: Sequence[_Model]) -> Mapping[_Model, str]:
     labels = {}
     for one in models:
         same = [other for other in models if other.name == one.name]
-        folders = {other: min(other.outs) for other in same}
-        if len(same) == 1:
-            labels[one] = one.name
-        elif len({other.dtype for other in same}) == len(same):
-            labels[one] = f"{one.name}, {one.dtype}"
-        elif len({folder.name for folder in folders.values()}) == len(same):
-            labels[one] = f"{one.name} ({folders[one].name})"
-        else:
-            labels[one] = f"{one.name} ({folders[one]})"
+        folders = {other: min(other.folders) for other in same}
+        more = (
+            dict.fromkeys(same, ""),
+            {other: f", {other.dtype}" for other in same},
+            {other: f" ({folders[other].name})" for other in same},
+            {other: f" ({folders[other]})" for other in same},
+            {other: f" ({number})" for number, other in enumerate(same, 1)},
+        )
+        unlike = next(each for each in more if len({*each.values()}) == len(same))
+        labels[one] = one.name + unlike[one]
     return labels

@@ -12,10 +12,12 @@ import xarray as xr
 
 from flocking.artifacts import Key, UnreadableError, from_json, read_content
 from flocking.evaluation import sources
+from flocking.models import warn
 from flocking.reports.outputs import Evaluation, Numbers
 from flocking.texts import why_no_file
 
 ITEMS = "items.parquet"
+_CELLS = "cells"  # what an evaluation keeps until it is done, and after
 _LAYERS = ("interval", "weights", "layer")
 # Figures that are compared, with the variables that are read, and their dimensions.
 FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -47,6 +49,12 @@ def folders_in(out: Path) -> list[Path]:
         raise ValueError(f"{out} {why}: name a folder that flocking evaluate or figures wrote.")
     inside = sorted(one for one in out.iterdir() if one.is_dir() and one.name[0] != ".")
     found = [out] if _holds(out) else list(filter(_holds, inside))
+    begun = [str(one) for one in inside if one not in found and (one / _CELLS).is_dir()]
+    if begun and out not in found:
+        warn(
+            f"{' and '.join(begun)}: an evaluation was begun and not finished there, and is left "
+            "out: run the same flocking evaluate again, which goes on."
+        )
     if not found:
         names = ", ".join(f"{name}.json" for name in FIGURES)
         raise ValueError(

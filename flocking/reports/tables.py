@@ -70,7 +70,7 @@ def _models(outputs: Outputs) -> str:
             model.label + _mark(model.label, outputs),
             "" if model.parameters is None else in_words(model.parameters),
             "" if inside is None else in_words(inside),
-            str(sum(one.items["task"].nunique() for one in model.evaluations)),
+            str(len({task for one in model.evaluations for task in one.items["task"]})),
             ", ".join(model.figures),
         ]
         lines.append(shown)
@@ -84,9 +84,7 @@ def _differences(outputs: Outputs, rows: pd.DataFrame) -> list[str]:
     if not told:
         return []
     lines = "\n".join(f"- {line}" for line in told)
-    marked = outputs.marked()
-    first = outputs.models[0].label
-    mark = [f"{_MARK} Unlike {first} in what is listed above."] if marked else []
+    mark = [f"{_MARK} Unlike the first model in a line above."] if outputs.marked() else []
     return ["## What is unlike", lines, *mark]
 
 
@@ -136,8 +134,9 @@ _CONTRASTS = {
     ),
     "models": (
         "### Larger models against smaller ones",
-        "A larger model's differences from its own full model less those of the smaller one, on "
-        "the same items (perplexities: the ratio of the two ratios). Articles are compared only "
+        "A larger model's differences from its own full model less those of the smaller one (of "
+        "models of one size, those of the one that is named first in the table above), on the same "
+        "items (perplexities: the ratio of the two ratios). Articles are compared only "
         "between models with the same tokenizer.",
     ),
 }

@@ -17,6 +17,7 @@ from flocking.reports.contrasts import contrasted
 from flocking.reports.figures import FIGURES, in_words
 from flocking.reports.outputs import Outputs
 from flocking.reports.tables import HEADING, older_code, page_of
+from flocking.texts import expanded
 
 FILES = ("compared.csv", "contrasted.csv", "compared.md")
 # By these, tables that an earlier version wrote are known, too.
@@ -97,7 +98,7 @@ def write(outputs: Outputs, out: str | os.PathLike[str], *, density: float = 0.5
     >>> print(*written.not_drawn.values())
     loss_by_energy is not drawn: no output has loss_by_method.json, at density 0.5.
     """
-    folder = Path(out)
+    folder = expanded(Path(out))
     rows, contrasts = compared(outputs), contrasted(outputs)
     refuse_density(rows, density)
     data = {

@@ -193,3 +193,15 @@ def test_bootstrap_of_drawn_pairs_by_hand() -> None:
         flocking.bootstrap(values.drop_vars("other"))
     both = flocking.bootstrap(flocking.between_sequence_overlap(made(), pairs=6), resamples=40)
     assert both.within.dims == both.between.dims == ("interval", "layer")
+
+
+def test_sequences_whose_names_repeat_are_told_apart() -> None:
+    """As of texts that were appended to a store: an interval is drawn over texts, not names."""
+    recording = made().assign_coords(sequence=range(6))
+    numbered = flocking.between_consistency(recording, pairs="all")
+    repeated = recording.assign_coords(sequence=[0, 1, 2, 0, 1, 2])
+    with pytest.warns(UserWarning, match="Names of sequences repeat"):
+        got = flocking.between_consistency(repeated, pairs="all")
+    assert got.sequence.values.tolist() == numbered.sequence.values.tolist()
+    assert got.other.values.tolist() == numbered.other.values.tolist()
+    xr.testing.assert_allclose(flocking.bootstrap(got), flocking.bootstrap(numbered))

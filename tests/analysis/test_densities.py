@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 
 import flocking
+from flocking.analysis import kept_count
 
 
 @functools.cache
@@ -79,3 +80,11 @@ def test_densities_of_other_layers(density: object, problem: type, message: str)
     ):
         with pytest.raises(problem, match=message):
             entry()
+
+
+@pytest.mark.parametrize("d_ff", [3, 7, 1536, 8960])
+def test_the_advice_of_a_density_that_keeps_nothing_keeps_one(d_ff: int) -> None:
+    with pytest.raises(ValueError, match="keeps none") as caught:
+        kept_count(1e-9, d_ff)
+    advised = float(str(caught.value).split("give ")[1].split(" or more")[0])
+    assert kept_count(advised, d_ff) == 1

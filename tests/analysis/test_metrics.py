@@ -314,3 +314,14 @@ def test_different_tokens_of_texts_that_repeat_one_word() -> None:
             different = np.array(texts[a][1:])[:, None] != np.array(texts[b][1:])
             expected = (r[a] @ r[b].T)[different].mean()
             assert got[layer].item() == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_text_without_tokens_that_count_is_nan_in_both_measures() -> None:
+    recording = helpers.record(
+        helpers.proved("llama"), [[5], *helpers.random_ids(20)], relative=True
+    )
+    for different in (False, True):
+        with pytest.warns(UserWarning, match="1 of 2 sequences have fewer than two tokens"):
+            got = flocking.consistency(recording, different_tokens=different)
+        assert np.isnan(got[0]).all()
+        assert not np.isnan(got[1]).any()

@@ -137,6 +137,14 @@ def test_statistic_refuses(recorded: tuple, options: dict, message: str) -> None
         flocking.statistic(recorded[2], **options)
 
 
+def test_prompts_of_one_token_have_a_generation_too() -> None:
+    recording = helpers.record(helpers.proved("llama"), [[5]], window=8, max_new_tokens=20)
+    with pytest.raises(ValueError, match="in a recording with a generation: give a phase"):
+        flocking.statistic(recording, start=0, stop=8)
+    got = flocking.statistic(recording, by="length", phase="generation")
+    assert got.stop.values.tolist() == [8, 16, 19]
+
+
 def test_positions_in_a_generation_need_the_phase(generated: tuple) -> None:
     with pytest.raises(ValueError, match="start=1 in a recording with a generation: give a phase"):
         flocking.statistic(generated[2], start=1)
@@ -410,8 +418,23 @@ def test_between_sequence_overlap(recorded: tuple) -> None:
     with pytest.raises(ValueError, match="fewer than a window"):
         flocking.between_sequence_overlap(coarse)
     equal = flocking.record(model, helpers.random_ids(20, 20), window=64, progress=False)
-    with pytest.raises(ValueError, match="expected two windows or more, got 1"):
+    with pytest.raises(ValueError, match="expected two full windows or more, got 1"):
         flocking.between_sequence_overlap(equal)
+
+
+def test_halves_of_a_text_have_equally_many_tokens(recorded: tuple) -> None:
+    """Windows of 16, 16 and 1 token: the last one is left out, not made half of a text."""
+    model = recorded[0]
+    ids = helpers.random_ids(34, 34)
+    long, cut = (
+        flocking.record(model, ids, window=16, max_tokens=n, progress=False) for n in (34, 33)
+    )
+    got, expected = map(flocking.between_sequence_overlap, (long, cut))
+    np.testing.assert_allclose(got.within, expected.within)
+    with pytest.raises(ValueError, match="expected two full windows or more, got 1"):
+        flocking.between_sequence_overlap(
+            flocking.record(model, helpers.random_ids(18, 18), window=16, progress=False)
+        )
 
 
 def test_drift(recorded: tuple) -> None:

@@ -314,3 +314,27 @@ def test_a_state_of_another_kind_is_refused() -> None:
         with pytest.raises(ValueError, match=f"state is not that of a {name}: it has "):
             type(one).from_state(other.state())
         xr.testing.assert_identical(type(one).from_state(one.state()).result(), one.result())
+
+
+def test_measures_that_compare_texts_are_refused() -> None:
+    recording = flocking.record(helpers.build("llama"), helpers.random_ids(20, 30), progress=False)
+    running = flocking.RunningScores(flocking.between_consistency)
+    with pytest.raises(ValueError, match="between_consistency compares the texts of one recording"):
+        running.update(recording)
+    lengths = flocking.RunningScores(lambda each: flocking.drift(each).jaccard)
+    ids = helpers.random_ids(33, 41)
+    for row in ids:
+        part = flocking.record(helpers.build("llama"), row, window=8, progress=False)
+        if row is ids[0]:
+            lengths.update(part)
+    with pytest.raises(ValueError, match="before have 4 values along prompt_length, and these 5"):
+        lengths.update(part)
+
+
+def test_mean_scores_records_what_a_measure_needs() -> None:
+    model = helpers.build("llama")
+    options = {"layers": [1], "window": 8, "progress": False}
+    got = flocking.mean_scores(model, IDS, flocking.rank_consistency, ranks=True, **options)
+    recording = flocking.record(model, IDS, ranks=True, **options)
+    expected = flocking.rank_consistency(recording).mean("sequence")
+    np.testing.assert_allclose(got.rank_consistency.sel(summary="mean"), expected)

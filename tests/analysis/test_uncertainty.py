@@ -150,6 +150,18 @@ def test_options_out_of_range_are_refused() -> None:
         flocking.bootstrap(pairs(), level=95)
     with pytest.raises(ValueError, match="resamples=0"):
         flocking.bootstrap(pairs(), resamples=0)
+    with pytest.raises(ValueError, match=r"resamples=10000\.0: give a whole number"):
+        flocking.bootstrap(pairs(), resamples=1e4)
+    with pytest.raises(ValueError, match="seed=-1: give a whole number from 0"):
+        flocking.bootstrap(pairs(), seed=-1)
+    with pytest.raises(TypeError, match=r"level='0[.]9': give a number"):
+        flocking.bootstrap(pairs(), level="0.9")
+
+
+def test_infinite_values_count_as_missing() -> None:
+    values = xr.DataArray([1.0, 2.0, 4.0, np.nan], dims="sequence")
+    infinite = values.where(values.notnull(), np.inf)
+    xr.testing.assert_identical(flocking.bootstrap(infinite), flocking.bootstrap(values))
 
 
 def test_each_value_has_the_interval_of_the_sequences_that_have_it() -> None:

@@ -52,3 +52,18 @@ def test_only_likelihoods_have_a_protocol(evaluate: Callable) -> None:
     found = evaluate(["piqa", "qasper"], methods=[], protocol="last-token", limit=1)
     protocols = found.drop_duplicates("task").set_index("task")["protocol"]
     assert dict(protocols) == {"piqa": "last-token", "qasper": "context"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"calibration": ["a text"]}, "none of topk is made from it"),
+        ({"calibration": "news", "methods": ["static-domain"]}, "none of static-domain is made"),
+        ({"seed": 1, "methods": ["topk", "static"]}, "none of topk, static draws"),
+    ],
+)
+def test_what_no_method_uses_is_refused(settings: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Plan(["piqa"], data_dir=TASKS, **settings)
+    Plan(["piqa"], data_dir=TASKS, calibration=["a text"], methods=["static"])
+    Plan(["piqa"], data_dir=TASKS, seed=1, methods=["random"])

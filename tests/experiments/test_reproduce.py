@@ -408,3 +408,22 @@ def test_experiments_say_what_to_give(name: str, subject: tuple) -> None:
     ):
         with pytest.raises(TypeError, match=match):
             reproduce.EXPERIMENTS[name](*given)
+
+
+def test_a_figure_that_cannot_be_made_does_not_keep_others_from_it(
+    subject: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*args: object, **options: object) -> xr.Dataset:
+        raise ValueError("text 'a' has 5 tokens, and 65 are needed.")
+
+    monkeypatch.setitem(EXPERIMENTS, "scores", short)
+    said: list[str] = []
+    arguments = (tmp_path, lambda: subject[:2], "tiny", subject[2])
+    with pytest.raises(ValueError, match=r"1 of 2 figures cannot be made \(scores\).* 65 are"):
+        reproduce.regenerate(*arguments, only=["scores", "text_kinds"], say=said.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"text_kinds{suffix}" for suffix in (".json", ".md", ".png", ".svg")
+    ]
+    assert any(line.startswith("scores: cannot be made: text 'a'") for line in said)
+    with pytest.raises(ValueError, match=r"^text 'a' has 5 tokens"):
+        reproduce.regenerate(*arguments, only=["scores"], say=said.append)

@@ -70,6 +70,29 @@ def test_scores_without_ranks_say_how_to_record_them(recording: xr.Dataset) -> N
     assert axes[0].get_legend() is None
 
 
+def test_scores_of_which_one_has_no_ranks_say_which(recording: xr.Dataset) -> None:
+    without = recording.drop_vars("rank")
+    for data, control, said in ((recording, without, "control: "), (without, recording, "data: ")):
+        axes = flocking.plot.scores(data, control=control)
+        assert [text.get_text() for text in axes[1].texts] == [
+            f"{said}no ranks in the recording:\nmake it with record(..., ranks=True)"
+        ]
+        assert len(axes[1].lines) == 2  # what is there, and chance
+        assert len(axes[1].get_yticks())
+
+
+def test_scores_and_overlaps_of_summaries_and_pairs(recording: xr.Dataset) -> None:
+    running = flocking.RunningScores()
+    running.update(recording)
+    axes = flocking.plot.scores(running.result())
+    expected = flocking.flocking_score(recording).mean("sequence")
+    np.testing.assert_allclose(axes[0].lines[0].get_ydata(), expected)
+    pairs = flocking.between_sequence_overlap(recording, 0.5, pairs="all")
+    ax = flocking.plot.overlap(pairs)
+    expected = flocking.bootstrap(pairs.between).sel(interval="estimate")
+    np.testing.assert_allclose(line(ax, "between two texts"), expected)
+
+
 def test_scores_of_results_and_their_averages(recording: xr.Dataset) -> None:
     values = xr.Dataset({name: getattr(flocking, name)(recording) for name in NAMES})
     for given in (values, flocking.bootstrap(values), values.mean("sequence")):
@@ -344,9 +367,7 @@ def test_a_legend_that_is_there_gets_the_lines_that_it_lacks(recording: xr.Datas
     kept = flocking.select(flocking.statistic(recording), 0.5)
     flocking.plot.overlap(flocking.jaccard(*(kept.isel(sequence=n) for n in (0, 1))), ax=ax)
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert names == [
-        *("mine", "within a text", "between two texts", "chance", "prompt and generation")
-    ]
+    assert names == [*("mine", "within a text", "between two texts", "chance", "two selections")]
     assert ax.get_legend().get_title().get_text() == "Lines"
 
 

@@ -280,3 +280,26 @@ def test_a_layer_without_relative_activations_says_so() -> None:
         flocking.plot.heatmap(recording, layer=0)
     with pytest.raises(ValueError, match="no sequence True: choose from 0"):
         flocking.plot.heatmap(recording.isel(sequence=[0, 0]), sequence=True)
+
+
+def test_pictures_of_unlike_sizes_do_not_share_an_axis() -> None:
+    """The second one would cut rows or neurons off the first, which has no names either."""
+    values = np.random.default_rng(0).random((300, 40))
+    long = xr.DataArray(values, dims=("token", "neuron"), coords={"token": range(300)})
+    long = long.assign_coords(neuron=range(40))
+    for share, other in (("sharey", long[:200]), ("sharex", long[:, :30])):
+        _, (one, two) = plt.subplots(1, 2, **{share: True})
+        flocking.plot.heatmap(long, ax=one)
+        limits = one.get_xlim(), one.get_ylim()
+        with pytest.raises(ValueError, match="same names and limits"):
+            flocking.plot.heatmap(other, ax=two)
+        assert (one.get_xlim(), one.get_ylim()) == limits
+        flocking.plot.heatmap(long + 1, ax=two)
+
+
+def test_what_is_sparse_is_seen() -> None:
+    """The brightest colour is that of large values, also where nearly all are 0."""
+    values = np.zeros((100, 50), np.float32)
+    values[3, :5] = 0.01
+    ax = flocking.plot.heatmap(xr.DataArray(values, dims=("token", "neuron")))
+    assert ax.images[0].norm.vmax == pytest.approx(0.01)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers import build
 
 import flocking
 from flocking.models import sampled
+from flocking.pruning import calibration_texts
 
 
 def by_hand(
@@ -138,3 +141,17 @@ def test_refuses_models_that_cannot_write() -> None:
     twin = flocking.griffin(build("llama"))
     with pytest.raises(ValueError, match="model is a twin"):
         flocking.global_statistic(twin, progress=False)
+
+
+def test_texts_of_a_folder_are_those_that_record_reads(tmp_path: Path) -> None:
+    """Of JSON lines, not their syntax; and no file in silence, but for those without text."""
+    (tmp_path / "a.TXT").write_text("one")
+    (tmp_path / "b.txt").write_text("\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "two"}\n"three"\n')
+    (tmp_path / "d.md").write_text("no text file")
+    assert calibration_texts(tmp_path) == ["one", "two", "three"]
+    assert calibration_texts(str(tmp_path / "c.jsonl")) == ["two", "three"]
+    for empty in ("b.txt", "e.jsonl"):
+        (tmp_path / "e.jsonl").write_text("")
+        with pytest.raises(ValueError, match=r"no text in|no line with a text"):
+            calibration_texts(tmp_path / empty)

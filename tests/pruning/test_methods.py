@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 import flocking
 from flocking.drawing.style import BY_SELECTION
-from flocking.pruning import METHODS, WITH_REFERENCE
+from flocking.pruning import DRAWN, METHODS, WITH_REFERENCE, WITHOUT_TEXT
 
 
 def scores_of(method: str, statistic: Tensor, k: int = 40, seed: int = 0) -> Tensor:
@@ -29,10 +31,24 @@ def test_methods_are_reproducible(llama: tf.PreTrainedModel, method: str) -> Non
         chosen.append(as_masks(twin, llama))
     assert (chosen[0].sum(-1) == 80).all()
     np.testing.assert_array_equal(chosen[0], chosen[1])
-    drawn = method in ("sampled", "half-sampled", "random")
-    assert (chosen[0] != chosen[2]).any() == drawn
+    assert (chosen[0] != chosen[2]).any() == (method in DRAWN)
     if method != "topk":
         assert (chosen[0] != expected_selection(llama, ids)[0]).any()
+
+
+@pytest.mark.parametrize("method", [*METHODS, *WITH_REFERENCE])
+def test_which_methods_need_the_text_is_known(llama: tf.PreTrainedModel, method: str) -> None:
+    """Evaluations hold one selection for all texts of those that do not."""
+    options: dict[str, Any] = {}
+    if method in WITH_REFERENCE:
+        options["reference"] = flocking.global_statistic(llama, random_ids(30, 30, seed=5))
+    twin = flocking.griffin(llama, 0.5, method=method, **options)
+    chosen = []
+    for seed in (0, 1):
+        generate(twin, tokens(20, seed=seed))
+        chosen.append(as_masks(twin, llama))
+    same = method in WITHOUT_TEXT or method == "random"  # (which draws the same for every text)
+    assert (chosen[0] == chosen[1]).all() == same
 
 
 def test_methods_have_a_style_in_figures() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +26,11 @@ from streams import (
     ending_after,
     stream,
 )
+from transformers import AutoModelForCausalLM
 
 import flocking
 from flocking.artifacts import BusyError, claimed
+from flocking.recording import growing
 
 
 @pytest.mark.parametrize("arrays", [0, 5, 10, 17, 24])
@@ -186,6 +187,72 @@ def test_a_block_of_which_a_file_is_lost_is_recorded_again(
     flocking.save_recording(stream(path).isel(sequence=[0]), tmp_path / "y.zarr")
 
 
+@pytest.mark.parametrize("continued", [False, True])
+def test_any_file_of_a_block_is_missed_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, continued: bool
+) -> None:
+    """Also those of later windows and tokens, where a text is cut into several chunks."""
+    path, given = tmp_path / "x.zarr", tmp_path / "given.zarr"
+    changes: dict[str, Any] = {"relative": True, "ranks": True}
+    if continued:
+        changes["prompt_tokens"] = [len(ids) // 2 for ids in TEXTS]
+    monkeypatch.setattr(growing, "_CHUNK", 1000)
+    expected = by_block("llama", TEXTS, **changes)
+    with monkeypatch.context() as patch:
+        ending_after(patch, 28)
+        with pytest.raises(Ended):
+            stream(path, **changes)
+    passes = counted(monkeypatch)
+    shutil.copytree(path, given)
+    assert_same_values(stream(given, **changes).load(), expected)
+    alone, others = len(passes), 0
+    files = [file for file in sorted(path.rglob("*")) if re.fullmatch(r"[0-7]\.\d.*", file.name)]
+    assert any(file.name.split(".")[-2:] not in (["0", "0"], ["0"]) for file in files)
+    for file in files[:: max(1, len(files) // 24)]:
+        shutil.rmtree(given)
+        shutil.copytree(path, given)
+        (given / file.relative_to(path)).unlink()
+        passes.clear()
+        assert_same_values(stream(given, **changes).load(), expected)
+        others += len(passes) > alone
+    assert others == len(files[:: max(1, len(files) // 24)])
+
+
+def test_the_tokenizer_beside_a_model_is_compared(tmp_path: Path) -> None:
+    folder, arguments = tmp_path / "model", {"out": tmp_path / "x.zarr", **SMALL}
+    helpers.build("llama").save_pretrained(folder)
+    helpers.letters("<s> $A").save_pretrained(folder)
+    flocking.record(AutoModelForCausalLM.from_pretrained(folder), ["abc"], **arguments)
+    given = helpers.letters("<s> $A")
+    flocking.record(
+        AutoModelForCausalLM.from_pretrained(folder), ["abc"], tokenizer=given, **arguments
+    )
+    helpers.letters("$A").save_pretrained(folder)
+    with pytest.raises(ValueError, match="begun with another tokenizer"):
+        flocking.record(AutoModelForCausalLM.from_pretrained(folder), ["abc"], **arguments)
+
+
+def test_a_store_of_unknown_length_has_room_for_all_once_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no two processes enlarge it at the same time."""
+    path = tmp_path / "x.zarr"
+    with monkeypatch.context() as patch:
+        ending_after(patch, 12)
+        with pytest.raises(Ended):
+            stream(path, iter(TEXTS))
+    resized = []
+    resize = growing.GrowingStore._resize
+
+    def noted(self: Any, sizes: Any) -> None:
+        resized.append(dict(sizes))
+        resize(self, sizes)
+
+    monkeypatch.setattr(growing.GrowingStore, "_resize", noted)
+    assert_same_values(stream(path).load(), by_block("llama", TEXTS))
+    assert [sizes["sequence"] for sizes in resized if "sequence" in sizes] == [21, 21]
+
+
 def test_texts_that_are_longer_than_planned_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,90 +305,6 @@ def test_a_smaller_number_cuts_nothing_off(tmp_path: Path) -> None:
     assert zarr.open_array(path / "recorded", mode="r").attrs["texts"] == 30
     got = stream(path, iter(TEXTS), num_texts=np.int64(len(TEXTS)))
     assert_same_values(got.load(), by_block("llama", TEXTS))
-
-
-# --------------------------------------------------------------------------------------
-# Several processes
-
-
-SHARE = """
-import os, sys
-sys.path[:0] = {paths!r}
-import torch
-torch.set_num_threads(1)
-import helpers, streams
-from flocking.recording import growing
-
-path, dies = sys.argv[1], sys.argv[2:]
-if dies and dies[0] == os.environ["RANK"]:
-    write = growing.GrowingStore.write
-    def writing(self, rows, *args):
-        if dies[1:] == ["killed"]:
-            os.kill(os.getpid(), 9)
-        raise RuntimeError("the machine is gone")
-    growing.GrowingStore.write = writing
-streams.stream(path)
-"""
-
-
-def share(path: Path, count: int, *dies: str) -> list[subprocess.CompletedProcess[str]]:
-    """Run it in several processes, as torchrun starts them."""
-    here = Path(__file__).parent
-    program = SHARE.format(paths=[str(here), str(here.parent)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    command += ["--standalone", "--no-python", sys.executable, "-c", program, str(path), *dies]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def test_three_processes_write_what_one_does(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = by_block("llama", TEXTS)
-    finally:
-        torch.set_num_threads(threads)
-    ended = share(tmp_path / "x.zarr", 3)
-    assert ended.returncode == 0, ended.stderr
-    assert_same_values(flocking.open_recording(tmp_path / "x.zarr").load(), expected)
-
-
-def test_a_process_that_dies_is_named_and_others_go_on_without_it(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = by_block("llama", TEXTS)
-        path = tmp_path / "x.zarr"
-        ended = share(path, 2, "1")
-        assert ended.returncode != 0
-        assert "the machine is gone" in ended.stderr
-        with pytest.warns(UserWarning, match="13 of 21 texts are recorded so far"):
-            so_far = flocking.open_recording(path)
-        assert so_far.sequence.values.tolist() == [*range(8), *range(16, 21)]
-        got = stream(path).load()  # alone
-    finally:
-        torch.set_num_threads(threads)
-    assert_same_values(got, expected)
-
-
-def test_a_process_that_is_killed_is_told_of_by_the_others(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    program = SHARE.format(paths=[str(here), str(here.parent)])
-    command = [sys.executable, "-c", program, str(tmp_path / "x.zarr"), "1", "killed"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    first, second = (
-        subprocess.Popen(
-            command, env={**os.environ, **place, "RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    )
-    told = first.communicate(timeout=300)[1]
-    second.communicate(timeout=300)
-    assert second.returncode == -9
-    assert first.returncode == 1
-    assert "one of the 2 processes ended without a word" in told
 
 
 def test_what_was_appended_to_it_is_not_taken_away(tmp_path: Path) -> None:

@@ -237,6 +237,22 @@ def test_texts_that_fail_can_be_skipped(tmp_path: Path, kind: Any) -> None:
     xr.testing.assert_identical(flocking.open_recording(tmp_path / "y.zarr").load(), got)
 
 
+@pytest.mark.parametrize("kind", [list, iter])
+@pytest.mark.parametrize("place", [0, 3, 20])
+def test_texts_of_another_kind_can_be_skipped(tmp_path: Path, kind: Any, place: int) -> None:
+    """They could be recorded alone, not beside the others: the first one decides."""
+    tokenizer = helpers.letters("<s> $A")
+    texts: list[Any] = ["abc" * (1 + number % 5) for number in range(21)]
+    texts[place] = [5, 6, 7]
+    got = stream(tmp_path / "x.zarr", kind(texts), tokenizer=tokenizer, on_error="skip").load()
+    others = [number for number in range(21) if number != place]
+    assert got.sequence.values.tolist() == (others if place else [0])
+    assert f"text {place or 1} comes in another form" in got.attrs["skipped"][0]
+    good = [texts[number] for number in (others if place else [0])]
+    expected = flocking.record(helpers.proved("llama"), good, tokenizer=tokenizer, **SMALL)
+    helpers.assert_same(got.assign_coords(sequence=range(len(good))), expected)
+
+
 def test_activations_that_are_not_finite_can_be_skipped(tmp_path: Path) -> None:
     model = helpers.build("llama")
     with torch.no_grad():
@@ -296,7 +312,7 @@ def test_bad_places(tmp_path: Path) -> None:
 
 def test_strings_and_ids_cannot_follow_each_other(tmp_path: Path) -> None:
     tokenizer = helpers.letters("<s> $A")
-    with pytest.raises(ValueError, match="from text 8 on, texts come in another form"):
+    with pytest.raises(ValueError, match="text 8 comes in another form than those before"):
         stream(tmp_path / "x.zarr", iter(["abc"] * 8 + TEXTS[:2]), tokenizer=tokenizer)
 
 

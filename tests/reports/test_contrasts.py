@@ -117,9 +117,22 @@ def test_models_without_a_size_have_no_order(tmp_path: Path) -> None:
     assert set(contrasted(collect(tmp_path))["of"]) == {"methods", "prompts"}
 
 
+def test_prompts_are_paired_on_the_items_that_both_have(tmp_path: Path) -> None:
+    items = made.items_of(1)
+    fewer = items[(items["task"] != "wikitext_16") | items["item"].between(3, 9)]
+    rows = contrasted(collect(made.evaluated(tmp_path, "m", 10, fewer)))
+    long, short = (
+        above(items[items["item"].between(3, 9)], f"wikitext_{n}", "loss_64", "topk")
+        for n in (256, 16)
+    )
+    here = {"of": "prompts", "task": "wikitext", "metric": "loss_64", "method": "topk"}
+    check(rows, long - short, **here, density=0.5)
+
+
 def test_prompts_with_other_items_are_refused(tmp_path: Path) -> None:
     items = made.items_of(1)
-    fewer = items[(items["task"] != "wikitext_16") | (items["item"] < 7)]
+    first = items["item"] < 7
+    fewer = items[np.where(items["task"] == "wikitext_16", first, ~first)]
     outputs = collect(made.evaluated(tmp_path, "m", 10, fewer))
     with pytest.raises(ValueError, match="wikitext_256 and wikitext_16 of m have other items: giv"):
         contrasted(outputs)

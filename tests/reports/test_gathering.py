@@ -54,6 +54,32 @@ def test_a_model_is_known_by_its_files_and_dtype(tmp_path: Path) -> None:
     assert labels == [f"m ({one})", f"m ({deep})"]
 
 
+def test_models_of_one_name_in_a_folder_of_folders_are_told_apart(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        made.evaluated(tmp_path / name, "m", 10, identity=name)
+    assert [each.label for each in collect(tmp_path).models] == ["m (one)", "m (two)"]
+
+
+def test_what_was_begun_and_not_finished_is_named(tmp_path: Path) -> None:
+    made.evaluated(tmp_path / "one", "m", 10)
+    (tmp_path / "two" / "cells").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="two: an evaluation was begun and not finished there"):
+        found = collect(tmp_path)
+    assert [each.label for each in found.models] == ["m"]
+
+
+def test_documents_are_held_against_the_first_that_says_which_they_are(tmp_path: Path) -> None:
+    """Not only against the first output, which may be of a version that did not say it."""
+    old = made.evaluated(tmp_path / "old", "old", 5)
+    (old / "source.json").unlink()
+    (old / "tables.md").write_text("(model old; dtype float32; device cpu)\n")
+    one = made.evaluated(tmp_path / "one", "one", 10)
+    two = made.evaluated(tmp_path / "two", "two", 20)
+    other_documents(two)
+    with pytest.raises(ValueError, match=r"one and .*two were not asked the same"):
+        collect([old, one, two])
+
+
 def test_figures_go_with_the_model_of_their_name_and_folder(tmp_path: Path) -> None:
     one = made.evaluated(tmp_path / "one", "m", 10)
     two = made.evaluated(tmp_path / "two", "m", 20, identity="another")

@@ -1,0 +1,80 @@
+"""flocking record: what it is given, what it says first, and what it replaces."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import flocking
+from flocking.cli import app
+
+
+def told(*arguments: object, code: int = 2, **options: object) -> str:
+    ended = CliRunner().invoke(app, ["record", *map(str, arguments)], **options)
+    assert ended.exit_code == code, ended.output
+    return " ".join(ended.output.split())
+
+
+@pytest.fixture(autouse=True)
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused here is refused before a model is loaded."""
+
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(flocking, "load", load)
+
+
+def test_files_without_a_text_are_refused_first(tmp_path: Path) -> None:
+    out = tmp_path / "x.zarr"
+    for name, content in (
+        ("a.jsonl", ""),
+        ("b.jsonl", "\n \n"),
+        ("c.txt", ""),
+        ("d.txt", "\ufeff"),
+    ):
+        file = tmp_path / name
+        file.write_text(content, encoding="utf-8")
+        said = told(file, "-o", out)
+        assert name in said
+        assert "not foreseen" not in said
+    assert "--on-error ignore: give stop or skip" in told(
+        __file__, "-o", out, "--on-error", "ignore"
+    )
+    assert not out.exists()
+
+
+def test_devices(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("A text.")
+    assert "cannot be used here" in told(file, "-o", tmp_path / "x.zarr", "--device", "")
+
+
+def test_several_processes_do_not_replace_a_store_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = tmp_path / "a.txt", tmp_path / "x.zarr"
+    file.write_text("A text.")
+    out.mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "several processes cannot replace it" in told(file, "-o", out, "--overwrite")
+    assert out.is_dir()
+
+
+def test_output_that_cannot_show_a_name_does_not_end_a_command(tmp_path: Path) -> None:
+    program = "from flocking.cli import main; from flocking.cli.printing import say\n"
+    program += "import sys; sys.argv = ['flocking', '--version']\n"
+    program += "try:\n    main()\nexcept SystemExit:\n    say('日本 ±')\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert r"\u65e5\u672c \xb1" in ended.stdout
