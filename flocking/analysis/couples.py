@@ -104,7 +104,7 @@ def of_pairs(
     xarray.DataArray or xarray.Dataset, (pair, ...)
         With coordinates ``sequence`` and ``other`` along ``pair``.
     """
-    labels = recording.sequence.values  # also if they have none
+    labels: np.ndarray = recording.sequence.values  # also if they have none
     if len({*labels.tolist()}) < len(labels):
         warn("Names of sequences repeat: they are numbered in the pairs.")
         labels = np.arange(len(labels))

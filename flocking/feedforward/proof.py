@@ -141,7 +141,8 @@ def prove(
     if z.is_meta:  # no values to go by: by convention, the gate is defined first
         return bench.proved(math.nan, candidate.ups)
     error = max(error, _prove_tokenwise(bench, z))
-    return bench.proved(error, _gate_first(bench, z))
+    # (tanh is odd, and ReLU takes a factor out: only what does both is linear.)
+    return bench.proved(error, _gate_first(bench, z, factors=(-1, 2)))
 
 
 def prove_recordable(
@@ -160,7 +161,8 @@ def prove_recordable(
     if not z.is_meta and not z.isfinite().all():
         raise RefusedError("has activations that are not finite")
     error = _prove_tokenwise(bench, z)
-    order = _gate_first(bench, z)
+    # (A norm takes no factor out, and makes no block of two factors of one matrix.)
+    order = _gate_first(bench, z, factors=(-1,))
     # The outputs of the up-projections are kept as they were, and all else is changed.
     given: dict[str, Tensor] = {}
 
@@ -326,17 +328,17 @@ def _prove_tokenwise(bench: _Bench, z: Tensor) -> float:
     return bench.check(error, "it mixes tokens")
 
 
-def _gate_first(bench: _Bench, z: Tensor) -> tuple[str, ...]:
+def _gate_first(bench: _Bench, z: Tensor, factors: tuple[int, ...]) -> tuple[str, ...]:
     """The up-projections, gate first: z is linear in up, and not in the gate.
 
-    Where z is linear in both or in neither, the first one defined is taken for the gate.
+    It is linear in what it takes these factors out of. Where z is linear in both or in neither, the
+    first one defined is taken for the gate.
     """
     linear: dict[str, bool] = {}
     for path, up in bench.ups.items():
-        # (tanh is odd, and ReLU takes a factor out: only what does both is linear.)
         scaled = (
             bench.run_with({path: with_forward(up, lambda x, up=up, by=by: by * up(x))})[1] / by
-            for by in (-1, 2)
+            for by in factors
         )
         linear[path] = all(relative_error(each, z) <= bench.tolerance for each in scaled)
     if not bench.candidate.fused and len(linear) == 1 and all(linear.values()):

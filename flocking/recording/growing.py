@@ -382,7 +382,7 @@ class GrowingStore:
 
 def _touched(pieces: list[tuple[int, int]], size: int, chunk: int) -> list[int]:
     """Numbers of the chunks along a dimension that pieces of it, as (from, to), lie in."""
-    found = set()
+    found: set[int] = set()
     for start, stop in pieces:
         found.update(range(start // max(1, chunk), -(-min(stop, size) // max(1, chunk))))
     return sorted(found)

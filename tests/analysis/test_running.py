@@ -317,7 +317,8 @@ def test_a_state_of_another_kind_is_refused() -> None:
 
 
 def test_measures_that_compare_texts_are_refused() -> None:
-    recording = flocking.record(helpers.build("llama"), helpers.random_ids(20, 30), progress=False)
+    model, ids = helpers.build("llama"), helpers.random_ids(20, 30)
+    recording = flocking.record(model, ids, window=8, progress=False)
     running = flocking.RunningScores(flocking.between_consistency)
     with pytest.raises(ValueError, match="between_consistency compares the texts of one recording"):
         running.update(recording)

@@ -191,7 +191,13 @@ def test_overlap_takes_results(recording: xr.Dataset) -> None:
     )
     values = flocking.jaccard(early, late)
     ax = flocking.plot.overlap(values)
-    np.testing.assert_allclose(line(ax, "prompt and generation"), values.mean("sequence"))
+    np.testing.assert_allclose(line(ax, "two selections"), values.mean("sequence"))
+    of_generation = flocking.prompt_generation_overlap(recording, 0.5)
+    for given in (of_generation, flocking.bootstrap(of_generation)):
+        ax = flocking.plot.overlap(given, ax=plt.figure().gca())
+        np.testing.assert_allclose(
+            line(ax, "prompt and generation"), of_generation.mean("sequence")
+        )
     ax = flocking.plot.overlap(
         flocking.bootstrap(flocking.between_sequence_overlap(recording)), ax=plt.figure().gca()
     )

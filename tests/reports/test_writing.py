@@ -182,7 +182,7 @@ def test_the_page_says_what_the_rows_say(outputs: Outputs, tmp_path: Path) -> No
     assert page.startswith("# Models compared: small-model, large-model\n")
     assert "| large-model† | 9M | 4.5M | 3 | scores |" in page
     assert "- Outputs differ in torch: 2.13.0 of small-model" in page
-    assert "† Unlike small-model in what is listed above." in page
+    assert "† Unlike the first model in a line above." in page
     assert "- large-model was not measured on sequence_overlap, loss_by_method." in page
 
     def numbers(**wanted: object) -> pd.Series:
