@@ -21,6 +21,7 @@ from flocking.cli.options import (
     Dtype,
     Model,
     ModelArgument,
+    OnError,
     PromptTokens,
     is_first,
     load,
@@ -66,13 +67,7 @@ def record(
     field: Annotated[
         str, typer.Option(help="Where the text is in objects of JSON lines (.jsonl).")
     ] = "text",
-    on_error: Annotated[
-        str,
-        typer.Option(
-            help="What a text that cannot be recorded does: end the run, or be left out (skip).",
-            autocompletion=one_of(choices.ON_ERROR),
-        ),
-    ] = "stop",
+    on_error: OnError = "stop",
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Annotated[
@@ -221,11 +216,7 @@ def figures(
     if redraw and check:
         raise ValueError("--redraw and --check: give one of the two.")
     if redraw:
-        options = {"model": model, "texts": texts, "seed": seed, "device": device, "dtype": dtype}
-        if ignored := [f"--{name}" for name, value in options.items() if value]:
-            raise ValueError(
-                f"--redraw draws the numbers that are there: leave {' and '.join(ignored)} out."
-            )
+        _refuse_ignored(model=model, texts=texts, seed=seed, device=device, dtype=dtype)
     passages = [passage(name) for name in texts] if texts else flocking.passages()
     if redraw:
         done = experiments.redraw(out, only=only, say=notice)
@@ -244,6 +235,14 @@ def figures(
     result({"figures": [each._asdict() for each in done]}, lambda: None)
     if check and any(each.why for each in done):
         raise typer.Exit(1)
+
+
+def _refuse_ignored(**options: object) -> None:
+    """Refuse options that would say of which numbers figures are, where these are there."""
+    if ignored := [f"--{name}" for name, value in options.items() if value]:
+        raise ValueError(
+            f"--redraw draws the numbers that are there: leave {' and '.join(ignored)} out."
+        )
 
 
 @app.command(epilog="Example: flocking inspect HuggingFaceTB/SmolLM2-135M")

@@ -156,6 +156,13 @@ Continuations = Annotated[
         help="Text file with what follows a text; repeat it, in the order of the texts.",
     ),
 ]
+OnError = Annotated[
+    str,
+    typer.Option(
+        help="What a text that cannot be recorded does: end the run, or be left out (skip).",
+        autocompletion=one_of(choices.ON_ERROR),
+    ),
+]
 
 # Of `flocking generate`.
 Method = Annotated[

@@ -280,7 +280,12 @@ def _check_options(scope: object, seed: object, offload: object) -> None:
 def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twin:
     """Give it a twin's class, also where accelerate keeps the forward of the class before."""
     plain = type(copied)
-    _refuse_replaced(copied, base)
+    added = {name for part in base.__mro__ if issubclass(part, Twin) for name in vars(part)}
+    for name in added & vars(copied).keys():
+        raise ValueError(
+            f"model.{name} was replaced on this very object, and a twin would go around its own: "
+            f"delete it (del model.{name})."
+        )
     copied.__class__ = twin_class(plain, base)  # type: ignore[arg-type] # a class can be hashed
     for name in ("_old_forward", "forward"):
         if getattr(vars(copied).get(name), "__func__", None) is plain.forward:
@@ -293,16 +298,6 @@ def _become_twin(copied: PreTrainedModel, state: State, base: type[Twin]) -> Twi
     state.hooks = {id(hook) for module in twin.modules() for hook in hooks_on(module)}
     state.modules = {path: weakref.ref(module) for path, module in twin.named_modules()}
     return twin
-
-
-def _refuse_replaced(model: PreTrainedModel, base: type[Twin]) -> None:
-    """Refuse a model on which something was replaced that a twin does itself."""
-    added = {name for part in base.__mro__ if issubclass(part, Twin) for name in vars(part)}
-    for name in added & vars(model).keys():
-        raise ValueError(
-            f"model.{name} was replaced on this very object, and a twin would go around its own: "
-            f"delete it (del model.{name})."
-        )
 
 
 def _check_changed(full: PreTrainedModel) -> None:
@@ -328,7 +323,6 @@ def require_prunable(model: PreTrainedModel) -> list[FeedForward]:
         )
     blocks = prunable(model)
     refuse_forgetful(model)
-    _refuse_replaced(model, Twin)
     return blocks
 
 

@@ -147,7 +147,7 @@ def test_bad_input_is_said_in_one_sentence_and_changes_nothing(files: Path, tmp_
         ((whole, *texts, *out, "--method", "magnitude", "--own-samples"), "reads no texts"),
         ((whole, "--texts", short, *out), "give 256 or more"),
         ((whole, "--texts", tmp_path / "gone.txt", *out), "gone.txt does not exist"),
-        ((whole, "--texts", tmp_path / "mine", *out), "there is no .txt file with text"),
+        ((whole, "--texts", tmp_path / "mine", *out), "mine has no files whose names end in .txt"),
         ((whole, "--texts", "-", "--texts", "-", *out), "name it once"),
         ((tmp_path / "gone.gguf", *texts, *file), "gone.gguf"),
         ((whole, *texts, *out, "--seed", 7), "--seed 7: static draws nothing"),

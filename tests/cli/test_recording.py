@@ -77,3 +77,10 @@ def test_output_that_cannot_show_a_name_does_not_end_a_command(tmp_path: Path) -
     )
     assert ended.returncode == 0, ended.stderr
     assert rb"\u65e5 " + b"\xb1" in ended.stdout
+
+
+def test_a_redraw_refuses_what_it_would_ignore(tmp_path: Path) -> None:
+    arguments = ["figures", "--out", tmp_path, "--redraw", "--model", "big", "--seed", "1"]
+    ended = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert ended.exit_code == 2
+    assert "leave --model and --seed out" in " ".join(ended.output.split())

@@ -73,7 +73,7 @@ def test_record(place: Path) -> None:
     out = place / "r.zarr"
     said = document("record", "t.txt", "-o", out, "--model", "model", "--window", 4)
     recording = flocking.open_recording(out)
-    assert said == {"output": str(out), "sizes": dict(recording.sizes)}
+    assert said == {"output": str(out), "sizes": dict(recording.sizes), "skipped": []}
 
 
 def test_inspect() -> None:

@@ -49,6 +49,7 @@ EVALUATE = (
     *("evaluate", "--tasks", "piqa", "--model", "{}/model", "--out", "{}/out"),
     *("--data-dir", "{}/items"),
 )
+STATIC = (*EVALUATE, "--methods", "static")
 
 
 def recording(*texts: str) -> tuple[str, ...]:
@@ -104,10 +105,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     ((*EVALUATE, "--data-dir", "{}/dangling"), "dangling is a link to nowhere, which is not"),
     ((*EVALUATE, "--data-dir", "{}/of folders"), "piqa.jsonl is a folder: name a text file"),
     ((*EVALUATE, "--data-dir", "{}/of links"), "piqa.jsonl is a link to nowhere, which is not"),
-    ((*EVALUATE, "--calibration", LONG), "cannot be read (File name too long)"),
-    ((*EVALUATE, "--calibration", "{}/dangling"), "dangling is a link to nowhere, which is not"),
-    ((*EVALUATE, "--calibration", "{}/texts"), "a.txt is a folder: name a text file"),
-    ((*EVALUATE, "--calibration", "/proc/self/mem"), "cannot be read (Input/output error)"),
+    ((*STATIC, "--calibration", LONG), "cannot be read (File name too long)"),
+    ((*STATIC, "--calibration", "{}/dangling"), "dangling is a link to nowhere, which is not"),
+    ((*STATIC, "--calibration", "{}/texts"), "a.txt is a folder: name a text file"),
+    ((*STATIC, "--calibration", "/proc/self/mem"), "cannot be read (Input/output error)"),
     ((*EVALUATE, "--out", "{}/dangling/deeper"), "deeper is below {}/dangling, a link to nowhere"),
     ((*EVALUATE, "--out", "{}/" + LONG), "File name too long: name another file or place"),
     (

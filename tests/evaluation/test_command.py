@@ -106,7 +106,9 @@ def test_command_refuses_before_a_model_is_loaded(
     assert "there is no method 'best'" in said("--methods", "best")
     assert "there is no task 'nope'" in said("--tasks", "piqa,nope")
     assert "boolq has a limit or protocol and is not one" in said("--limit", "2,boolq=1")
-    assert "calibration: nowhere.txt does not exist" in said("--calibration", "nowhere.txt")
+    assert "calibration: nowhere.txt does not exist" in said(
+        "--calibration", "nowhere.txt", "--methods", "static"
+    )
     assert "nowhere: this folder does not exist" in said("--data-dir", "nowhere")
     assert "--limit: 'few' is not a number" in said("--limit", "few")
     assert "--limit 1,2: give one for all" in said("--limit", "1,2")

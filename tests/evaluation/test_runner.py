@@ -193,7 +193,10 @@ def test_says_what_is_too_long(shallow: tuple, tmp_path: Path) -> None:
         ({"protocol": "last"}, "protocol='last'"),
         ({"limit": 0}, "limit=0"),
         ({"limit": {"hella": 2}}, "hella has a limit or protocol and is not one of the tasks"),
-        ({"calibration": "nowhere.txt"}, r"calibration: nowhere.txt does not exist"),
+        (
+            {"calibration": "nowhere.txt", "methods": ["static"]},
+            r"calibration: nowhere.txt does not exist",
+        ),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )

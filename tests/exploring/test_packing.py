@@ -136,7 +136,10 @@ def test_narrow_layers_and_a_part_of_the_layers() -> None:
         (lambda r: r.drop_vars("relative"), "keeps"),
         (lambda r: r.drop_vars("token_text"), "Tokens have no texts: record with a tokenizer"),
         (lambda r: r.isel(sequence=[0]), "needs a recording of two texts or more"),
-        (lambda r: r.isel(window=[0]), "the shortest of these sequences has 0 tokens"),
+        (
+            lambda r: r.isel(window=[0]),
+            "the recording has no window of a prompt after the first token",
+        ),
     ],
 )
 def test_what_is_missing_is_said(recording: xr.Dataset, change, said: str) -> None:

@@ -25,7 +25,7 @@ from flocking.recording import growing
 path, dies = sys.argv[1], sys.argv[2:]
 rank = int(os.environ["RANK"])
 if dies[:1] == ["out"]:
-    path = f"{path}{rank}.zarr"
+    path = path.replace(".zarr", str(rank) + ".zarr")
 texts = streams.TEXTS
 if dies[:1] == ["share"]:
     texts = texts[rank::2]
