@@ -126,15 +126,15 @@ class TextFiles:
     def __init__(self, names: Sequence[str], field: str = "text") -> None:
         refuse_stdin_twice(names)
         self._field = field
+        paths = [p for name in names for p in ([None] if name == STDIN else _files_of(name))]
+        # What can be read once is held, as one text.
+        pipes = {path for path in paths if path and path.is_fifo()}
+        self._held = {path: read_text(path) for path in pipes}
         self._files = [
-            (path, None if path is None else _lines_of(path))
-            for name in names
-            for path in ([None] if name == STDIN else _files_of(name))
+            (path, None if path is None or path in pipes else _lines_of(path)) for path in paths
         ]
         if not self._files:
             raise ValueError("no file was named: name some with texts.")
-        # What can be read once is held.
-        self._held = {path: read_text(path) for path, _ in self._files if path and path.is_fifo()}
         self._stdin = read_stdin() if STDIN in names else ""
         self.names = [
             str(path or STDIN) if lines is None else f"{path}:{line}"
@@ -219,7 +219,8 @@ def _text_of_line(line: bytes, where: str, field: str) -> str:
     if not isinstance(found.get(field), str):
         there = ", ".join(name for name, value in found.items() if isinstance(value, str))
         raise ValueError(
-            f"{where} has no text in field {field!r} (texts are in: {there or 'none'}): name one."
+            f"{where} has no text in field {field!r} (texts are in: {there or 'none'}): put it "
+            "there, or name its field (--field of flocking record)."
         )
     return str(found[field])
 

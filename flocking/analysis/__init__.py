@@ -19,6 +19,7 @@ from flocking.analysis.overlap import (
     captured_energy,
     chance_jaccard,
     jaccard,
+    overlap_of,
     prompt_generation_overlap,
 )
 from flocking.analysis.prompt_lengths import drift
@@ -73,6 +74,7 @@ __all__ = [
     "marked",
     "mean_scores",
     "named",
+    "overlap_of",
     "prompt_generation_overlap",
     "rank_consistency",
     "said_by",

@@ -281,12 +281,36 @@ def prompt_generation_overlap(
     """
     density = density_by_layer(density, recording.sizes["layer"], recording.layer.values.tolist())
     densities = None if densities is None else several_densities(densities)
-    parts = [statistic(recording, phase=phase) for phase in ("prompt", "generation")]
-    prompt, generation = (select(part, density, densities=densities) for part in parts)
-    in_both = _reached(parts[0]) & _reached(parts[1])
-    overlap = jaccard(prompt & in_both, generation & in_both)
+    prompt, generation = (statistic(recording, phase=phase) for phase in ("prompt", "generation"))
+    overlap = overlap_of(prompt, generation, density, densities=densities)
     overlap = overlap.transpose("density", "sequence", "layer", missing_dims="ignore")
     return named(overlap, "jaccard", "Jaccard overlap of prompt and generation")
+
+
+def overlap_of(
+    first: xr.DataArray,
+    second: xr.DataArray,
+    density: float | Iterable[float],
+    *,
+    densities: Iterable[float] | None = None,
+) -> xr.DataArray:
+    """Jaccard overlap of what two statistics select, in experts that had a token in both.
+
+    Parameters
+    ----------
+    first, second : xarray.DataArray, (..., neuron)
+        Statistics, with coordinates ``d_ff`` and ``experts`` if there are mixtures.
+    density, densities
+        As of :func:`select`.
+
+    Returns
+    -------
+    xarray.DataArray, float64
+        As of :func:`jaccard`.
+    """
+    in_both = _reached(first) & _reached(second)
+    one, other = (select(part, density, densities=densities) for part in (first, second))
+    return jaccard(one & in_both, other & in_both)
 
 
 @measure("energy", "tokens")

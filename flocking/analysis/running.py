@@ -211,11 +211,13 @@ def _refuse_others(first: xr.Dataset, second: xr.Dataset) -> None:
     if {*first} != {*second}:
         names = [", ".join(sorted(map(str, each))) for each in (first, second)]
         raise ValueError(f"other sums ({names[0]}; {names[1]}): put those of one kind together.")
-    differ = [dim for dim in first.sizes if first.sizes[dim] != second.sizes.get(dim)]
+    dims = dict.fromkeys((*first.sizes, *second.sizes))
+    differ = [dim for dim in dims if first.sizes.get(dim) != second.sizes.get(dim)]
     if differ and differ[0] not in (*_OF_LAYERS, "neuron"):
+        had, has = (each.sizes.get(differ[0], "no") for each in (first, second))
         raise ValueError(
-            f"the texts before have {first.sizes[differ[0]]} values along {differ[0]}, and these "
-            f"{second.sizes.get(differ[0])}: give a measure that has as many for all texts."
+            f"the texts before have {had} values along {differ[0]}, and these {has}: give a "
+            "measure that has as many for all texts."
         )
     if differ or not first.coords.equals(second.coords):
         raise ValueError(

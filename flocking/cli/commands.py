@@ -28,7 +28,7 @@ from flocking.cli.options import (
     numbers_of,
     passage,
 )
-from flocking.cli.printing import counted, heading, printable, say
+from flocking.cli.printing import complain, counted, heading, printable, say
 from flocking.cli.session import as_json, notice, reporting, result
 from flocking.cli.tables import Column, print_table
 
@@ -233,6 +233,9 @@ def figures(
             read = functools.partial(load, model, device, dtype)
             done = experiments.regenerate(out, read, *inputs, only=only, seed=seed, say=notice)
     result({"figures": [each._asdict() for each in done]}, lambda: None)
+    if problem := experiments.unmade(done):
+        complain(problem)
+        raise typer.Exit(2)
     if check and any(each.why for each in done):
         raise typer.Exit(1)
 

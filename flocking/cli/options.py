@@ -306,9 +306,15 @@ def load(
 
 
 def _of_this_process(device: str) -> str:
-    """The device; of processes that torchrun starts on a machine, each has a GPU to itself."""
-    own = os.environ.get("LOCAL_RANK")
-    return f"cuda:{own}" if device == "cuda" and own and is_one_of_several() else device
+    """The device; of processes that torchrun starts on a machine, each has a GPU to itself.
+
+    Where there are fewer GPUs, as where each process sees its own alone, that is left to torch.
+    """
+    import torch
+
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    has_own = device == "cuda" and is_one_of_several() and own < torch.cuda.device_count()
+    return f"cuda:{own}" if has_own else device
 
 
 def is_one_of_several() -> bool:

@@ -140,8 +140,8 @@ class GriffinLM(HFLM):
         continuations are then computed one at a time.
     calibration : path or list of str, optional
         What the static statistic of "static" and "global-local" is made from: a text file, a
-        folder of ``.txt`` files, or the texts; the packaged passages by default. A text that is
-        longer than the context is read in pieces, which count as texts.
+        file of JSON lines or folder of such, or the texts; the packaged passages by default. A text
+        that is longer than the context is read in pieces, which count as texts.
     **kwargs
         The harness's: ``dtype``, ``device``, ``batch_size``, ``revision``, ... Code that comes
         with a model is run with ``trust_remote_code=True`` alone, and nothing is asked.

@@ -130,7 +130,8 @@ class Plan:
     Raises
     ------
     ValueError
-        For an unknown method or protocol, or a density or limit that is out of range.
+        For an unknown method or protocol, a density or limit that is out of range, or a calibration
+        or seed that no method uses.
     """
 
     tasks: Sequence[str]
@@ -150,8 +151,8 @@ class Plan:
             twin.needs_texts and not twin.of_domain for twin in twins
         ):
             raise ValueError(
-                f"calibration={self.calibration}: none of {', '.join(self.methods)} is made from "
-                "it: leave it out, or ask static or global-local."
+                f"calibration={_few(self.calibration)}: none of {', '.join(self.methods)} is made "
+                "from it: leave it out, or ask static or global-local."
             )
         if self.seed and not any(twin.draws for twin in twins):
             raise ValueError(
@@ -227,6 +228,11 @@ class Plan:
             # A prompt is continued, whatever the protocol of likelihoods.
             return replace(asked, protocol="context")
         return asked
+
+
+def _few(texts: str | Path | Sequence[str]) -> str:
+    """A path, or how many texts there are."""
+    return str(texts) if isinstance(texts, str | Path) else f"{len(texts)} texts"
 
 
 def _refuse_uncomparable(name: str, task: Task) -> None:

@@ -89,7 +89,7 @@ def atlas(
         shares = [_shares(energy.isel(sequence=order), len(names)) for order in orders]
         return xr.Dataset(
             {
-                "overlap": _overlaps(_kept(energy), names),
+                "overlap": _overlaps(energy, names),
                 "share": xr.concat(shares, dimension("dealt", DEALT)),
                 "settled": _settled(energy, draws),
             }
@@ -127,14 +127,20 @@ def _kept(energy: xr.DataArray) -> xr.DataArray:
     return analysis.select(energy**0.5, _DENSITY)
 
 
-def _overlaps(kept: xr.DataArray, names: list[str]) -> xr.DataArray:
+def _overlap(energy: xr.DataArray, other: xr.DataArray) -> np.ndarray:
+    """Overlap of what both select, mean over layers, (sequence,)."""
+    overlap = analysis.overlap_of(energy**0.5, other**0.5, _DENSITY)
+    return np.asarray(overlap.mean("layer").values)
+
+
+def _overlaps(energy: xr.DataArray, names: list[str]) -> xr.DataArray:
     """Mean overlap of pieces by kind, (kind, other): no piece with itself."""
-    count = kept.sizes["sequence"]
+    count = energy.sizes["sequence"]
     pairs = np.full((count, count), np.nan)
     here = np.arange(count)
     for step in range(1, count):
-        other = kept.roll(sequence=step).assign_coords(sequence=kept.sequence)
-        pairs[here, (here - step) % count] = analysis.jaccard(kept, other).mean("layer").values
+        other = energy.roll(sequence=step).assign_coords(sequence=energy.sequence)
+        pairs[here, (here - step) % count] = _overlap(energy, other)
     by_kind = pairs.reshape(len(names), count // len(names), len(names), -1)
     labels = {"kind": names, "other": names}
     return xr.DataArray(np.nanmean(by_kind, axis=(1, 3)), labels, ("kind", "other"))
@@ -161,8 +167,7 @@ def _settled(energy: xr.DataArray, draws: list[np.ndarray]) -> xr.DataArray:
             [energy.values[order[start : start + number]].mean(axis=0) for order in draws]
             for start in (0, number)
         ]
-        first, second = (_kept(_like(energy, np.array(part))) for part in means)
-        found.append(analysis.jaccard(first, second).mean("layer").values)
+        found.append(_overlap(*(_like(energy, np.array(part)) for part in means)))
     labels = {"pieces": _numbers(energy.sizes["sequence"])}
     return xr.DataArray(np.array(found).T, labels, ("draw", "pieces"))
 

@@ -132,17 +132,20 @@ def _overlaps(*parts: xr.Dataset) -> dict[str, xr.DataArray]:
     ``overlap`` with those of the same text's other readings, (sequence, layer, compared), and
     ``another`` with those of all other texts in order, (sequence, layer, other).
     """
-    chosen = [
-        analysis.select(analysis.statistic(part, start=1), _DENSITY).reset_coords(drop=True)
-        for part in parts
-    ]
-    own, *others = chosen
-    same = [analysis.jaccard(own, other) for other in others]
-    pairs = analysis.jaccard(own, own.rename(sequence="other"))
+    own, *others = (_bare(analysis.statistic(part, start=1)) for part in parts)
+    same = [analysis.overlap_of(own, other, _DENSITY).reset_coords(drop=True) for other in others]
+    pairs = analysis.overlap_of(own, own.rename(sequence="other"), _DENSITY)
+    pairs = pairs.reset_coords(drop=True)
     return {
         "overlap": xr.concat(same, dimension("compared", COMPARED[: len(same)])),
         "another": pairs.where(pairs.sequence != pairs.other),
     }
+
+
+def _bare(values: xr.DataArray) -> xr.DataArray:
+    """Values without what is said of them, but for the widths of layers and their experts."""
+    needed = {*values.dims, "d_ff", "experts"}
+    return values.drop_vars([name for name in values.coords if name not in needed])
 
 
 def _with_changes(values: xr.Dataset) -> xr.Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,12 +95,15 @@ class Outcome(NamedTuple):
     changed : list of str
         What is different in its numbers since the last commit, in words; only of a check.
     picture : Path
+    problem : str or None
+        Why it could not be made; None if it was.
     """
 
     name: str
     why: str | None
     changed: list[str]
     picture: Path
+    problem: str | None = None
 
 
 _SUFFIXES = (".json", ".png", ".svg", ".md")
@@ -137,20 +140,19 @@ def regenerate(
     Returns
     -------
     list of Outcome
-        Of each figure that was asked for.
+        Of each figure that was asked for, also of those that cannot be made of these texts or this
+        model.
 
     Raises
     ------
     ValueError
-        For an unknown name, or if there is a file of that name that is not a figure's; and, after
-        all others are made, for figures that cannot be made of these texts or this model.
+        For an unknown name, or if there is a file of that name that is not a figure's.
     OSError
         If `out` cannot be written, or another process is writing a figure there.
     """
     keys = _keys(out, identity, texts, only, seed)
     subject: _Subject | None = None
     done = []
-    impossible: dict[str, str] = {}
     for name, key in keys.items():
         path = out / f"{name}.json"
         # The numbers are in their place before they are drawn: whatever ends the drawing, the
@@ -171,14 +173,12 @@ def regenerate(
                     written = to_json(_run(name, subject, texts, seed).assign_attrs(about), key)
                 partial.write_text(written, encoding="utf-8")
         except _ImpossibleError as problem:
-            impossible[name] = str(problem)
             say(f"{name}: cannot be made: {problem}\n")
+            done.append(Outcome(name, why, [], out / f"{name}.png", str(problem)))
             continue
         caption = _drawn(name, written, out)
         say(f"{out / name}.png  {caption}\n")
         done.append(Outcome(name, why, [], out / f"{name}.png"))
-    if impossible:
-        raise ValueError(_without(impossible, len(keys)))
     return done
 
 
@@ -195,13 +195,15 @@ def _run(name: str, subject: _Subject, texts: Sequence[str], seed: int) -> xr.Da
         raise _ImpossibleError(str(problem)) from problem
 
 
-def _without(impossible: Mapping[str, str], of: int) -> str:
-    """Which of so many figures cannot be made, and why."""
-    if of == 1:
-        return next(iter(impossible.values()))
-    names = ", ".join(impossible)
-    reasons = "; ".join(dict.fromkeys(impossible.values()))
-    return f"{len(impossible)} of {of} figures cannot be made ({names}), all others are: {reasons}"
+def unmade(done: Sequence[Outcome]) -> str:
+    """Which figures cannot be made, and why; empty if all are."""
+    impossible = [each for each in done if each.problem is not None]
+    reasons = "; ".join(dict.fromkeys(str(each.problem) for each in impossible))
+    if len(impossible) in (0, len(done)):
+        return reasons
+    names = ", ".join(each.name for each in impossible)
+    which = f"{len(impossible)} of {len(done)} figures cannot be made ({names}), all others are"
+    return f"{which}: {reasons}"
 
 
 def redraw(

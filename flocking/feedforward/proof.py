@@ -250,7 +250,7 @@ def _cut(bench: _Bench, neurons: Tensor) -> tuple[dict[str, nn.Module], nn.Modul
 def _prove_experts(
     layer: nn.Module, candidate: Candidate, run: Callable[..., Any], generator: torch.Generator
 ) -> float:
-    """Check that experts, each cut down to a random half of its neurons, compute those alone."""
+    """Check that experts, each cut down to half of its neurons, compute those alone."""
     experts = layer.get_submodule(candidate.down)
     if not is_loaded(experts):
         return math.nan

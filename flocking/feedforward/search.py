@@ -112,7 +112,7 @@ def prove_all(model: PreTrainedModel, candidates: dict[str, list[Candidate]]) ->
 
 
 def _halved_tokens(x: Tensor) -> Tensor:
-    """Values of tokens, half as large; anything else as it is.
+    """Values of tokens, half as large, as layers are given them in most models; else as they are.
 
     (With the other sign, they would make up for projections whose outputs are negated.)
     """

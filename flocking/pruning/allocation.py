@@ -245,7 +245,8 @@ def _harms_of(
                 return None
             return z * mask.to(z)
 
-        with observe(model, pruned):  # the full model too: rounding is the same in mixtures
+        # (The full model is watched too: rounding is the same in mixtures.)
+        with torch.no_grad(), observe(model, pruned):
             logits = rest(model, ids, cut, copy.deepcopy(past), inputs)
         return logits[0].float().log_softmax(dim=-1)
 

@@ -314,7 +314,8 @@ def require_prunable(model: PreTrainedModel) -> list[FeedForward]:
     Raises
     ------
     RuntimeError, ValueError, UnsupportedModelError
-        As :func:`griffin`.
+        As :func:`griffin`, but for what is wrong with other arguments, and for members that were
+        replaced on the model itself, which only a twin shows.
     """
     if is_observed(model):
         raise RuntimeError(

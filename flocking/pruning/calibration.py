@@ -271,8 +271,8 @@ def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[
     Parameters
     ----------
     source : path or list of str, optional
-        A text file in UTF-8, a file of JSON lines, a folder of such (:class:`TextFiles` says
-        more; files without text are left out), or the texts themselves; by default the packaged
+        A text file in UTF-8, a file of JSON lines (whose texts are in ``text``) or a folder of
+        such, of which empty texts are left out; or the texts themselves; by default the packaged
         passages.
 
     Returns
@@ -293,7 +293,7 @@ def calibration_texts(source: str | Path | Sequence[str] | None = None) -> list[
         why = why_no_file(path)
         if why and why != "is a folder":
             raise ValueError(f"calibration: {path} {why}: give a text file or a folder.")
-        texts = [text for text in TextFiles([str(path)]) if text.strip()]
+        texts = [text for text in TextFiles([str(path.absolute())]) if text.strip()]
     if not any(texts):
         raise ValueError(f"calibration: there is no text in {source}: give some text files.")
     return texts

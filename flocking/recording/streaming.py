@@ -64,7 +64,7 @@ def stream(
     with processes() as among:
         _require_number(corpus, among)
         among.refuse_unlike("out", str(place))
-        among.refuse_unlike("texts", (corpus.number, first.digests.tolist()))
+        among.refuse_unlike("texts", (corpus.number, first.digests[:1].tolist()))
         with place.claimed() if among.rank == 0 else nullcontext():
             among.of_first(lambda: _prepare(place, corpus, reader, progress))
             store = GrowingStore(place)

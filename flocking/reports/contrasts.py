@@ -53,7 +53,7 @@ def contrasted(outputs: Outputs) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        If two prompts of one model have other items.
+        If two prompts of one model have no item in common.
     TypeError
         If `outputs` is something else, such as a folder.
 

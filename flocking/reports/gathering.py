@@ -194,6 +194,7 @@ def _labels(models: Sequence[_Model]) -> Mapping[_Model, str]:
         more = (
             dict.fromkeys(same, ""),
             {other: f", {other.dtype}" for other in same},
+            {other: f" ({min(other.outs).name})" for other in same},
             {other: f" ({folders[other].name})" for other in same},
             {other: f" ({folders[other]})" for other in same},
             {other: f" ({number})" for number, other in enumerate(same, 1)},

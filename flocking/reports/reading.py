@@ -18,6 +18,10 @@ from flocking.texts import why_no_file
 
 ITEMS = "items.parquet"
 _CELLS = "cells"  # what an evaluation keeps until it is done, and after
+_BEGUN = (
+    "an evaluation was begun and not finished there, and is left out: run the same flocking "
+    "evaluate again, which goes on."
+)
 _LAYERS = ("interval", "weights", "layer")
 # Figures that are compared, with the variables that are read, and their dimensions.
 FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -49,12 +53,11 @@ def folders_in(out: Path) -> list[Path]:
         raise ValueError(f"{out} {why}: name a folder that flocking evaluate or figures wrote.")
     inside = sorted(one for one in out.iterdir() if one.is_dir() and one.name[0] != ".")
     found = [out] if _holds(out) else list(filter(_holds, inside))
-    begun = [str(one) for one in inside if one not in found and (one / _CELLS).is_dir()]
-    if begun and out not in found:
-        warn(
-            f"{' and '.join(begun)}: an evaluation was begun and not finished there, and is left "
-            "out: run the same flocking evaluate again, which goes on."
-        )
+    begun = [str(one) for one in (out, *inside) if _is_begun(one)]
+    if begun and found:
+        warn(f"{' and '.join(begun)}: {_BEGUN}")
+    if begun and not found:
+        raise ValueError(f"{' and '.join(begun)}: {_BEGUN}")
     if not found:
         names = ", ".join(f"{name}.json" for name in FIGURES)
         raise ValueError(
@@ -62,6 +65,11 @@ def folders_in(out: Path) -> list[Path]:
             f"flocking evaluate; {names} of flocking figures): name the --out of one of the two."
         )
     return found
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether an evaluation was begun in a folder, and not finished."""
+    return (folder / _CELLS).is_dir() and not (folder / ITEMS).exists()
 
 
 def _holds(folder: Path) -> bool:

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import flocking
-from flocking.cli import app
+from flocking.cli import app, options
+from flocking.cli.pruning import texts_of
 
 
 def told(*arguments: object, code: int = 2, **options: object) -> str:
@@ -84,3 +86,26 @@ def test_a_redraw_refuses_what_it_would_ignore(tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, [str(each) for each in arguments])
     assert ended.exit_code == 2
     assert "leave --model and --seed out" in " ".join(ended.output.split())
+
+
+def test_processes_on_one_machine_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert options._of_this_process("cuda") == "cuda"
+    assert options.is_first()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, expected in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("RANK", rank)
+        assert options._of_this_process("cuda") == expected
+        assert options._of_this_process("cpu") == "cpu"
+        assert options._of_this_process("cuda:1") == "cuda:1"
+        assert options.is_first() == (rank == "0")
+
+
+def test_texts_to_prune_by_are_those_that_record_reads(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": " "}\n')
+    assert texts_of([str(tmp_path)]) == ["one", "two"]
+    (tmp_path / "c.jsonl").write_text('{"body": "three"}\n')
+    with pytest.raises(ValueError, match=r"no text in field 'text' .texts are in: body.: put it"):
+        texts_of([str(tmp_path)])

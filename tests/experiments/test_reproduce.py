@@ -419,11 +419,29 @@ def test_a_figure_that_cannot_be_made_does_not_keep_others_from_it(
     monkeypatch.setitem(EXPERIMENTS, "scores", short)
     said: list[str] = []
     arguments = (tmp_path, lambda: subject[:2], "tiny", subject[2])
-    with pytest.raises(ValueError, match=r"1 of 2 figures cannot be made \(scores\).* 65 are"):
-        reproduce.regenerate(*arguments, only=["scores", "text_kinds"], say=said.append)
+    done = reproduce.regenerate(*arguments, only=["scores", "text_kinds"], say=said.append)
+    assert [each.problem is None for each in done] == [False, True]
+    told = reproduce.unmade(done)
+    assert told.startswith("1 of 2 figures cannot be made (scores), all others are: text 'a' has 5")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"text_kinds{suffix}" for suffix in (".json", ".md", ".png", ".svg")
     ]
     assert any(line.startswith("scores: cannot be made: text 'a'") for line in said)
-    with pytest.raises(ValueError, match=r"^text 'a' has 5 tokens"):
-        reproduce.regenerate(*arguments, only=["scores"], say=said.append)
+    assert reproduce.unmade(done[:1]).startswith("text 'a' has 5 tokens")
+    assert not reproduce.unmade(done[1:])
+
+
+def test_the_command_says_what_cannot_be_made_and_what_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / f"{name}.txt" for name in "ab"]
+    for file in files:
+        file.write_text("Too short.")
+    options = [part for file in files for part in ("--texts", str(file))]
+    out = ["--out", str(tmp_path / "out"), "--only", "scores", "--only", "text_kinds"]
+    ended = CliRunner().invoke(app, ["figures", *out, *options, "--json"])
+    assert ended.exit_code == 2
+    problems = {each["name"]: each["problem"] for each in json.loads(ended.stdout)["figures"]}
+    assert problems.keys() == {"scores", "text_kinds"}
+    assert all("tokens" in problem for problem in problems.values())
+    assert "flocking: text" in ended.stderr

@@ -241,3 +241,15 @@ def test_refuses_an_output_that_is_not_finite(llama: tf.PreTrainedModel) -> None
     llama.lm_head.weight.data[5] = torch.inf
     with pytest.raises(ValueError, match=r"^the model's output is not finite in text 0"):
         allocate(llama, random_ids(29))
+
+
+def test_a_model_that_is_trained_with_checkpointing() -> None:
+    """No gradient is taken, so that blocks do not run again for one."""
+    model = build("llama")
+    texts = random_ids(24, seed=1)
+    options = {"prompt_length": 16, "continuation_length": 8, "progress": False}
+    expected = flocking.allocate(model, texts, **options)
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()  # (as older versions call it)
+    got = flocking.allocate(model.train(), texts, **options)
+    np.testing.assert_allclose(got, expected)

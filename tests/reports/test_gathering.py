@@ -66,6 +66,8 @@ def test_what_was_begun_and_not_finished_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="two: an evaluation was begun and not finished there"):
         found = collect(tmp_path)
     assert [each.label for each in found.models] == ["m"]
+    with pytest.raises(ValueError, match="two: an evaluation was begun and not finished there"):
+        collect(tmp_path / "two")
 
 
 def test_documents_are_held_against_the_first_that_says_which_they_are(tmp_path: Path) -> None:
