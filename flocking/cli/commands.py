@@ -6,8 +6,9 @@ What needs torch is imported inside of the commands, so that help and version ar
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,6 +32,9 @@ from flocking.cli.options import (
 from flocking.cli.printing import complain, counted, heading, printable, say
 from flocking.cli.session import as_json, notice, reporting, result
 from flocking.cli.tables import Column, print_table
+
+if TYPE_CHECKING:
+    from flocking.experiments import Outcome
 
 _TOLD = 3  # texts that were left out and are named
 
@@ -226,14 +230,20 @@ def figures(
             key += f" {device.partition(':')[0]}"  # other devices round otherwise
         inputs = (key, passages)
         if check:
-            done = experiments.check(
-                out, *inputs, only=only, seed=seed, say=notice if as_json() else say
-            )
+            told = notice if as_json() else say
+            done = experiments.check(out, *inputs, only=only, seed=seed, say=told)
         else:
             read = functools.partial(load, model, device, dtype)
             done = experiments.regenerate(out, read, *inputs, only=only, seed=seed, say=notice)
     result({"figures": [each._asdict() for each in done]}, lambda: None)
-    if problem := experiments.unmade(done):
+    _end_unless_made(done, check)
+
+
+def _end_unless_made(done: Sequence[Outcome], check: bool) -> None:
+    """End with an exit code where a figure cannot be made, or a check found one out of date."""
+    from flocking.experiments import unmade
+
+    if problem := unmade(done):
         complain(problem)
         raise typer.Exit(2)
     if check and any(each.why for each in done):

@@ -4,6 +4,6 @@ Imports ``pruning``, ``plotting``, ``drawing`` and ``artifacts``, and the rooms 
 ``evaluation``, which is on the same floor.
 """
 
-from flocking.experiments.reproduce import EXPERIMENTS, check, redraw, regenerate, unmade
+from flocking.experiments.reproduce import EXPERIMENTS, Outcome, check, redraw, regenerate, unmade
 
-__all__ = ["EXPERIMENTS", "check", "redraw", "regenerate", "unmade"]
+__all__ = ["EXPERIMENTS", "Outcome", "check", "redraw", "regenerate", "unmade"]

@@ -141,7 +141,8 @@ def test_figures(tmp_path: Path) -> None:
         (tmp_path / name).write_text((FIGURES / name).read_text(encoding="utf-8"))
     said = document("figures", "--redraw", "--only", "scores", "--out", tmp_path)
     picture = str(tmp_path / "scores.png")
-    assert said == {"figures": [{"name": "scores", "why": None, "changed": [], "picture": picture}]}
+    told = {"name": "scores", "why": None, "changed": [], "picture": picture, "problem": None}
+    assert said == {"figures": [told]}
     only = ("--only", "drift", "--only", "heatmaps")
     checked = document("figures", "--check", *only, "--out", tmp_path, "--model", "model", code=1)
     drift, heatmaps = checked["figures"]

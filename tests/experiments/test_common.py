@@ -12,6 +12,7 @@ import xarray as xr
 from tokenizers.processors import TemplateProcessing
 
 import flocking
+from flocking.analysis import overlap_of
 from flocking.experiments import distances, losses, twins
 from flocking.experiments.common import begun, same_excerpts, same_length
 from flocking.experiments.reproduce import EXPERIMENTS
@@ -159,9 +160,15 @@ def test_overlaps_of_mixtures_are_within_each_expert(subject: tuple) -> None:
     ids = [tokenizer(text)["input_ids"][:129] for text in texts]
     recording = flocking.record(model, ids, window=32, progress=False)
     energy = flocking.statistic(recording, start=1, by="window")
-    kept = flocking.select(energy)
-    one, other = kept.isel(sequence=0), kept.isel(sequence=1).rename(window="later")
-    expected = flocking.jaccard(one.drop_vars("sequence"), other.drop_vars("sequence")).mean()
+    pairs = [
+        # (In experts that had a token in both pieces.)
+        overlap_of(
+            *(energy.isel(sequence=s, window=w, drop=True) for s, w in ((0, n), (1, m))), 0.5
+        )
+        for n in range(energy.sizes["window"])
+        for m in range(energy.sizes["window"])
+    ]
+    expected = np.mean([pair.values for pair in pairs])
     found = data.overlap.sel(weights="trained").isel(kind=0, other=1)
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
 
