@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from flocking.recording.chunking import chunk_sizes, touched
 from flocking.recording.dataset import COORDINATES, GENERATION, VARIABLES, Field, dimensions
 from flocking.recording.locations import Location
 
@@ -28,7 +29,6 @@ FILE = "file"
 BOOKKEEPING = (RECORDED, DIGEST, PROBLEM)
 DONE, LEFT_OUT = 1, 2  # values of ``recorded``
 
-_CHUNK = 8 * 2**20  # bytes in a chunk, uncompressed, at most
 _PADDED = ("token_id", "token_window")  # whole numbers, whose padding is not 0
 _ZARR = {"array.write_empty_chunks": True}  # so that a chunk that is absent is one that was lost
 
@@ -333,7 +333,7 @@ class GrowingStore:
                     pieces = [(number * block, min((number + 1) * block, size))]
                 elif dim in written and name not in _PADDED:
                     pieces = written[dim]
-                along.append(_touched(pieces, size, chunk))
+                along.append(touched(pieces, size, chunk))
             for place in itertools.product(*along):
                 yield f"{name}/{'.'.join(map(str, place))}"
 
@@ -378,14 +378,6 @@ class GrowingStore:
         zarr.consolidate_metadata(self._group.store, zarr_format=2)
         self.place.tidy()
         self.place.finish()
-
-
-def _touched(pieces: list[tuple[int, int]], size: int, chunk: int) -> list[int]:
-    """Numbers of the chunks along a dimension that pieces of it, as (from, to), lie in."""
-    found: set[int] = set()
-    for start, stop in pieces:
-        found.update(range(start // max(1, chunk), -(-min(stop, size) // max(1, chunk))))
-    return sorted(found)
 
 
 def is_growing(place: Location) -> bool:
@@ -475,7 +467,7 @@ def _allocate(
     return group.create_array(
         name,
         shape=shape,
-        chunks=_chunks(dims, shape, item, block),
+        chunks=chunk_sizes(dims, shape, item, block),
         dtype=str if is_text else field.dtype,
         # (xarray takes another one than NaN for the sign of a missing value.)
         fill_value=math.nan if math.isnan(field.fill) else None,
@@ -485,26 +477,3 @@ def _allocate(
 
 def _described(dims: tuple[str, ...], field: Field) -> dict[str, Any]:
     return {**field.attributes, "_ARRAY_DIMENSIONS": list(dims)}
-
-
-def _chunks(
-    dims: tuple[str, ...], shape: tuple[int, ...], item: int, block: int
-) -> tuple[int, ...]:
-    """One layer of some texts, so that reading a layer and reading a text are both cheap."""
-    chunk = dict(zip(dims, (max(1, size) for size in shape), strict=True))
-    for dim in ("layer", "relative_layer"):
-        if dim in chunk:
-            chunk[dim] = 1
-
-    def size() -> int:
-        return math.prod(chunk.values()) * item
-
-    # What a block has must be a multiple of what a chunk has: no two blocks share a file.
-    for texts in (count for count in range(block, 0, -1) if block % count == 0):
-        chunk["sequence"] = texts
-        if size() <= _CHUNK:
-            break
-    for dim in ("window", "token"):
-        if dim in chunk and size() > _CHUNK:
-            chunk[dim] = max(1, chunk[dim] * _CHUNK // size())
-    return tuple(chunk[dim] for dim in dims)

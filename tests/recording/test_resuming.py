@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 import flocking
 from flocking.artifacts import BusyError, claimed
-from flocking.recording import growing
+from flocking.recording import chunking, growing
 
 
 @pytest.mark.parametrize("arrays", [0, 5, 10, 17, 24])
@@ -196,7 +196,7 @@ def test_any_file_of_a_block_is_missed_and_no_other(
     changes: dict[str, Any] = {"relative": True, "ranks": True}
     if continued:
         changes["prompt_tokens"] = [len(ids) // 2 for ids in TEXTS]
-    monkeypatch.setattr(growing, "_CHUNK", 1000)
+    monkeypatch.setattr(chunking, "_CHUNK", 1000)
     expected = by_block("llama", TEXTS, **changes)
     with monkeypatch.context() as patch:
         ending_after(patch, 28)

@@ -28,6 +28,7 @@ from streams import (
 import flocking
 from flocking.recording import Wanted, growing, streaming
 from flocking.recording.arguments import Options
+from flocking.recording.chunking import chunk_sizes
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_it_can_be_saved_and_loses_no_file_unnoticed(tmp_path: Path) -> None:
 
 def test_chunks_hold_one_layer_and_blocks_share_none() -> None:
     for sizes in ((1000, 4, 17, 1536), (1000, 32, 17, 14336), (1000, 32, 600, 14336)):
-        chunk = growing._chunks(("sequence", "layer", "window", "neuron"), sizes, 4, 32)
+        chunk = chunk_sizes(("sequence", "layer", "window", "neuron"), sizes, 4, 32)
         assert chunk[1] == 1
         assert 32 % chunk[0] == 0
         assert np.prod(chunk) * 4 <= 8 * 2**20
