@@ -335,6 +335,26 @@ def batches(run: Run, shape: str, batch: int, layers: int) -> Iterator[str]:
         )
 
 
+def reading(run: Run, shape: str, tokens: int) -> Iterator[str]:
+    """A prompt by the full model and by GRIFFIN, which then selects; nothing compiled."""
+    model = run.model(shape)
+    ids = prompts(model, 1, tokens)
+    subjects = {"full": model, "GRIFFIN": flocking.griffin(model, run.density)}
+    decoders = {name: flocking.Decoder(each, tokens + 2) for name, each in subjects.items()}
+    found = run.interleaved(
+        {
+            name: lambda decoder=decoder: seconds(lambda: decoder.read(ids), run.device)
+            for name, decoder in decoders.items()
+        },
+        3 * run.repetitions,
+    )
+    run.keep("reading", f"{shape}, {tokens}", {"tokens": tokens, "seconds": found})
+    yield (
+        f"{shape}, prompt {tokens}: full {1e3 * statistics.median(found['full']):.1f} ms, GRIFFIN "
+        f"in{quartiles(ratios(found, 'GRIFFIN', 'full'))} times that"
+    )
+
+
 @torch.no_grad()
 def recording(run: Run, shape: str, tokens: int) -> Iterator[str]:
     """The cost of watching, compared with the forward pass without the head."""
@@ -454,7 +474,7 @@ def offloading(run: Run, shape: str) -> Iterator[str]:
     )
 
 
-SECTIONS = (decoding, recording, matrices, batches, generation, offloading)
+SECTIONS = (decoding, reading, recording, matrices, batches, generation, offloading)
 
 
 class Case(NamedTuple):
@@ -470,6 +490,7 @@ def plan(run: Run) -> list[Case]:
     if not run.on_gpu:
         return [
             Case(decoding, "small"),
+            Case(reading, "small", {"tokens": 48}),
             Case(recording, "small", {"tokens": 64}),
             Case(matrices, "small"),
             *(Case(batches, "small", {"batch": n, "layers": 2}) for n in (1, 2)),
@@ -477,7 +498,11 @@ def plan(run: Run) -> list[Case]:
             Case(offloading, "small"),
         ]
     real = [shape for shape in SHAPES if shape not in (HUGE, "small")]
-    some = [Case(decoding, real[0]), Case(recording, real[0], {"tokens": 4096})]
+    some = [
+        Case(decoding, real[0]),
+        *(Case(reading, real[0], {"tokens": n}) for n in (256, 2048)),
+        Case(recording, real[0], {"tokens": 4096}),
+    ]
     if run.options.quick:
         return [*some, Case(matrices, real[0])]
     return [

@@ -92,7 +92,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(
     gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = tmp_path / "gpu.json"
-    sections = ["decoding", "recording", "batches", "generation", "offloading"]
+    sections = ["decoding", "reading", "recording", "batches", "generation", "offloading"]
     once = ["--repetitions", "1"]
     gpu.main(["--device", "cpu", "--out", str(path), *once, "--only", *sections])
     said = capsys.readouterr().out

@@ -193,6 +193,31 @@ def test_selection_waits_for_the_device_once() -> None:
     assert waits(2) == waits(6) <= 2
 
 
+def test_a_graph_follows_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has the mask of the moment when it was captured."""
+    monkeypatch.setattr(graphs, "_COMPILER", "eager")
+    torch.manual_seed(0)
+    config = tf.MistralConfig(  # with all heads: a mask for eager attention is in no eager graph
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        sliding_window=4,
+    )
+    model = there(tf.MistralForCausalLM(config).eval())
+    model.generation_config.eos_token_id = None
+    for subject in (model, flocking.griffin(model, 1.0)):
+        decoder = flocking.Decoder(subject, 64)
+        prompt = prompts(1, 20)
+        for window in (4, None, 4):
+            model.config.sliding_window = window
+            due = generated(model, prompt, 16)
+            assert torch.equal(decoder.generate(**prompt, max_new_tokens=16), due)
+            assert decoder._compiled._graph is not None
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("scope", ["shared", "sequence"])

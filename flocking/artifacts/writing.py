@@ -103,8 +103,9 @@ def replacing(
         ending.enter_context(uninterrupted())
         for one in wanted:
             _put(claim / one.name, one, overwrite, check, replaced)
-        for places in _noted:
-            places.append(path)
+        if not (path.parent / NOTE).exists():  # inside of a claim, it is not in its place yet
+            for places in _noted:
+                places.append(path)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import flocking
 from flocking.cli.options import at_least_one, load
-from flocking.cli.outputs import naming, refuse_nothing, said_of
+from flocking.cli.outputs import naming, refuse_nothing
 from flocking.cli.printing import complain
 from flocking.cli.session import is_quiet
 from flocking.texts import TextFiles, expanded
@@ -151,35 +151,35 @@ def write_pruned(request: Request) -> Exported:
             seed=request.seed,
         )
         if request.is_gguf:
-            done = _write_gguf(request, partial, selection, (model, tokenizer, held_out))
+            done = flocking.export_gguf(
+                request.gguf(),
+                selection,
+                partial,
+                down=request.down_type,
+                progress=not is_quiet(),
+            )
         else:
             done = flocking.export(
                 model, selection, partial, tokenizer=tokenizer, held_out=held_out
             )
-    return replace(done, path=request.output)
+    done = replace(done, path=request.output)
+    # (A GGUF file is in its place by now: whatever happens here, it stays.)
+    return _measured(done, model, held_out, tokenizer) if request.is_gguf else done
 
 
-def _write_gguf(
-    request: Request,
-    path: Path,
-    selection: object,
-    judged: tuple[PreTrainedModel, PreTrainedTokenizerBase, list[list[int]]],
+def _measured(
+    done: Exported,
+    model: PreTrainedModel,
+    held_out: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Exported:
-    """A GGUF file; what it loses is that of the file's own weights, read again."""
+    """With what a GGUF file loses, by its own weights, read again, if that can be measured."""
     from flocking.models import is_out_of_memory, read_gguf
     from flocking.pruning import measure_lost
 
-    model, tokenizer, held_out = judged
-    done = flocking.export_gguf(
-        request.gguf(),
-        selection,
-        path,
-        down=request.down_type,
-        progress=not is_quiet(),
-    )
-    # The file is complete and was compared with its source: without a number it is still good.
+    # The file was compared with its source: without a number it is still good.
     try:
-        written = read_gguf(path)
+        written = read_gguf(done.path)
         # Buffers stay in their precision, as in `model`. (float32 may not fit the device.)
         for parameter in written.parameters():
             parameter.data = parameter.data.to(model.dtype)
@@ -187,7 +187,7 @@ def _write_gguf(
         written.to(model.device)  # type: ignore[arg-type]
         return replace(done, lost=measure_lost(model, written, held_out, tokenizer=tokenizer))
     except (OSError, ValueError) as problem:  # transformers cannot read some narrower models
-        why = f"the new file cannot be read here: {said_of(problem, path, request.output)}"
+        why = f"the new file cannot be read here: {problem}"
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise

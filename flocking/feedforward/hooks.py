@@ -20,7 +20,7 @@ from flocking.feedforward.block import FeedForward
 from flocking.feedforward.discovery import feedforwards
 from flocking.feedforward.moe import Routed, is_experts
 from flocking.feedforward.moe_hooks import watched, watching
-from flocking.models import exclusive, require_model
+from flocking.models import exclusive, modules_of, require_model
 
 
 def select_layers(
@@ -206,7 +206,7 @@ def _refuse_checkpointing(model: PreTrainedModel) -> None:
     """Refuse to watch passes whose blocks run again for the gradients, outside of the ``with``."""
     again = any(
         module.training and getattr(module, "gradient_checkpointing", False)
-        for module in model.modules()
+        for module in modules_of(model)
     )
     if again and torch.is_grad_enabled():
         raise RuntimeError(

@@ -4,7 +4,7 @@ Loading a model, copying its modules, running it, finding out by trial in which 
 run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` and ``texts`` only.
 """
 
-from flocking.models.attributes import settings
+from flocking.models.attributes import config_marks, settings
 from flocking.models.capabilities import (
     batches,
     chunks,
@@ -64,6 +64,7 @@ from flocking.models.tokenization import (
     tokenize_chats,
     tokenizer_beside,
 )
+from flocking.models.trees import modules_of, named_modules_of
 from flocking.models.untrained import control
 from flocking.models.weights import (
     any_tensor_of,
@@ -98,6 +99,7 @@ __all__ = [
     "byte_count",
     "check_generation",
     "chunks",
+    "config_marks",
     "contents_of",
     "context",
     "continued",
@@ -124,7 +126,9 @@ __all__ = [
     "load",
     "loaded",
     "located",
+    "modules_of",
     "name_and_path",
+    "named_modules_of",
     "opening_token",
     "overriding",
     "parameter_of",

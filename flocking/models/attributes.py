@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from flocking.models.trees import modules_of
+
 # Methods that accelerate wraps and binds to one model: a copy's would act on the original.
 WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
@@ -27,6 +29,7 @@ _NOT_KEPT = (
     frozenset(vars(nn.Module()))
     | {"forward", "config", "generation_config", "warnings_issued", "gradient_checkpointing"}
     | {"_hf_hook", "_old_forward", *WRAPPED}
+    | {"_griffin", "_reread", "_ends"}  # of flocking's own, on a twin
 )
 _SINGLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _QUICK = frozenset(_SINGLE)
@@ -36,6 +39,12 @@ _ALONE = (*_SINGLE, Enum, np.generic, np.ndarray, Tensor, type, types.ModuleType
 _VALUES = (*_SINGLE, Enum)
 _IDENTITIES = (*_ALONE, types.FunctionType, nn.Module, PreTrainedConfig, GenerationConfig)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+# Of configs: what a proof sets for itself, and names; of private fields, which do matter.
+_NO_MATTER = frozenset(
+    {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+    | {"return_dict", "architectures", "id2label", "label2id", "transformers_version"}
+)
+_PRIVATE = frozenset({"_attn_implementation_internal", "_experts_implementation_internal"})
 _DEPTH, _LENGTH = 4, 256  # how far down, and how long a container, is compared by what is in it
 
 # Attributes that are replaced for a while, by module and name: what they were before.
@@ -52,8 +61,9 @@ def has_own_state(module: nn.Module) -> bool:
 
 def updates_itself(module: nn.Module) -> bool:
     """Whether a model's own module computes its buffers anew as it runs: dynamic rotary ones."""
-    kind = str(vars(module).get("rope_type", ""))
-    return has_own_state(module) and ("dynamic" in kind or "longrope" in kind)
+    if (kind := vars(module).get("rope_type")) is None:
+        return False
+    return has_own_state(module) and ("dynamic" in str(kind) or "longrope" in str(kind))
 
 
 def kept(module: nn.Module) -> dict[str, Any]:
@@ -179,7 +189,7 @@ def settings(model: nn.Module, *, by_kind: bool = False) -> list[dict[str, Any]]
 
     Tensors and arrays are `by_kind` if they are of one kind.
     """
-    return [_marks(module, by_kind) for module in model.modules()]
+    return [_marks(module, by_kind) for module in modules_of(model)]
 
 
 def _marks(module: nn.Module, by_kind: bool = False) -> dict[str, Any]:
@@ -188,6 +198,23 @@ def _marks(module: nn.Module, by_kind: bool = False) -> dict[str, Any]:
         name: value if type(value) in _QUICK else mark(value, objects=objects, by_kind=by_kind)
         for name, value in kept(module).items()
     }
+
+
+def config_marks(model: nn.Module) -> list[dict[str, Any]]:
+    """Marks of what matters in the configs of all modules of a model, each config once."""
+    read: set[int] = set()
+    found = []
+    for module in modules_of(model):
+        if id(vars(module).get("config")) not in read:  # most modules of a model share one
+            for _, config in configs(module):
+                if id(config) not in read:
+                    read.add(id(config))
+                    found.append({k: mark(v) for k, v in vars(config).items() if _matters(k)})
+    return found
+
+
+def _matters(field: str) -> bool:
+    return field in _PRIVATE or not (field.startswith("_") or field in _NO_MATTER)
 
 
 def configs(module: nn.Module) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
@@ -211,6 +238,8 @@ def _nested(
 
 # By module; a module and its copies have the same set.
 _changing: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+# What modules kept at the beginning of each `with` in which changes are noted.
+_noting: dict[int, dict[nn.Module, dict[str, Any]]] = {}
 
 
 def share_changing(module: nn.Module, copied: nn.Module) -> None:
@@ -221,15 +250,28 @@ def share_changing(module: nn.Module, copied: nn.Module) -> None:
 @contextmanager
 def noting_changes(*modules: nn.Module) -> Iterator[None]:
     """Note what modules change by themselves as they run inside of the ``with``: a counter."""
-    before = [(module, _marks(module)) for module in modules]
+    before = {module: _marks(module) for module in modules}
+    _noting[id(before)] = before
     try:
         yield
     finally:
-        for module, then in before:
+        del _noting[id(before)]
+        for module, then in before.items():
             now = _marks(module)
             if now != then:
                 names = {name for name in {**then, **now} if _differs(then, now, name)}
                 _changing.setdefault(module, set()).update(names)
+
+
+def not_by_itself(module: nn.Module, names: Iterable[str]) -> None:
+    """Do not note what these attributes are now: they were set from outside of the model."""
+    for before in tuple(_noting.values()):
+        if module in before:
+            now, then = _marks(module), before[module]
+            for name in names:
+                then.pop(name, None)
+                if name in now:
+                    then[name] = now[name]
 
 
 def changing(module: nn.Module) -> set[str]:

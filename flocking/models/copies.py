@@ -221,6 +221,8 @@ def hooks_on(
     own, which capture outputs that are asked for, and those of ``observe``; without `of_weights`,
     also those of ``torch.nn.utils``.
     """
+    if not any(map(vars(module).__getitem__, kinds)):  # nearly always
+        return []
     left_out = _NOT_THE_USERS if of_weights else (*_NOT_THE_USERS, _OF_WEIGHTS)
     return [
         hook

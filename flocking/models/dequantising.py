@@ -101,7 +101,13 @@ def read_gguf(file: Path) -> PreTrainedModel:
     """
     contents = contents_of(file)
     refuse_unknown(contents)
-    _refuse_without_memory(file, _size(contents))
+    size = _size(contents)
+    _refuse_without_memory(file, size)
+    if size > (there := psutil.virtual_memory().available + psutil.swap_memory().free):
+        raise MemoryError(
+            f"{file} takes {size / 2**30:,.1f} GiB in float32, and {there / 2**30:,.1f} GiB are "
+            "free."
+        )
     return _dequantised(contents)[0].eval()
 
 

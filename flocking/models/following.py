@@ -24,6 +24,7 @@ from flocking.models.attributes import (
     instead_of_method,
     kept,
     mark,
+    not_by_itself,
     updates_itself,
 )
 from flocking.models.copies import forward_of, hook_keys
@@ -33,6 +34,8 @@ from flocking.models.weights import parts
 _TENSORS = ("_parameters", "_buffers")
 _GONE = object()
 _LITTLE = 1024  # elements
+# What stands in a copy for each module of the model.
+_Counterparts = weakref.WeakKeyDictionary[nn.Module, "weakref.ref[nn.Module]"]
 _SINGLE = (bool, int, float, complex, str, bytes, type(None))  # have no identity
 
 
@@ -66,8 +69,9 @@ class Original:
                     seen.add(id(config))
                     self._settings.append(Fields(names, module, mine))
         # What stands for a module of the model in each of the copies.
-        self._counterparts = [
-            weakref.WeakKeyDictionary({row[0][1]: row[1 + n] for row in rows})
+        # (Weakly, too: a copy that holds this would otherwise keep itself in memory.)
+        self._counterparts: list[_Counterparts] = [
+            weakref.WeakKeyDictionary({row[0][1]: weakref.ref(row[1 + n]) for row in rows})
             for n in range(len(copies))
         ]
 
@@ -125,7 +129,7 @@ class _Part:
         self.path = path
         self.module = weakref.ref(module)
         self.copies = [weakref.ref(each) for each in copies]
-        self.kind, self.forward = type(module), id(forward_of(module))
+        self.kind, self.forward = type(module), _forward(module)
         self.children = {name: _reference(child) for name, child in module._modules.items()}
         self.hooks = hook_keys(module)
         self.is_replaced, self.is_own = False, has_own_state(module)
@@ -143,16 +147,22 @@ class _Part:
 
         Parameters and buffers are the dict that holds each, and its name.
         """
-        offloaded = _is_offloaded(module)
         tensors = [
             (kind, name)
             for kind in _TENSORS
+            if vars(module)[kind] or self.tensors[kind]
             for name in {**vars(module)[kind], **self.tensors[kind]}
             if not self._is_as_it_was(kind, name, vars(module)[kind].get(name, _GONE))
-            # What is offloaded comes and goes as the model runs.
-            and not (offloaded and (kind == "_parameters" or self._is_away(module, name)))
         ]
+        if tensors and _is_offloaded(module):  # these come and go as the model runs
+            tensors = [
+                (kind, name)
+                for kind, name in tensors
+                if kind == "_buffers" and not self._is_away(module, name)
+            ]
         now = self._look(module, self.values)
+        if not tensors and now == self.values:  # nearly always
+            return [], {}
         if self._ran(module, tensors):
             for kind, name in tensors:
                 self._look_at(kind, name, module)
@@ -216,10 +226,10 @@ class _Part:
         named = self.path or "the model itself"
         if type(module) is not self.kind:
             return f"{named} is a {type(module).__name__} now"
-        if id(forward_of(module)) != self.forward:
+        if _forward(module) != self.forward:
             return f"{named} has another forward"
         children = module._modules
-        for name in {**self.children, **children}:
+        for name in {**self.children, **children} if children or self.children else ():
             was_there, is_there = name in self.children, name in children
             if not (was_there and is_there) or children[name] is not _referent(self.children[name]):
                 return self._what(name, was_there, is_there)
@@ -253,7 +263,7 @@ class _Part:
         module: nn.Module,
         tensors: list[tuple[str, str]],
         values: dict[str, Any],
-        counterparts: list[weakref.WeakKeyDictionary[nn.Module, nn.Module]],
+        counterparts: list[_Counterparts],
     ) -> None:
         """Bring what has changed to the copies."""
         attributes = vars(module)
@@ -267,6 +277,7 @@ class _Part:
                     there = vars(mine).get(name)
                     known = counterparts[number]
                     vars(mine)[name] = value.of_copy(attributes[name], there, known)
+            not_by_itself(mine, values)
             for kind, name in tensors:
                 seen, there = self.tensors[kind].get(name), vars(mine)[kind].get(name)
                 shared = not self._is_unsaved(module, name) if seen is None else seen.shared
@@ -314,16 +325,16 @@ class _Kept:
 
     __hash__ = None  # type: ignore[assignment]  # it is never a key
 
-    def of_copy(
-        self, value: Any, there: Any, counterparts: weakref.WeakKeyDictionary[nn.Module, nn.Module]
-    ) -> Any:
+    def of_copy(self, value: Any, there: Any, counterparts: _Counterparts) -> Any:
         """What a copy gets where the model has this value, instead of what is there."""
         if isinstance(value, Tensor):
             is_elsewhere = isinstance(there, Tensor) and there.device != value.device
             return value if self.shared and not is_elsewhere else _own(value, there)
         if self.shared:
             return value
-        memo: dict[int, Any] = {id(module): mine for module, mine in counterparts.items()}
+        memo: dict[int, Any] = {
+            id(module): mine for module, ref in counterparts.items() if (mine := ref()) is not None
+        }
         return copy.deepcopy(value, memo)
 
 
@@ -418,6 +429,11 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 def _form(tensor: Tensor | None) -> tuple[object, ...] | None:
     return tensor if tensor is None else (type(tensor), tensor.shape, tensor.dtype, tensor.device)
+
+
+def _forward(module: nn.Module) -> Any:
+    """What the module computes with, if that is not its class's."""
+    return mark(forward_of(module), objects=False)
 
 
 def _reference(value: Any) -> weakref.ref | None:

@@ -38,6 +38,7 @@ _WHOLE_WORDS = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "tekken",
 )
+_CONTROL, _USERS = 3, 4  # types of tokens (llama.cpp's LLAMA_TOKEN_TYPE_...)
 # Texts begin with the first token where the file does not say whether they do.
 _BEGINNING = (*_WHOLE_WORDS, "chameleon")
 # Texts on which rules of splitting differ.
@@ -81,6 +82,16 @@ def _check(folder: Path, contents: Contents) -> None:
                 "texts."
             )
             return
+    # (Of tokens that are there twice, the last one counts.)
+    whole = {token: number for number, (token, _) in _whole_tokens(contents.metadata).items()}
+    for token, number in whole.items():
+        if loaded.convert_tokens_to_ids(token) != number:
+            warn(
+                f"{contents.file} has a token {token!r} that transformers' "
+                f"{type(loaded).__name__} takes for another one or for none: texts in which it is "
+                "have other tokens than in llama.cpp."
+            )
+            return
 
 
 def _changes(content: dict[str, Any], contents: Contents, splits: bool) -> dict[str, Any]:
@@ -89,7 +100,11 @@ def _changes(content: dict[str, Any], contents: Contents, splits: bool) -> dict[
     # Special tokens that a class has by default are no part of this model.
     added = [token for token in content["added_tokens"] if token["id"] < size]
     found: dict[str, Any] = {"added_tokens": added}
-    kind, rule = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
+    kind, rule = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre", "default")
+    if kind == "gpt2":
+        content = {**content, "model": _with_whole(content["model"], metadata)}
+        found["model"] = content["model"]
+        found["added_tokens"] = _whole(added, metadata)
     if kind == "llama" and not metadata["general.architecture"].startswith("gemma"):
         found |= _with_spaces(metadata.get("tokenizer.ggml.add_space_prefix", True))
     if kind == "gpt2" and splits:
@@ -99,6 +114,47 @@ def _changes(content: dict[str, Any], contents: Contents, splits: bool) -> dict[
         if ends != _added(content["post_processor"]):
             found["post_processor"] = _template(metadata["tokenizer.ggml.tokens"], *ends)
     return found
+
+
+def _whole_tokens(metadata: dict[str, Any]) -> dict[int, tuple[str, bool]]:
+    """By id, tokens that stand whole in a text as the file spells them; and if they are special."""
+    kinds = metadata.get("tokenizer.ggml.token_type") or ()
+    return {
+        number: (token, kind == _CONTROL)
+        for number, (token, kind) in enumerate(
+            zip(metadata["tokenizer.ggml.tokens"], kinds, strict=False)
+        )
+        if kind in (_CONTROL, _USERS)
+    }
+
+
+def _with_whole(model: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """A byte-level vocabulary in which these are spelled as in the file, and not by their bytes.
+
+    (transformers writes them byte by byte where they have letters or spaces that no other token
+    has, and then adds tokens of the right spelling, behind the end of the model's embedding.)
+    """
+    by_bytes = {number: token for token, number in model["vocab"].items()}
+    # (Two may have been spelled alike, of which only one is there.)
+    spelled = {**dict(enumerate(metadata["tokenizer.ggml.tokens"])), **by_bytes}
+    whole = _whole_tokens(metadata)
+    others = {token for number, token in spelled.items() if number not in whole}
+    merged = {
+        "".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]
+    }
+    for number, (token, _) in whole.items():
+        if spelled[number] in others or spelled[number] not in merged:
+            spelled[number] = token
+    return {**model, "vocab": {spelled[number]: number for number in sorted(spelled)}}
+
+
+def _whole(added: list[dict[str, Any]], metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tokens that are looked for in a text first, by id."""
+    found = {token["id"]: token for token in added}
+    for number, (token, is_special) in _whole_tokens(metadata).items():
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        found[number] = {"id": number, "content": token, **plain, "special": is_special}
+    return [found[number] for number in sorted(found)]
 
 
 def _with_spaces(first: bool) -> dict[str, Any]:

@@ -11,19 +11,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from flocking.models.attributes import Same, changing, configs, mark, settings, unlike
+from flocking.models.attributes import Same, changing, config_marks, mark, settings, unlike
 from flocking.models.copies import forward_of
 from flocking.models.locks import exclusive
+from flocking.models.trees import modules_of, named_modules_of
 
 _Found = TypeVar("_Found")
 
 _STATES = 4  # of one model that are remembered: a flag is often put back, or an adapter
-# Of configs: what a proof sets for itself, and names; of private fields, which do matter.
-_NO_MATTER = frozenset(
-    {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
-    | {"return_dict", "architectures", "id2label", "label2id", "transformers_version"}
-)
-_PRIVATE = frozenset({"_attn_implementation_internal", "_experts_implementation_internal"})
 
 
 class PerModel(Generic[_Found]):
@@ -93,34 +88,30 @@ def _state_of(model: nn.Module) -> _State:
     kinds: set[object] = set()
     modules: list[tuple[object, ...]] = []
     values: list[Any] = []
-    read: set[int] = set()  # configs
-    for path, module in model.named_modules():
-        mine, of_class = forward_of(module), type(module).forward
-        modules.append((path, id(module), type(module), tuple(module._parameters)))
-        values.append(None if mine is None else mark(mine, by_kind=True))
-        values.append(Same(of_class))
-        for _, config in configs(module):
-            if id(config) not in read:
-                read.add(id(config))
-                values.append({k: mark(v) for k, v in vars(config).items() if _matters(k)})
+    classes: set[type] = set()
+    for path, module in named_modules_of(model):
+        kind = type(module)
+        modules.append((path, id(module), kind, tuple(module._parameters)))
+        if (mine := forward_of(module)) is not None:
+            values.append((path, mark(mine, by_kind=True)))
+        if kind not in classes:
+            classes.add(kind)
+            values.append(Same(kind.forward))
         for p in module._parameters.values():
             kinds.add(p if p is None else (type(p), p.device.type, p.dtype))
     return _State(
         modules,
-        (kinds, getattr(model, "name_or_path", None), values),
+        (kinds, getattr(model, "name_or_path", None), values, config_marks(model)),
         settings(model, by_kind=True),
     )
-
-
-def _matters(field: str) -> bool:
-    return field in _PRIVATE or not (field.startswith("_") or field in _NO_MATTER)
 
 
 def _is_same(model: nn.Module, then: _State, now: _State) -> bool:
     return (
         then.modules == now.modules
         and then.others == now.others
-        and not any(
-            map(unlike, then.kept, now.kept, (changing(module) for module in model.modules()))
+        and (
+            then.kept == now.kept  # nearly always
+            or not any(map(unlike, then.kept, now.kept, map(changing, modules_of(model))))
         )
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +69,21 @@ class Bookmark:
             for name, then in kept.items():
                 values[name] = _back(values[name], then, rows, layer.is_compileable)
 
+    @contextmanager
+    def going_back(self, cache: Cache) -> Iterator[None]:
+        """As :meth:`go_back`; if the ``with`` fails, the cache is as it was before."""
+        before = [_all_of(layer, self.length) for layer in cache.layers]
+        self.go_back(cache)
+        try:
+            yield
+        except BaseException:
+            for layer, (values, written) in zip(cache.layers, before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(values)
+                for part, then in written:
+                    part.copy_(then)
+            raise
+
 
 def refuse_unknown(cache: Any) -> None:
     """Raise a ValueError for a cache that a :class:`Bookmark` cannot take back."""
@@ -94,15 +111,22 @@ class Seal:
     """
 
     def __init__(self, cache: Any) -> None:
+        self._length = int(cache.get_seq_length())
         self._parts = list(map(_identity, _tensors_of(cache)))
+        self._last = _last_of(cache, self._length)
 
     def holds(self, cache: Any) -> bool:
         """Whether the cache is still as it was, or shorter."""
         parts = list(map(_identity, _tensors_of(cache)))
-        return len(parts) == len(self._parts) and all(
-            # (A storage that is referred to weakly keeps its address to itself.)
-            one[0].cdata == other[0].cdata and one[1] == other[1]
-            for one, other in zip(parts, self._parts, strict=True)
+        return (
+            int(cache.get_seq_length()) <= self._length
+            and len(parts) == len(self._parts)
+            and all(
+                # (A storage that is referred to weakly keeps its address to itself.)
+                one[0].cdata == other[0].cdata and one[1] == other[1]
+                for one, other in zip(parts, self._parts, strict=True)
+            )
+            and all(map(torch.equal, _last_of(cache, self._length), self._last))
         )
 
 
@@ -111,10 +135,25 @@ def _identity(tensor: Tensor) -> tuple[StorageWeakRef, int | None]:
     return StorageWeakRef(tensor.untyped_storage()), version
 
 
+def _last_of(cache: Any, length: int) -> list[Tensor]:
+    """The last token's part of tensors that are written in place without torch counting it."""
+    return [
+        value[..., length - 1, :].clone()
+        for layer in (cache.layers if isinstance(cache, Cache) else [])
+        for value in vars(layer).values()
+        if isinstance(value, Tensor)
+        and layer.is_compileable
+        and value.is_inference()
+        and value.ndim == 4  # (sequence, head, token, width)
+        and 0 < length <= value.shape[-2]
+    ]
+
+
 def _tensors_of(cache: Any) -> list[Tensor]:
     """All tensors that a cache holds."""
     found: list[Tensor] = []
-    rest = [vars(layer) for layer in cache.layers] if isinstance(cache, Cache) else [cache]
+    owners = cache.layers if isinstance(cache, Cache) else [cache]
+    rest: list[Any] = [getattr(owner, "__dict__", {}) for owner in owners]
     while rest:
         value = rest.pop()
         if isinstance(value, Tensor):
@@ -135,12 +174,26 @@ def _kept_of(layer: Any) -> dict[str, Any]:
     grows = isinstance(layer, DynamicLayer | StaticLayer) and not layer.is_sliding
     kept: dict[str, Any] = {}
     for name, value in vars(layer).items():
+        if name == "record_past":  # how the layer keeps what it keeps, which generate may set later
+            continue
         if not (grows and isinstance(value, Tensor) and value.ndim > 1):
             kept[name] = _copied(value)
         elif isinstance(layer, DynamicLayer):
             kept[name] = _Shape(value.shape)
         # What a fixed cache holds behind its length is masked, and written anew.
     return kept
+
+
+def _all_of(layer: Any, length: int) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]:
+    """A layer's attributes, and copies of what may be written in place behind `length` tokens."""
+    values = {k: v.copy() if isinstance(v, dict | list) else v for k, v in vars(layer).items()}
+    written = []
+    for value in values.values() if layer.is_compileable else ():
+        if isinstance(value, Tensor):
+            cut = isinstance(layer, StaticLayer) and not layer.is_sliding and value.ndim == 4
+            part = value[:, :, length:] if cut else value
+            written.append((part, part.clone()))
+    return values, written
 
 
 def _copied(value: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from flocking.models import context, hooks_on, hooks_on_everything
+from flocking.models import context, hooks_on, hooks_on_everything, named_modules_of
 from flocking.pruning.twin import Twin
 
 
@@ -52,7 +52,7 @@ def refuse_hooks(model: PreTrainedModel) -> None:
             "torch.nn.modules.module.register_module_forward_hook, which a compiled step would not "
             "call if it changed: remove it, or use generate, which calls it."
         )
-    for path, module in model.named_modules():
+    for path, module in named_modules_of(model):
         if hooks_on(module) or hasattr(module, "_hf_hook"):  # accelerate's
             raise ValueError(
                 f"{path or type(model).__name__} has a hook, which a compiled step would not call "

@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.analysis import kept_count, named, select, weight_magnitude
+from flocking.analysis import kept_count, named, reached, select, weight_magnitude
 from flocking.feedforward import FeedForward, feedforwards
 from flocking.pruning.calibration import global_statistic
 from flocking.pruning.methods import global_local
@@ -117,6 +117,7 @@ def fixed_selection(
     if texts is not None:
         static = global_statistic(model, texts, tokenizer=tokenizer, seed=seed)
     assert static is not None
+    static = _with_weights(static, model, blocks)
     if texts is not None and sources is not None:
         pieces = f" of {len(texts)} texts of "
         told = static.attrs["made_from"].replace(
@@ -125,8 +126,26 @@ def fixed_selection(
         static.attrs["made_from"] = told
     if method == "global-local":
         assert own is not None
-        static = _mean_of_ranks(static, own, blocks)
+        static = _mean_of_ranks(static, _with_weights(own, model, blocks), blocks)
     return select(static, densities)
+
+
+def _with_weights(
+    statistic: xr.DataArray, model: PreTrainedModel, blocks: list[FeedForward]
+) -> xr.DataArray:
+    """With the norms of their weights for experts that no token of the texts was routed to.
+
+    As :func:`flocking.griffin` does for those that a prompt does not reach.
+    """
+    widths, experts = (np.array([getattr(b, name) for b in blocks]) for name in ("d_ff", "experts"))
+    beyond = np.arange(statistic.sizes["neuron"]) >= widths[:, None]
+    missing = ~(reached(statistic.values, widths, experts) | beyond)
+    if not missing.any():
+        return statistic
+    count = int((missing / (widths // experts)[:, None]).sum().round())
+    values = np.where(missing, weight_magnitude(model).values, statistic.values)
+    told = f"{statistic.made_from}, and of weights in {count} experts that no token was routed to"
+    return statistic.copy(data=values).assign_attrs(made_from=told)
 
 
 def _mean_of_ranks(

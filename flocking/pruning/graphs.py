@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flocking.feedforward import anything_is_watched
-from flocking.models import attention, parts, settings
+from flocking.models import attention, config_marks, modules_of, parts, settings
 
 _COMPILER = "inductor"
 _WARM_UP = 3  # runs before a graph is captured
@@ -43,7 +44,10 @@ class CompiledStep:
         self._model: Any = model  # (transformers types generation apart from models)
         self._device, self._implementation = device, implementation
         self._is_cuda = device.type == "cuda"
-        self._compiled = _compiled(step)
+        # (Of the step's object, which holds this, there is only a weak reference: a cycle would
+        # keep caches and graphs until the garbage collector runs.)
+        function, owner = (getattr(step, name) for name in ("__func__", "__self__"))
+        self._compiled, self._owner = _compiled(function), weakref.ref(owner)
         self._has_run = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._reads: tuple[Any, ...] = ()  # addresses that the graph reads, and settings
@@ -75,16 +79,23 @@ class CompiledStep:
     def follow_parameters(self) -> None:
         """Warm up and capture again if a parameter or buffer of the model moved.
 
-        Or if a plain value of a module changed, such as which adapter is active.
+        Or if a plain value of a module changed, such as which adapter is active, or of a config.
         """
-        if (reads := (self.addresses(), settings(self._model))) != self._reads:
+        reads = self.addresses(), settings(self._model), config_marks(self._model)
+        if reads != self._reads:
             self._reads = reads
             self.forget_graph()
 
     def addresses(self) -> tuple[int, ...]:
         """Where the parameters and buffers are that a graph reads."""
-        weights = [each.detach() for each in (*self._model.parameters(), *self._model.buffers())]
-        return tuple(part.data_ptr() for weight in weights for part in parts(weight))
+        return tuple(
+            part.data_ptr()
+            for module in modules_of(self._model)
+            for held in (module._parameters, module._buffers)
+            for weight in held.values()
+            if weight is not None
+            for part in parts(weight)
+        )
 
     def _warm_up(self) -> None:
         """Run on the side stream: compiled, tuned and with workspaces allocated, for the graph."""
@@ -106,7 +117,7 @@ class CompiledStep:
         try:
             # (On a GPU, mixtures of experts are computed for single tokens as in generate.)
             with attention(model, self._implementation), model._optimize_model_for_decode():
-                self._compiled()
+                self._compiled(self._owner())
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # of any kind that tracing and compilers raise
@@ -119,14 +130,13 @@ class CompiledStep:
         self._has_run = True
 
 
-def _compiled(step: Callable[[], None]) -> Callable[[], None]:
-    """The step compiled; with a new code object, because recompilations are limited for each."""
-    function, owner = (getattr(step, name) for name in ("__func__", "__self__"))
+def _compiled(function: types.FunctionType) -> Callable[[object], None]:
+    """A method compiled; with a new code object, because recompilations are limited for each."""
     copied = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__
     )
     return torch.compile(
-        types.MethodType(copied, owner),
+        copied,
         fullgraph=True,
         dynamic=False,
         backend=_inductor if _COMPILER == "inductor" else _COMPILER,

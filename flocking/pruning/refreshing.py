@@ -7,14 +7,15 @@ replaces their keys and values, computed pruned, in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from flocking.models import refuse_unknown
+from flocking.models import Bookmark, refuse_unknown
 from flocking.pruning.prompt import Read
 from flocking.pruning.twin import Twin, is_whole
 
@@ -116,12 +117,29 @@ class RefreshingTwin(Twin):
                 _refuse_cut(model_kwargs, input_ids.shape[1])
                 assert read.added is not None
                 input_ids = torch.cat((read.added[:, :added].to(input_ids), input_ids), dim=1)
-            read.bookmark.go_back(past)
-            state.reader.seal(read)
-        outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+            back: AbstractContextManager[None] = self._going_back(read, read.bookmark, past)
+        else:
+            back = nullcontext()
+        with back:
+            outputs = super()._prefill(
+                input_ids, generation_config, model_kwargs, is_first_iteration
+            )
         if state.read is not None and not self._drafts:
             state.read.text = text
         return outputs
+
+    @contextmanager
+    def _going_back(self, read: Read, bookmark: Bookmark, past: Any) -> Iterator[None]:
+        """Take the cache back; if the prompt cannot be read then, it keeps what the twin wrote."""
+        reader = self._griffin.reader
+        try:
+            with bookmark.going_back(past):
+                reader.seal(read)
+                yield
+        except BaseException:
+            if reader.into(past) is read:  # nothing of the prompt was read
+                reader.seal(read)
+            raise
 
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not kwargs["generation_config"].is_assistant:

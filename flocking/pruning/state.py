@@ -126,8 +126,8 @@ class State:
         """Raise a RuntimeError if another thread has made the selection."""
         if self._thread != threading.get_ident():
             raise RuntimeError(
-                "another thread has given this twin a prompt since, with other neurons: make a "
-                "twin for each thread."
+                "this twin's neurons were selected in another thread, from a prompt that it was "
+                "given there: go on in that thread, or make a twin for each."
             )
 
     def prefill(
@@ -139,6 +139,7 @@ class State:
         *,
         tokens: int | None = None,
         copies: int = 1,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> Any:
         """Read a prompt with the full model, select neurons from it and copy their weights.
 
@@ -158,6 +159,8 @@ class State:
             Of each sequence's prompt, if known.
         copies : int
             How often each sequence is in the batch.
+        meanwhile : callable
+            Called when all is queued, and the device still computes.
         """
         with self._locked():
             self.copies = copies
@@ -168,7 +171,7 @@ class State:
                 self.drafts.reset()
             self.work = Work()
             outputs, read = self.reader.read(run, sequences, mask, tokens, earlier)
-            self._go_on_from(read, getattr(outputs, "past_key_values", None))
+            self._go_on_from(read, getattr(outputs, "past_key_values", None), meanwhile)
             return outputs
 
     def reread(
@@ -208,16 +211,19 @@ class State:
             self.work.refreshes += 1
             return outputs
 
-    def _go_on_from(self, read: Read, cache: Any) -> None:
+    def _go_on_from(
+        self, read: Read, cache: Any, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
         """Select from what was read, and remember that it is in this cache."""
-        self.choose(read)
         try:
+            self.choose(read, meanwhile)
             self.reader.remember(read, cache)
+            # (Of a long text there are many, which need not take up the model's device.)
+            kept = _on_host([compact.kept for compact in self.compacts])
         except BaseException:  # a cache that cannot be taken back, or memory that ran out
             self.forget()
+            self.reader.forget(read)
             raise
-        # (Of a long text there are many, which need not take up the model's device.)
-        kept = [compact.kept.to("cpu", torch.int32) for compact in self.compacts]
         read.history.append((read.end or int(read.tokens.max()), kept))
 
     def expect(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -239,10 +245,13 @@ class State:
         """Select from what was read into a cache, also by another twin of the same model."""
         if read is None:
             refuse()
-        self.forget()
-        self._follow()
-        self.work = Work()
-        self._go_on_from(replace(read.copy(), history=[]), cache)
+        with self._locked():
+            self.copies = 1
+            self.forget()
+            self._follow()
+            self.drafts.reset()
+            self.work = Work()
+            self._go_on_from(replace(read.copy(), history=[]), cache)
 
     def _follow(self) -> None:
         """Bring changes of the original to the twin and the full model, or refuse them."""
@@ -257,11 +266,11 @@ class State:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def choose(self, read: Read) -> None:
+    def choose(self, read: Read, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Select neurons and copy their weights into the compact projections.
 
         The device is asked once, at the end, whether all is well: until then work is only
-        queued on it.
+        queued on it. Just before, `meanwhile` is called.
         """
         watch = Stopwatch(self.compacts[0].block.device)
         watch.lap()
@@ -271,6 +280,7 @@ class State:
             compact.fill(kept)
         watch.lap()
         self.watch, self.unreached = watch, selected.unreached
+        meanwhile()
         self._check(selected)
         self.read, self._thread = read, threading.get_ident()
 
@@ -290,3 +300,11 @@ class State:
                 if is_finite
                 else f"activations of layer {layer} are not finite: no neurons can be selected."
             )
+
+
+def _on_host(kept: list[Tensor]) -> list[Tensor]:
+    """Indices of neurons as int32 in host memory, which the device is asked for once."""
+    device = kept[0].device
+    joined = torch.cat([each.flatten().to(device) for each in kept]).to("cpu", torch.int32)
+    parts = joined.split([each.numel() for each in kept])
+    return [part.view(each.shape) for part, each in zip(parts, kept, strict=True)]

@@ -67,10 +67,10 @@ def _continued_by(
     if leader is None:
         return
     logits, past = beginning(leader, ids, cut)
-    read = what_was_read(leader)
+    read, held = what_was_read(leader), _held(leader)
     for model in everyone:
         copied = copy.deepcopy(past)
-        if model is not leader:
+        if model is not leader or _held(model) is not held:  # (between models, anything may run)
             _go_on_from(model, read, copied)
         yield model, logits, rest(model, ids, cut, copied)
 
@@ -89,9 +89,15 @@ def _led(
     return itertools.chain(first, remaining), first[-1] if first else None
 
 
+def _held(model: PreTrainedModel) -> Read | None:
+    """What a twin's selection was made from, the very object; None for other models."""
+    return model._griffin.read if isinstance(model, Twin) else None
+
+
 def _go_on_from(model: PreTrainedModel, read: Read | None, cache: Any) -> None:
     """Let a twin select from what was read into a cache; nothing for other models."""
     if isinstance(model, Twin):
+        model.warn_of_changes()
         model._griffin.adopt(read, cache)
 
 
@@ -128,12 +134,12 @@ def branches(
     if leader is None:
         return
     first, past = beginning(leader, sequences[0][None, :cut], cut)
-    read = what_was_read(leader)
+    read, held = what_was_read(leader), _held(leader)
     longest = max(map(len, sequences)) - 1 - cut  # tokens that are fed after the beginning
     for model in everyone:
         every = refresh_of(model)
         refreshes = every is not None and longest >= every
-        if model is not leader and not refreshes:
+        if (model is not leader or _held(model) is not held) and not refreshes:
             _go_on_from(model, read, copy.deepcopy(past))
         found: list[Any] = [None] * len(sequences)
         together = 1 if refreshes else size

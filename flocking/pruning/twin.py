@@ -15,7 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flocking.analysis import made_of
-from flocking.models import byte_count, hooks_on, html_table, name_and_path, unwrap, warn
+from flocking.models import (
+    byte_count,
+    hooks_on,
+    html_table,
+    modules_of,
+    name_and_path,
+    named_modules_of,
+    unwrap,
+    warn,
+)
 from flocking.pruning.chosen import Kept
 from flocking.pruning.history import drawn_up
 from flocking.pruning.prompt import Read
@@ -152,8 +161,7 @@ class Twin(_Generating):
                 "guidance_scale would run the negative prompt pruned, with the prompt's "
                 "selection: leave it out, or use the original model."
             )
-        self._warn_of_hooks()
-        self._warn_of_modules()
+        self.warn_of_changes()
         past = model_kwargs.get("past_key_values")
         length = 0 if past is None else int(past.get_seq_length())
         arguments = (input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -181,31 +189,29 @@ class Twin(_Generating):
             copies=max(generation_config.num_beams, generation_config.num_return_sequences),
         )
 
-    def _warn_of_hooks(self) -> None:
-        """Say that hooks which came after the twin was made do not act on the full model."""
-        for path, module in self.named_modules():
-            if any(id(hook) not in self._griffin.hooks for hook in hooks_on(module)):
-                warn(
-                    f"a hook was registered on the twin ({path or 'itself'}): it acts on decoding "
-                    "only, since the full model reads the prompt. Register it on the original, and "
-                    "make the twin again.",
-                )
-                return
-
-    def _warn_of_modules(self) -> None:
-        """Say the same of modules that came into the twin after it was made."""
-        if any(hasattr(module, "set_attention_type") for module in self.modules()):
-            return  # BigBird puts others into itself, once a text is short
-        state = self._griffin
-        ours = {id(m) for each in state.compacts for part in each.modules for m in part.modules()}
-        for path, module in self.named_modules():
+    def warn_of_changes(self) -> None:
+        """Say that what was registered on the twin, or put into it, does not act on prompts."""
+        state, hooked, others = self._griffin, [], {}
+        for path, module in named_modules_of(self):
+            if any(id(hook) not in state.hooks for hook in hooks_on(module)):
+                hooked.append(path)
             known = state.modules.get(path)
-            if (known is None or known() is not module) and id(module) not in ours:
-                warn(
-                    f"a module was put into the twin ({path}): it acts on decoding only, since the "
-                    "full model reads the prompt. Change the original, and make the twin again.",
-                )
-                return
+            if known is None or known() is not module:
+                others[path] = id(module)
+        if hooked:
+            warn(
+                f"a hook was registered on the twin ({hooked[0] or 'itself'}): it acts on decoding "
+                "only, since the full model reads the prompt. Register it on the original, and "
+                "make the twin again.",
+            )
+        if not others or any(hasattr(each, "set_attention_type") for each in modules_of(self)):
+            return  # (BigBird puts others into itself, once a text is short)
+        ours = {id(m) for each in state.compacts for part in each.modules for m in part.modules()}
+        if put := [path for path, number in others.items() if number not in ours]:
+            warn(
+                f"a module was put into the twin ({put[0]}): it acts on decoding only, since the "
+                "full model reads the prompt. Change the original, and make the twin again.",
+            )
 
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not kwargs["generation_config"].is_assistant:
@@ -345,6 +351,7 @@ def read_prompt(
     mask: Tensor | None = None,
     *,
     tokens: int,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Any:
     """What `run` returns, which runs a prompt on the :func:`full_model`; a twin then selects.
 
@@ -352,12 +359,15 @@ def read_prompt(
     ----------
     model : transformers.PreTrainedModel
         A model or a twin.
-    run, sequences, mask, tokens
+    run, sequences, mask, tokens, meanwhile
         As of :meth:`flocking.pruning.state.State.prefill`.
     """
-    if not isinstance(model, Twin):
-        return run()
-    return model._griffin.prefill(run, sequences, mask, tokens=tokens)
+    if isinstance(model, Twin):
+        model.warn_of_changes()
+        return model._griffin.prefill(run, sequences, mask, tokens=tokens, meanwhile=meanwhile)
+    outputs = run()
+    meanwhile()
+    return outputs
 
 
 @contextmanager

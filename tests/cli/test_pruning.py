@@ -236,6 +236,40 @@ def test_a_file_is_kept_where_there_is_no_memory_to_measure_it(
     assert gguf.GGUFReader(out).fields["llama.feed_forward_length"].contents() == 64
 
 
+def test_a_file_stays_if_its_measurement_is_interrupted(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flocking.pruning.measure_lost", interrupted)
+    out = tmp_path / "half.gguf"
+    options = ["--texts", files / "texts", "--method", "magnitude"]
+    result = run(files / "whole.gguf", *options, "-o", out)
+    assert result.exit_code == 130
+    last = result.stderr.splitlines()[-1]
+    assert last == f"flocking: interrupted: {out} is complete; nothing else was written."
+    assert gguf.GGUFReader(out).fields["llama.feed_forward_length"].contents() == 64
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_does_not_fit_beside_the_whole_model_is_not_read(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> SimpleNamespace:
+        return SimpleNamespace(total=2**40, available=1000)
+
+    monkeypatch.setattr("flocking.models.dequantising.psutil.virtual_memory", full)
+    nothing = SimpleNamespace(total=0, free=0)
+    monkeypatch.setattr("flocking.models.dequantising.psutil.swap_memory", lambda: nothing)
+    out = tmp_path / "half.gguf"
+    options = ["--texts", files / "texts", "--method", "magnitude"]
+    result = run(files / "whole.gguf", *options, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "was not measured, since there is no memory for the new model" in result.stderr
+    assert out.exists()
+
+
 def test_errors_name_the_place_that_was_asked_for(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,9 @@ def test_numbers(
     assert abs(mine - Server(file).log_probabilities(ids)).max() < 0.01
 
 
-@pytest.mark.parametrize("rule", ["gpt-2", "default", "smollm", "falcon", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize(
+    "rule", [None, "gpt-2", "default", "smollm", "falcon", "qwen2", "llama-bpe"]
+)
 def test_tokens(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add = ggufs._add_tokenizer
 
@@ -125,7 +127,8 @@ def test_tokens(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             writer.kv_data[0]["tokenizer.ggml.pre"],
             writer.kv_data[0]["tokenizer.ggml.add_bos_token"],
         )
-        writer.add_tokenizer_pre(rule)
+        if rule is not None:
+            writer.add_tokenizer_pre(rule)
 
     monkeypatch.setattr(ggufs, "_add_tokenizer", other)
     file = ggufs.write(tmp_path / "a.gguf", ggufs.tiny("llama"))
@@ -134,3 +137,51 @@ def test_tokens(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {text: tokenizer(text)["input_ids"] for text in TEXTS} == {
         text: server.tokens(text) for text in TEXTS
     }
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_tokens_that_stand_whole(
+    begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with letters and spaces that no other token of a byte-level vocabulary has."""
+    whole = [
+        "<\uff5cbegin▁of▁sentence\uff5c>",
+        "<\uff5cend▁of▁sentence\uff5c>",
+        "<\uff5cUser\uff5c>",
+        "  ",
+        "<think>",
+        "日本",
+    ]
+    kinds = [3, 3, 3, 4, 4, 4]
+
+    def other(writer: Any) -> None:
+        spelled, merges = ggufs.tokens()
+        count = len(spelled)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("deepseek-r1-qwen")
+        there = set(spelled[: count - len(whole)])
+        merges = [one for one in merges if {*one.split(), one.replace(" ", "")} <= there]
+        writer.add_token_list([*spelled[: count - len(whole)], *whole])
+        writer.add_token_types([3] * 3 + [1] * (count - len(whole) - 3) + kinds)
+        writer.add_token_merges(merges)
+        writer.add_pad_token_id(0)
+        writer.add_bos_token_id(count - len(whole))
+        writer.add_eos_token_id(count - len(whole) + 1)
+        writer.add_add_bos_token(begins)
+
+    monkeypatch.setattr(ggufs, "_add_tokenizer", other)
+    file = ggufs.write(tmp_path / "a.gguf", ggufs.tiny("llama"))
+    _, tokenizer = flocking.load(file)
+    server = Server(file)
+    texts = [
+        *TEXTS,
+        "<\uff5cUser\uff5c>a cat<think> b",
+        "a  b",
+        "a日本b<\uff5cend▁of▁sentence\uff5c>",
+        "日本語",
+    ]
+    assert {text: tokenizer(text)["input_ids"] for text in texts} == {
+        text: server.tokens(text) for text in texts
+    }
+    assert tokenizer.bos_token_id == ggufs.VOCABULARY - len(whole)
+    assert len(tokenizer) == ggufs.VOCABULARY

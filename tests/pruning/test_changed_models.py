@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import weight_norm as weight_norm_by_hook
 
 import flocking
-from flocking.pruning import graphs
+from flocking.pruning import branches, graphs, side_by_side
 
 Change = Callable[[tf.PreTrainedModel], None]
 NEW = 6
@@ -237,6 +237,23 @@ def test_a_hook_that_comes_after_the_twin_is_told_to_act_on_decoding_only() -> N
     layers_of(twin)[1].register_forward_hook(lambda module, args, output: None)
     with pytest.warns(UserWarning, match=r"on the twin \(model\.layers\.1\): it acts on decoding"):
         greedy(twin, ids)
+
+
+@pytest.mark.parametrize("way", ["score", "perplexity", "side by side", "branches"])
+def test_so_it_is_where_texts_are_scored(way: str) -> None:
+    model, ids = helpers.proved("llama"), torch.tensor(helpers.random_ids(20))
+    twin, other = flocking.griffin(model), flocking.griffin(model)
+    layers_of(twin)[1].register_forward_hook(lambda module, args, output: None)
+    text = ids[0].tolist()
+    options = {"prompt_length": 9, "continuation_length": 5, "progress": False}
+    run = {
+        "score": lambda: flocking.score(twin, text[:9], text[9:]),
+        "perplexity": lambda: flocking.perplexity(twin, [text], **options),
+        "side by side": lambda: list(side_by_side([other, twin], ids, 9)),
+        "branches": lambda: list(branches([other, twin], [ids[0]], [5], 9)),
+    }[way]
+    with pytest.warns(UserWarning, match=r"on the twin \(model\.layers\.1\): it acts on decoding"):
+        run()
 
 
 def other_embeddings(twin: tf.PreTrainedModel) -> None:

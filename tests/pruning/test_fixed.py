@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from helpers import build, random_ids
 from scipy.stats import rankdata
@@ -83,3 +84,32 @@ def test_a_model_that_writes_nothing_says_so_before_texts_are_read(
 def test_other_methods_are_refused() -> None:
     with pytest.raises(ValueError, match="choose from static, global-local, magnitude"):
         fixed_selection(build("llama"), None, "topk", TEXTS)
+
+
+@pytest.mark.parametrize("method", ["static", "global-local"])
+def test_experts_that_no_text_reaches_are_pruned_by_their_weights(method: str) -> None:
+    """As by a twin whose prompt does not reach them; and how many these are is said."""
+    model = build("mixtral")
+    for layer in model.model.layers:  # all tokens to the last two of the experts
+        gate = layer.mlp.gate.weight
+        gate.data[:-2] = 0.0
+        gate.data[-2:] = 10 * gate.data[-2:].abs()
+        # (Where states are positive, these two always win.)
+        layer.mlp.register_forward_pre_hook(lambda module, args: (args[0].abs(),))
+    block = flocking.feedforwards(model)[0]
+    kept = fixed_selection(model, None, method, TEXTS, 0.25, seed=3)
+    by_weights = flocking.select(flocking.weight_magnitude(model), 0.25)
+    d = block.d_ff // block.experts
+    unreached = slice(0, (block.experts - 2) * d)
+    assert unreached.stop > 0
+    np.testing.assert_array_equal(kept[:, unreached], by_weights[:, unreached])
+    assert not (kept[:, unreached.stop :].values == by_weights[:, unreached.stop :].values).all()
+    count = (block.experts - 2) * len(kept)
+    assert f"weights in {count} experts that no token was routed to" in kept.made_from
+
+    twin = flocking.griffin(model, 0.25)
+    twin.generate(torch.tensor(TEXTS[:1]), max_new_tokens=1, do_sample=False)
+    assert twin.report().unreached_experts == count
+    if method == "static":
+        ours = twin.selection[0].numpy()
+        assert set(ours[ours < unreached.stop]) == set(np.flatnonzero(kept[0, unreached]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 import weakref
 from collections.abc import Callable
 
@@ -295,6 +296,104 @@ def test_neither_keeps_the_other_alive() -> None:
         assert known[2]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("refresh", [None, 3])
+def test_a_twin_is_gone_at_once(refresh: int | None) -> None:
+    """Its memory is that of half a model: it does not wait for the garbage collector."""
+    model = helpers.proved("llama")
+    twin = flocking.griffin(model, 0.5, refresh=refresh)
+    twin.generate(IDS, max_new_tokens=5)
+    gc.collect()
+    gc.disable()
+    try:
+        compact = twin._griffin.compacts[0].modules[0].weight
+        known = [weakref.ref(each) for each in (twin, twin._griffin.full, compact)]
+        del twin, compact
+        assert [each() for each in known] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_so_is_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_COMPILER", "eager")
+    decoder = flocking.Decoder(helpers.proved("llama"), max_length=50)
+    decoder.generate(IDS[:1], max_new_tokens=3)
+    gc.collect()  # what tracing leaves behind
+    gc.disable()
+    try:
+        known = weakref.ref(decoder), weakref.ref(decoder._cache)
+        del decoder
+        assert [each() for each in known] == [None, None]
+    finally:
+        gc.enable()
+
+
+class Cutoff(nn.Module):
+    """FF neurons with a cutoff, if `cut` is set, that depends on all of them: not prunable."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act, self.cut = mlp.act_fn, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.act(self.gate(x)) * self.up(x)
+        if self.cut:
+            z = nn.functional.relu(z - z.mean(dim=-1, keepdim=True) - z.std(dim=-1, keepdim=True))
+        return self.down(z)
+
+
+@pytest.mark.parametrize("way", ["score", "perplexity", "generate"])
+def test_what_is_refused_once_is_refused_again(way: str) -> None:
+    """A value that a twin follows is not taken for one that the model changes by itself."""
+    model = helpers.build("llama")
+    for layer in model.model.layers:
+        layer.mlp = Cutoff(layer.mlp)
+    twin, ids = flocking.griffin(model), IDS[0].tolist()
+
+    def run() -> object:
+        if way == "score":
+            return flocking.score(twin, ids[:12], ids[12:])
+        if way == "generate":
+            return twin.generate(IDS[:1], max_new_tokens=3)
+        options = {"prompt_length": 12, "continuation_length": 5, "progress": False}
+        return flocking.perplexity(twin, [ids], **options)
+
+    run()
+    for layer in model.model.layers:
+        layer.mlp.cut = True
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"cannot be pruned|not prunable|depend"):
+            run()
+    with pytest.raises(ValueError, match=r"cannot be pruned|not prunable|depend"):
+        flocking.griffin(model)
+    for layer in model.model.layers:
+        layer.mlp.cut = False
+    run()
+
+
+def test_a_bound_method_in_place_of_a_forward_is_compared_by_what_it_is() -> None:
+    """A new one may stand where the one before was in memory; an equal one is the same."""
+    model = helpers.proved("llama")
+    norm = model.model.norm
+
+    def half(self: nn.Module, x: Tensor) -> Tensor:
+        return x / 2
+
+    def third(self: nn.Module, x: Tensor) -> Tensor:
+        return x / 3
+
+    norm.forward = types.MethodType(half, norm)
+    twin = flocking.griffin(model, 1.0)
+    for _ in range(3):
+        del norm.forward
+        norm.forward = types.MethodType(half, norm)
+        assert torch.equal(logits(twin), logits(model))
+    del norm.forward
+    norm.forward = types.MethodType(third, norm)
+    with pytest.raises(RuntimeError, match=r"model\.norm has another forward"):
+        logits(twin)
 
 
 @pytest.mark.parametrize("kind", ["hook", "pre-hook"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -83,9 +84,11 @@ def test_eager_attention_gives_the_same_tokens_and_leaves_the_config(
         attention = model.model.layers[0].self_attn
         step = decoder._compiled._compiled
 
-        def watched(attention: Any = attention, step: Any = step, used: list[str] = used) -> None:
+        def watched(
+            owner: object, attention: Any = attention, step: Any = step, used: list[str] = used
+        ) -> None:
             used.append(attention.config._attn_implementation)
-            step()
+            step(owner)
 
         monkeypatch.setattr(decoder._compiled, "_compiled", watched)
         assert torch.equal(decoder.generate(ids, max_new_tokens=8), expected)
@@ -118,3 +121,40 @@ def test_an_attention_that_fails_the_trial_is_not_used(
     decoder = flocking.Decoder(llama, 32)
     assert torch.equal(decoder.generate(ids, max_new_tokens=8), greedy(llama, ids))
     assert llama.config._attn_implementation == "sdpa"
+
+
+def test_a_graph_is_captured_again_if_a_config_changes_and_only_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of a model class of the user's own, on which a twin keeps other things each time."""
+    monkeypatch.setattr(graphs, "_COMPILER", "eager")
+
+    class Mine(tf.MistralForCausalLM):
+        pass
+
+    torch.manual_seed(0)
+    config = tf.MistralConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+    )
+    model = Mine(config).eval()
+    for subject in (model, flocking.griffin(model, 1.0)):
+        config.sliding_window = 4
+        decoder = flocking.Decoder(subject, 40)
+        ids = torch.tensor(random_ids(12)) % 128
+        decoder.generate(ids, max_new_tokens=8)
+        forgotten: list[bool] = []
+        forget = functools.partial(forgotten.append, True)
+        monkeypatch.setattr(decoder._compiled, "forget_graph", forget)
+        for seed in range(3):
+            decoder.generate(torch.tensor(random_ids(12, seed=seed)) % 128, max_new_tokens=8)
+        assert forgotten == []
+        config.sliding_window = None
+        got = decoder.generate(ids, max_new_tokens=8)
+        assert forgotten == [True]
+        assert torch.equal(got, greedy(model, ids))

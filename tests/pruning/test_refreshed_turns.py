@@ -74,6 +74,61 @@ def test_a_cache_that_was_filled_anew_is_another_text(some: tf.PreTrainedModel) 
         assert twin.history.position.values.tolist() == [40]
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("failure", ["refused", "changed", "hook"])
+def test_a_turn_that_fails_leaves_the_cache_as_it_was(
+    some: tf.PreTrainedModel, kind: str, failure: str
+) -> None:
+    """The same turn again gives what it would have given: no token of the turns before is lost."""
+    model = exact("llama")
+    fails = [False]
+
+    def hook(module: torch.nn.Module, args: tuple, output: object) -> None:
+        if fails[0]:
+            raise KeyError("of the user's")
+
+    model.model.layers[1].register_forward_hook(hook)
+    twin, cache = flocking.griffin(model, 1.0, refresh=4), cache_of(model, kind)
+    text = torch.cat((generate(twin, tokens(20), 7, past_key_values=cache), tokens(3)), dim=1)
+    length = int(cache.get_seq_length())
+    options = {"attention_mask": torch.ones_like(text), "past_key_values": cache}
+    weight = model.model.norm.weight
+    if failure == "hook":
+        fails[0] = True
+    elif failure == "changed":
+        model.model.norm.weight = torch.nn.Parameter(torch.ones(5))
+    more = {"guidance_scale": 1.5} if failure == "refused" else {}
+    with pytest.raises((KeyError, ValueError, RuntimeError)):
+        generate(twin, text[:, length:], 9, **options, **more)
+    assert int(cache.get_seq_length()) == length
+    fails[0], model.model.norm.weight = False, weight
+    got = generate(twin, text[:, length:], 9, **options)
+    assert torch.equal(got[:, -9:], generate(model, text, 9)[:, -9:])
+
+
+@pytest.mark.parametrize("other", ["model", "refilled"])
+def test_so_it_is_in_inference_mode(other: str) -> None:
+    """There, torch does not count what is written to a fixed cache in place."""
+    model = exact("llama")
+    with torch.inference_mode():
+        twin, cache = flocking.griffin(model, 1.0, refresh=4), cache_of(model, "static")
+        text = generate(twin, tokens(20), 7, past_key_values=cache)
+        if other == "refilled":
+            cache.reset()
+            text = generate(model, tokens(20, seed=9), 7, past_key_values=cache)
+        else:
+            text = torch.cat((text, tokens(3)), dim=1)
+            fed = text[:, int(cache.get_seq_length()) :]
+            options = {"attention_mask": torch.ones_like(text), "past_key_values": cache}
+            new = generate(model, fed, 6, **options)
+            text = torch.cat((text, new[:, fed.shape[1] :]), dim=1)
+        text = torch.cat((text, tokens(3, seed=2)), dim=1)
+        fed = text[:, int(cache.get_seq_length()) :]
+        options = {"attention_mask": torch.ones_like(text), "past_key_values": cache}
+        got = generate(twin, fed, 9, **options)
+        assert torch.equal(got[:, -9:], generate(model, text, 9)[:, -9:])
+
+
 def test_a_refresh_that_fails_counts_nothing(some: tf.PreTrainedModel) -> None:
     """Its tokens are not in the statistic of a later turn twice."""
     model = exact("llama")

@@ -31,6 +31,24 @@ def test_side_by_side_is_each_alone() -> None:
                 assert torch.equal(subject.selection[layer], kept)
 
 
+def test_what_runs_between_the_models_changes_none() -> None:
+    """Nor does what a twin did before the text count for it."""
+    model = build("llama")
+    ids = torch.tensor(random_ids(26))
+    twin, other = flocking.griffin(model), flocking.griffin(model)
+    due = [values for _, values in side_by_side([model, twin, other], ids, 16)]
+    got = []
+    for subject, values in side_by_side([model, twin, other], ids, 16):
+        got.append(values)
+        if subject is model:  # the leader reads something else in the meantime
+            prompt = torch.tensor(random_ids(9, 9, seed=3))
+            for each in (twin, other):
+                each.generate(prompt, max_new_tokens=2, num_beams=3, do_sample=False)
+    assert all(map(torch.equal, got, due))
+    for each in (twin, other):
+        assert each.report().prefilled_tokens == 16
+
+
 @pytest.mark.parametrize("scope", ["shared", "sequence"])
 def test_branches_are_each_alone(generating: tf.PreTrainedModel, scope: str) -> None:
     """Several continuations of one beginning, together: the same likelihoods as one by one."""

@@ -109,7 +109,7 @@ def test_a_selection_is_not_used_by_the_thread_that_made_another() -> None:
     twin = flocking.griffin(helpers.proved("llama"), 0.5)
     twin.generate(IDS[0], max_new_tokens=2)
     elsewhere(lambda: twin.generate(IDS[1], max_new_tokens=2))
-    with pytest.raises(RuntimeError, match="another thread has given this twin a prompt"):
+    with pytest.raises(RuntimeError, match="neurons were selected in another thread"):
         twin(IDS[0])
     twin.generate(IDS[0], max_new_tokens=2)
     twin(IDS[0])
