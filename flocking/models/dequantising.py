@@ -13,6 +13,7 @@ from typing import Any
 
 import platformdirs
 import psutil
+import transformers
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
@@ -33,6 +34,8 @@ from flocking.models.gguf_tokenizers import correct
 from flocking.models.notices import warn
 from flocking.models.problems import brief, listed
 
+# Who reads GGUF files, and how: raise the number when something else is made of them.
+_CONVERTER = f"flocking 2, transformers {transformers.__version__}"
 _PATIENCE = 1800.0  # seconds to wait for another process that is converting the same file
 
 
@@ -40,7 +43,8 @@ def dequantised(file: Path, name: str, *, splits: bool = True) -> str:
     """The folder of a GGUF file's model in float32, made in the user's cache if it is not there.
 
     It is written under another name and renamed when it is complete; two processes do not both
-    write it. A folder in which a file is missing or has another size is made again.
+    write it. A folder in which a file is missing or has another size is made again, and so is one
+    that another version of this package or of transformers made.
 
     Parameters
     ----------
@@ -62,7 +66,7 @@ def dequantised(file: Path, name: str, *, splits: bool = True) -> str:
     contents = contents_of(file)
     digest = file_digest(file)
     folder = platformdirs.user_cache_path("flocking") / digest[:16] / name
-    if not origins.is_whole(folder, digest):
+    if not origins.is_whole(folder, digest, _CONVERTER):
         _convert(contents, folder, digest, splits)
     return str(folder)
 
@@ -76,7 +80,7 @@ def _convert(contents: Contents, folder: Path, digest: str, splits: bool) -> Non
         _writing(file, folder, size),
         replacing(folder, overwrite=False, wait=_PATIENCE) as partial,
     ):
-        if origins.is_whole(folder, digest):
+        if origins.is_whole(folder, digest, _CONVERTER):
             return  # another process converted it meanwhile
         if folder.is_dir():  # broken, or of a version that left no note of what it wrote
             shutil.rmtree(folder)
@@ -88,7 +92,7 @@ def _convert(contents: Contents, folder: Path, digest: str, splits: bool) -> Non
             file=sys.stderr,
         )
         _write(contents, partial, splits)
-        origins.write_note(partial, digest, file)
+        origins.write_note(partial, digest, file, _CONVERTER)
 
 
 def read_gguf(file: Path) -> PreTrainedModel:

@@ -11,7 +11,9 @@ from typing import Any
 NOTE = ".flocking-origin.json"
 
 
-def write_note(folder: Path, digest: str, source: Path | None = None) -> None:
+def write_note(
+    folder: Path, digest: str, source: Path | None = None, converter: str | None = None
+) -> None:
     """Note in a folder which file it was converted from, and what is in it.
 
     Parameters
@@ -21,26 +23,30 @@ def write_note(folder: Path, digest: str, source: Path | None = None) -> None:
         SHA-256 of the file.
     source : Path, optional
         Where the file was.
+    converter : str, optional
+        What converted it, for :func:`is_whole`.
     """
     files = {
         name: {"size": path.stat().st_size, "sha256": _sha256(path)}
         for name, path in _files(folder).items()
     }
-    note: dict[str, Any] = {"converted_from": digest, "files": files}
+    note: dict[str, Any] = {"converted_from": digest, "converter": converter, "files": files}
     if source is not None:
         note["source"] = str(source.resolve())
     content = json.dumps(note, indent=1)
     (folder / NOTE).write_text(content + "\n", encoding="utf-8")
 
 
-def is_whole(folder: Path, digest: str) -> bool:
+def is_whole(folder: Path, digest: str, converter: str | None = None) -> bool:
     """Whether a folder was converted from the file of this digest, and no file lacks anything.
 
-    Only sizes are looked at, since this is asked at every load.
+    And by this converter: another one may have read the file otherwise. Only sizes are looked at,
+    since this is asked at every load.
     """
     note = _note(folder)
     try:
-        return note["converted_from"] == digest and all(
+        made = note["converted_from"], note.get("converter")
+        return made == (digest, converter) and all(
             (folder / name).stat().st_size == file["size"] for name, file in note["files"].items()
         )
     except (OSError, KeyError, TypeError, AttributeError):

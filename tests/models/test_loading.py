@@ -100,6 +100,9 @@ BROKEN = {
     "no note": lambda folder: (folder / origins.NOTE).unlink(),
     "note cut": lambda folder: cut(folder / origins.NOTE),
     "note of nothing": lambda folder: (folder / origins.NOTE).write_text("[1]"),
+    "other version": lambda folder: (folder / origins.NOTE).write_text(
+        (folder / origins.NOTE).read_text().replace("transformers", "older transformers")
+    ),
     "a file": lambda folder: shutil.rmtree(folder) or folder.write_text("x"),
 }
 
