@@ -135,7 +135,7 @@ def _with_whole(model: dict[str, Any], metadata: dict[str, Any]) -> dict[str, An
     has, and then adds tokens of the right spelling, behind the end of the model's embedding.)
     """
     by_bytes = {number: token for token, number in model["vocab"].items()}
-    # (Two may have been spelled alike, of which only one is there.)
+    # (Two may have had one spelling, and then only one of them is there.)
     spelled = {**dict(enumerate(metadata["tokenizer.ggml.tokens"])), **by_bytes}
     whole = _whole_tokens(metadata)
     others = {token for number, token in spelled.items() if number not in whole}
