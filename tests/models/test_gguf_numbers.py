@@ -354,3 +354,13 @@ def test_chats_and_settings_for_generating_come_with_the_file(tmp_path: Path) ->
     assert (settings.do_sample, settings.temperature, settings.top_k) == (True, 0.5, 7)
     need_rules()
     assert flocking.load(file)[1].pad_token == "<pad>"
+
+
+def test_a_file_that_asks_for_no_drawing_loads_greedily(tmp_path: Path) -> None:
+    metadata = {
+        "general.sampling.temp": (0.0, Value.FLOAT32),
+        "general.sampling.top_p": (0.5, Value.FLOAT32),
+    }
+    file = ggufs.write(tmp_path / "a.gguf", ggufs.tiny("qwen2"), metadata=metadata)
+    model, _ = flocking.load(file)
+    assert model.generation_config.do_sample is False

@@ -76,9 +76,7 @@ def test_a_cache_that_was_filled_anew_is_another_text(some: tf.PreTrainedModel) 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("failure", ["refused", "changed", "hook"])
-def test_a_turn_that_fails_leaves_the_cache_as_it_was(
-    some: tf.PreTrainedModel, kind: str, failure: str
-) -> None:
+def test_a_turn_that_fails_leaves_the_cache_as_it_was(kind: str, failure: str) -> None:
     """The same turn again gives what it would have given: no token of the turns before is lost."""
     model = exact("llama")
     fails = [False]
