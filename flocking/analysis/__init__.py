@@ -34,7 +34,6 @@ from flocking.analysis.running import (
 )
 from flocking.analysis.selection import (
     magnitude,
-    reached,
     select,
     statistic,
     statistic_of_others,
@@ -78,7 +77,6 @@ __all__ = [
     "overlap_of",
     "prompt_generation_overlap",
     "rank_consistency",
-    "reached",
     "said_by",
     "select",
     "specificity",

@@ -13,7 +13,6 @@ from typing import Any
 
 import platformdirs
 import psutil
-import transformers
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
@@ -34,8 +33,8 @@ from flocking.models.gguf_tokenizers import correct
 from flocking.models.notices import warn
 from flocking.models.problems import brief, listed
 
-# Who reads GGUF files, and how: raise the number when something else is made of them.
-_CONVERTER = f"flocking 2, transformers {transformers.__version__}"
+# Who converts GGUF files: raise the number when something else is made of them.
+_CONVERTER = "flocking 2"
 _PATIENCE = 1800.0  # seconds to wait for another process that is converting the same file
 
 
@@ -44,7 +43,7 @@ def dequantised(file: Path, name: str, *, splits: bool = True) -> str:
 
     It is written under another name and renamed when it is complete; two processes do not both
     write it. A folder in which a file is missing or has another size is made again, and so is one
-    that another version of this package or of transformers made.
+    that an earlier version of this package made.
 
     Parameters
     ----------
@@ -107,7 +106,10 @@ def read_gguf(file: Path) -> PreTrainedModel:
     refuse_unknown(contents)
     size = _size(contents)
     _refuse_without_memory(file, size)
-    if size > (there := psutil.virtual_memory().available + psutil.swap_memory().free):
+    # (Other systems give more memory to swap when they need it.)
+    if sys.platform == "linux" and size > (
+        there := psutil.virtual_memory().available + psutil.swap_memory().free
+    ):
         raise MemoryError(
             f"{file} takes {size / 2**30:,.1f} GiB in float32, and {there / 2**30:,.1f} GiB are "
             "free."

@@ -8,6 +8,7 @@ identity, and no weight by value.
 from __future__ import annotations
 
 import copy
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -34,8 +35,8 @@ from flocking.models.weights import parts
 _TENSORS = ("_parameters", "_buffers")
 _GONE = object()
 _LITTLE = 1024  # elements
-# What stands in a copy for each module of the model.
-_Counterparts = weakref.WeakKeyDictionary[nn.Module, "weakref.ref[nn.Module]"]
+# What gives, for each module of the model, the one that stands for it in a copy.
+_Counterparts = weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module | None]]
 _SINGLE = (bool, int, float, complex, str, bytes, type(None))  # have no identity
 
 
@@ -69,9 +70,10 @@ class Original:
                     seen.add(id(config))
                     self._settings.append(Fields(names, module, mine))
         # What stands for a module of the model in each of the copies.
-        # (Weakly, too: a copy that holds this would otherwise keep itself in memory.)
         self._counterparts: list[_Counterparts] = [
-            weakref.WeakKeyDictionary({row[0][1]: weakref.ref(row[1 + n]) for row in rows})
+            weakref.WeakKeyDictionary(
+                {module: _finder(row[n], path) for (path, module), *row in rows}
+            )
             for n in range(len(copies))
         ]
 
@@ -333,7 +335,9 @@ class _Kept:
         if self.shared:
             return value
         memo: dict[int, Any] = {
-            id(module): mine for module, ref in counterparts.items() if (mine := ref()) is not None
+            id(module): mine
+            for module, find in counterparts.items()
+            if (mine := find()) is not None
         }
         return copy.deepcopy(value, memo)
 
@@ -431,9 +435,19 @@ def _form(tensor: Tensor | None) -> tuple[object, ...] | None:
     return tensor if tensor is None else (type(tensor), tensor.shape, tensor.dtype, tensor.device)
 
 
+def _finder(module: nn.Module, path: str) -> Callable[[], nn.Module | None]:
+    """A function that gives a module of a copy; not the copy itself once that is gone.
+
+    (A twin holds these, and would otherwise keep itself in memory.)
+    """
+    return (lambda: module) if path else weakref.ref(module)
+
+
 def _forward(module: nn.Module) -> Any:
     """What the module computes with, if that is not its class's."""
-    return mark(forward_of(module), objects=False)
+    function = forward_of(module)
+    is_bound = function is None or isinstance(function, types.MethodType)
+    return mark(function) if is_bound else Same(function)
 
 
 def _reference(value: Any) -> weakref.ref | None:

@@ -102,6 +102,8 @@ def generation_of(contents: Contents) -> dict[str, Any]:
     }
     if found:
         found["do_sample"] = found.get("temperature", 1.0) > 0
+        if not found["do_sample"]:  # beside which transformers saves no settings of drawing
+            found = {"do_sample": False}
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     known = list(dict.fromkeys(end for end in ends if end is not None))
     if len(known) > 1:  # text of a chat ends with another token than a text

@@ -82,6 +82,8 @@ def _check(folder: Path, contents: Contents) -> None:
                 "texts."
             )
             return
+    if contents.metadata["tokenizer.ggml.model"] != "gpt2":  # only there they are put in anew
+        return
     # (Of tokens that are there twice, the last one counts.)
     whole = {token: number for number, (token, _) in _whole_tokens(contents.metadata).items()}
     for token, number in whole.items():
@@ -139,9 +141,8 @@ def _with_whole(model: dict[str, Any], metadata: dict[str, Any]) -> dict[str, An
     spelled = {**dict(enumerate(metadata["tokenizer.ggml.tokens"])), **by_bytes}
     whole = _whole_tokens(metadata)
     others = {token for number, token in spelled.items() if number not in whole}
-    merged = {
-        "".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]
-    }
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merged = {token for pair in pairs for token in (*pair, "".join(pair))}
     for number, (token, _) in whole.items():
         if spelled[number] in others or spelled[number] not in merged:
             spelled[number] = token

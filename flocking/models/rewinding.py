@@ -72,16 +72,15 @@ class Bookmark:
     @contextmanager
     def going_back(self, cache: Cache) -> Iterator[None]:
         """As :meth:`go_back`; if the ``with`` fails, the cache is as it was before."""
-        before = [_all_of(layer, self.length) for layer in cache.layers]
-        self.go_back(cache)
+        end = int(cache.get_seq_length())
+        pairs = zip(cache.layers, self._layers, strict=True)
+        before = [_Before(layer, kept, self.length, end) for layer, kept in pairs]
         try:
+            self.go_back(cache)
             yield
         except BaseException:
-            for layer, (values, written) in zip(cache.layers, before, strict=True):
-                vars(layer).clear()
-                vars(layer).update(values)
-                for part, then in written:
-                    part.copy_(then)
+            for each in before:
+                each.restore()
             raise
 
 
@@ -184,16 +183,42 @@ def _kept_of(layer: Any) -> dict[str, Any]:
     return kept
 
 
-def _all_of(layer: Any, length: int) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]:
-    """A layer's attributes, and copies of what may be written in place behind `length` tokens."""
-    values = {k: v.copy() if isinstance(v, dict | list) else v for k, v in vars(layer).items()}
-    written = []
-    for value in values.values() if layer.is_compileable else ():
-        if isinstance(value, Tensor):
-            cut = isinstance(layer, StaticLayer) and not layer.is_sliding and value.ndim == 4
-            part = value[:, :, length:] if cut else value
-            written.append((part, part.clone()))
-    return values, written
+class _Before:
+    """What a layer loses when it is taken back and read into anew, and how it gets that back.
+
+    Of keys and values, that is what was added since the bookmark.
+    """
+
+    def __init__(self, layer: Any, kept: dict[str, Any], start: int, end: int) -> None:
+        self._layer, self._kept, self._places = layer, kept, slice(start, end)
+        self._saved = {name: self._save(name, value) for name, value in vars(layer).items()}
+
+    def _save(self, name: str, value: Any) -> Any:
+        then = self._kept.get(name)
+        if isinstance(then, _Shape):
+            grown = [dim for dim, size in enumerate(value.shape) if size != then[dim]]
+            return [
+                (dim, value.narrow(dim, then[dim], value.shape[dim] - then[dim]).clone())
+                for dim in grown
+            ]
+        if name not in self._kept and isinstance(value, Tensor):  # of a fixed cache
+            return value[:, :, self._places].clone()
+        return _copied(value)
+
+    def restore(self) -> None:
+        """Put the layer back as it was."""
+        values = vars(self._layer)
+        for name, saved in self._saved.items():
+            then, now = self._kept.get(name), values[name]
+            if isinstance(then, _Shape):
+                now = now[tuple(map(slice, then))]
+                for dim, more in saved:
+                    now = torch.cat((now, more), dim=dim)
+                values[name] = now
+            elif name not in self._kept and isinstance(now, Tensor):
+                now[:, :, self._places] = saved
+            else:
+                values[name] = _back(now, saved, None, self._layer.is_compileable)
 
 
 def _copied(value: Any) -> Any:

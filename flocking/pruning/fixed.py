@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.analysis import kept_count, named, reached, select, weight_magnitude
+from flocking.analysis import kept_count, magnitude, named, select, weight_magnitude
 from flocking.feedforward import FeedForward, feedforwards
 from flocking.pruning.calibration import global_statistic
 from flocking.pruning.methods import global_local
@@ -117,7 +117,7 @@ def fixed_selection(
     if texts is not None:
         static = global_statistic(model, texts, tokenizer=tokenizer, seed=seed)
     assert static is not None
-    static = _with_weights(static, model, blocks)
+    static = _with_weights(static, blocks)
     if texts is not None and sources is not None:
         pieces = f" of {len(texts)} texts of "
         told = static.attrs["made_from"].replace(
@@ -126,24 +126,26 @@ def fixed_selection(
         static.attrs["made_from"] = told
     if method == "global-local":
         assert own is not None
-        static = _mean_of_ranks(static, _with_weights(own, model, blocks), blocks)
+        static = _mean_of_ranks(static, _with_weights(own, blocks), blocks)
     return select(static, densities)
 
 
-def _with_weights(
-    statistic: xr.DataArray, model: PreTrainedModel, blocks: list[FeedForward]
-) -> xr.DataArray:
+def _with_weights(statistic: xr.DataArray, blocks: list[FeedForward]) -> xr.DataArray:
     """With the norms of their weights for experts that no token of the texts was routed to.
 
     As :func:`flocking.griffin` does for those that a prompt does not reach.
     """
-    widths, experts = (np.array([getattr(b, name) for b in blocks]) for name in ("d_ff", "experts"))
-    beyond = np.arange(statistic.sizes["neuron"]) >= widths[:, None]
-    missing = ~(reached(statistic.values, widths, experts) | beyond)
-    if not missing.any():
+    values, count = statistic.values.copy(), 0
+    for row, block in zip(values, blocks, strict=True):
+        if block.kind != "experts":
+            continue
+        experts = row[: block.d_ff].reshape(block.experts, -1)  # a view
+        absent = (experts == 0).all(axis=1)
+        if absent.any():
+            experts[absent] = magnitude(block).numpy(force=True).reshape(experts.shape)[absent]
+            count += int(absent.sum())
+    if not count:
         return statistic
-    count = int((missing / (widths // experts)[:, None]).sum().round())
-    values = np.where(missing, weight_magnitude(model).values, statistic.values)
     told = f"{statistic.made_from}, and of weights in {count} experts that no token was routed to"
     return statistic.copy(data=values).assign_attrs(made_from=told)
 

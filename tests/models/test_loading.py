@@ -101,7 +101,7 @@ BROKEN = {
     "note cut": lambda folder: cut(folder / origins.NOTE),
     "note of nothing": lambda folder: (folder / origins.NOTE).write_text("[1]"),
     "other version": lambda folder: (folder / origins.NOTE).write_text(
-        (folder / origins.NOTE).read_text().replace("transformers", "older transformers")
+        (folder / origins.NOTE).read_text().replace("flocking 2", "flocking 1")
     ),
     "a file": lambda folder: shutil.rmtree(folder) or folder.write_text("x"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import types
 import weakref
@@ -394,6 +395,21 @@ def test_a_bound_method_in_place_of_a_forward_is_compared_by_what_it_is() -> Non
     norm.forward = types.MethodType(third, norm)
     with pytest.raises(RuntimeError, match=r"model\.norm has another forward"):
         logits(twin)
+
+
+def test_a_forward_that_counts_is_the_same_forward() -> None:
+    model = helpers.proved("llama")
+    norm, seen = model.model.norm, []
+
+    def counted(seen: list[int], x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x / 2
+
+    norm.forward = functools.partial(counted, seen)
+    twin = flocking.griffin(model, 1.0)
+    for _ in range(2):
+        assert torch.equal(logits(model), logits(twin))
+    assert len(seen) > 2
 
 
 @pytest.mark.parametrize("kind", ["hook", "pre-hook"])

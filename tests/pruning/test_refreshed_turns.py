@@ -74,11 +74,12 @@ def test_a_cache_that_was_filled_anew_is_another_text(some: tf.PreTrainedModel) 
         assert twin.history.position.values.tolist() == [40]
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])  # which has sliding windows
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("failure", ["refused", "changed", "hook"])
-def test_a_turn_that_fails_leaves_the_cache_as_it_was(kind: str, failure: str) -> None:
-    """The same turn again gives what it would have given: no token of the turns before is lost."""
-    model = exact("llama")
+def test_a_turn_that_fails_leaves_the_cache_as_it_was(name: str, kind: str, failure: str) -> None:
+    """No token of the turns before is lost; if nothing was read, the turn again is as the first."""
+    model = exact(name)
     fails = [False]
 
     def hook(module: torch.nn.Module, args: tuple, output: object) -> None:
@@ -86,22 +87,35 @@ def test_a_turn_that_fails_leaves_the_cache_as_it_was(kind: str, failure: str) -
             raise KeyError("of the user's")
 
     model.model.layers[1].register_forward_hook(hook)
-    twin, cache = flocking.griffin(model, 1.0, refresh=4), cache_of(model, kind)
-    text = torch.cat((generate(twin, tokens(20), 7, past_key_values=cache), tokens(3)), dim=1)
-    length = int(cache.get_seq_length())
-    options = {"attention_mask": torch.ones_like(text), "past_key_values": cache}
-    weight = model.model.norm.weight
-    if failure == "hook":
-        fails[0] = True
-    elif failure == "changed":
-        model.model.norm.weight = torch.nn.Parameter(torch.ones(5))
-    more = {"guidance_scale": 1.5} if failure == "refused" else {}
-    with pytest.raises((KeyError, ValueError, RuntimeError)):
-        generate(twin, text[:, length:], 9, **options, **more)
-    assert int(cache.get_seq_length()) == length
-    fails[0], model.model.norm.weight = False, weight
-    got = generate(twin, text[:, length:], 9, **options)
-    assert torch.equal(got[:, -9:], generate(model, text, 9)[:, -9:])
+
+    def turn(twin: tf.PreTrainedModel, cache: tf.Cache, text: Tensor, **more: object) -> Tensor:
+        fed = text[:, int(cache.get_seq_length()) :]
+        options = {"attention_mask": torch.ones_like(text), "past_key_values": cache}
+        return generate(twin, fed, 9, **options, **more)[:, -9:]
+
+    for density in (1.0, 0.5):
+        twin, undisturbed = (flocking.griffin(model, density, refresh=4) for _ in range(2))
+        cache, other = cache_of(model, kind), cache_of(model, kind)
+        text = torch.cat((generate(twin, tokens(20), 7, past_key_values=cache), tokens(3)), dim=1)
+        generate(undisturbed, tokens(20), 7, past_key_values=other)
+        length, weight = int(cache.get_seq_length()), model.model.norm.weight
+        fails[0] = failure == "hook"
+        if failure == "changed":
+            model.model.norm.weight = torch.nn.Parameter(torch.ones(5))
+        more = {"guidance_scale": 1.5} if failure == "refused" else {}
+        with pytest.raises((KeyError, ValueError, RuntimeError)):
+            turn(twin, cache, text, **more)
+        fails[0], model.model.norm.weight = False, weight
+        assert int(cache.get_seq_length()) == length
+        got, due = turn(twin, cache, text), turn(undisturbed, other, text)
+        if density == 1.0:
+            assert torch.equal(got, generate(model, text, 9)[:, -9:])
+        if failure == "hook":  # it is not known how much of the turn is in the statistic
+            assert twin.report().prefilled_tokens == text.shape[1] - length + 8
+        else:
+            assert torch.equal(got, due)
+            assert (twin.history.position == undisturbed.history.position).all()
+            assert twin.report().prefilled_tokens == undisturbed.report().prefilled_tokens
 
 
 @pytest.mark.parametrize("other", ["model", "refilled"])

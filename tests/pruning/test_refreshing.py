@@ -198,6 +198,31 @@ def test_states_that_are_overwritten_are_restored(kind: str) -> None:
     assert torch.equal(generate(flocking.griffin(model, 0.5, refresh=1), ids), generate(model, ids))
 
 
+@pytest.mark.parametrize("while_reading", [False, True])
+@pytest.mark.parametrize("kind", OTHER_STATES)
+def test_they_are_as_before_if_a_turn_fails(kind: str, while_reading: bool) -> None:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(OTHER_STATES[kind]()).eval()
+    fails = [False]
+
+    def hook(module: torch.nn.Module, args: tuple, output: object) -> None:
+        if fails[0]:
+            raise KeyError("of the user's")
+
+    model.model.layers[-1].register_forward_hook(hook)  # the states of those before are written
+    cache = DynamicCache(config=model.config)
+    twin = flocking.griffin(model, 0.5, refresh=5)
+    text = torch.cat((generate(twin, tokens(20), 8, past_key_values=cache), tokens(3)), dim=1)
+    before = [state.clone() for state in states_of(cache)]
+    fails[0] = while_reading
+    more = {} if while_reading else {"guidance_scale": 1.5}
+    with pytest.raises((KeyError, ValueError)):
+        generate(twin, text, 3, past_key_values=cache, **more)
+    after = states_of(cache)
+    assert len(after) > 2
+    assert all(map(torch.equal, after, before))
+
+
 def test_a_padded_batch_equals_its_members(some: tf.PreTrainedModel) -> None:
     """Also where one member ends early, and is filled up with padding that the cache holds."""
     rows = random_ids(20, 13)
