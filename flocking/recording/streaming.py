@@ -224,15 +224,20 @@ def _recorded_blocks(
 ) -> Iterator[Block]:
     """All blocks, after this process's share of those that are missing is recorded."""
     size = store.asked["block"]
-    mine = _share(store, among)
+    missing = _missing(store, among)
+    mine = None if missing is None else set(missing[among.rank :: among.number])
     drawn = bool(reader.options.wanted.arguments)
     seen: Counter[bytes] = Counter()
     with _bar(store, among, progress) as bar:
         for block in corpus.blocks(size):
-            done = (store.state(block.rows) > 0).all()
+            number = block.start // size
+            if missing is None:
+                done = bool((store.state(block.rows) > 0).all())
+            else:
+                done = number not in missing
             if done:
                 _check_same(store, block)
-            here = not done and (mine is None or block.start // size in mine)
+            here = not done and (mine is None or number in mine)
             if here or drawn:
                 read = _read_again(store, block, reader)
                 read = read.counted(seen) if drawn else read
@@ -261,8 +266,13 @@ def _record_block(
     bar.set_postfix(texts=block.rows.stop, refresh=False)
 
 
-def _share(store: GrowingStore, among: Processes) -> set[int] | None:
-    """Numbers of the blocks that this process records; None for all that are missing."""
+def _missing(store: GrowingStore, among: Processes) -> list[int] | None:
+    """Numbers of the blocks that several processes share; None where there is one process.
+
+    They are of the time before any of them has written: what a process reads is held against the
+    others' texts at the end, not against what they wrote a moment before. So what is said of
+    unlike texts does not depend on which process is ahead.
+    """
     if among.number == 1:
         return None
     size = store.asked["block"]
@@ -272,8 +282,8 @@ def _share(store: GrowingStore, among: Processes) -> set[int] | None:
         rows = (slice(start, min(start + size, starts.stop)) for start in starts)
         return [each.start // size for each in rows if not (store.state(each) > 0).all()]
 
-    # (Asked of one process: others might see what the first blocks' owners have written since.)
-    return set(among.of_first(missing)[among.rank :: among.number])
+    found: list[int] = among.of_first(missing)
+    return found
 
 
 def _bar(store: GrowingStore, among: Processes, progress: bool) -> tqdm:

@@ -15,7 +15,7 @@ from streams import TEXTS, Ended, assert_same_values, by_block, ending_after, st
 import flocking
 
 SHARE = """
-import os, sys
+import os, sys, time
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
@@ -29,8 +29,15 @@ if dies[:1] == ["out"]:
 texts = streams.TEXTS
 if dies[:1] == ["share"]:
     texts = texts[rank::2]
-elif dies[:1] == ["last"]:
+elif dies[:1] in (["last"], ["late"]):
     texts = [*texts[:-1], texts[rank]]
+if dies[:1] == ["late"] and rank == 1:  # it comes to the last block when the other wrote it
+    put = growing.GrowingStore.write
+    def late(self, rows, *args):
+        put(self, rows, *args)
+        while not (self.state(slice(16, 21)) > 0).all():
+            time.sleep(0.05)
+    growing.GrowingStore.write = late
 if dies and dies[0] == os.environ["RANK"]:
     write = growing.GrowingStore.write
     def writing(self, rows, *args):
@@ -102,14 +109,14 @@ def test_a_process_that_is_killed_is_told_of_by_the_others(tmp_path: Path) -> No
     assert "one of the 2 processes ended without a word" in told
 
 
-@pytest.mark.parametrize("other", ["out", "share", "last"])
+@pytest.mark.parametrize("other", ["out", "share", "last", "late"])
 def test_processes_that_were_given_other_things_are_told(tmp_path: Path, other: str) -> None:
     """Such as a share of the texts, or a store, for each."""
     ended = share(tmp_path / "x.zarr", 2, other)
     assert ended.returncode != 0
     what = "out" if other == "out" else "texts"
     assert f"ValueError: process 1 of 2 was given another {what} than process 0" in ended.stderr
-    if other != "last":
+    if other not in ("last", "late"):
         assert not list(tmp_path.iterdir())
         return
     with pytest.warns(UserWarning, match="x.zarr is not finished"):
