@@ -179,8 +179,8 @@ class Decoder:
             len(ids),
             mask,
             tokens=prompt,
-            meanwhile=self._compiled.follow_parameters,
         )
+        self._compiled.follow_parameters()
         self._take(outputs.logits[:, -1])
         self._left = self.max_length - prompt - 1
         self._prompt, self._since = prompt, 0

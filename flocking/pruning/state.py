@@ -139,7 +139,6 @@ class State:
         *,
         tokens: int | None = None,
         copies: int = 1,
-        meanwhile: Callable[[], object] = lambda: None,
     ) -> Any:
         """Read a prompt with the full model, select neurons from it and copy their weights.
 
@@ -159,8 +158,6 @@ class State:
             Of each sequence's prompt, if known.
         copies : int
             How often each sequence is in the batch.
-        meanwhile : callable
-            Called when all is queued, and the device still computes.
         """
         with self._locked():
             self.copies = copies
@@ -171,7 +168,7 @@ class State:
                 self.drafts.reset()
             self.work = Work()
             outputs, read = self.reader.read(run, sequences, mask, tokens, earlier)
-            self._go_on_from(read, getattr(outputs, "past_key_values", None), meanwhile)
+            self._go_on_from(read, getattr(outputs, "past_key_values", None))
             return outputs
 
     def reread(
@@ -211,12 +208,10 @@ class State:
             self.work.refreshes += 1
             return outputs
 
-    def _go_on_from(
-        self, read: Read, cache: Any, meanwhile: Callable[[], object] = lambda: None
-    ) -> None:
+    def _go_on_from(self, read: Read, cache: Any) -> None:
         """Select from what was read, and remember that it is in this cache."""
         try:
-            self.choose(read, meanwhile)
+            self.choose(read)
             self.reader.remember(read, cache)
             # (Of a long text there are many, which need not take up the model's device.)
             kept = _on_host([compact.kept for compact in self.compacts])
@@ -266,11 +261,11 @@ class State:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def choose(self, read: Read, meanwhile: Callable[[], object] = lambda: None) -> None:
+    def choose(self, read: Read) -> None:
         """Select neurons and copy their weights into the compact projections.
 
         The device is asked once, at the end, whether all is well: until then work is only
-        queued on it. Just before, `meanwhile` is called.
+        queued on it.
         """
         watch = Stopwatch(self.compacts[0].block.device)
         watch.lap()
@@ -280,7 +275,6 @@ class State:
             compact.fill(kept)
         watch.lap()
         self.watch, self.unreached = watch, selected.unreached
-        meanwhile()
         self._check(selected)
         self.read, self._thread = read, threading.get_ident()
 

@@ -351,7 +351,6 @@ def read_prompt(
     mask: Tensor | None = None,
     *,
     tokens: int,
-    meanwhile: Callable[[], object] = lambda: None,
 ) -> Any:
     """What `run` returns, which runs a prompt on the :func:`full_model`; a twin then selects.
 
@@ -359,15 +358,13 @@ def read_prompt(
     ----------
     model : transformers.PreTrainedModel
         A model or a twin.
-    run, sequences, mask, tokens, meanwhile
+    run, sequences, mask, tokens
         As of :meth:`flocking.pruning.state.State.prefill`.
     """
     if isinstance(model, Twin):
         model.warn_of_changes()
-        return model._griffin.prefill(run, sequences, mask, tokens=tokens, meanwhile=meanwhile)
-    outputs = run()
-    meanwhile()
-    return outputs
+        return model._griffin.prefill(run, sequences, mask, tokens=tokens)
+    return run()
 
 
 @contextmanager
