@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import psutil
 import torch
 import xarray as xr
 from transformers import PreTrainedModel
@@ -13,7 +12,7 @@ from flocking.artifacts import checksum
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.variants import FULL, Variant
 from flocking.feedforward import feedforwards
-from flocking.models import byte_count
+from flocking.models import byte_count, usable_memory
 
 _SHARE_OF_MEMORY = 0.6  # of what is free, for twins: caches and logits need the rest
 Texts = Sequence[str] | Sequence[list[int]]
@@ -120,4 +119,4 @@ def _free(device: torch.device) -> int:
     """Bytes of memory that are free where a model is."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return usable_memory().available

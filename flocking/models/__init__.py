@@ -45,6 +45,7 @@ from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, embedded_file, identity, load, resolved
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
+from flocking.models.memory import usable_memory
 from flocking.models.naming import name_and_path, split_place
 from flocking.models.notices import warn
 from flocking.models.origins import NOTE
@@ -171,6 +172,7 @@ __all__ = [
     "undisturbed",
     "unreadable",
     "unwrap",
+    "usable_memory",
     "vocabulary_of",
     "warn",
     "why_not_finite",

@@ -30,6 +30,7 @@ from flocking.models.gguf import Contents, contents_of
 from flocking.models.gguf_configs import changes_of, generation_of, ignored
 from flocking.models.gguf_support import refuse_other_tensors, refuse_unknown
 from flocking.models.gguf_tokenizers import correct
+from flocking.models.memory import usable_memory
 from flocking.models.notices import warn
 from flocking.models.problems import brief, listed
 
@@ -108,7 +109,7 @@ def read_gguf(file: Path) -> PreTrainedModel:
     _refuse_without_memory(file, size)
     # (Other systems give more memory to swap when they need it.)
     if sys.platform == "linux" and size > (
-        there := psutil.virtual_memory().available + psutil.swap_memory().free
+        there := usable_memory().available + psutil.swap_memory().free
     ):
         raise MemoryError(
             f"{file} takes {size / 2**30:,.1f} GiB in float32, and {there / 2**30:,.1f} GiB are "
@@ -138,11 +139,11 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 def _refuse_without_memory(file: Path, size: int) -> None:
-    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    there = usable_memory().total + psutil.swap_memory().total
     if size > there:
         raise MemoryError(
             f"{file} holds weights that take {size / 2**30:,.0f} GiB in float32, which they are "
-            f"converted to, and this machine has {there / 2**30:,.0f} GiB of memory: convert it on "
+            f"converted to, and {there / 2**30:,.0f} GiB of memory are there: convert it on "
             "a larger one, or take a smaller model."
         )
 

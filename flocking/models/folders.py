@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
+from flocking.models.memory import usable_memory
 from flocking.models.problems import brief, listed, of_suspect, told
 from flocking.models.suspects import find_suspect
 from flocking.texts import dangling, why_no_file
@@ -328,11 +329,11 @@ def _check_memory(folder: Path, model: PreTrainedModel, kwargs: Mapping[str, Any
         parameter.numel() * (asked if isinstance(asked, torch.dtype) else parameter.dtype).itemsize
         for parameter in model.parameters()
     ]
-    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    there = usable_memory().total + psutil.swap_memory().total
     if sum(sizes) > there:
         raise MemoryError(
             f"{folder / 'config.json'} describes a model that takes {sum(sizes) / 2**30:,.0f} GiB, "
-            f"and this machine has {there / 2**30:,.0f} GiB of memory: load it with "
+            f"and {there / 2**30:,.0f} GiB of memory are there: load it with "
             "dtype='bfloat16', spread it with device_map='auto', or take a smaller model."
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
-import psutil
 import torch
 import xarray as xr
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from flocking.models import (
     refuse_long,
     traits,
     undisturbed,
+    usable_memory,
     warn,
     with_inputs,
 )
@@ -167,7 +167,7 @@ def check_memory(
         return recording_bytes(blocks, raw, wide, given.prompts, totals)
 
     window = options.window
-    room = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY)
+    room = int(usable_memory().available * _SHARE_OF_MEMORY)
     if size(window) > room:
         wider = [2**power for power in range(6, 32) if size(2**power) <= room]
         if wider:

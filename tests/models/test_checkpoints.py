@@ -276,7 +276,7 @@ def test_more_than_all_memory_is_refused(
     there = sum(p.numel() for p in build("llama").parameters()) * 4
     monkeypatch.setattr(folders.psutil, "swap_memory", lambda: SimpleNamespace(total=0))
     for total, dtypes in ((there, ["float32"]), (there - 1, ["bfloat16", torch.float16])):
-        memory = SimpleNamespace(total=total)
+        memory = SimpleNamespace(total=total, available=total)
         monkeypatch.setattr(folders.psutil, "virtual_memory", lambda memory=memory: memory)
         for dtype in dtypes:
             flocking.load(name, dtype=dtype, **options)

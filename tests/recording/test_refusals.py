@@ -105,7 +105,7 @@ def test_a_recording_larger_than_memory_is_refused(
     llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any work, with the window that would fit."""
-    free = type("Memory", (), {"available": 400_000})
+    free = type("Memory", (), {"total": 2**40, "available": 400_000})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     (ids,) = helpers.random_ids(200)
     with pytest.raises(MemoryError, match=r"would take 5\d\d\.\d kB .* window=64 would fit"):

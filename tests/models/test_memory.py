@@ -1,0 +1,97 @@
+"""How much memory a process may use: what the machine has, or what its control groups allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flocking.models import memory
+from flocking.models.memory import Memory, usable_memory
+
+MACHINE = psutil.virtual_memory()._replace(total=64_000, available=40_000)
+
+# Files of a system, and what a process may use there.
+SYSTEMS = {
+    "none": ({}, (64_000, 40_000)),
+    "version 2": (
+        {
+            "cgroup": "0::/job\n",
+            "job/memory.max": "8000\n",
+            "job/memory.current": "3000\n",
+            "job/memory.stat": "anon 1000\ninactive_file 500\nactive_file 1500\n",
+        },
+        (8000, 5500),
+    ),
+    "version 2, without a limit": (
+        {"cgroup": "0::/\n", "memory.max": "max\n", "memory.current": "3000\n"},
+        (64_000, 40_000),
+    ),
+    "a limit that is wider than what is free": (
+        {"cgroup": "0::/\n", "memory.max": "60000\n", "memory.current": "3000\n"},
+        (60_000, 40_000),
+    ),
+    "a limit of a group above": (
+        {
+            "cgroup": "0::/slurm/job/step\n",
+            "slurm/job/memory.max": "8000\n",
+            "slurm/job/memory.current": "3000\n",
+            "slurm/job/step/memory.max": "max\n",
+            "slurm/job/step/memory.current": "2000\n",
+        },
+        (8000, 5000),
+    ),
+    "several limits": (
+        {
+            "cgroup": "0::/job/step\n",
+            "job/memory.max": "8000\n",
+            "job/memory.current": "7500\n",
+            "job/step/memory.max": "6000\n",
+            "job/step/memory.current": "2000\n",
+        },
+        (6000, 500),
+    ),
+    "version 1": (
+        {
+            "cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n",
+            "memory/job/memory.limit_in_bytes": "8000\n",
+            "memory/job/memory.usage_in_bytes": "3000\n",
+            "memory/job/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
+            "memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "memory/memory.usage_in_bytes": "50000\n",
+        },
+        (8000, 5500),
+    ),
+    "the host's path, inside of a container": (
+        {
+            "cgroup": "4:memory:/docker/0123\n",
+            "memory/memory.limit_in_bytes": "8000\n",
+            "memory/memory.usage_in_bytes": "3000\n",
+        },
+        (8000, 5000),
+    ),
+    "more in use than is allowed now": (
+        {"cgroup": "0::/\n", "memory.max": "2000\n", "memory.current": "3000\n"},
+        (2000, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_limits_of_control_groups_count(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, expected = SYSTEMS[system]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "_MEMBERSHIPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_HIERARCHIES", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: MACHINE)
+    assert usable_memory() == Memory(*expected)
+
+
+def test_here_it_is_no_more_than_the_machine_has() -> None:
+    found = usable_memory()
+    assert 0 < found.available <= found.total <= psutil.virtual_memory().total
