@@ -95,6 +95,19 @@ class Request:
                 "it out, or give an --output that ends in .gguf."
             )
 
+    def check_model(self, model: PreTrainedModel, folder: Path) -> None:
+        """Refuse what a selection of this density could not be written of, or not there.
+
+        It is written first into something in `folder`.
+        """
+        from flocking.pruning import refuse_unexportable, refuse_unexportable_gguf
+
+        where = self.density, self.widths
+        if self.is_gguf:
+            refuse_unexportable_gguf(self.gguf(), *where, self.down_type, self.output, folder)
+        else:
+            refuse_unexportable(model, *where, self.output, folder)
+
     def may_replace(self, found: Path) -> None:
         """Refuse to replace what is at the output, unless it was asked for and is a model."""
         from flocking.models import embedded_file
@@ -102,6 +115,11 @@ class Request:
 
         source, how = self.source or embedded_file(), "pass --overwrite"
         refuse_existing(found, self.output, self.overwrite, source, how=how)
+
+    @property
+    def widths(self) -> int:
+        """Of what numbers of neurons are multiples."""
+        return self.multiple or (_MULTIPLE if self.is_gguf else 1)
 
     @property
     def down_type(self) -> str:
@@ -128,7 +146,7 @@ def write_pruned(request: Request) -> Exported:
     computed anything.
     """
     from flocking.artifacts import replacing
-    from flocking.pruning import fixed_selection, refuse_unexportable, split_texts
+    from flocking.pruning import fixed_selection, split_texts
 
     request.check()
     texts = texts_of(request.texts)
@@ -137,8 +155,7 @@ def write_pruned(request: Request) -> Exported:
         naming(request.output, partial),
     ):
         model, tokenizer = load(request.source, request.device, request.dtype)
-        if not request.is_gguf:
-            refuse_unexportable(model, request.density, request.multiple or 1)
+        request.check_model(model, partial.parent)
         calibration, sources, held_out = split_texts(model, texts, tokenizer)
         selection = fixed_selection(
             model,
@@ -147,7 +164,7 @@ def write_pruned(request: Request) -> Exported:
             None if request.own_samples else calibration,
             request.density,
             sources=sources,
-            multiple=request.multiple or (_MULTIPLE if request.is_gguf else 1),
+            multiple=request.widths,
             seed=request.seed,
         )
         if request.is_gguf:

@@ -21,6 +21,7 @@ from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.items import Row
 from flocking.evaluation.twins import Texts
 from flocking.evaluation.variants import Variant
+from flocking.models import tokenizer_beside
 
 _PATIENCE = 60.0  # seconds to wait for another run that is writing the same cells
 _SUFFIX = ".json.gz"
@@ -142,6 +143,7 @@ def cells_of(
     blocks: Sequence[Block],
     wanted: Mapping[Variant, Texts],
     identity: str | None,
+    tokenizer: str | None,
 ) -> list[list[Cell]]:
     """Of each block, its cells with the keys that they have when they are computed now.
 
@@ -151,12 +153,9 @@ def cells_of(
     blocks : sequence of Block
     wanted : mapping of Variant to texts
         With what a static statistic is made from.
-    identity : str, optional
-        Of the model.
+    identity, tokenizer : str, optional
+        Of the model, and of a tokenizer that is not its own.
     """
-    # (The model's identity has its own tokenizer.)
-    is_another = str(lm.tokenizer.name_or_path) != str(lm.full.name_or_path)
-    tokenizer = [tokenizer_digest(lm.tokenizer)] if is_another else []
     found = []
     for block in blocks:
         scorers = ("rouge" if block.question.authors else "rouge-score",)
@@ -172,12 +171,21 @@ def cells_of(
                 str(lm.full.dtype),
                 lm.full.device.type,
                 lm.seed if variant.twinned.draws else None,
-                *tokenizer,
+                *([] if tokenizer is None else [tokenizer]),
             ]
             key = Key.of("flocking.evaluation.items", inputs, packages)
             cells.append(Cell(block, variant, texts, key))
         found.append(cells)
     return found
+
+
+def digest_of_another(lm: GriffinLM) -> str | None:
+    """Digest of the tokenizer; None if it is the model's own, which the model's identity has.
+
+    What was changed in it since it was read makes it another one.
+    """
+    own, digest = tokenizer_beside(lm.full), tokenizer_digest(lm.tokenizer)
+    return None if own is not None and tokenizer_digest(own) == digest else digest
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -128,7 +128,7 @@ def _timed(model: PreTrainedModel, ids: torch.Tensor, times: int) -> float:
     past = None
     for _ in range(times):
         outputs = model(input_ids=ids, past_key_values=past, use_cache=True)
-        past = outputs.past_key_values
+        past = getattr(outputs, "past_key_values", None)  # (RWKV has none)
     float(outputs.logits[0, -1, 0])  # which waits for the device
     return time.monotonic() - started
 

@@ -148,14 +148,23 @@ def _scored(
         ):
             answers = [one.filtered_resps[how] for one in by_item[item]]
             chances = _chances(task, document, following, answers)
+            # (To the harness the likeliest of answers is the first one if it is not a number.)
+            unknown = any(_is_nan(answer) for answer in answers)
             for metric, value in task.process_results(document, list(answers)).items():
                 if isinstance(value, _NUMBERS):
-                    found.append((item, how, metric, float(value), chances.get(metric, np.nan)))
+                    score = np.nan if unknown else float(value)
+                    found.append((item, how, metric, score, chances.get(metric, np.nan)))
     # (Some tasks say only with their first results how their metrics are put together.)
     known = task.aggregation()
     for item, how, metric, value, chance in found:
         if known.get(metric, mean) is mean:  # as the harness does with what it does not know
             yield item, metric if how == "none" else f"{metric},{how}", value, chance
+
+
+def _is_nan(answer: Any) -> bool:
+    """Whether a likelihood, alone or with whether it is the highest, is not a number."""
+    first = answer[0] if isinstance(answer, tuple) else answer
+    return isinstance(first, float) and np.isnan(first)
 
 
 def left_out(task: Task) -> list[str]:

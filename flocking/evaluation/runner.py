@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.evaluation.authors import check_room, opens
 from flocking.evaluation.blocks import Block, block_size, blocks_of
-from flocking.evaluation.cells import Cell, Cells, Found, Store, cells_of
+from flocking.evaluation.cells import Cell, Cells, Found, Store, cells_of, digest_of_another
 from flocking.evaluation.domain import documents
 from flocking.evaluation.estimate import (
     Speed,
@@ -25,10 +25,12 @@ from flocking.evaluation.estimate import (
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.items import ask, left_out
 from flocking.evaluation.plan import Plan, Question
+from flocking.evaluation.summary import refuse_nan
 from flocking.evaluation.tasks import Articles, quiet
-from flocking.evaluation.twins import Texts, Twins, in_memory
+from flocking.evaluation.twins import Texts, Twins, in_memory, refuse_without_memory
 from flocking.evaluation.variants import Variant
 from flocking.models import warn
+from flocking.pruning import refuse_unscorable
 
 Say = Callable[[str], None]
 
@@ -119,8 +121,10 @@ def _evaluated(
             # (The authors open no prompt with a token but those of Gemma.)
             add_bos_token=opens(model) if plan.authors else None,
         )
-    identity = None if cells is None else cells.identity
-    jobs = [job for asked in questions for job in _jobs(lm, asked, plan.variants, identity, say)]
+    if not all(asked.generates for asked in questions):
+        refuse_unscorable(lm.full, [])
+    known = (None, None) if cells is None else (cells.identity, digest_of_another(lm))
+    jobs = [job for asked in questions for job in _jobs(lm, asked, plan.variants, known, say)]
     run = _Run(lm, jobs, Store(cells), say)
     run.say_what_is_there()
     for question in questions:
@@ -151,9 +155,16 @@ class _Job:
 
 
 def _jobs(
-    lm: GriffinLM, question: Question, variants: Sequence[Variant], identity: str | None, say: Say
+    lm: GriffinLM,
+    question: Question,
+    variants: Sequence[Variant],
+    known: tuple[str | None, str | None],
+    say: Say,
 ) -> list[_Job]:
-    """All blocks of a task, by groups of variants whose twins fit in memory together."""
+    """All blocks of a task, by groups of variants whose twins fit in memory together.
+
+    `known` are identities of the model and of a tokenizer that is not its own.
+    """
     wanted: dict[Variant, Texts] = {}
     own: Texts = ()
     for variant in variants:
@@ -183,7 +194,7 @@ def _jobs(
         work = [work_of(lm, block, texts) for block in blocks]
         copies = copies_of(lm, question, texts)
         for group in in_memory(lm.full, here, copies):
-            cells = cells_of(lm, blocks, {variant: here[variant] for variant in group}, identity)
+            cells = cells_of(lm, blocks, {variant: here[variant] for variant in group}, *known)
             jobs += [
                 _Job(block, each, texts, copies, cost)
                 for block, each, cost in zip(blocks, cells, work, strict=True)
@@ -226,6 +237,7 @@ class _Run:
             )
         left = self._left()
         if left:
+            refuse_without_memory(self._lm.full, self._groups(left))
             self._speed = speed_of(self._lm)
             self._say_how_long(left)
 
@@ -261,12 +273,15 @@ class _Run:
             assert self._speed is not None
             by_task["calibration texts"] = self._speed.seconds(Work(shared=tokens), 0)
         told = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in by_task.items())
-        groups = [((cell.variant for cell in job.cells), job.copies) for job in left]
         self._say(
             f"{len(cells)} cells are to be computed, in about "
             f"{in_words(sum(by_task.values()))} or less ({told}), with "
-            f"{memory_of(self._lm.full, groups)}."
+            f"{memory_of(self._lm.full, self._groups(left))}."
         )
+
+    def _groups(self, left: Sequence[_Job]) -> list[tuple[list[Variant], int]]:
+        """Variants whose twins are there at once, and texts of a batch with a selection each."""
+        return [([cell.variant for cell in self._missing(job)], job.copies) for job in left]
 
     def ask(self, question: Question) -> None:
         """Compute what is missing of a task, and say what came out."""
@@ -293,6 +308,7 @@ class _Run:
         answers = ask(self._lm, job.block, models, job.texts)
         tables = [cell.table(rows) for cell, rows in zip(missing, answers, strict=True)]
         _refuse_unscored(job.block.question, tables)
+        refuse_nan(pd.concat(tables))  # before it is kept
         took = time.monotonic() - started
         self._store.write(missing, tables, took)
         for cell, table in zip(missing, tables, strict=True):

@@ -85,17 +85,30 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
 
 def _by_item(part: pd.DataFrame, group: tuple[str, ...]) -> pd.DataFrame:
     """Values of one task and metric, a row for each variant and a column for each item."""
+    refuse_nan(part)
     values = part.pivot_table(index="variant", columns="item", values="value")
     values = values.loc[part["variant"].unique()]
-    if (odd := part["value"].isna()).any():
-        named = ", ".join(part.loc[odd, "variant"].unique())
-        raise ValueError(
-            f"{group[0]}: {group[2]} is not a number for some items under {named}, as where half "
-            "precision overflows: leave that out, or compute in float32."
-        )
     if values.isna().any(axis=None):
         raise ValueError(f"{group[0]}: not all variants were asked the same items.")
     return values
+
+
+def refuse_nan(items: pd.DataFrame) -> None:
+    """Raise a ValueError if a score is not a number.
+
+    Parameters
+    ----------
+    items : pandas.DataFrame
+        As :func:`flocking.evaluation.evaluate` gives it.
+    """
+    odd = items[items["value"].isna()]
+    if len(odd):
+        task, metric = odd["task"].iloc[0], odd["metric"].iloc[0]
+        named = ", ".join(dict.fromkeys(map(label, odd["method"], odd["density"])))
+        raise ValueError(
+            f"{task}: {metric} is not a number for some items under {named}, as where half "
+            "precision overflows: leave that out, or compute in float32."
+        )
 
 
 def _totals(own: pd.DataFrame) -> dict[str, float]:

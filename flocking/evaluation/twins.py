@@ -33,11 +33,12 @@ class Twins:
         self._references: dict[str, xr.DataArray] = {}
 
     def keep(self, wanted: Iterable[tuple[Variant, Texts]]) -> None:
-        """Drop those that are not among the ones wanted."""
+        """Drop those that are not among the ones wanted.
+
+        The statistics that they were made from stay: they are small, and later tasks need them.
+        """
         names = {self._named(*each) for each in wanted}
         self._made = {name: twin for name, twin in self._made.items() if name in names}
-        texts = {digest for _, digest in names}
-        self._references = {d: kept for d, kept in self._references.items() if d in texts}
 
     def of(self, variant: Variant, texts: Texts) -> PreTrainedModel:
         """The model that answers as a variant; `texts` are those of its static statistic."""
@@ -93,6 +94,36 @@ def in_memory(
         groups[-1].append(variant)
         left -= size
     return groups
+
+
+def refuse_without_memory(
+    model: PreTrainedModel, groups: Iterable[tuple[Iterable[Variant], int]]
+) -> None:
+    """Raise a MemoryError if one twin alone takes more memory than is free.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    groups : iterable of (iterable of Variant, int)
+        Variants, and texts of a batch that have a selection each.
+    """
+    free, whole = _free(model.device), ff_bytes(model)
+    for variants, copies in groups:
+        for variant in variants:
+            size = share_of(variant, copies) * whole
+            if size <= free:
+                continue
+            fitting = int(_SHARE_OF_MEMORY * free / size * copies)
+            remedy = (
+                f"give --batch-size {fitting} (batch_size={fitting})"
+                if fitting
+                else "free some, or take half precision (--dtype bfloat16)"
+            )
+            texts = f" of {copies} texts at once" if copies > 1 else ""
+            raise MemoryError(
+                f"{variant} takes {size / 1e9:.1f} GB for the kept weights{texts}, and "
+                f"{free / 1e9:.1f} GB are free: {remedy}."
+            )
 
 
 def share_of(variant: Variant, copies: int) -> float:

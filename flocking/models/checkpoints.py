@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ PLACE = ("revision", "subfolder", "cache_dir", "local_files_only", "token")
 # a secret, and the revision is in the config.
 _REMEMBERED = ("subfolder", "cache_dir", "local_files_only", "trust_remote_code")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_logging = threading.RLock()  # the level of transformers' log belongs to all threads
 # A row of transformers' reports, with or without colours.
 _MISSING = r"^(\S+)\s*\|[^\w|]*(?:\[\d+m)?MISSING"
 # What a tokenizer is read from; it can do without the first ones.
@@ -334,23 +336,26 @@ def _config_of_hub(name: str, kwargs: Mapping[str, Any]) -> Path | None:
 def _reports() -> Iterator[list[str]]:
     """Take transformers' tables of missing weights out of its log: an error says it shorter."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level, least = logger.level, logger.getEffectiveLevel()
     reports: list[str] = []
+    own = threading.get_ident()
+    with _logging:
+        level, least = logger.level, logger.getEffectiveLevel()
 
-    def keep(record: logging.LogRecord) -> bool:
-        report = "LOAD REPORT" in record.getMessage()
-        if report:
-            reports.append(record.getMessage())
-        return not report and record.levelno >= least
+        def keep(record: logging.LogRecord) -> bool:
+            report = record.thread == own and "LOAD REPORT" in record.getMessage()
+            if report:
+                reports.append(record.getMessage())
+            return not report and record.levelno >= least
 
-    # (At WARNING itself, transformers would go through a plan to spread the model over devices.)
-    logger.setLevel(min(least, logging.WARNING - 1))
-    logger.addFilter(keep)
-    try:
-        yield reports
-    finally:
-        logger.removeFilter(keep)
-        logger.setLevel(level)
+        # (At WARNING itself, transformers would go through a plan to spread the model over
+        # devices.)
+        logger.setLevel(min(least, logging.WARNING - 1))
+        logger.addFilter(keep)
+        try:
+            yield reports
+        finally:
+            logger.removeFilter(keep)
+            logger.setLevel(level)
 
 
 def _refuse_incomplete(name: str, info: Mapping[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,14 +74,46 @@ def _drawn(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # In float32, as training begins, whatever dtype the values are then rounded to.
     config.dtype = torch.float32
     device = model.device
     if device.type == "meta":  # of offloaded weights: they are drawn where they are computed with
         device = device_of(embeddings_of(model))
-    with private_randomness(model, seed), torch.device(device):
+    with private_randomness(model, seed), torch.device(device), _drawn_in_float32():
         fresh: Any = type(model)(config)
-    return fresh.to(model.dtype).eval()
+    _round_as(model, fresh)
+    return fresh.eval()
+
+
+@contextmanager
+def _drawn_in_float32() -> Iterator[None]:
+    """As training begins, whatever dtype the values are then rounded to."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _round_as(model: PreTrainedModel, fresh: PreTrainedModel) -> None:
+    """Give each weight and buffer the dtype that the model's has.
+
+    Not all have the model's own: rotary frequencies stay in float32 where weights are bfloat16.
+    """
+    named = chain(model.named_parameters(), model.named_buffers())
+    # (Numbers of one byte are quantised: their scales are elsewhere.)
+    own = {
+        name: value.dtype
+        for name, value in named
+        if value.is_floating_point() and value.dtype.itemsize > 1
+    }
+    for path, module in fresh.named_modules():
+        for tensors, default in ((module._parameters, model.dtype), (module._buffers, None)):
+            for name, value in tensors.items():
+                if value is None or not value.is_floating_point():
+                    continue
+                dtype = own.get(f"{path}.{name}".lstrip("."), default)
+                value.data = value.data.to(dtype or value.dtype)
 
 
 def _same(model: PreTrainedModel, fresh: PreTrainedModel) -> Iterator[str]:

@@ -13,7 +13,7 @@ from flocking.pruning.exported import Exported
 from flocking.pruning.exporting import export, refuse_unexportable
 from flocking.pruning.fixed import FIXED, fixed_selection, rounded_densities
 from flocking.pruning.gguf_blocks import blocks_of
-from flocking.pruning.gguf_files import export_gguf, type_of_down
+from flocking.pruning.gguf_files import export_gguf, refuse_unexportable_gguf, type_of_down
 from flocking.pruning.halves import split_texts
 from flocking.pruning.lost import Lost, measure_lost
 from flocking.pruning.methods import DRAWN, METHODS, WITH_REFERENCE, WITHOUT_TEXT
@@ -71,6 +71,7 @@ __all__ = [
     "refresh_of",
     "refuse_existing",
     "refuse_unexportable",
+    "refuse_unexportable_gguf",
     "refuse_unscorable",
     "require_prunable",
     "rounded_densities",

@@ -206,7 +206,9 @@ def export(
     return done
 
 
-def refuse_unexportable(model: PreTrainedModel, density: float, multiple: int = 1) -> None:
+def refuse_unexportable(
+    model: PreTrainedModel, density: float, multiple: int, place: Path, folder: Path
+) -> None:
     """Raise what :func:`export` would, before a selection is made for it.
 
     Parameters
@@ -216,10 +218,12 @@ def refuse_unexportable(model: PreTrainedModel, density: float, multiple: int = 
         Fraction of neurons that will be kept in each layer.
     multiple : int
         Of what widths will be multiples.
+    place, folder : Path
+        Where the model is to be written, and a folder on the disk where it is written first.
 
     Raises
     ------
-    RuntimeError, UnsupportedModelError, ValueError
+    OSError, RuntimeError, UnsupportedModelError, ValueError
         As :func:`export`.
     """
     refuse_unsaveable(model)
@@ -227,7 +231,9 @@ def refuse_unexportable(model: PreTrainedModel, density: float, multiple: int = 
     blocks = [part.block for part in parts]
     densities = rounded_densities(blocks, density, multiple)
     pairs = zip(densities, blocks, strict=True)
-    narrowed(model, parts, [kept_count(one, block.d_ff // block.experts) for one, block in pairs])
+    counts = [kept_count(one, block.d_ff // block.experts) for one, block in pairs]
+    _, widths = narrowed(model, parts, counts)
+    refuse_without_room(place, folder, _bytes_after(model, parts, widths))
 
 
 def _tokenizer(
@@ -253,6 +259,17 @@ def _check_texts(
     """Refuse texts that nothing can be measured on, before anything is written."""
     if not any(len(ids) > 1 for ids in tokenize(model, texts, tokenizer).ids):
         raise ValueError("held_out: no text has two tokens: give longer ones.")
+
+
+def _bytes_after(model: PreTrainedModel, parts: Sequence[Sized], widths: Sequence[int]) -> int:
+    """Bytes of a model's parameters when its blocks have these widths."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    sizes = {id(weight): byte_count(weight) for weight in named.values()}
+    for part, width in zip(parts, widths, strict=True):
+        for name in part.weights:
+            weight = named[name]
+            sizes[id(weight)] = byte_count(weight) * width // part.width
+    return sum(sizes.values())
 
 
 # --------------------------------------------------------------------------------------

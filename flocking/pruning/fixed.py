@@ -13,19 +13,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flocking.analysis import kept_count, magnitude, named, select, weight_magnitude
 from flocking.feedforward import FeedForward, feedforwards
 from flocking.pruning.calibration import global_statistic
+from flocking.pruning.chosen import Wide
 from flocking.pruning.methods import global_local
 
 FIXED = ("static", "global-local", "magnitude")  # methods that need no prompt
 
 
 def rounded_densities(
-    blocks: Sequence[FeedForward], density: float, multiple: int = 1
+    blocks: Sequence[FeedForward] | Sequence[Wide], density: float, multiple: int = 1
 ) -> list[float]:
     """The density of each layer at which its width is a multiple of a number, rounded down.
 
     Parameters
     ----------
-    blocks : list of FeedForward
+    blocks : list of FeedForward, or list of Wide
     density : float
         Fraction of neurons to keep, in (0, 1].
     multiple : int

@@ -14,10 +14,12 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from tqdm.auto import tqdm
 
+from flocking.analysis import kept_count
 from flocking.artifacts import replacing
 from flocking.models import contents_of
 from flocking.pruning.chosen import masks_of
 from flocking.pruning.exported import Exported
+from flocking.pruning.fixed import rounded_densities
 from flocking.pruning.gguf_blocks import Block, blocks_of
 from flocking.pruning.gguf_cuts import (
     AGAIN,
@@ -263,6 +265,40 @@ def _parameters(tensors: list[Tensor]) -> int:
 
 # --------------------------------------------------------------------------------------
 # Refusals
+
+
+def refuse_unexportable_gguf(
+    source: Path, density: float, multiple: int, down: str, place: Path, folder: Path
+) -> None:
+    """Raise what :func:`export_gguf` would, before a selection is made for it.
+
+    Parameters
+    ----------
+    source : Path
+        The whole file.
+    density : float
+        Fraction of neurons that will be kept in each layer.
+    multiple : int
+        Of what widths will be multiples.
+    down : str
+        Type of the down-projections.
+    place, folder : Path
+        Where the file is to be written, and a folder on the disk where it is written first.
+
+    Raises
+    ------
+    OSError, ValueError
+        As :func:`export_gguf`.
+    """
+    contents = contents_of(source)
+    blocks = blocks_of(contents, str(source))
+    densities = rounded_densities([block.wide() for block in blocks], density, multiple)
+    masks = {}
+    for block, one in zip(blocks, densities, strict=True):
+        first = np.arange(block.d_ff) < kept_count(one, block.d_ff)
+        masks[block.layer] = np.tile(first, block.experts)
+    plan = _planned(contents, source, blocks, masks, type_of_down(down))
+    refuse_without_room(place, folder, plan.size() + contents.start)
 
 
 def type_of_down(down: object) -> GGMLQuantizationType:

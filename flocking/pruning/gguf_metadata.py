@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flocking.models.gguf import Tensor
 
 _HEADER = 24  # bytes: magic, version, number of tensors, number of values
-_LETTERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?QqdB", strict=False))
+_LETTERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 
 class Pair(NamedTuple):

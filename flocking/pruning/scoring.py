@@ -107,7 +107,7 @@ def score(
     elif isinstance(continuation, list | tuple) and any(isinstance(x, str) for x in continuation):
         raise TypeError("continuation is a list of strings: give one string, or token ids.")
     prompt_ids = prompts.ids[0].tolist()
-    later = _one("continuation", model, continuation)
+    later = _one("continuation", model, continuation, prompts.tokenizer)
     if later.inputs:
         raise ValueError(
             f"continuation has {' and '.join(later.inputs)}: give its token ids alone; the "

@@ -161,7 +161,14 @@ def _number(field: _Field, place: int, said: Sequence[tuple[Sized, int]]) -> int
     """What has to stand in a field, for the narrowest blocks that have these widths at least."""
     least = _least(said)
     pairs = zip(said, least, strict=True)
-    return max(-(-width * field.number(place, part) // part.width) for (part, _), width in pairs)
+    number = max(-(-width * field.number(place, part) // part.width) for (part, _), width in pairs)
+    # (It may be the number of a shared expert, which is as wide as several others.)
+    experts = [
+        (part, field.number(place, part)) for part, _ in said if part.block.kind == "experts"
+    ]
+    while any(number < now and number * part.width // now % _MULTIPLE for part, now in experts):
+        number += 1
+    return number
 
 
 def _least(said: Sequence[tuple[Sized, int]]) -> list[int]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from flocking.artifacts import checksum
 from flocking.evaluation import blocks, items, runner, twins
 from flocking.evaluation.blocks import Block
-from flocking.evaluation.cells import Cells, cells_of
+from flocking.evaluation.cells import Cells, cells_of, digest_of_another
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.plan import Plan
 from flocking.evaluation.variants import FULL
@@ -96,7 +96,7 @@ def test_blocks_change_nothing(quick: Callable, monkeypatch: pytest.MonkeyPatch)
     expected = quick(tasks, **options)
     for name in ("_ITEMS", "_ITEMS_WRITTEN"):
         monkeypatch.setattr(blocks, name, 1)
-    monkeypatch.setattr(twins, "_free", lambda device: 0)
+    monkeypatch.setattr(twins, "_SHARE_OF_MEMORY", 0)
     found = quick(tasks, **options)
     keys = ["task", "method", "metric", "item"]
     found, expected = (table.sort_values(keys, ignore_index=True) for table in (found, expected))
@@ -180,18 +180,23 @@ def test_another_tokenizer_makes_another_cell(shallow: tuple, tmp_path: Path) ->
     def key(other: object) -> str:
         lm = GriffinLM(model, tokenizer=other, method="full")
         first = blocks.blocks_of(lm, plan.questions()[0], 1)
-        ((cell,),) = cells_of(lm, first, {FULL: ()}, "one")
+        ((cell,),) = cells_of(lm, first, {FULL: ()}, "one", digest_of_another(lm))
         return cell.key.inputs
 
-    keys = [key(tokenizer)]
-    for added in (None, "<new>"):
-        tokenizer.save_pretrained(tmp_path / "other")
+    def again(name: str, *added: str) -> object:
         another = AutoTokenizer.from_pretrained(tmp_path / "other")
-        another.add_tokens([added] if added else [])
-        keys.append(key(another))
-        another("a text", truncation=True, max_length=2)  # notes of a call do not count
-        assert key(another) == keys[-1]
-    assert len(set(keys)) == 3
+        another.name_or_path = name
+        another.add_tokens(list(added))
+        return another
+
+    tokenizer.save_pretrained(tmp_path / "other")
+    same = [again("other"), again(tokenizer.name_or_path)]
+    changed = [again("other", "<new>"), again(tokenizer.name_or_path, "<new>")]
+    assert {key(one) for one in same} == {key(tokenizer)}
+    (unlike,) = {key(one) for one in changed}  # whatever it is called
+    assert unlike != key(tokenizer)
+    changed[0]("a text", truncation=True, max_length=2)  # notes of a call do not count
+    assert key(changed[0]) == unlike
 
 
 def altered(folder: Path, inputs: str = "", **parts: object) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import helpers
 import pandas as pd
 import pytest
+import torch
+from transformers import RwkvConfig, RwkvForCausalLM
 
 import flocking
 
@@ -14,6 +17,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from flocking.evaluation import estimate, runner, twins
 from flocking.evaluation.blocks import blocks_of
+from flocking.evaluation.cells import Cells
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.plan import Plan
 from flocking.evaluation.sharing import Shared
@@ -141,7 +145,9 @@ def test_twins_are_made_once_and_dropped(small: tuple) -> None:
     assert made.unread([(static, one)]) == 0
     made.keep([(static, one)])
     assert made.of(static, one) is first
-    assert made.unread([(static, other)]) > 0
+    made.keep([(topk, one)])
+    assert made.of(static, one) is not first
+    assert made.unread([(static, one), (static, other)]) == 0  # later tasks need the statistics
 
 
 def test_groups_that_fit_in_memory(small: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +184,49 @@ def test_a_batch_of_texts_has_neurons_of_each(
     monkeypatch.setattr(twins, "_free", lambda device: 1.2 * twins.ff_bytes(model) / 0.6)
     assert len(twins.in_memory(model, variants)) == 1
     assert len(twins.in_memory(model, variants, copies=2)) == 2
+
+
+def test_a_twin_that_is_larger_than_memory_is_refused(
+    small: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the number of texts at once that would fit, before anything is computed."""
+    whole = twins.ff_bytes(small[0])
+    plan = Plan(["gsm8k"], methods=["topk"], data_dir=TASKS, limit=2)
+    monkeypatch.setattr(runner, "speed_of", None)
+    monkeypatch.setattr(twins, "_free", lambda device: 3 * whole)
+    why = r"topk@0\.5 takes .* GB for the kept weights of 8 texts at once, and .* --batch-size 3 "
+    with pytest.raises(MemoryError, match=why):
+        runner.evaluate(*small, plan, batch_size=8, say=str)
+    monkeypatch.setattr(twins, "_free", lambda device: whole // 4)
+    why = r"topk@0\.5 takes .* GB for the kept weights, and .* are free: free some, or take half"
+    with pytest.raises(MemoryError, match=why):
+        runner.evaluate(*small, plan, batch_size=1, say=str)
+
+
+def test_what_is_not_a_number_is_told_of_before_it_is_kept(small: tuple, tmp_path: Path) -> None:
+    """To the harness, the likeliest of answers that are no numbers is the first."""
+    model = copy.deepcopy(small[0])
+    model.lm_head.weight.data.fill_(float("nan"))
+    plan = Plan(["piqa"], methods=[], data_dir=TASKS, limit=2)
+    cells = Cells(tmp_path / "cells", "one")
+    with pytest.raises(ValueError, match=r"piqa: acc is not a number for .* under full, as"):
+        runner.evaluate(model, small[1], plan, cells=cells, say=str)
+    assert not list(tmp_path.rglob("*.json.gz"))
+
+
+def test_models_that_cannot_go_on_from_a_cache_are_refused_before(small: tuple) -> None:
+    config = RwkvConfig(
+        vocab_size=len(small[1]),
+        hidden_size=16,
+        num_hidden_layers=2,
+        context_length=2048,
+        rescale_every=0,
+    )
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(config).eval()
+    plan = Plan(["piqa"], methods=[], data_dir=TASKS, limit=2)
+    with pytest.raises(ValueError, match="RwkvForCausalLM takes only one token at a time"):
+        runner.evaluate(model, small[1], plan, say=str)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "static"])

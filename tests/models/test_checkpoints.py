@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +57,26 @@ def test_a_missing_weight_is_named(folder: Path, capfd: pytest.CaptureFixture) -
     with pytest.raises(ValueError, match=rf"has 1 weights that are in no file \({name}\)"):
         flocking.load(folder)
     assert "LOAD REPORT" not in capfd.readouterr().err  # the sentence says it
+
+
+def test_a_report_of_another_thread_is_not_taken(folder: Path) -> None:
+    """It speaks of another model, and is that thread's to see."""
+    logger, seen = logging.getLogger("transformers.modeling_utils"), []
+    handler = logging.Handler()
+    handler.emit = seen.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    level = logger.level
+    try:
+        with checkpoints._reports() as reports:
+            other = threading.Thread(target=logger.warning, args=("LOAD REPORT of another",))
+            other.start()
+            other.join()
+            logger.warning("LOAD REPORT of this one")
+    finally:
+        logger.removeHandler(handler)
+    assert reports == ["LOAD REPORT of this one"]
+    assert [record.getMessage() for record in seen] == ["LOAD REPORT of another"]
+    assert logger.level == level
 
 
 def test_many_missing_weights_are_counted(folder: Path) -> None:

@@ -143,6 +143,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return made
 
 
+def test_a_copy_whose_texts_are_split_otherwise_is_another(file: Path, counted: list[Path]) -> None:
+    """As that of the embedded model, of the same bytes."""
+    for splits in (True, True, False, False, True):
+        dequantising.dequantised(file, "birds", splits=splits)
+    assert len(counted) == 3
+
+
 def test_converted_once_and_said_before(
     file: Path, cache: Path, counted: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

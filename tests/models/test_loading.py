@@ -216,6 +216,29 @@ def test_control_is_the_same_architecture_with_other_weights(tiny) -> None:
     assert recording.attrs["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_control_has_the_models_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of weights and of buffers, which differ: and the same values whatever torch's default is."""
+    helpers.build("llama").save_pretrained(tmp_path)
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    whole = tf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.set_default_dtype(dtype)
+    try:
+        control = flocking.control(model, seed=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = {name: value.dtype for name, value in model.state_dict(keep_vars=True).items()}
+    got = {name: value.dtype for name, value in control.state_dict(keep_vars=True).items()}
+    assert got == expected
+    buffers = dict(control.named_buffers())
+    assert {value.dtype for value in buffers.values()} == {torch.float32}
+    for name, value in model.named_buffers():
+        assert torch.equal(buffers[name], value), name
+    drawn = dict(flocking.control(whole, seed=5).named_parameters())
+    for name, parameter in control.named_parameters():
+        assert torch.equal(parameter, drawn[name].to(torch.bfloat16)), name
+
+
 def test_control_wants_a_transformers_model() -> None:
     with pytest.raises(TypeError, match="model is a Linear: give a transformers model"):
         flocking.control(torch.nn.Linear(2, 2))

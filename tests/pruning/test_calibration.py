@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from helpers import build
+from helpers import as_masks, build, generate, tokens
 
 import flocking
 from flocking.models import sampled
@@ -87,7 +87,8 @@ def test_statistic_is_that_of_the_texts_as_they_are_read(prompt: list[int] | Non
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert (got - flocking.global_statistic(model, prompt=prompt, **options | {"seed": 5})).any()
     twin = flocking.griffin(model, 0.5, method="static", reference=got)
-    assert twin is not None
+    generate(twin, tokens(9), 2)
+    np.testing.assert_array_equal(as_masks(twin, model), flocking.select(got, 0.5).values)
 
 
 def test_leaves_generators_and_training_mode_alone() -> None:

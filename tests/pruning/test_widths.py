@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from exports import assert_close, logits, made, masked, selected
+from exports import MORE, assert_close, logits, made, masked, selected
 from helpers import build, tokens
 from torch import nn
 
@@ -178,6 +178,20 @@ def test_layers_that_stay_whole_need_no_field(tmp_path: Path) -> None:
     assert narrowed(bloom, parts, [256, 256])[1] == [256, 256]
     with pytest.raises(ValueError, match="hidden_size, changes"):
         narrowed(bloom, parts, [256, 255])
+
+
+def test_experts_are_filled_up_where_a_shared_one_says_their_width() -> None:
+    """It is as wide as two of them, and one number says both widths."""
+    config = MORE["deepseek_v3"]()
+    config.n_shared_experts = 2
+    torch.manual_seed(0)
+    model = tf.DeepseekV3ForCausalLM(config).eval()
+    parts = sized(model, flocking.feedforwards(model))
+    assert [part.width for part in parts] == [160, 48, 96]
+    for shared, experts in ((75, 40), (50, 32), (95, 48)):  # at least 38, 25 and 48
+        smaller, widths = narrowed(model, parts, [80, 24, shared])
+        assert smaller.moe_intermediate_size == experts
+        assert widths == [80, experts, 2 * experts]
 
 
 def test_blocks_that_can_stay_whole_are_named() -> None:
