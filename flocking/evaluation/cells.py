@@ -137,6 +137,14 @@ class Cell:
             return (same[-1] if same else None), False
         return (older[-1] if keep_older else None), True
 
+    def of_other_versions(self, found: Sequence[Found]) -> str:
+        """How the newest of what was found differs, if it is this cell but for versions; or ""."""
+        mine = [one.key for one in found if one.variant == str(self.variant)]
+        others = [key for key in mine if "inputs" not in self.key.differing(key)]
+        if not others or "versions" not in self.key.differing(others[-1]):
+            return ""
+        return self.key.told(others[-1])
+
 
 def cells_of(
     lm: GriffinLM,

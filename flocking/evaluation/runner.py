@@ -222,9 +222,11 @@ class _Run:
 
     def say_what_is_there(self) -> None:
         """Take the cells that need not be computed, and say how long the others may take."""
-        older = 0
+        older, versions = 0, []
         for job in self._jobs:
-            older += self._take(job, self._store.read(job.block, self._say))
+            found = self._store.read(job.block, self._say)
+            older += self._take(job, found)
+            versions += [cell.of_other_versions(found) for cell in self._missing(job)]
         total = sum(len(job.cells) for job in self._jobs)
         if self._tables:
             marked = sum(bool((table["older"] != "").any()) for table in self._tables.values())
@@ -234,6 +236,11 @@ class _Run:
             self._say(
                 f"{older} cells differ in the code part of their key alone and are computed "
                 "again: --keep-older (keep_older=True) accepts them."
+            )
+        if told := list(filter(None, versions)):
+            self._say(
+                f"{len(told)} cells were computed with other versions and are computed again; "
+                f"what differs: {told[0]}."
             )
         left = self._left()
         if left:

@@ -183,7 +183,13 @@ def _local(name: str, data_dir: Path, authors: bool = False) -> Task:
         config = definition.own
     if authors:
         config = config | definition.authors
-        if all("prompt" in document for document in documents):  # with its example
+        written = ["prompt" in document for document in documents]
+        if any(written) and not all(written):
+            raise ValueError(
+                f"{path}: item {written.index(not written[0])} has another form than the first "
+                "one: give all prompts, as the authors do, or all texts to make them of."
+            )
+        if all(written):  # with its example
             config |= {"doc_to_text": lambda doc: doc["prompt"], "num_fewshot": 0}
     shots = config.get("num_fewshot") or 0
     if len(documents) <= shots:

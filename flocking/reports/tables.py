@@ -51,7 +51,9 @@ _TOLD = (
     "divergences in nats; perplexities as ratios to the full model's), on the same items, with "
     "95% bootstrap intervals. Captured energy, in percent, is no difference. An empty cell was not "
     "measured. Perplexities are by token: between models with other tokenizers, compare ratios; "
-    "articles are then other tokens, and may be other articles, since too short ones are left out."
+    "articles are then other tokens, and may be other articles, since too short ones are left out. "
+    "In loss_by_method, a figure, static and global-local are from the figure's other texts, and "
+    "in tasks from the calibration texts."
 )
 _TOLD_OF_SCORES = (
     "Means over layers and texts, of the trained weights and of random ones in the same "

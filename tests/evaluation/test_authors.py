@@ -196,6 +196,10 @@ def test_cnn_dailymail_is_shown_an_example(tmp_path: Path) -> None:
         for n in (1, 2)
     }
     assert options["max_gen_toks"] == 128
+    rows[2] = {"article": "Birds number 2.", "summary_gt": "Birds 2."}  # as the authors have it
+    (tmp_path / "cnn_dailymail.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"cnn_dailymail.jsonl: item 2 has another form than the"):
+        find(["cnn_dailymail"], tmp_path, authors=True)
 
 
 @pytest.mark.parametrize(

@@ -251,5 +251,9 @@ def test_other_cells_are_never_kept(evaluate: Callable, tmp_path: Path, parts: d
     altered(tmp_path, **parts)
     lines: list[str] = []
     evaluate(["piqa"], **options, say=lines.append)
+    if "versions" in parts:
+        told = lines.pop(0)
+        assert told.startswith("1 cells were computed with other versions and are computed again; ")
+        assert "torch 1 -> 2" in told
     assert lines[0].startswith("1 cells are to be computed")
     assert lines[1].startswith("[1/1] piqa, items 0 to 0")
