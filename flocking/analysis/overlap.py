@@ -270,6 +270,21 @@ def prompt_generation_overlap(
     xarray.DataArray, float64, ([density,] sequence, layer)
         Chance level: :func:`chance_jaccard`.
 
+    Raises
+    ------
+    TypeError
+        If `recording` is not a recording, `density` is neither a number nor several, or `densities`
+        is not a list of one number or more.
+    ValueError
+        If `recording` has a part of the neurons, no energy, or no prompt or no generation; if a
+        density is not in (0, 1] or keeps no neuron, or there are as many as neither one nor the
+        layers, or they are of other layers.
+
+    Warns
+    -----
+    UserWarning
+        If a sequence has no token of the prompt or of the generation.
+
     Examples
     --------
     >>> texts = ["Birds of a feather", "The starlings turned as one."]

@@ -54,6 +54,18 @@ def drift(
         capture. ``distance`` is from the cut to the start of the later window, in tokens. NaN
         after the end of a sequence.
 
+    Raises
+    ------
+    TypeError
+        If `recording` is not a recording, `density` is neither a number nor several, or
+        `prompt_lengths` is not a list of numbers.
+    ValueError
+        If `recording` has a part of the neurons, no energy or no prompt, lacks the window of the
+        first token or one between two others, or has fewer than three windows of prompt; if a
+        density is not in (0, 1] or keeps no neuron, or there are as many as neither one nor the
+        layers, or they are of other layers; if there is no prompt length, or one is not the edge of
+        a window or leaves no prompt or no window after it.
+
     Examples
     --------
     >>> texts = [passage[:400] for passage in flocking.passages()[:2]]

@@ -395,7 +395,8 @@ def mean_scores(
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         For text; by default the one in the model's folder.
     window : int or None
-        Tokens in a window, for measures that need several.
+        Tokens in a window, for measures that need several. By default None, the first token's
+        window and one for each phase, while :func:`flocking.record` has windows of 64.
     layers, relative, ranks
         As of :func:`flocking.record`, for measures that need them: ``ranks=True`` for
         :func:`flocking.rank_consistency`.

@@ -60,6 +60,10 @@ def record(
     layers: Annotated[
         str | None, typer.Option(help="Layers, such as 0,5,10-12; all by default.")
     ] = None,
+    ranks: Annotated[
+        bool,
+        typer.Option("--ranks", help="Keep ranks, for rank_consistency; slower, larger."),
+    ] = False,
     prompt_tokens: PromptTokens = None,
     continuation: Continuations = None,
     max_new_tokens: Annotated[
@@ -96,9 +100,9 @@ def record(
     refuse_nothing("output", output)
     output = new_store_path(output, "--output")
     texts, names, answers = texts_of(files, field, continuation, on_error)
-    options = Options(Wanted(prompt_tokens, answers, max_new_tokens), window, numbers, max_tokens)
+    wanted = Wanted(prompt_tokens, answers, max_new_tokens)
+    checked = Options(wanted, window, numbers, max_tokens, ranks=ranks).checked()
     loading = functools.partial(load, model, device, dtype)
-    checked = options.checked()
     sizes, skipped = record_into(output, texts, names, checked, on_error, overwrite, loading)
     if is_first():
         _tell(output, sizes, skipped)

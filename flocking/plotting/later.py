@@ -61,8 +61,9 @@ def drift(
         Captured energy, and the Jaccard overlap with what each later window would select itself;
         their figure is ``axes[0].figure``. Lines are means over layers and sequences, stronger
         after longer prompts, with 95% bootstrap bands if there are several sequences. "Best in
-        hindsight" is the most that any selection of this size could capture. Dotted: chance, its
-        mean over layers where densities differ.
+        hindsight" is the most of the energy of `data` that any selection of this size could
+        capture, after the longest prompt. It does not bound the control, which may lie above it.
+        Dotted: chance, its mean over layers where densities differ.
 
     Raises
     ------

@@ -206,9 +206,9 @@ def experts(
     Returns
     -------
     matplotlib.axes.Axes
-        A row for each layer with experts, the lowest on top; experts in the model's order. A token
-        is routed to several experts, so that a row adds up to more than 1. The line in the colour
-        bar is where all experts would be used equally.
+        A row for each layer with experts, the lowest on top; experts in the model's order. A row
+        adds up to the number of experts that each token is routed to: 2 for Mixtral, 1 for Llama 4.
+        The line in the colour bar is where all experts would be used equally.
 
     Raises
     ------

@@ -111,8 +111,9 @@ def export_gguf(
     Notes
     -----
     A file has one width for all layers, unless its metadata lists them: that of the widest, rounded
-    up to a multiple of 32. Narrower layers are filled with neurons that add nothing, since their
-    columns of the down-projection are exactly zero; the result counts them (``zeros``).
+    up to a multiple of 32, or to the whole width. Narrower layers are filled with neurons that add
+    nothing, since their columns of the down-projection are exactly zero; the result counts them
+    (``zeros``).
 
     The new file is read again before it takes its place: kept rows are compared byte by byte,
     down-projections within one step of the quantiser.

@@ -133,6 +133,12 @@ class BlockReader(NamedTuple):
         with self._named(block.start, good):
             return Read(self._given(block.only(good)), good, problems)
 
+    def read_quietly(self, block: Block) -> Read:
+        """As :meth:`read`, of texts that are read once more, where their warnings are shown."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return self.read(block)
+
     def _named(self, start: int, places: list[int]) -> AbstractContextManager[None]:
         """Let errors and warnings name a block's texts as they are among all."""
         names = [f"text {start + place}" for place in places]
@@ -286,7 +292,8 @@ def _vocabulary(tokenizer: Any) -> str:
         return ""
     ids = [tokenizer(text)["input_ids"] for text in _PROBES]
     template = str(getattr(tokenizer, "chat_template", None))
-    return hashlib.sha256(json.dumps([ids, len(tokenizer), template]).encode()).hexdigest()
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    return hashlib.sha256(json.dumps([ids, size, template]).encode()).hexdigest()
 
 
 def refuse_mixture(before: str, now: str, number: int = 0) -> None:

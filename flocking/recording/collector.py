@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flocking.feedforward import FeedForward, Routed
-from flocking.recording.dataset import empty
+from flocking.recording.dataset import empty, variables_of
 from flocking.recording.moments import Moments
 from flocking.recording.windows import Layout, Windows
 
@@ -41,13 +41,12 @@ class Collector:
             "neuron": max(block.d_ff for block in blocks),
             "token": tokens,
             "routed_expert": max(block.experts for block in blocks),
+            "relative_layer": len(raw),
         }
-        names = ["energy", "mass", "norm", "l1"]
-        names += ["rank"] if ranks else []
-        names += ["routed"] if any(block.kind == "experts" for block in blocks) else []
-        self.arrays = empty(names, sizes)
-        if raw:
-            self.arrays |= empty(["relative"], {**sizes, "layer": len(raw)})
+        self.arrays = empty(variables_of(blocks, raw, ranks), sizes)
+        for row, window in enumerate(layout.window):
+            counts = torch.bincount(window[window >= 0], minlength=len(layout.phase))
+            self.arrays["tokens"][row] = counts.numpy()
 
     def begin(self, rows: list[int]) -> None:
         """Start a batch of these sequences."""

@@ -119,14 +119,15 @@ def given_texts(
         _refuse_twice(reading, wanted)
     else:
         whole = tokenize(model, text, tokenizer)
-        if wanted.continuation is not None or wanted.max_new_tokens:
-            _warn_of_ends(whole)
         reading = Reading(whole, [len(ids) for ids in whole.ids])
     if wanted.prompt_tokens is not None:
         reading = _split(reading, _counts(wanted.prompt_tokens))
     elif wanted.continuation is not None:
         reading = _joined(model, reading, wanted.continuation)
-    return _cut(reading, max_tokens)
+    reading = _cut(reading, max_tokens)
+    if chats is None and (wanted.continuation is not None or wanted.max_new_tokens):
+        _warn_of_ends(reading)
+    return reading
 
 
 def _refuse_twice(chats: Reading, wanted: Wanted) -> None:
@@ -215,12 +216,12 @@ def _warn_of_beginnings(prompts: Prompts, later: Prompts) -> None:
             return
 
 
-def _warn_of_ends(prompts: Prompts) -> None:
+def _warn_of_ends(reading: Reading) -> None:
     """Warn of a prompt that has ended already, with a special token that its tokenizer added."""
-    tokenizer: Any = prompts.tokenizer
+    tokenizer: Any = reading.whole.tokenizer
     end = getattr(tokenizer, "eos_token_id", None)
-    for number, ids in enumerate(prompts.ids):
-        if end is not None and int(ids[-1]) == end and len(ids) > 1:
+    for number, (ids, count) in enumerate(zip(reading.whole.ids, reading.prompts, strict=True)):
+        if end is not None and count > 1 and int(ids[count - 1]) == end:
             warn(
                 f"the prompt of text {number} ends with the special token {tokenizer.eos_token}, "
                 "as the end of a text does, and goes on after it: to go on from the text itself, "

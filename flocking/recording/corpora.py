@@ -99,6 +99,8 @@ class Corpus:
             whole_number("num_texts", num_texts, 1)
             num_texts = int(num_texts)  # (numpy's cannot be written into a store)
         self._texts, self.wanted = _several(text), wanted
+        if isinstance(wanted.continuation, Iterable) and not _is_scalar(wanted.continuation):
+            self.wanted = wanted._replace(continuation=_several(wanted.continuation))
         self.is_lasting = isinstance(self._texts, Sized) and all(
             isinstance(each, Sized | None) for each in self._aside.values()
         )
@@ -119,8 +121,6 @@ class Corpus:
         """Iterables that have one value for each text, by the argument's name."""
         wanted = self.wanted
         found = {"prompt_tokens": wanted.prompt_tokens, "continuation": wanted.continuation}
-        if isinstance(found["continuation"], str):
-            found["continuation"] = [found["continuation"]]
         return {
             name: values
             for name, values in found.items()
@@ -223,7 +223,7 @@ def _rewound(values: Iterable[Any]) -> Iterable[Any]:
 
 
 def _several(text: Any) -> Iterable[Any]:
-    """Texts, of one or several."""
+    """Texts or continuations, of one or several."""
     if isinstance(text, str):
         return [text]
     if isinstance(text, Iterator):

@@ -129,12 +129,21 @@ ATTRIBUTES = (
 # Building
 
 
+def variables_of(blocks: list[FeedForward], raw: list[FeedForward], ranks: bool) -> list[str]:
+    """Variables of a recording of these blocks, with relative activations of those in `raw`."""
+    names = ["energy", "mass", "norm", "l1", "tokens"]
+    names += ["rank"] if ranks else []
+    names += ["routed"] if any(block.kind == "experts" for block in blocks) else []
+    names += ["relative"] if raw else []
+    return names
+
+
 def empty(names: Iterable[str], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Arrays for these variables, with no token in them yet."""
     arrays = {}
     for name in names:
         field = VARIABLES[name]
-        arrays[name] = np.zeros([sizes[dim] for dim in field.dims], field.dtype)
+        arrays[name] = np.zeros([sizes[dim] for dim in dimensions(name, sizes)], field.dtype)
         if field.fill != 0:  # (zeros take no memory until something is written there)
             arrays[name].fill(field.fill)
     return arrays
@@ -142,10 +151,10 @@ def empty(names: Iterable[str], sizes: Mapping[str, int]) -> dict[str, np.ndarra
 
 def size_in_bytes(names: Iterable[str], sizes: Mapping[str, int]) -> int:
     """Memory that arrays for these variables take."""
-    fields = [VARIABLES[name] for name in names]
     return sum(
-        math.prod(sizes[dim] for dim in field.dims) * np.dtype(field.dtype).itemsize
-        for field in fields
+        math.prod(sizes[dim] for dim in dimensions(name, sizes))
+        * np.dtype(VARIABLES[name].dtype).itemsize
+        for name in names
     )
 
 
@@ -156,10 +165,7 @@ def label(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> xr.Dataset:
     """Collected arrays as a Dataset with the schema's variables and coordinates."""
-    layout, arrays = collector.layout, dict(collector.arrays)
-    windows = len(layout.phase)
-    window = layout.window.numpy()
-    arrays["tokens"] = np.stack([np.bincount(row[row >= 0], minlength=windows) for row in window])
+    layout, arrays = collector.layout, collector.arrays
     new = np.array(layout.phase) == GENERATION
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).numpy()
     coordinates = {
@@ -168,7 +174,7 @@ def label(
         "prompt_tokens": arrays["tokens"][:, ~new].sum(axis=1),
         "token_id": ids,
         "token_text": _texts_of(ids, tokenizer),
-        "token_window": window,
+        "token_window": layout.window.numpy(),
         **fixed_coordinates(collector.blocks, collector.raw, layout),
     }
     return xr.Dataset(

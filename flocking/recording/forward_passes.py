@@ -31,7 +31,7 @@ from flocking.models import (
 from flocking.recording.arguments import Options
 from flocking.recording.collector import Collector
 from flocking.recording.continuations import Reading, generated, refuse_continuing
-from flocking.recording.dataset import attributes_of, label, size_in_bytes
+from flocking.recording.dataset import attributes_of, label, size_in_bytes, variables_of
 from flocking.recording.windows import Layout, window_counts
 
 _SHARE_OF_MEMORY = 0.8  # of free memory, that a recording may take
@@ -148,9 +148,10 @@ def recording_bytes(
         "neuron": max(block.d_ff for block in blocks),
         "token": max(totals),
         "window": 1 + sum(window_counts(prompts, totals, options.window)),
+        "routed_expert": max(block.experts for block in blocks),
+        "relative_layer": len(raw),
     }
-    names = ["energy", "mass", "norm", "l1"] + (["rank"] if options.ranks else [])
-    return size_in_bytes(names, sizes) + size_in_bytes(["relative"], {**sizes, "layer": len(raw)})
+    return size_in_bytes(variables_of(blocks, raw, options.ranks), sizes)
 
 
 def check_memory(

@@ -217,14 +217,16 @@ class GrowingStore:
             state[list(problems)] = LEFT_OUT
             self._array(RECORDED)[rows] = state
 
-    def _by_sequence(self) -> list[str]:
-        """Arrays that have values for each text, but for its number."""
-        found = []
+    def _of_texts(self) -> Iterator[tuple[str, zarr.Array]]:
+        """Arrays that have values for each text."""
         for name, array in self._group.arrays():
-            dims = array.attrs["_ARRAY_DIMENSIONS"]
-            if dims[0] == "sequence" and name not in (*BOOKKEEPING, FILE, "sequence"):
-                found.append(name)
-        return found
+            if array.attrs["_ARRAY_DIMENSIONS"][0] == "sequence":
+                yield name, array
+
+    def _by_sequence(self) -> list[str]:
+        """Those of them that a recording gives, but for the text's number."""
+        apart = (*BOOKKEEPING, FILE, "sequence")
+        return [name for name, _ in self._of_texts() if name not in apart]
 
     def _put(self, name: str, rows: slice, good: list[int], recording: xr.Dataset) -> None:
         array = self._array(name)
@@ -304,28 +306,57 @@ class GrowingStore:
             self._array(RECORDED).attrs["texts"] = self.asked["texts"] = texts
 
     def forget_losses(self) -> None:
-        """Let blocks be recorded again of which a file is missing or empty, and tidy up."""
+        """Let blocks be recorded again of which a file is missing or empty, and tidy up.
+
+        What there is of blocks that are not recorded is taken away, so that they are written as if
+        for the first time: their texts may be others by then, and shorter.
+        """
         self.place.tidy()
-        if (found := self.place.chunks()) is None:
-            return
-        block = self.asked["block"]
+        found, block = self.place.chunks(), self.asked["block"]
+        begun = self._begun(found)
         for start in range(0, self.sequences, block):
             rows = slice(start, min(start + block, self.sequences))
             state = self.state(rows)
-            if (state == DONE).any() and not all(
-                chunk in found for chunk in self._chunks_of(start // block)
+            if (
+                found is not None
+                and (state == DONE).any()
+                and not all(chunk in found for chunk in self._chunks_of(start // block))
             ):
-                self._array(RECORDED)[rows] = np.zeros(len(state), np.int8)
+                self._array(RECORDED)[rows] = state = np.zeros(len(state), np.int8)
+            if start // block in begun and not state.any():
+                self._clear(rows)
+
+    def _begun(self, found: set[str] | None) -> set[int]:
+        """Numbers of the blocks of which anything may be written.
+
+        `found` are the chunks that are there, if that is known.
+        """
+        block = self.asked["block"]
+        if found is None:  # their numbers are written first; that of the first text is 0 anyhow
+            written = np.flatnonzero(np.asarray(self._array("sequence")[:]))
+            return {0, *(written // block).tolist()}
+        begun: set[int] = set()
+        texts = {name: array.chunks[0] for name, array in self._of_texts()}
+        for name, _, chunk in (each.partition("/") for each in found):
+            if name in texts and chunk[:1].isdigit():
+                begun.add(int(chunk.split(".")[0]) * texts[name] // block)
+        return begun
+
+    def _clear(self, rows: slice) -> None:
+        """Let a block be as if it had never been written, without its files."""
+        with zarr.config.set({"array.write_empty_chunks": False}):
+            for name, array in self._of_texts():
+                if name != RECORDED:
+                    is_text = array.dtype.kind in "OTU"
+                    array[rows] = "" if is_text else (array.fill_value or 0)
 
     def _chunks_of(self, number: int) -> Iterator[str]:
         """Files that a recorded block of texts has."""
         block = self.asked["block"]
         counts = np.asarray(self._array("tokens")[number * block : (number + 1) * block])
         written = self._written(counts)
-        for name, array in self._group.arrays():
+        for name, array in self._of_texts():
             dims = array.attrs["_ARRAY_DIMENSIONS"]
-            if dims[0] != "sequence":
-                continue
             along = []
             for dim, size, chunk in zip(dims, array.shape, array.chunks, strict=True):
                 pieces = [(0, size)]

@@ -192,6 +192,8 @@ def _differ(name: str, mine: object, theirs: object, number: int) -> str:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):  # whose text may leave values out
+        return bool(np.array_equal(a, b))
     return (type(a) is type(b) and bool(np.array_equal(a, b))) or str(a) == str(b)
 
 
@@ -309,9 +311,11 @@ def _labelled(
     for name, source in (("neuron", widest), ("expert", widest), ("token", longest)):
         if name in source.coords:
             made[name] = source[name].variable
-    coordinates = {
-        name: made.get(name, joined.get(name, first.variables.get(name))) for name in COORDINATES
-    }
+    coordinates = {}
+    for name, field in COORDINATES.items():
+        # (What is not in all recordings is in none of the result's sequences.)
+        common = None if "sequence" in field.dims else first.variables.get(name)
+        coordinates[name] = made.get(name, joined.get(name, common))
     attributes = _attributes(members)
     return xr.Dataset(
         {name: joined[name] for name in VARIABLES if name in joined},
@@ -335,23 +339,28 @@ def _attributes(members: list[xr.Dataset]) -> dict[Hashable, Any]:
     """Attributes that are equal; the schema's, where they differ, as lists of their values."""
     result: dict[Hashable, Any] = {}
     for name in dict.fromkeys([*ATTRIBUTES, *(n for member in members for n in member.attrs)]):
-        values: list[Any] = []
-        for member in members:
-            value = member.attrs.get(name)
-            several = value if isinstance(value, list) else [value]
-            values += [each for each in several if each not in values]
         if name == "schema_version":
             result[name] = SCHEMA_VERSION
         elif all(_same(member.attrs.get(name), members[0].attrs.get(name)) for member in members):
             result |= {name: members[0].attrs[name]} if name in members[0].attrs else {}
         elif name in ATTRIBUTES:
-            result[name] = [value for value in values if value is not None]
+            result[name] = _distinct([member.attrs.get(name) for member in members])
     skipped = [
         f"recording {number}, text {text}"
         for number, member in enumerate(members)
         for text in member.attrs.get("skipped", [])
     ]
     return {**result, "skipped": skipped} if skipped else result
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    """Values of an attribute, each once; of those that are lists already, what is in them."""
+    found: list[Any] = []
+    for value in values:
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        several = value if isinstance(value, list) else [value]
+        found += [each for each in several if each is not None and each not in found]
+    return found
 
 
 def _own_coordinates(members: list[tuple[xr.Dataset, bool]]) -> dict[Hashable, xr.Variable]:

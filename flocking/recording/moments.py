@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flocking.feedforward import Routed
+from flocking.recording.precision import full_precision
 from flocking.recording.windows import Windows, kernels_for
 
 
@@ -108,7 +109,8 @@ class Moments:
             padding = None if windows.padding is None else windows.padding[:, tokens]
             rows = slice(here.start - windows.first, here.stop - windows.first)
             weights = windows.weights[:, rows, tokens]
-            pieces.append(self._add(z[:, tokens], weights, here, padding))
+            with full_precision():
+                pieces.append(self._add(z[:, tokens], weights, here, padding))
         if len(pieces) == 1:
             return pieces[0]
         norms, l1s = zip(*pieces, strict=True)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from flocking.models import CHATS, context
 from flocking.recording.block_reading import BlockReader, refuse_mixture
 from flocking.recording.corpora import Corpus
-from flocking.recording.dataset import GENERATION, fixed_coordinates
+from flocking.recording.dataset import GENERATION, fixed_coordinates, variables_of
 from flocking.recording.forward_passes import recording_bytes
 from flocking.recording.growing import GrowingStore, Sizes
 from flocking.recording.locations import Location
@@ -76,7 +76,7 @@ def _at_most(corpus: Corpus, reader: BlockReader) -> Plan:
             "only once: pass max_tokens=, or give a list."
         )
     first = corpus.peek(reader.looked_at)
-    read = reader.read(first)
+    read = reader.read_quietly(first)
     if read.reading is None:
         raise ValueError(next(iter(read.problems.values())))
     wanted = first.wanted
@@ -104,10 +104,7 @@ def create(place: Location, plan: Plan, reader: BlockReader) -> None:
         [plan.prompts, 1 + plan.new, plan.totals],
         options.window,
     )
-    names = ["energy", "mass", "norm", "l1", "tokens"]
-    names += ["rank"] if options.ranks else []
-    names += ["routed"] if any(block.kind == "experts" for block in blocks) else []
-    names += ["relative"] if raw else []
+    names = variables_of(blocks, raw, options.ranks)
     new = layout.phase.count(GENERATION)
     sizes = Sizes(plan.texts, len(layout.phase) - new, max(block.experts for block in blocks))
     GrowingStore.create(

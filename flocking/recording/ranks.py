@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,7 +120,7 @@ def processes() -> Iterator[Processes]:
         return
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if started:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        _start()
     try:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             yield Processes()
@@ -133,3 +135,25 @@ def processes() -> Iterator[Processes]:
     finally:
         if started:
             dist.destroy_process_group()
+
+
+_starts = itertools.count()
+
+
+def _start() -> None:
+    """Set up ``torch.distributed``, by what torchrun names in the environment.
+
+    The place where processes leave their addresses for each other outlives this. So each time has
+    its own names there: under the same ones, a process would find the addresses of the time before.
+    """
+    store, rank, number = _meeting_place()
+    store = dist.PrefixStore(f"flocking-{next(_starts)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=_PATIENCE)
+
+
+@functools.cache  # (without torchrun, it is gone when the first process lets go of it)
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """Where processes leave their addresses for each other; which this is, of how many."""
+    store, rank, number = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    store.set_timeout(_PATIENCE)
+    return store, rank, number

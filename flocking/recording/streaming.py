@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -58,7 +57,9 @@ def stream(
     corpus = Corpus(text, options.wanted, num_texts)
     reader = BlockReader(model, require_tokenizer(tokenizer), options, on_error, files)
     first = corpus.peek(reader.looked_at)
-    reader = reader.after(reader.read(first))  # what is wrong with all is wrong with the first
+    reader = reader.after(
+        reader.read_quietly(first)
+    )  # what is wrong with all is wrong with the first
     chosen_blocks(model, options)
     warn_of_training(model)
     with processes() as among:
@@ -247,10 +248,9 @@ def _recorded_blocks(
 
 
 def _read_again(store: GrowingStore, block: Block, reader: BlockReader) -> Read:
-    with warnings.catch_warnings():
-        if store.asked["tokens"] is not None:  # they were read before, and what there is was said
-            warnings.simplefilter("ignore", UserWarning)
-        return reader.read(block)
+    # (Where tokens were counted, all texts were read before, and what there is was said.)
+    counted = store.asked["tokens"] is not None
+    return reader.read_quietly(block) if counted else reader.read(block)
 
 
 def _record_block(

@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 from typer.testing import CliRunner
 
+import flocking
 from flocking.cli import app
 
 WINDOWS = "line one\r\nline two\rline three\r\n"
@@ -126,3 +127,11 @@ def test_quiet_leaves_out_what_a_file_is_converted_to(
     with session._without_bars():
         tqdm.write("converted")
     assert tqdm.write == before
+
+
+def test_ranks_are_kept_where_they_are_asked_for(tmp_path: Path, model: Path, texts: Path) -> None:
+    lines, options = texts / "windows.txt", ("--model", model)
+    assert "rank" not in recorded(lines, *options, out=tmp_path / "a.zarr")
+    recorded(lines, *options, "--ranks", out=tmp_path / "b.zarr")
+    recording = flocking.open_recording(tmp_path / "b.zarr")
+    assert flocking.rank_consistency(recording).dims == ("sequence", "layer")

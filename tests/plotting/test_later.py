@@ -22,16 +22,32 @@ def plain() -> xr.Dataset:
     return helpers.record(helpers.proved("llama"), helpers.random_ids(65, 57, seed=3), window=8)
 
 
-def test_draws_what_the_measure_says(plain: xr.Dataset) -> None:
-    axes = flocking.plot.drift(plain, 0.25, prompt_lengths=[9, 33], control=plain)
-    found = flocking.drift(plain, 0.25, prompt_lengths=[9, 33]).mean("layer")
+@pytest.fixture(scope="module")
+def random() -> xr.Dataset:
+    """The same texts, read by other random weights."""
+    control = flocking.control(helpers.proved("llama"), seed=1)
+    return helpers.record(control, helpers.random_ids(65, 57, seed=3), window=8)
+
+
+def mean_of(values: xr.DataArray) -> xr.DataArray:
+    """What a line shows: the mean over layers and texts, where there is one."""
+    return values.mean("layer").mean("sequence").dropna("distance")
+
+
+def test_draws_what_the_measure_says(plain: xr.Dataset, random: xr.Dataset) -> None:
+    axes = flocking.plot.drift(plain, 0.25, prompt_lengths=[9, 33], control=random)
+    found = flocking.drift(plain, 0.25, prompt_lengths=[9, 33])
+    control = flocking.drift(random, 0.25, prompt_lengths=[33]).sel(prompt_length=33)
     for ax, name in zip(axes, ("captured_energy", "jaccard"), strict=True):
         for length in (9, 33):
-            values = found[name].sel(prompt_length=length).mean("sequence").dropna("distance")
+            values = mean_of(found[name].sel(prompt_length=length))
             np.testing.assert_allclose(line(ax, f"prompt of {length}"), values)
-        np.testing.assert_allclose(line(ax, "random weights (control)"), values)
-    oracle = found.oracle.sel(prompt_length=33).mean("sequence").dropna("distance")
+        drawn = line(ax, "random weights (control)")
+        np.testing.assert_allclose(drawn, mean_of(control[name]))
+        assert np.abs(drawn - line(ax, "prompt of 33")).max() > 0.01
+    oracle = mean_of(found.oracle.sel(prompt_length=33))  # of the model, not of the control
     np.testing.assert_allclose(line(axes[0], "best in hindsight"), oracle)
+    assert np.abs(oracle - mean_of(control.oracle)).max() > 0.01
     assert set(line(axes[0], "chance")) == {0.25}
     assert set(line(axes[1], "chance")) == {0.25 / 1.75}
 
@@ -118,14 +134,18 @@ def test_prompt_lengths_that_are_not_there(
     assert plt.get_fignums() == []
 
 
-def test_the_control_is_drawn_after_the_same_prompt(plain: xr.Dataset) -> None:
-    results = flocking.drift(plain, prompt_lengths=[9, 33])
-    for control in (results, plain):
-        axes = flocking.plot.drift(results, prompt_lengths=[9], control=control)
-        lines = {line.get_label(): line.get_ydata() for line in axes[0].get_lines()}
-        np.testing.assert_allclose(lines["random weights (control)"], lines["prompt of 9"])
+def test_the_control_is_drawn_after_the_same_prompt(plain: xr.Dataset, random: xr.Dataset) -> None:
+    results, control = (flocking.drift(each, prompt_lengths=[9, 33]) for each in (plain, random))
+    for given in (control, random):
+        axes = flocking.plot.drift(results, prompt_lengths=[9], control=given)
+        for ax, name in zip(axes, ("captured_energy", "jaccard"), strict=True):
+            drawn = line(ax, "random weights (control)")
+            short, long = (mean_of(control[name].sel(prompt_length=length)) for length in (9, 33))
+            np.testing.assert_allclose(drawn, short)
+            assert np.abs(drawn[: len(long)] - long.values).max() > 0.01
+            assert np.abs(drawn - line(ax, "prompt of 9")).max() > 0.01
     with pytest.raises(ValueError, match="33 is not among those of control"):
-        flocking.plot.drift(results, control=results.sel(prompt_length=[9]))
+        flocking.plot.drift(results, control=control.sel(prompt_length=[9]))
 
 
 def test_a_control_at_another_density_is_refused(plain: xr.Dataset) -> None:

@@ -312,3 +312,29 @@ def test_chunked_stores_of_texts(tmp_path: Path) -> None:
     )
     assert chunked.energy.chunks is not None
     xr.testing.assert_identical(chunked.load(), whole.load())
+
+
+@pytest.mark.parametrize("name", ["text", "token_id", "token_text", "prompt_tokens"])
+def test_what_one_recording_lacks_is_left_out(name: str) -> None:
+    """In whichever order they are given."""
+    parts, _ = made("llama", "plain")
+    for first, second in (
+        (parts[0], parts[1].drop_vars(name)),
+        (parts[0].drop_vars(name), parts[1]),
+    ):
+        with pytest.warns(UserWarning, match=f"Not all recordings have {name}"):
+            together = flocking.concat([first, second])
+        expected = flocking.concat(parts[:2]).drop_vars(name)
+        xr.testing.assert_identical(together, expected)
+
+
+def test_attributes_that_are_arrays() -> None:
+    parts, _ = made("llama", "plain")
+    one, other = np.arange(2000), np.arange(2000)
+    other[1000] = 0  # which the array's text does not show
+    same = [part.assign_attrs(mine=one.copy()) for part in parts]
+    np.testing.assert_array_equal(flocking.concat(same).attrs["mine"], one)
+    apart = [parts[0].assign_attrs(mine=one), parts[1].assign_attrs(mine=other)]
+    assert "mine" not in flocking.concat(apart).attrs
+    seeds = [parts[0].assign_attrs(seed=np.array([0, 1])), parts[1].assign_attrs(seed=2)]
+    assert flocking.concat(seeds).attrs["seed"] == [0, 1, 2]

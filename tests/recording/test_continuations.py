@@ -267,3 +267,18 @@ def test_models_whose_prompt_sees_what_follows() -> None:
     for options in ({"prompt_tokens": 2}, {"continuation": [8]}):
         with pytest.raises(ValueError, match=r"BertModel is not a causal .* out the continuation"):
             record(helpers.proved("bert"), [5, 6, 7], **options)
+
+
+def test_an_end_that_is_cut_off_is_not_doubted(llama: tf.PreTrainedModel) -> None:
+    """What counts is the last token that is read."""
+    tokenizer = letters("<s> $A </s>")
+    ended = "prompt of text 0 ends with the special token </s>"
+    options = {"max_new_tokens": 2, "tokenizer": tokenizer}
+    with pytest.warns(UserWarning, match=ended):
+        record(llama, "abcd", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record(llama, "abcd", max_tokens=3, **options)
+    ids = [*tokenizer("ab")["input_ids"], *tokenizer("cd")["input_ids"]]
+    with pytest.warns(UserWarning, match=ended):
+        record(llama, ids, max_tokens=4, **options)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +141,56 @@ def test_moments_add_up_with_a_sign_and_with_sum() -> None:
             assert torch.equal(got.state_dict()[name], value)
     with pytest.raises(TypeError, match="unsupported operand"):
         parts[0] + 1
+
+
+SETTINGS = {
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "newer": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+def settings() -> list[str]:
+    backends: Any = torch.backends
+    places = (backends, backends.cuda.matmul, backends.mkldnn, backends.mkldnn.matmul)
+    return [place.fp32_precision for place in places]
+
+
+PRECISION = """
+import sys
+sys.path[:0] = {paths!r}
+from test_moments import *
+from flocking.recording import moments
+
+z, window = example()
+def summed():
+    sums = Moments.zeros(3, 8, 48, ranks=True)
+    sums.update(z, Windows.of(window))
+    return sums.state_dict()
+
+expected, inside = summed(), []
+rank = moments.standardised_ranks
+moments.standardised_ranks = lambda r: inside.append(settings()) or rank(r)
+SETTINGS[{name!r}]()
+before = settings()
+assert {{*before}} & {{"tf32", "bf16"}}
+for name, values in summed().items():
+    assert torch.equal(values, expected[name]), name
+assert inside and not {{*inside[0]}} & {{"tf32", "bf16"}}, inside
+assert settings() == before
+if {name!r} in ("high", "medium"):
+    assert torch.get_float32_matmul_precision() == {name!r}
+torch.backends.fp32_precision = "ieee"  # what follows it still does
+if {name!r} == "everywhere":
+    assert {{*settings()}} == {{"ieee"}}
+"""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sums_are_in_full_precision_whatever_is_set(name: str) -> None:
+    """In a process of its own, since torch's settings cannot all be taken back."""
+    here = Path(__file__).parent
+    program = PRECISION.format(paths=[str(here), str(here.parent)], name=name)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

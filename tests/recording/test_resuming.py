@@ -355,3 +355,20 @@ def test_layers_in_any_form(one: Any) -> None:
     assert "relative" not in helpers.record(model, ids, relative=np.False_)
     with pytest.raises(TypeError, match=r"relative=.*: give a list of layer numbers"):
         helpers.record(model, ids, relative=np.array([False, True]))
+
+
+@pytest.mark.parametrize("where", ["{}/x.zarr", "memory://shorter/{}/x.zarr", "lost"])
+def test_other_texts_in_a_block_that_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Nothing is left of the longer ones that a run had begun to write, or had written."""
+    address: Any = where.format(tmp_path) if where != "lost" else str(tmp_path / "x.zarr")
+    with monkeypatch.context() as patch:
+        ending_after(patch, 20 if where == "lost" else 19)
+        with pytest.raises(Ended):
+            stream(address)
+    if where == "lost":
+        (tmp_path / "x.zarr" / "energy" / "1.0.0.0").unlink()
+    shorter = [*TEXTS[:BLOCK], *(ids[:3] for ids in TEXTS[BLOCK : 2 * BLOCK]), *TEXTS[2 * BLOCK :]]
+    got = stream(address, shorter).load()
+    assert_same_values(got, by_block("llama", shorter))

@@ -140,3 +140,26 @@ def test_several_go_on_with_what_was_begun_without_a_number(
     ended = share(path, 2)
     assert ended.returncode == 0, ended.stderr
     assert_same_values(flocking.open_recording(path).load(), expected)
+
+
+AGAIN = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+import streams
+for number in range(3):
+    streams.stream(sys.argv[1] + f"/{{number}}.zarr")
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_one_program_records_several_times(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    program = AGAIN.format(paths=[str(here), str(here.parent)])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "--no-python", sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    for number in range(3):
+        assert flocking.open_recording(tmp_path / f"{number}.zarr").sizes["sequence"] == 21

@@ -26,9 +26,11 @@ from streams import (
 )
 
 import flocking
-from flocking.recording import Wanted, growing, streaming
+from flocking.recording import Wanted, forward_passes, growing, streaming
 from flocking.recording.arguments import Options
 from flocking.recording.chunking import chunk_sizes
+from flocking.recording.collector import Collector
+from flocking.recording.windows import Layout
 
 
 @pytest.mark.parametrize(
@@ -379,3 +381,52 @@ def test_the_first_text_of_a_generator_may_be_skipped(tmp_path: Path) -> None:
 def test_no_more_room_than_the_context(tmp_path: Path) -> None:
     got = stream(tmp_path / "x.zarr", iter(TEXTS), max_tokens=10**9, window=None)
     assert got.sizes["token"] == max(map(len, TEXTS))
+
+
+def test_one_text_of_token_ids_with_its_continuation(tmp_path: Path) -> None:
+    ways = ([7, 8], [[7, 8]], torch.tensor([7, 8]), iter([7, 8]))
+    expected = flocking.record(helpers.proved("llama"), [5, 6], continuation=[7, 8], **SMALL)
+    for number, continuation in enumerate(ways):
+        got = stream(tmp_path / f"{number}.zarr", [5, 6], continuation=continuation).load()
+        helpers.assert_same(got, expected)
+
+
+def test_a_tokenizer_without_a_length(tmp_path: Path) -> None:
+    letters = helpers.letters("<s> $A")
+
+    class Bare:
+        def __call__(self, text: Any, **options: Any) -> Any:
+            return letters(text, **options)
+
+        def decode(self, ids: list[int]) -> str:
+            return letters.decode(ids)
+
+        def convert_ids_to_tokens(self, ids: Any) -> Any:
+            return letters.convert_ids_to_tokens(ids)
+
+    got = stream(tmp_path / "x.zarr", ["abc", "de"], tokenizer=Bare()).load()
+    expected = flocking.record(helpers.proved("llama"), ["abc", "de"], tokenizer=Bare(), **SMALL)
+    helpers.assert_same(got, expected)
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_what_is_doubted_is_said_once(tmp_path: Path, kind: Any) -> None:
+    tokenizer = helpers.letters("<s> $A </s>")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = {"tokenizer": tokenizer, "max_new_tokens": 2}
+        stream(tmp_path / "x.zarr", kind(["ab", "cd"]), **options)
+    said = [str(each.message) for each in caught if "special token" in str(each.message)]
+    assert len(said) == 1, said
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_memory_that_is_foreseen_is_what_arrays_take(name: str) -> None:
+    options = Options(Wanted(None, None, 0), window=8, relative=[1], ranks=True)
+    model, lengths = helpers.proved(name), [len(ids) for ids in TEXTS]
+    blocks, raw = forward_passes.chosen_blocks(model, options)
+    layout = Layout.of(lengths, lengths, 8)
+    arrays = Collector(blocks, raw, layout, ranks=True).arrays
+    foreseen = forward_passes.recording_bytes(blocks, raw, options, lengths, lengths)
+    assert foreseen == sum(values.nbytes for values in arrays.values())
+    assert ("routed" in arrays) == (name == "mixtral")
