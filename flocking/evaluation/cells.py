@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.artifacts import Key, UnreadableError, checksum, read_content, replacing, set_aside
 from flocking.evaluation.blocks import Block
@@ -187,12 +187,13 @@ def cells_of(
     return found
 
 
-def digest_of_another(lm: GriffinLM) -> str | None:
+def digest_of_another(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Digest of the tokenizer; None if it is the model's own, which the model's identity has.
 
-    What was changed in it since it was read makes it another one.
+    What was changed in it since it was read makes it another one. (It is not the harness's copy,
+    which may have been given a token for padding.)
     """
-    own, digest = tokenizer_beside(lm.full), tokenizer_digest(lm.tokenizer)
+    own, digest = tokenizer_beside(model), tokenizer_digest(tokenizer)
     return None if own is not None and tokenizer_digest(own) == digest else digest
 
 

@@ -133,10 +133,12 @@ def _timed(model: PreTrainedModel, ids: torch.Tensor, times: int) -> float:
     return time.monotonic() - started
 
 
-def copies_of(lm: GriffinLM, question: Question, texts: int = 1) -> int:
+def copies_of(lm: GriffinLM, question: Question, blocks: Sequence[Block], texts: int = 1) -> int:
     """How many texts have a selection each at once: where a twin writes, those of a batch."""
-    apart = question.generates and not question.authors and texts == 1
-    return int(lm.batch_size) if apart else 1
+    if not question.generates or question.authors or texts > 1:
+        return 1
+    most = max(sum(one.repeats or 1 for one in block.requests) for block in blocks)
+    return min(int(lm.batch_size), most)
 
 
 def memory_of(model: PreTrainedModel, groups: Iterable[tuple[Iterable[Variant], int]]) -> str:

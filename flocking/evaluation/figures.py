@@ -114,8 +114,7 @@ def quality_by_prompt(data: pd.DataFrame, figure: Figure) -> None:
                 ax, own["prompt_tokens"], _shown(part, own[_DIFFERENCES]), style_of(str(method))
             )
         logarithmic(ax, ax.xaxis, sorted(part["prompt_tokens"].unique()))
-        name = metric_in_words(part["metric"].iloc[0])
-        ax.set_ylabel(f"{name},\n" + ("times full's" if loss else "minus full's"))
+        ax.set_ylabel(against_full(part["metric"].iloc[0]))
         _scale(ax, part)
         name_beyond(ax, part)
     below(axes, "prompt (tokens)")
@@ -138,7 +137,7 @@ def quality_by_batch(data: pd.DataFrame, figure: Figure) -> None:
             level = float(_shown(part, other.difference))
             ax.axhline(level, **style_of(str(other.method)) | {"marker": ""})
         logarithmic(ax, ax.xaxis, sorted(own["batch_size"].unique()))
-        ax.set_ylabel(f"{metric_in_words(part['metric'].iloc[0])},\nminus full's")
+        ax.set_ylabel(against_full(part["metric"].iloc[0]))
         _scale(ax, part)
     below(axes, "prompts that share\na selection")
     legend(upper, axes, ncols=2)
@@ -185,6 +184,12 @@ def metric_in_words(name: str) -> str:
     return name
 
 
+def against_full(metric: str) -> str:
+    """What an axis shows on which the full model is 1, or 0: in lines, since panels are small."""
+    name = metric_in_words(metric).replace(",", ",\n")
+    return f"{name},\n{'times' if is_loss(metric) else 'minus'} full's"
+
+
 def name_beyond(ax: Axes, part: pd.DataFrame) -> None:
     """Keep the scale to what can be told apart on it, and say what is beyond it, and how far.
 
@@ -198,7 +203,7 @@ def name_beyond(ax: Axes, part: pd.DataFrame) -> None:
     ax.set_ylim(min(1, inside.min()) / 1.1, inside.max() * 1.5 ** (1 + beyond["method"].nunique()))
     for line, (method, own) in enumerate(beyond.groupby("method", sort=False)):
         low, high = (f"{np.exp(own['difference'].agg(end)):,.0f}" for end in ("min", "max"))
-        told = f"{method}: {low}" + (f" to {high}" if high != low else "")
+        told = f"{method}: {low}" + (f"–{high}" if high != low else "")  # noqa: RUF001
         where: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "top"}
         ax.annotate(
             told, (1, 1 - 0.12 * line), color=style_of(str(method))["color"], fontsize=5.6, **where

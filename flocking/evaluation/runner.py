@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,7 +124,7 @@ def _evaluated(
         )
     if not all(asked.generates for asked in questions):
         refuse_unscorable(lm.full, [])
-    known = (None, None) if cells is None else (cells.identity, digest_of_another(lm))
+    known = (None, None) if cells is None else (cells.identity, digest_of_another(model, tokenizer))
     jobs = [job for asked in questions for job in _jobs(lm, asked, plan.variants, known, say)]
     run = _Run(lm, jobs, Store(cells), say)
     run.say_what_is_there()
@@ -192,7 +193,7 @@ def _jobs(
             count = 1 + blocks[-1].items[-1]
             say(f"{question.name}: {skipped} of {count} items are too long, and are skipped.")
         work = [work_of(lm, block, texts) for block in blocks]
-        copies = copies_of(lm, question, texts)
+        copies = copies_of(lm, question, blocks, texts)
         for group in in_memory(lm.full, here, copies):
             cells = cells_of(lm, blocks, {variant: here[variant] for variant in group}, *known)
             jobs += [
@@ -315,9 +316,12 @@ class _Run:
         answers = ask(self._lm, job.block, models, job.texts)
         tables = [cell.table(rows) for cell, rows in zip(missing, answers, strict=True)]
         _refuse_unscored(job.block.question, tables)
-        refuse_nan(pd.concat(tables))  # before it is kept
         took = time.monotonic() - started
-        self._store.write(missing, tables, took)
+        known = [bool(table["value"].notna().all()) for table in tables]
+        if any(known):
+            kept = list(compress(missing, known)), list(compress(tables, known))
+            self._store.write(*kept, took)
+        refuse_nan(pd.concat(tables))
         for cell, table in zip(missing, tables, strict=True):
             self._tables[cell] = table.assign(older="")
         self._expected += expected

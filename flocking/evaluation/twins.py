@@ -83,7 +83,7 @@ def in_memory(
     copies : int
         Texts of a batch that have a selection each.
     """
-    room = _SHARE_OF_MEMORY * _free(model.device)
+    room = _SHARE_OF_MEMORY * _room(model)
     groups: list[list[Variant]] = []
     left = 0.0
     for variant in variants:
@@ -107,7 +107,7 @@ def refuse_without_memory(
     groups : iterable of (iterable of Variant, int)
         Variants, and texts of a batch that have a selection each.
     """
-    free, whole = _free(model.device), ff_bytes(model)
+    free, whole = _room(model), ff_bytes(model)
     for variants, copies in groups:
         for variant in variants:
             size = share_of(variant, copies) * whole
@@ -146,8 +146,15 @@ def ff_bytes(model: PreTrainedModel) -> int:
     return sum(map(byte_count, weights.values()))
 
 
-def _free(device: torch.device) -> int:
+def _room(model: PreTrainedModel) -> int:
     """Bytes of memory that are free where a model is."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    places = {weight.device for weight in model.parameters()} - {torch.device("meta")}
+    return sum(map(_free, places or {model.device}))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that are free on a device."""
+    if device.type == "cuda":  # what torch keeps for later is free, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return usable_memory().available

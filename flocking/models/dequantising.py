@@ -65,15 +65,11 @@ def dequantised(file: Path, name: str, *, splits: bool = True) -> str:
     """
     contents = contents_of(file)
     digest = file_digest(file)
-    folder = platformdirs.user_cache_path("flocking") / digest[:16] / name
-    if not origins.is_whole(folder, digest, _converter(splits)):
+    place = digest[:16] if splits else f"{digest[:16]}-as-transformers-splits"
+    folder = platformdirs.user_cache_path("flocking") / place / name
+    if not origins.is_whole(folder, digest, _CONVERTER):
         _convert(contents, folder, digest, splits)
     return str(folder)
-
-
-def _converter(splits: bool) -> str:
-    """Who makes a folder, and how: the same file may be asked for in both ways."""
-    return _CONVERTER if splits else f"{_CONVERTER}, texts split as transformers does"
 
 
 def _convert(contents: Contents, folder: Path, digest: str, splits: bool) -> None:
@@ -85,7 +81,7 @@ def _convert(contents: Contents, folder: Path, digest: str, splits: bool) -> Non
         _writing(file, folder, size),
         replacing(folder, overwrite=False, wait=_PATIENCE) as partial,
     ):
-        if origins.is_whole(folder, digest, _converter(splits)):
+        if origins.is_whole(folder, digest, _CONVERTER):
             return  # another process converted it meanwhile
         if folder.is_dir():  # broken, or of a version that left no note of what it wrote
             shutil.rmtree(folder)
@@ -97,7 +93,7 @@ def _convert(contents: Contents, folder: Path, digest: str, splits: bool) -> Non
             file=sys.stderr,
         )
         _write(contents, partial, splits)
-        origins.write_note(partial, digest, file, _converter(splits))
+        origins.write_note(partial, digest, file, _CONVERTER)
 
 
 def read_gguf(file: Path) -> PreTrainedModel:

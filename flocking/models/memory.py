@@ -69,15 +69,16 @@ def _of_group(
     for folder in (group, *group.parents):
         most, used = _number(folder / limit), _number(folder / usage)
         if most is not None and used is not None:
-            yield most, used - _of_files(folder / "memory.stat", f"{prefix}inactive_file")
+            yield most, used - _of_files(folder / "memory.stat", prefix)
         if folder == root:
             return
 
 
-def _of_files(file: Path, name: str) -> int:
-    """Bytes of files that were read and are not used: they are counted, and given away first."""
+def _of_files(file: Path, prefix: str) -> int:
+    """Bytes of files that were read: they are counted, and given away when memory is needed."""
+    names = {f"{prefix}{kind}" for kind in ("inactive_file", "active_file", "slab_reclaimable")}
     found = [line.split() for line in _lines(file)]
-    return sum(int(value) for key, value in found if key == name)
+    return sum(int(value) for key, value in found if key in names)
 
 
 def _number(file: Path) -> int | None:

@@ -24,7 +24,7 @@ from flocking.drawing import (
     page,
     style_of,
 )
-from flocking.evaluation.figures import as_drawn, metric_in_words, name_beyond
+from flocking.evaluation.figures import against_full, as_drawn, name_beyond
 from flocking.evaluation.summary import is_divergence, is_loss, parts_of
 
 _MEANS = ("estimate", "low", "high")
@@ -165,7 +165,7 @@ def _told(data: pd.DataFrame) -> str:
 def _axis_of(metric: str) -> str:
     if metric == "loss":
         return "perplexity,\ntimes full's"
-    return f"{metric_in_words(metric)},\n{'times' if is_loss(metric) else 'minus'} full's"
+    return against_full(metric)
 
 
 def _by_size(ax: Axes, sizes: Sequence[int]) -> None:

@@ -180,7 +180,8 @@ def test_another_tokenizer_makes_another_cell(shallow: tuple, tmp_path: Path) ->
     def key(other: object) -> str:
         lm = GriffinLM(model, tokenizer=other, method="full")
         first = blocks.blocks_of(lm, plan.questions()[0], 1)
-        ((cell,),) = cells_of(lm, first, {FULL: ()}, "one", digest_of_another(lm))
+        known = "one", digest_of_another(model, other)
+        ((cell,),) = cells_of(lm, first, {FULL: ()}, *known)
         return cell.key.inputs
 
     def again(name: str, *added: str) -> object:
@@ -193,6 +194,7 @@ def test_another_tokenizer_makes_another_cell(shallow: tuple, tmp_path: Path) ->
     same = [again("other"), again(tokenizer.name_or_path)]
     changed = [again("other", "<new>"), again(tokenizer.name_or_path, "<new>")]
     assert {key(one) for one in same} == {key(tokenizer)}
+    assert digest_of_another(model, tokenizer) is None
     (unlike,) = {key(one) for one in changed}  # whatever it is called
     assert unlike != key(tokenizer)
     changed[0]("a text", truncation=True, max_length=2)  # notes of a call do not count

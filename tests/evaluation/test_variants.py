@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pandas as pd
@@ -171,15 +174,15 @@ def test_a_batch_of_texts_has_neurons_of_each(
     lm = GriffinLM(model, tokenizer=tokenizer, density=0.5, batch_size=2)
     plan = Plan(["piqa", "gsm8k"], methods=["topk"], data_dir=TASKS, limit=2)
     for question, copies in zip(plan.questions(), (1, 2), strict=True):
-        assert estimate.copies_of(lm, question) == copies
         (block,) = blocks_of(lm, question, 2)
+        assert estimate.copies_of(lm, question, [block]) == copies
         answered = lm.generate_until if question.generates else lm.loglikelihood
         answered(list(block.requests), disable_tqdm=True)
         held = copies * 0.5 * twins.ff_bytes(model)
         assert lm.model.report().compact_bytes == pytest.approx(held, rel=0.01)
         foreseen = estimate.memory_of(model, [([FULL, Variant("topk", 0.5)], copies)])
         assert f"{held / 1e9:.1f} GB for its twins'" in foreseen
-    assert estimate.copies_of(lm, plan.questions()[1], texts=4) == 1
+    assert estimate.copies_of(lm, question, [block], texts=4) == 1
     variants = variants_of(["topk", "random"], [0.5])
     monkeypatch.setattr(twins, "_free", lambda device: 1.2 * twins.ff_bytes(model) / 0.6)
     assert len(twins.in_memory(model, variants)) == 1
@@ -193,9 +196,9 @@ def test_a_twin_that_is_larger_than_memory_is_refused(
     whole = twins.ff_bytes(small[0])
     plan = Plan(["gsm8k"], methods=["topk"], data_dir=TASKS, limit=2)
     monkeypatch.setattr(runner, "speed_of", None)
-    monkeypatch.setattr(twins, "_free", lambda device: 3 * whole)
-    why = r"topk@0\.5 takes .* GB for the kept weights of 8 texts at once, and .* --batch-size 3 "
-    with pytest.raises(MemoryError, match=why):
+    monkeypatch.setattr(twins, "_free", lambda device: 0.9 * whole)
+    why = r"topk@0\.5 takes .* GB for the kept weights of 2 texts at once, and .* --batch-size 1 "
+    with pytest.raises(MemoryError, match=why):  # there are no more than two, whatever the size
         runner.evaluate(*small, plan, batch_size=8, say=str)
     monkeypatch.setattr(twins, "_free", lambda device: whole // 4)
     why = r"topk@0\.5 takes .* GB for the kept weights, and .* are free: free some, or take half"
@@ -203,7 +206,9 @@ def test_a_twin_that_is_larger_than_memory_is_refused(
         runner.evaluate(*small, plan, batch_size=1, say=str)
 
 
-def test_what_is_not_a_number_is_told_of_before_it_is_kept(small: tuple, tmp_path: Path) -> None:
+def test_what_is_not_a_number_is_told_of_before_it_is_kept(
+    small: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the harness, the likeliest of answers that are no numbers is the first."""
     model = copy.deepcopy(small[0])
     model.lm_head.weight.data.fill_(float("nan"))
@@ -212,6 +217,20 @@ def test_what_is_not_a_number_is_told_of_before_it_is_kept(small: tuple, tmp_pat
     with pytest.raises(ValueError, match=r"piqa: acc is not a number for .* under full, as"):
         runner.evaluate(model, small[1], plan, cells=cells, say=str)
     assert not list(tmp_path.rglob("*.json.gz"))
+    # What the others have answered is kept.
+    plan = Plan(["piqa"], methods=["topk"], data_dir=TASKS, limit=2)
+    answered = runner.ask
+
+    def ask(*args: Any) -> list:
+        rows = answered(*args)
+        return [rows[0], [{**row, "value": float("nan")} for row in rows[1]]]
+
+    monkeypatch.setattr(runner, "ask", ask)
+    with pytest.raises(ValueError, match=r"is not a number for .* under topk@0.5, as"):
+        runner.evaluate(*small, plan, cells=cells, say=str)
+    (file,) = tmp_path.rglob("*.json.gz")
+    found = json.loads(gzip.decompress(file.read_bytes()))["cells"]
+    assert [cell["variant"] for cell in found] == ["full"]
 
 
 def test_models_that_cannot_go_on_from_a_cache_are_refused_before(small: tuple) -> None:
@@ -244,7 +263,9 @@ def test_neurons_that_all_texts_have_are_held_once(small: tuple, method: str) ->
     assert lm.generate_until(list(block.requests), disable_tqdm=True) == apart
     held = 0.5 * twins.ff_bytes(model)
     assert twin.report().compact_bytes == pytest.approx(held, rel=0.01)
-    foreseen = estimate.memory_of(model, [([FULL, variant], estimate.copies_of(lm, question))])
+    foreseen = estimate.memory_of(
+        model, [([FULL, variant], estimate.copies_of(lm, question, [block]))]
+    )
     assert f"{held / 1e9:.1f} GB for its twins'" in foreseen
 
 

@@ -22,7 +22,7 @@ SYSTEMS = {
             "job/memory.current": "3000\n",
             "job/memory.stat": "anon 1000\ninactive_file 500\nactive_file 1500\n",
         },
-        (8000, 5500),
+        (8000, 7000),
     ),
     "version 2, without a limit": (
         {"cgroup": "0::/\n", "memory.max": "max\n", "memory.current": "3000\n"},
@@ -57,11 +57,13 @@ SYSTEMS = {
             "cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n",
             "memory/job/memory.limit_in_bytes": "8000\n",
             "memory/job/memory.usage_in_bytes": "3000\n",
-            "memory/job/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
+            "memory/job/memory.stat": (
+                "inactive_file 1\ntotal_inactive_file 500\ntotal_active_file 70\n"
+            ),
             "memory/memory.limit_in_bytes": "9223372036854771712\n",
             "memory/memory.usage_in_bytes": "50000\n",
         },
-        (8000, 5500),
+        (8000, 5570),
     ),
     "the host's path, inside of a container": (
         {
