@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 PROSE = ROOT / "docs" / "results.md"
 LARGER = [f"qwen2.5-coder-{size}-instruct-q4_k_m" for size in ("0.5b", "1.5b")]
-LARGER += ["qwen2.5-coder-0.5b-gsm8k", "qwen2.5-coder-1.5b-gsm8k"]
+LARGER += [f"qwen2.5-coder-{of}" for of in ("0.5b-gsm8k", "1.5b-gsm8k", "0.5b-summaries")]
 # A number with its interval, as prose and tables say it.
 NUMBERS = re.compile(r"[+-]?[\d.,]+ \[[+-]?[\d.,]+, [+-]?[\d.,]+\]")
 
