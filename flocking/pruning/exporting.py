@@ -57,7 +57,7 @@ from flocking.pruning.places import (
 from flocking.pruning.saveable import refuse_unsaveable
 from flocking.pruning.sources import copy_companions, source_of
 from flocking.pruning.twin import full_model, read_prompt
-from flocking.pruning.widths import Sized, narrowed, sized
+from flocking.pruning.widths import Sized, bytes_after, narrowed, sized
 
 _SHARD = "5GB"  # at most, of one file of weights
 _TOKENS = 24  # of the text that the files are tried on
@@ -233,7 +233,7 @@ def refuse_unexportable(
     pairs = zip(densities, blocks, strict=True)
     counts = [kept_count(one, block.d_ff // block.experts) for one, block in pairs]
     _, widths = narrowed(model, parts, counts)
-    refuse_without_room(place, folder, _bytes_after(model, parts, widths))
+    refuse_without_room(place, folder, bytes_after(model, parts, widths))
 
 
 def _tokenizer(
@@ -259,17 +259,6 @@ def _check_texts(
     """Refuse texts that nothing can be measured on, before anything is written."""
     if not any(len(ids) > 1 for ids in tokenize(model, texts, tokenizer).ids):
         raise ValueError("held_out: no text has two tokens: give longer ones.")
-
-
-def _bytes_after(model: PreTrainedModel, parts: Sequence[Sized], widths: Sequence[int]) -> int:
-    """Bytes of a model's parameters when its blocks have these widths."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    sizes = {id(weight): byte_count(weight) for weight in named.values()}
-    for part, width in zip(parts, widths, strict=True):
-        for name in part.weights:
-            weight = named[name]
-            sizes[id(weight)] = byte_count(weight) * width // part.width
-    return sum(sizes.values())
 
 
 # --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flocking.feedforward import FeedForward, stored_transposed
 from flocking.feedforward import moe as mixtures
+from flocking.models import byte_count
 
 _Path = tuple[str | int, ...]
 _Shapes = dict[str, tuple[int, ...]]
@@ -155,6 +156,17 @@ def narrowed(
     if lacking := [number for number in narrower if number not in governed]:
         raise ValueError(trials.why_not(lacking, several=len(lacking) < len(narrower)))
     return config, trials.widths_of(config, wanted)
+
+
+def bytes_after(model: PreTrainedModel, parts: Sequence[Sized], widths: Sequence[int]) -> int:
+    """Bytes of a model's parameters when its blocks have these widths."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    sizes = {id(weight): byte_count(weight) for weight in named.values()}
+    for part, width in zip(parts, widths, strict=True):
+        for name in part.weights:
+            weight = named[name]
+            sizes[id(weight)] = byte_count(weight) * width // part.width
+    return sum(sizes.values())
 
 
 def _number(field: _Field, place: int, said: Sequence[tuple[Sized, int]]) -> int:
