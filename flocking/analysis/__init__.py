@@ -41,7 +41,7 @@ from flocking.analysis.selection import (
     weight_magnitude,
 )
 from flocking.analysis.texts_in_turn import Batch, in_turn
-from flocking.analysis.uncertainty import bootstrap, intervals, tails
+from flocking.analysis.uncertainty import bootstrap, bounds, intervals, tails
 
 __all__ = [
     "STATIC",
@@ -51,6 +51,7 @@ __all__ = [
     "between_consistency",
     "between_sequence_overlap",
     "bootstrap",
+    "bounds",
     "captured_energy",
     "chance_consistency",
     "chance_jaccard",

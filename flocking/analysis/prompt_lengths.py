@@ -52,7 +52,7 @@ def drift(
         mixture that had no token before the cut or in the window are left out; ``captured_energy``
         of the later window; and ``oracle``, the most that a selection made in hindsight could
         capture. ``distance`` is from the cut to the start of the later window, in tokens. NaN
-        after the end of a sequence.
+        after the end of a sequence, and where its last window is not full.
 
     Raises
     ------

@@ -42,7 +42,11 @@ def bootstrap(
     Sequences are drawn with replacement (Efron and Tibshirani 1993, chapters 6 and 13). For values
     of pairs, both members are drawn, and pairs of a sequence with itself are dropped: a sequence is
     too similar to itself, and the interval would miss the estimate. The percentiles are those of
-    ``flocking.analysis.tails``, since plain ones are too narrow for few sequences.
+    ``flocking.analysis.tails``, since plain ones are too narrow for few sequences. Of four
+    sequences or fewer (or pairs of five), these are beyond what draws can give: it is then
+    Student's, from the standard deviation of the draws, and can reach values that no sequence could
+    have. Of normal values, intervals hold the true mean in 0.95 of cases for two to four sequences,
+    0.91 for five and 0.94 for eight or more; for pairs, in 0.91 to 0.94.
 
     Values in chunks are read when this is called, some sequences at a time if they are many.
 
@@ -160,7 +164,7 @@ def intervals(
         members, n = _members(values)
         data = stacked.values.astype(np.float64).reshape(len(members), -1)
         means = _means_of_pairs(data, members, n, resamples, seed)
-        found = _interval(means, _count_of_pairs(data, members, n), level, least=3)
+        found = _interval(means, _count_of_pairs(data, members, n), level, pairs=True)
     elif is_chunked(stacked) and drawn == ["sequence"] and stacked.size > ROOM:
         n = stacked.sizes["sequence"]
         draws = np.concatenate([*_draws(n, resamples, seed, np.min_scalar_type(n))])
@@ -168,11 +172,9 @@ def intervals(
         found = np.concatenate(parts, axis=1)
     else:
         data = stacked.values.astype(np.float64).reshape([stacked.sizes[d] for d in drawn] + [-1])
-        means, least = _resampled_means(data, resamples, seed), 2
-        counts = np.isfinite(data).sum(axis=0)
-        if len(drawn) == 2:  # of pairs
-            counts, least = _count_of_members(data), 3
-        found = _interval(means, counts, level, least)
+        means, pairs = _resampled_means(data, resamples, seed), len(drawn) == 2
+        counts = _count_of_members(data) if pairs else np.isfinite(data).sum(axis=0)
+        found = _interval(means, counts, level, pairs=pairs)
     shape = [3, *(stacked.sizes[dim] for dim in rest)]
     kept = {name: c for name, c in values.coords.items() if not set(c.dims) & set(drawn)}
     return xr.DataArray(
@@ -184,20 +186,23 @@ def intervals(
     )
 
 
-def _interval(means: np.ndarray, counts: np.ndarray, level: float, least: int = 2) -> np.ndarray:
+def _interval(
+    means: np.ndarray, counts: np.ndarray, level: float, *, pairs: bool = False
+) -> np.ndarray:
     """Estimate and bounds, (3, value), from means of resamples, the estimate first.
 
     Parameters
     ----------
     means : ndarray of float64, (1 + resample, value)
     counts : ndarray of int, (value,)
-        Sequences of which there is a value; bounds are NaN where they are fewer than `least`.
+        Sequences of which there is a value; bounds are NaN where they are fewer than two, or three
+        for values of pairs.
     """
-    bounds = np.full((2, means.shape[1]), np.nan)
-    for n in np.unique(counts[counts >= least]):
+    found = np.full((2, means.shape[1]), np.nan)
+    for n in np.unique(counts[counts >= 2 + pairs]):
         here = counts == n
-        bounds[:, here] = np.nanquantile(means[1:, here], tails(int(n), level), axis=0)
-    return np.concatenate([means[:1], bounds])
+        found[:, here] = bounds(means[0, here], means[1:, here], int(n), level, pairs=pairs)
+    return np.concatenate([means[:1], found])
 
 
 def _count_of_members(data: np.ndarray) -> np.ndarray:
@@ -346,3 +351,42 @@ def tails(n: int, level: float = 0.95) -> tuple[float, float]:
     t = stats.t.ppf((1 + level) / 2, n - 1)
     low = float(stats.norm.cdf(-t * math.sqrt(n / (n - 1))))
     return low, 1 - low
+
+
+def bounds(
+    estimate: np.ndarray | float,
+    drawn: np.ndarray,
+    n: int,
+    level: float = 0.95,
+    *,
+    pairs: bool = False,
+) -> np.ndarray:
+    """Bounds of an interval around an estimate, from its values in the draws of a bootstrap.
+
+    They are the quantiles of :func:`tails`, unless these lie beyond the share of draws that are of
+    one extreme sequence alone: the lowest and the highest value would be all that they can give,
+    whatever the level. Then they are Student's, ``t`` standard deviations of the draws (times
+    ``sqrt(n / (n - 1))``, which makes that of a mean unbiased) from the estimate.
+
+    Parameters
+    ----------
+    estimate : numpy.ndarray of float, shape (...), or float
+    drawn : numpy.ndarray of float, shape (draw, ...)
+        NaN is left out.
+    n : int
+        Sequences that are drawn from, 2 or more.
+    level : float
+        Coverage of the interval.
+    pairs : bool
+        Whether values are of pairs of sequences, none of them with itself: the draws of two
+        sequences alone then give the extremes.
+
+    Returns
+    -------
+    numpy.ndarray of float64, shape (2, ...)
+    """
+    quantiles = tails(n, level)
+    if quantiles[0] > ((2 if pairs else 1) / n) ** n:
+        return np.nanquantile(drawn, quantiles, axis=0)
+    reach = stats.t.ppf((1 + level) / 2, n - 1) * math.sqrt(n / (n - 1)) * np.nanstd(drawn, axis=0)
+    return np.stack([estimate - reach, estimate + reach])

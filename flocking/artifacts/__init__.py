@@ -11,6 +11,7 @@ from flocking.artifacts.numbers import UnreadableError, checksum, from_json, rea
 from flocking.artifacts.writing import (
     BusyError,
     claimed,
+    free_bytes,
     noting,
     refuse_unwritable,
     replacing,
@@ -29,6 +30,7 @@ __all__ = [
     "code_digest",
     "file_digest",
     "folder_digest",
+    "free_bytes",
     "from_json",
     "noting",
     "read_content",

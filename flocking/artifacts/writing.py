@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import stat
@@ -186,8 +187,7 @@ def claimed(path: Path, wait: float = 0.0) -> Iterator[Path]:
                 if len(os.fsencode(place.name)) > LONGEST:
                     raise OSError(f"its name is longer than {LONGEST} bytes")
                 _make_parents(place.parent, made)
-                room = shutil.disk_usage(place.parent)
-                if room.total and room.free < _LEAST_ROOM:
+                if free_bytes(place.parent) < _LEAST_ROOM:
                     raise OSError("no space is left on the disk")
                 deadline = time.monotonic() + wait
                 while not taken:
@@ -199,6 +199,12 @@ def claimed(path: Path, wait: float = 0.0) -> Iterator[Path]:
         finally:
             if taken:
                 remove(claim)
+
+
+def free_bytes(folder: Path) -> float:
+    """Bytes free on the disk of a folder; infinite where its file system does not tell."""
+    room = shutil.disk_usage(folder)
+    return room.free if room.total else math.inf
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def generate(
         raise ValueError(f"--method {method}: choose from {', '.join(METHODS)}.")
     loaded, tokenizer = load(model, device, dtype)
     prompts = tokenize(loaded, text, tokenizer)
-    refuse_long(loaded, prompts.ids, max_new_tokens)
+    refuse_long(loaded, prompts.ids, max_new_tokens, called="the prompt")
     options: dict[str, Any] = {"method": method, "scope": scope, "refresh": refresh}
     twin = flocking.griffin(loaded, density, **options)
     first = {name: each[0] for name, each in prompts.inputs.items()} | {"input_ids": prompts.ids[0]}

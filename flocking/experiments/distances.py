@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking import analysis
-from flocking.analysis import bootstrap, tails
+from flocking.analysis import bootstrap, bounds
 from flocking.experiments.common import (
     dimension,
     finished,
@@ -214,14 +214,11 @@ def _share(excess: xr.DataArray, whole: str, resamples: int = 2000) -> xr.DataAr
     drawn = np.random.default_rng(0).integers(count, size=(resamples, count))
     means = excess.isel(sequence=xr.DataArray(drawn, dims=("draw", "text"))).mean("text")
     shares = means / means.sel(selection=whole)
-    low, high = tails(count, 0.95)
     estimate = excess.mean("sequence")
-    parts = [
-        estimate / estimate.sel(selection=whole),
-        shares.quantile(low, "draw"),
-        shares.quantile(high, "draw"),
-    ]
-    parts = [part.reset_coords(drop=True) for part in parts]
+    estimate = (estimate / estimate.sel(selection=whole)).reset_coords(drop=True)
+    each = shares.transpose("draw", *estimate.dims).values
+    low, high = bounds(estimate.values, each, count)
+    parts = [estimate, estimate.copy(data=low), estimate.copy(data=high)]
     values = xr.concat(parts, dimension("interval", ["estimate", "low", "high"]))
     return values.assign_attrs(ratio("loss in the second half, as a share of GRIFFIN's"))
 

@@ -317,7 +317,7 @@ def text_kinds(data: xr.Dataset, figure: Figure) -> None:
             color=style["color"],
             label=style["label"],
         )
-    means.set(xlabel="mean", xlim=(0, None))
+    means.set(xlabel="mean (neurons)", xlim=(0, None))
     means.xaxis.set_major_locator(MaxNLocator(2, integer=True))
     upper.colorbar(image, ax=colours, location="top", label="effective neurons (model)", aspect=30)
     legend(upper, axes[:, 1:], ncols=3)

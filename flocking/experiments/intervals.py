@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from scipy.stats import spearmanr
 
-from flocking.analysis import bootstrap, tails
+from flocking.analysis import bootstrap, bounds
 from flocking.experiments.common import said
 
 _T = TypeVar("_T", xr.DataArray, xr.Dataset)
@@ -54,9 +54,9 @@ def between_excerpts(x: xr.DataArray, y: xr.DataArray) -> xr.DataArray:
     """Rank correlation over all excerpts, with an interval over texts."""
     one, other = (values.transpose("sequence", "excerpt").values for values in (x, y))
     draws = np.random.default_rng(0).integers(len(one), size=(2000, len(one)))
-    drawn = [rank_correlation(one[draw], other[draw]) for draw in draws]
-    low, high = np.nanquantile(drawn, tails(len(one)))
-    values = [rank_correlation(one, other), low, high]
+    drawn = np.array([rank_correlation(one[draw], other[draw]) for draw in draws])
+    estimate = rank_correlation(one, other)
+    values = [estimate, *bounds(estimate, drawn, len(one))]
     return xr.DataArray(values, {"interval": ["estimate", "low", "high"]}, ("interval",))
 
 

@@ -41,6 +41,7 @@ from flocking.models.dequantising import read_gguf
 from flocking.models.following import Original
 from flocking.models.forms import Text, refuse_container, require_tokenizer, unreadable
 from flocking.models.gguf import contents_of
+from flocking.models.gguf_support import is_readable
 from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, embedded_file, identity, load, resolved
 from flocking.models.locks import exclusive
@@ -49,6 +50,7 @@ from flocking.models.memory import usable_memory
 from flocking.models.naming import name_and_path, split_place
 from flocking.models.notices import warn
 from flocking.models.origins import NOTE
+from flocking.models.precision import full_precision
 from flocking.models.problems import is_out_of_memory, listed, reading
 from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
 from flocking.models.rotary import forget_lengths
@@ -117,12 +119,14 @@ __all__ = [
     "forget_lengths",
     "forward",
     "forward_of",
+    "full_precision",
     "hooks_on",
     "hooks_on_everything",
     "html_table",
     "identity",
     "is_loaded",
     "is_out_of_memory",
+    "is_readable",
     "listed",
     "load",
     "loaded",

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import quantization_config
 
-from flocking.artifacts import BusyError, file_digest, replacing
+from flocking.artifacts import BusyError, file_digest, free_bytes, replacing
 from flocking.models import origins
 from flocking.models.checkpoints import read_config, read_model, read_tokenizer
 from flocking.models.gguf import Contents, contents_of
@@ -86,7 +86,8 @@ def _convert(contents: Contents, folder: Path, digest: str, splits: bool) -> Non
         if folder.is_dir():  # broken, or of a version that left no note of what it wrote
             shutil.rmtree(folder)
         folder.unlink(missing_ok=True)
-        _refuse_without_room(partial.parent, size)
+        if (free := free_bytes(partial.parent)) < size:
+            raise OSError(f"{size / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free")
         tqdm.write(
             f"{file.name}: its weights are converted to float32 once, {size / 1e9:.1f} GB in "
             f"{folder}",
@@ -147,12 +148,6 @@ def _refuse_without_memory(file: Path, size: int) -> None:
             f"converted to, and {there / 2**30:,.0f} GiB of memory are there: convert it on "
             "a larger one, or take a smaller model."
         )
-
-
-def _refuse_without_room(folder: Path, size: int) -> None:
-    room = shutil.disk_usage(folder)
-    if room.total and room.free < size:  # (some file systems do not tell)
-        raise OSError(f"{size / 1e6:.0f} MB are needed, and {room.free / 1e6:.0f} MB are free")
 
 
 def _dequantised(contents: Contents) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -26,13 +26,17 @@ def configs_of(
 
 
 class Fields:
-    """A config of a module as it was at the last look, and those of its copies."""
+    """A config of a module as it was at the last look, and those of its copies.
+
+    A field of a generation config that was set in a copy stays as it was set there.
+    """
 
     def __init__(self, names: tuple[str, ...], module: nn.Module, copies: list[nn.Module]) -> None:
         self.names = names
         self._module = weakref.ref(module)
         self._copies = [weakref.ref(each) for each in copies]
         self._marks = self._look(module)
+        self._theirs = [self._look(each) for each in copies]
 
     def follow(self) -> bool:
         """Bring the fields that have changed to the copies; whether they may matter to a check."""
@@ -46,13 +50,18 @@ class Fields:
             if name not in then or name not in now or then[name] != now[name]
         ]
         place = self._place(module)
-        for mine in (each for ref in self._copies if (each := ref()) is not None):
-            target = self._place(mine)
+        for number, ref in enumerate(self._copies):
+            if (mine := ref()) is None:
+                continue
+            target, before, here = self._place(mine), self._theirs[number], self._look(mine)
             for name in fields:
+                if self.names == GENERATION and before.get(name) != here.get(name):
+                    continue
                 if name not in place:
                     target.pop(name, None)
                 else:
                     target[name] = copy.deepcopy(place[name])
+                before[name] = self._look(mine).get(name)
         return self.names != GENERATION
 
     def _look(self, module: nn.Module) -> dict[str, Any]:

@@ -118,18 +118,24 @@ def _known(table: str, module: str) -> set[str]:
 
 
 def _refuse_type(contents: Contents, kind: GGMLQuantizationType) -> None:
-    _, size = GGML_QUANT_SIZES[kind]
-    try:
-        dequantize(np.zeros((1, size), dtype=np.uint8), kind)
-    except NotImplementedError:
+    if not is_readable(kind):
         name = next(tensor.name for tensor in contents.tensors if tensor.kind == kind)
         raise ValueError(
             f"{contents.file} has tensors of type {kind.name} ({name}, ...), which gguf "
             f"{version('gguf')} cannot dequantise: get the model in another quantisation, such as "
             "Q8_0 or Q4_K_M."
-        ) from None
+        )
+
+
+def is_readable(kind: GGMLQuantizationType) -> bool:
+    """Whether the installed gguf can dequantise a type."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
     except Exception:  # of the zeros: it knows the type
-        return
+        return True
+    return True
 
 
 def refuse_other_tensors(config: PreTrainedConfig, contents: Contents) -> None:

@@ -208,21 +208,38 @@ def _padded_positions(model: PreTrainedModel) -> Iterator[tuple[Any, int]]:
 
 
 def refuse_long(
-    model: PreTrainedModel, prompts: list[Tensor], max_new_tokens: int = 0, remedy: str = ""
+    model: PreTrainedModel,
+    prompts: list[Tensor],
+    max_new_tokens: int = 0,
+    remedy: str = "",
+    called: str = "text {}",
 ) -> None:
     """Raise a ValueError for the first text that does not fit the model's :func:`context`.
 
-    `remedy` is the argument with which the caller's user reads the beginning of a text only.
+    `remedy` is the argument with which the caller's user reads the beginning of a text only, and
+    `called` what that user knows a text as, by its number.
     """
     limit = context(model)
     fed = max(0, max_new_tokens - 1)  # the last new token is never fed back
     for number, prompt in enumerate(prompts):
         if limit and len(prompt) + fed > limit:
             new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
-            what = "shorten it or split it"
-            if remedy and fed < limit:
-                what = f"shorten it, split it, or read its beginning only: {remedy}={limit - fed}"
+            count = f"{len(prompt)} token{'s' * (len(prompt) != 1)}"
+            what = _remedies(limit, len(prompt), fed, remedy)
             raise ValueError(
-                f"text {number} has {len(prompt)} tokens{new}, {len(prompt) + fed - limit} more "
+                f"{called.format(number)} has {count}{new}, {len(prompt) + fed - limit} more "
                 f"than the model's context of {limit}: {what}."
             )
+
+
+def _remedies(limit: int, tokens: int, fed: int, remedy: str) -> str:
+    """What to do about a prompt of so many tokens, after which so many new ones are fed."""
+    if tokens > limit and fed >= limit:
+        return "shorten it, and ask for fewer new tokens"
+    ways = ["shorten it", "split it"] if tokens > 1 and fed < limit else []
+    if tokens <= limit and fed:
+        ways.append(f"ask for at most {limit - tokens + 1} new tokens")
+    if remedy and fed < limit:
+        ways.append(f"read its beginning only: {remedy}={limit - fed}")
+    *others, last = ways
+    return f"{', '.join(others)}{',' * (len(others) > 1)} or {last}" if others else last

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from flocking.models.attributes import noting_changes
+from flocking.models.precision import full_precision
 from flocking.models.weights import device_of, parts
 
 
@@ -84,7 +85,10 @@ class _ReadOnly(TorchDispatchMode):
         for place, name in self.written[func]:
             target = args[place] if place < len(args) else kwargs.get(name)
             if isinstance(target, Tensor) and target.untyped_storage()._cdata in self.storages:
-                raise RuntimeError("it changes its own weights when it is run")
+                raise RuntimeError(
+                    "it changes its own weights when it is run; if only the first time, as RWKV "
+                    "does, run it once in eval mode before"
+                )
         return func(*args, **kwargs)
 
 
@@ -113,11 +117,7 @@ def _usual_settings(copied: nn.Module) -> Iterator[None]:
             only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
             torch.use_deterministic_algorithms(False)
             restored.callback(torch.use_deterministic_algorithms, True, warn_only=only_warn)
-        backends: Any = torch.backends  # (its parts' attributes are made as it is imported)
-        for backend in (backends.cuda.matmul, backends.mkldnn.matmul):
-            if (precision := backend.fp32_precision) in ("tf32", "bf16"):
-                backend.fp32_precision = "ieee"
-                restored.callback(setattr, backend, "fp32_precision", precision)
+        restored.enter_context(full_precision())
         for kind in kinds | {"cpu"}:
             restored.enter_context(torch.autocast(kind, enabled=False))
         for hooks in (_global_forward_pre_hooks, _global_forward_hooks):

@@ -73,8 +73,11 @@ def tokenize(
     tokenizer = require_tokenizer(tokenizer)
     texts, rows, bare, encoding = given(text)
     if texts is None:
+        has_mask = encoding.get("attention_mask") is not None
         ids, inputs = _read(model, rows, bare, encoding, given=True)
         tokenizer = tokenizer or tokenizer_beside(model)
+        if not has_mask:
+            _warn_of_padding(model, ids, tokenizer)
         texts = [str(tokenizer.decode(each)) if tokenizer else "" for each in ids]
         return Prompts(ids, inputs, texts, tokenizer, AS_GIVEN)
     _check_strings(texts)
@@ -214,6 +217,30 @@ def _real(ids: list[Tensor], masks: Any, bare: bool) -> list[slice]:
             )
         places.append(slice(first, last + 1))
     return places
+
+
+def _warn_of_padding(model: PreTrainedModel, ids: list[Tensor], tokenizer: Any) -> None:
+    """Warn of rows of one length, without a mask, that begin or end as if they were padded."""
+    padding = getattr(tokenizer, "pad_token_id", None)
+    if padding is None:
+        padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if padding is None or len(ids) < 2 or len({len(row) for row in ids}) > 1:
+        return
+    ends = [_run_at_an_end(row, int(padding)) for row in ids]
+    # (One such token can be a text's own, as one that ends it; then all texts have one.)
+    number, most = max(enumerate(ends), key=lambda pair: pair[1])
+    if most >= 2 and min(ends) < most:
+        warn(
+            f"text {number} begins or ends with {most} padding tokens ({int(padding)}), which are "
+            "read as if they were text: give what the tokenizer returned whole, with its "
+            "attention_mask, in place of its input_ids."
+        )
+
+
+def _run_at_an_end(row: Tensor, padding: int) -> int:
+    """How many padding tokens a row begins or ends with, whichever is more."""
+    other = (row != padding).nonzero()[:, 0]
+    return max(int(other[0]), len(row) - 1 - int(other[-1])) if len(other) else len(row)
 
 
 def _check_ids(ids: list[Tensor], vocabulary: int) -> None:

@@ -53,6 +53,11 @@ def control(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     True
     """
     model = require_model(model)
+    with torch.inference_mode(False):  # so that it can be trained, whoever asks
+        return _control(model, seed)
+
+
+def _control(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     fresh = _drawn(model, seed)
     same = list(_same(model, fresh))
     if same:

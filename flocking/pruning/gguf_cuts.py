@@ -78,15 +78,6 @@ def narrower(
     return Narrower(tensor, after, how, kept, width, again)
 
 
-def is_readable(kind: GGMLQuantizationType) -> bool:
-    """Whether the installed gguf can dequantise a type."""
-    try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True
-
-
 def byte_count(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     """Bytes that a tensor takes; `shape` as in the file."""
     block, size = GGML_QUANT_SIZES[kind]

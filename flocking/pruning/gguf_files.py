@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from flocking.analysis import kept_count
 from flocking.artifacts import replacing
-from flocking.models import contents_of
+from flocking.models import contents_of, is_readable
 from flocking.pruning.chosen import masks_of
 from flocking.pruning.exported import Exported
 from flocking.pruning.fixed import rounded_densities
@@ -26,7 +26,6 @@ from flocking.pruning.gguf_cuts import (
     STEPS,
     Narrower,
     difference,
-    is_readable,
     narrower,
     pieces,
 )

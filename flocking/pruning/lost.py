@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flocking.analysis import tails
+from flocking.analysis import bounds
 from flocking.models import (
     Prompts,
     Text,
@@ -204,6 +204,6 @@ def _interval(more: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     if n < _FEWEST:
         return float("nan"), float("nan")
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
-    ratios = np.exp((draws @ more) / (draws @ tokens))
-    low, high = np.quantile(ratios, tails(n))
+    drawn = (draws @ more) / (draws @ tokens)
+    low, high = np.exp(bounds(more.sum() / tokens.sum(), drawn, n))
     return float(low), float(high)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flocking.artifacts import free_bytes
 from flocking.models import NOTE, folder_of
 from flocking.pruning.amounts import in_words
 from flocking.texts import dangling, expanded
@@ -215,9 +215,8 @@ def _config_in(folder: Path) -> dict[str, Any]:
 
 def refuse_without_room(place: Path, folder: Path, size: int) -> None:
     """Raise an OSError if a number of bytes does not fit on a folder's disk, for `place`."""
-    room = shutil.disk_usage(folder)
-    if room.total and room.free < size:  # (some file systems do not tell)
+    if (free := free_bytes(folder)) < size:
         raise OSError(
             f"{place} cannot be written: {in_words(size)} are needed, and "
-            f"{in_words(room.free)} are free: make room, or name another place."
+            f"{in_words(int(free))} are free: make room, or name another place."
         )

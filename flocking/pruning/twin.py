@@ -248,6 +248,11 @@ class Twin(_Generating):
                 self._griffin.origin.follow_generation()
             return super().generate(*args, **kwargs)
 
+    def _get_deprecated_gen_repo(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        """Raise the ValueError below before anybody is asked to trust such code."""
+        if super()._get_deprecated_gen_repo(generation_mode, True) is not None:
+            self.load_custom_generate()
+
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise a ValueError: such loops, contrastive search and DoLa among them, are foreign."""
         raise ValueError(

@@ -18,7 +18,7 @@ from flocking.recording.dataset import (
     coordinates_of,
 )
 from flocking.recording.entrance import canonical, measure, require, whole_neurons
-from flocking.recording.growing import done_so_far, is_growing
+from flocking.recording.grown import done_so_far, is_growing
 from flocking.recording.joining import concat
 from flocking.recording.locations import Folder
 from flocking.recording.moments import Moments

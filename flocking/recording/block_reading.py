@@ -13,14 +13,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward
-from flocking.models import AS_GIVEN, warn
+from flocking.models import AS_GIVEN, fingerprints, warn
 from flocking.recording.arguments import Options
 from flocking.recording.continuations import Reading, given_texts
 from flocking.recording.corpora import Block
@@ -207,7 +205,9 @@ class BlockReader(NamedTuple):
         del attributes["model_path"]  # files may be moved meanwhile
         return {
             **attributes,
-            "weights": _fingerprint(self.model),
+            "weights": fingerprints.weights(self.model),
+            "structure": fingerprints.modules(self.model),
+            "hook": fingerprints.hooks(self.model),
             "config": _config(self.model),
             "tokenizer": _vocabulary(self.tokenizer),
             "layers": [block.layer for block in self.blocks],
@@ -254,26 +254,6 @@ def _renamed(names: list[str]) -> Iterator[None]:
             warn(renamed(str(each.message)))
         else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Some of each tensor's values, so that other weights are noticed without reading all."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_some_values(tensor))
-    return digest.hexdigest()
-
-
-def _some_values(tensor: Any) -> bytes:
-    if not isinstance(tensor, Tensor) or tensor.is_meta:
-        return b""
-    try:
-        flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 256)][:512]
-        return bytes(some.to(device="cpu", dtype=torch.float64).numpy().tobytes())
-    except (RuntimeError, TypeError, NotImplementedError):  # formats that cannot be taken apart
-        return b""
 
 
 def _config(model: PreTrainedModel) -> str:

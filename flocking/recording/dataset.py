@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward
-from flocking.models import name_and_path
+from flocking.models import fingerprints, name_and_path
 
 if TYPE_CHECKING:
     from flocking.recording.collector import Collector
@@ -250,6 +250,8 @@ def attributes_of(
         "revision": str(getattr(model.config, "_commit_hash", None) or ""),
         "architecture": type(model).__name__,
         "dtype": str(block.weight.dtype).removeprefix("torch."),
+        "adapter": fingerprints.adapters(model),
+        "autocast": fingerprints.autocast(block.device),
         "special_tokens": special_tokens,
         "window": "phase" if window is None else window,
         "max_new_tokens": max_new_tokens,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-from flocking.models import split_place, warn
+from flocking.models import fingerprints, split_place, warn
 from flocking.recording.dataset import (
     ATTRIBUTES,
     COORDINATES,
@@ -23,7 +23,10 @@ from flocking.recording.entrance import Canonical, canonical
 _FIELDS = VARIABLES | COORDINATES
 # What must be equal, since measures compare sequences with each other: other weights, another
 # precision, another first token or other windows would be taken for a difference between texts.
-_EQUAL = ("model", "model_path", "revision", "architecture", "dtype", "special_tokens", "window")
+_EQUAL = (
+    *("model", "model_path", "revision", "architecture", "dtype", "special_tokens", "window"),
+    *("adapter", "autocast"),  # which older recordings do not tell of: as if there were none
+)
 _BY_LAYER = ("module", "d_ff", "experts")
 
 _Spans = list[tuple[slice, slice]]
@@ -155,7 +158,7 @@ def _taken(number: int, recording: object) -> Canonical:
 def _like(first: xr.Dataset, other: xr.Dataset, number: int) -> xr.Dataset:
     """Another recording with the first one's order of layers, if the two can be put together."""
     for name in _EQUAL:
-        mine, theirs = first.attrs.get(name), other.attrs.get(name)
+        mine, theirs = (each.attrs.get(name, fingerprints.NONE) for each in (first, other))
         if not _same(mine, theirs):
             raise ValueError(_differ(name, mine, theirs, number))
     kinds = [[name for name in VARIABLES if name in each] for each in (first, other)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 import zarr
 
-from flocking.artifacts import claimed
+from flocking.artifacts import claimed, free_bytes
 from flocking.recording.inventory import has_files_noted, note_files
 
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")  # of zarr's
@@ -91,8 +90,7 @@ class Folder:
 
     def refuse_full(self, size: int) -> None:
         """Raise an OSError if the disk has less than so many bytes free."""
-        free = shutil.disk_usage(self.path).free
-        if free < size:
+        if (free := free_bytes(self.path)) < size:
             raise OSError(
                 f"{self} has no room for the next texts, which may take {size:,} bytes, and "
                 f"{free:,} are free on the disk: make room, and run the same again, which goes on."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flocking.feedforward import Routed
-from flocking.recording.precision import full_precision
+from flocking.models import full_precision
 from flocking.recording.windows import Windows, kernels_for
 
 

@@ -17,12 +17,8 @@ import xarray as xr
 from flocking.artifacts import replacing
 from flocking.models import warn
 from flocking.recording.entrance import canonical
-from flocking.recording.growing import (
-    RECORDED,
-    is_growing,
-    refuse_appended,
-    without_bookkeeping,
-)
+from flocking.recording.growing import RECORDED
+from flocking.recording.grown import is_growing, refuse_appended, without_bookkeeping
 from flocking.recording.inventory import note_files, refuse_losses
 from flocking.recording.locations import Folder, Url, is_url
 from flocking.recording.storable import refuse_unstorable, with_python_strings

@@ -27,7 +27,8 @@ from flocking.recording.forward_passes import (
     recordable,
     warn_of_training,
 )
-from flocking.recording.growing import LAYOUT, GrowingStore, is_growing, refuse_appended
+from flocking.recording.growing import LAYOUT, GrowingStore
+from flocking.recording.grown import is_growing, refuse_appended
 from flocking.recording.locations import Folder, Location, Url, is_url
 from flocking.recording.planning import bytes_of_text, create, plan_of
 from flocking.recording.ranks import Processes, processes

@@ -137,6 +137,7 @@ def test_what_cannot_be_added_is_refused_and_changes_nothing() -> None:
         (recorded("gpt2"), "texts before are of architecture 'LlamaForCausalLM', and these of"),
         (recorded("llama").isel(layer=[0]), "of other layers or neurons"),
         (recorded("llama").assign_attrs(dtype="float16"), "are of dtype 'float32', and these of"),
+        (recorded("llama").assign_attrs(adapter="birds"), "are of adapter 'none', and these of"),
     ]:
         with pytest.raises(ValueError, match=message):
             running.update(other)

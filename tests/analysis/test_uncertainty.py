@@ -68,14 +68,46 @@ def test_pairs_that_resampling_made_identical_are_dropped() -> None:
     assert np.quantile(careless, tails(8)[0]) > estimate
 
 
-@pytest.mark.parametrize("n", [12, 30])
-def test_coverage_is_near_the_level(n: int) -> None:
-    """For few sequences, too, where plain percentiles cover less (0.91 for twelve)."""
+@pytest.mark.parametrize(
+    ("n", "least"), [(2, 0.93), (3, 0.93), (4, 0.93), (5, 0.9), (8, 0.93), (12, 0.93), (30, 0.93)]
+)
+def test_coverage_is_near_the_level(n: int, least: float) -> None:
+    """For few sequences, too, where plain percentiles cover less (0.91 for twelve, 0.5 for two)."""
     random = np.random.default_rng(0)
     data = xr.DataArray(random.normal(size=(n, 4000)), dims=("sequence", "draw"))
     _, low, high = flocking.bootstrap(data, resamples=1000).values
     covered = ((low < 0) & (high > 0)).mean()
-    assert 0.93 < covered < 0.97
+    assert least < covered < 0.97
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 6, 12])
+@pytest.mark.parametrize("form", ["other", "pair"])
+def test_coverage_of_pairs(n: int, form: str) -> None:
+    """Values of pairs, of which each has a part that is its own beside those of its two texts."""
+    random = np.random.default_rng(0)
+    alone, together = random.normal(size=(n, 1000)), random.normal(size=(n, n, 1000))
+    values = alone[:, None] + alone + (together + together.swapaxes(0, 1)) / 4
+    data = xr.DataArray(
+        values, {"sequence": range(n), "other": range(n)}, ("sequence", "other", "draw")
+    )
+    if form == "pair":
+        first, second = np.triu_indices(n, 1)
+        data = xr.DataArray(
+            values[first, second],
+            {"sequence": ("pair", first), "other": ("pair", second)},
+            ("pair", "draw"),
+        )
+    _, low, high = flocking.bootstrap(data, resamples=1000).values
+    assert 0.89 < ((low < 0) & (high > 0)).mean() < 0.97
+
+
+def test_interval_of_two_is_more_than_these_two() -> None:
+    values = xr.DataArray([1.0, 2.0], dims="sequence")
+    _, low, high = flocking.bootstrap(values, resamples=20_000).values
+    expected = stats.t.interval(0.95, 1, 1.5, stats.sem(values))
+    assert (low, high) == pytest.approx(expected, rel=0.05)
+    _, low, high = flocking.bootstrap(values, level=0.5).values
+    assert high - low < 2  # the level counts, as it does of many
 
 
 def test_interval_of_normal_values_is_students() -> None:

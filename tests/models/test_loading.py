@@ -239,6 +239,13 @@ def test_a_control_has_the_models_dtypes(tmp_path: Path, dtype: torch.dtype) -> 
         assert torch.equal(parameter, drawn[name].to(torch.bfloat16)), name
 
 
+def test_a_control_made_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        fresh = flocking.control(helpers.build("llama"))
+    ids = torch.arange(9)[None]
+    fresh(ids, labels=ids).loss.backward()
+
+
 def test_control_wants_a_transformers_model() -> None:
     with pytest.raises(TypeError, match="model is a Linear: give a transformers model"):
         flocking.control(torch.nn.Linear(2, 2))

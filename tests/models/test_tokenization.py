@@ -102,6 +102,23 @@ def test_max_tokens_is_the_beginning(llama: tf.PreTrainedModel) -> None:
     helpers.assert_same(recording, record(llama, ids, window=2))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["tensor", "list"])
+def test_padded_ids_without_their_mask_are_told(
+    llama: tf.PreTrainedModel, side: str, form: str
+) -> None:
+    tokenizer = letters("<s> $A </s>")
+    tokenizer.pad_token, tokenizer.padding_side = "</s>", side
+    batch = tokenizer(["abcdef", "ab"], padding=True, return_tensors="pt")
+    ids = batch["input_ids"] if form == "tensor" else batch["input_ids"].tolist()
+    count = 5 if side == "right" else 4
+    with pytest.warns(UserWarning, match=f"text 1 begins or ends with {count} padding tokens"):
+        record(llama, ids, tokenizer=tokenizer)
+    record(llama, batch, tokenizer=tokenizer)
+    record(llama, [each["input_ids"] for each in map(tokenizer, ["abcdef", "ab"])])
+    record(llama, tokenizer(["abc", "def"])["input_ids"], tokenizer=tokenizer)  # each ends with it
+
+
 def test_max_tokens_of_padded_ids_and_what_comes_with_them() -> None:
     model = helpers.proved("gpt2")
     text = {
@@ -136,8 +153,13 @@ def test_a_long_text_fits_with_max_tokens(llama: tf.PreTrainedModel) -> None:
     ):
         with pytest.raises(ValueError, match=r"shorten it or split it\.$"):
             call()
-    with pytest.raises(ValueError, match=r"and 300 new ones, .*: shorten it or split it\.$"):
+    with pytest.raises(ValueError, match=r"300 new ones, .*: shorten it, and ask for fewer new"):
         record(llama, ids, max_new_tokens=300)  # no beginning would fit
+    with pytest.raises(ValueError, match=r"1 token and 300 new ones, .*: ask for at most 256 "):
+        record(llama, [5], max_new_tokens=300)
+    record(llama, [5], max_new_tokens=256)
+    with pytest.raises(ValueError, match="it, split it, ask for at most 7 new tokens, or read it"):
+        record(llama, ids[:250], max_new_tokens=9)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 1.0, "8"])

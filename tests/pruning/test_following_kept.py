@@ -217,6 +217,21 @@ def test_what_was_set_on_the_twin_stays() -> None:
     model.generation_config.repetition_penalty = 1.0  # as it was
     model.generation_config.max_length = 99
     assert written(twin) == expected
+    model.generation_config.suppress_tokens = [5]
+    assert written(twin) == expected
+
+
+def test_what_was_set_on_the_twin_after_the_model_stays() -> None:
+    """Both are set before the twin runs again."""
+    model = helpers.proved("llama")
+    twin = flocking.griffin(model, 1.0)
+    before = written(twin)
+    model.generation_config.suppress_tokens = before[0]
+    twin.generation_config.suppress_tokens = list(range(3, 100))
+    chosen = written(twin)
+    assert twin.generation_config.suppress_tokens == list(range(3, 100))
+    model.generation_config.suppress_tokens = None
+    assert written(twin) == chosen != written(model)
 
 
 @pytest.mark.parametrize("change", ["causal", "softmax"])

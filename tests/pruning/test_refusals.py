@@ -169,6 +169,8 @@ def test_refuses_loops_that_would_not_prefill(pair: tuple) -> None:
         generate(twin, tokens(20), custom_generate=lambda model, *args, **kwargs: None)
     for asked in ({"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}):
         with pytest.raises(ValueError, match="code from a hub, which would not run the prompt"):
+            generate(twin, tokens(20), do_sample=False, **asked)
+        with pytest.raises(ValueError, match="code from a hub, which would not run the prompt"):
             generate(twin, tokens(20), trust_remote_code=True, do_sample=False, **asked)
     with pytest.raises(ValueError, match="guidance_scale would run the negative prompt pruned"):
         generate(twin, tokens(20), guidance_scale=1.5, negative_prompt_ids=tokens(5))

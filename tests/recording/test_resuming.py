@@ -11,6 +11,7 @@ from typing import Any
 
 import helpers
 import numpy as np
+import peft
 import pytest
 import torch
 import xarray as xr
@@ -145,6 +146,60 @@ def test_what_has_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="begun with another weights"):
         flocking.record(model, TEXTS, out=path, **SMALL)
     assert_same_values(stream(path).load(), by_block("llama", TEXTS))
+
+
+CHANGES = {
+    "adapter": lambda m: m.add_adapter(peft.LoraConfig(target_modules=["up_proj"], r=2)),
+    "hook": lambda m: m.model.layers[0].register_forward_hook(lambda *_: None),
+    "structure": lambda m: setattr(m.model.layers[1].mlp, "act_fn", torch.nn.GELU()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_hangs_on_a_model_is_not_changed_meanwhile(tmp_path: Path, name: str) -> None:
+    """Neither weights nor config tell of it."""
+    path, model = tmp_path / "x.zarr", helpers.build("llama")
+    before = flocking.record(model, TEXTS, out=path, **SMALL).load()
+    CHANGES[name](model)
+    with pytest.raises(ValueError, match=f"begun with another {name}"):
+        flocking.record(model, TEXTS, out=path, **SMALL)
+    assert_same_values(flocking.open_recording(path).load(), before)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_and_autocast_are_told_and_not_mixed(tmp_path: Path) -> None:
+    model = helpers.build("llama")
+    options = {"progress": False, "window": 8}
+    plain = flocking.record(model, TEXTS[:2], **options)
+    assert (plain.adapter, plain.autocast) == ("none", "none")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = flocking.record(model, TEXTS[:2], **options)
+    assert (rounded.adapter, rounded.autocast) == ("none", "bfloat16")
+    config = peft.LoraConfig(target_modules=["up_proj"], r=2, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config, adapter_name="birds")
+    wrapped.add_adapter("fish", config)
+    path = tmp_path / "x.zarr"
+    adapted = flocking.record(wrapped, TEXTS, out=path, **SMALL)
+    assert adapted.adapter.startswith("birds (")
+    wrapped.set_adapter("fish")
+    other = flocking.record(wrapped, TEXTS[:2], **options)
+    assert other.adapter.startswith("fish (")
+    with wrapped.disable_adapter():
+        assert flocking.record(wrapped, TEXTS[:2], **options).adapter == "none"
+        with pytest.raises(ValueError, match=r"another adapter \('birds \(.*; now 'none'\)"):
+            flocking.record(wrapped, TEXTS, out=path, **SMALL)
+    wrapped.set_adapter("birds")
+    assert flocking.record(wrapped, TEXTS, out=path, **SMALL).adapter == adapted.adapter
+    wrapped.base_model.model.model.layers[1].mlp.up_proj.scaling["birds"] *= 2
+    with pytest.raises(ValueError, match="begun with another adapter"):
+        flocking.record(wrapped, TEXTS, out=path, **SMALL)
+    for one, name in ((rounded, "autocast"), (other, "adapter")):
+        with pytest.raises(ValueError, match=f"recording 1 has {name} "):
+            flocking.concat([plain, one])
+    older = plain.copy()
+    del older.attrs["adapter"], older.attrs["autocast"]
+    assert flocking.concat([older, plain]).sizes["sequence"] == 4
 
 
 def test_a_finished_one_takes_no_other_texts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sums in full float32, whatever precision the user has chosen for products of matrices."""
+"""Full float32, whatever precision the user has chosen for products of matrices."""
 
 from __future__ import annotations
 
