@@ -14,13 +14,13 @@ from flocking.analysis.metrics import effective_neurons, flocking_score, named
 from flocking.analysis.provenance import made_of
 from flocking.analysis.selection import statistic
 from flocking.analysis.texts_in_turn import in_turn
-from flocking.models import Text, fingerprints
+from flocking.models import Text
 from flocking.recording import require
 
 STATIC = "static statistic (root of the mean over texts of energy per token) of"
 _EQUAL = (
     *("model", "revision", "architecture", "dtype", "special_tokens"),
-    *("adapter", "autocast"),  # which older recordings do not tell of: as if there were none
+    *("adapter", "autocast"),  # which older recordings do not tell of
 )
 _OF_LAYERS = ("layer", "module", "d_ff", "experts", "expert")
 _SUMMARY = ["mean", "standard_error", "texts"]
@@ -205,7 +205,9 @@ def _without_texts(sums: xr.Dataset) -> xr.Dataset:
 def _refuse_others(first: xr.Dataset, second: xr.Dataset) -> None:
     """Refuse sums of other models or layers."""
     for name in _EQUAL:
-        mine, theirs = (each.attrs.get(name, fingerprints.NONE) for each in (first, second))
+        mine, theirs = first.attrs.get(name), second.attrs.get(name)
+        if name in ("adapter", "autocast") and None in (mine, theirs):
+            continue
         if str(mine) != str(theirs):
             raise ValueError(
                 f"the texts before are of {name} {mine!r}, and these of {theirs!r}: only those of "

@@ -207,7 +207,7 @@ def _averaged(values: xr.Dataset) -> xr.Dataset:
 def _share(excess: xr.DataArray, whole: str, resamples: int = 2000) -> xr.DataArray:
     """Mean over texts, as a share of that of one selection, with intervals.
 
-    Texts are drawn with replacement for both together, with percentiles as of
+    Texts are drawn with replacement for both together, with intervals as of
     :func:`flocking.bootstrap`.
     """
     count = excess.sizes["sequence"]

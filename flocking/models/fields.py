@@ -28,7 +28,8 @@ def configs_of(
 class Fields:
     """A config of a module as it was at the last look, and those of its copies.
 
-    A field of a generation config that was set in a copy stays as it was set there.
+    A field of a generation config that was set to something else in a copy stays as it was set
+    there, and so does a generation config that took the place of the copy's own.
     """
 
     def __init__(self, names: tuple[str, ...], module: nn.Module, copies: list[nn.Module]) -> None:
@@ -36,7 +37,7 @@ class Fields:
         self._module = weakref.ref(module)
         self._copies = [weakref.ref(each) for each in copies]
         self._marks = self._look(module)
-        self._theirs = [self._look(each) for each in copies]
+        self._theirs = [(id(self._place(each)), self._look(each)) for each in copies]
 
     def follow(self) -> bool:
         """Bring the fields that have changed to the copies; whether they may matter to a check."""
@@ -53,7 +54,10 @@ class Fields:
         for number, ref in enumerate(self._copies):
             if (mine := ref()) is None:
                 continue
-            target, before, here = self._place(mine), self._theirs[number], self._look(mine)
+            target, (own, before) = self._place(mine), self._theirs[number]
+            here = self._look(mine)
+            if self.names == GENERATION and id(target) != own:
+                continue
             for name in fields:
                 if self.names == GENERATION and before.get(name) != here.get(name):
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any, cast
@@ -9,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flocking.models.copies import hooks_on, hooks_on_everything
+from flocking.models.copies import forward_of, hooks_on, hooks_on_everything
+from flocking.models.weights import loaded
 
 NONE = "none"
 
@@ -23,9 +25,9 @@ def weights(model: nn.Module) -> str:
 
 
 def adapters(model: nn.Module) -> str:
-    """PEFT's active adapters, by name, and a digest of what they add; or "none".
+    """PEFT's active or merged adapters, by name, and a digest of what they add; or "none".
 
-    Those that are merged into weights belong to the weights.
+    Nothing tells of those that ``merge_and_unload`` has made a part of the weights.
     """
     names: dict[str, None] = {}
     digest = hashlib.sha256()
@@ -39,10 +41,11 @@ def adapters(model: nn.Module) -> str:
                 held = cast(Any, getattr(module, str(kind), {}))
                 if name not in held:
                     continue
-                part = held[name]
-                found = part.state_dict() if isinstance(part, nn.Module) else {"": part}
-                for key, tensor in found.items():
-                    _take(digest, f"{kind} {key}", tensor)
+                owner = part if isinstance(part := held[name], nn.Module) else module
+                with loaded(owner):
+                    found = part.state_dict() if owner is part else {"": part}
+                    for key, tensor in found.items():
+                        _take(digest, f"{kind} {key}", tensor)
     return f"{', '.join(names)} ({digest.hexdigest()[:8]})" if names else NONE
 
 
@@ -50,23 +53,32 @@ def _active(module: nn.Module) -> list[str]:
     """Names of the adapters with which one of PEFT's modules computes."""
     if not hasattr(module, "adapter_layer_names") or not hasattr(module, "active_adapters"):
         return []
-    if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+    if getattr(module, "merged", False):
+        return list(map(str, cast(Any, module).merged_adapters))
+    if getattr(module, "disable_adapters", False):
         return []
     return [str(name) for name in cast(Any, module.active_adapters)]
 
 
 def autocast(device: torch.device) -> str:
     """What ``torch.autocast`` computes in at the moment, such as "bfloat16"; or "none"."""
-    if not torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return NONE
-    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
 
 
 def modules(model: nn.Module) -> str:
-    """The kinds of all modules, activation functions among them."""
+    """The kinds of all modules, activation functions and their settings among them."""
     digest = hashlib.sha256()
     for path, module in model.named_modules():
-        digest.update(f"{path} {_named(type(module))}\n".encode())
+        # (Code that came with a model has its folder's name in its own, and may be moved.)
+        told = [path, type(module).__qualname__]
+        if not any(True for _ in module.parameters()):
+            told.append(module.extra_repr())
+        if (forward := forward_of(module)) is not None:
+            told.append(_named(forward))
+        digest.update(" ".join(told).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -82,8 +94,10 @@ def _hooks(model: nn.Module) -> Iterator[str]:
 
 
 def _named(it: Any) -> str:
+    while isinstance(it, functools.partial):
+        it = it.func
     kind = it if hasattr(it, "__qualname__") else type(it)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return str(kind.__qualname__)
 
 
 def _take(digest: Any, name: str, tensor: Any) -> None:
@@ -96,6 +110,6 @@ def _take(digest: Any, name: str, tensor: Any) -> None:
     try:
         flat = tensor.detach().reshape(-1)
         some = flat[:: max(1, len(flat) // 256)][:512]
-        digest.update(some.to(device="cpu", dtype=torch.float64).numpy().tobytes())
+        digest.update(some.cpu().to(torch.float64).numpy().tobytes())
     except (RuntimeError, TypeError, NotImplementedError):  # formats that cannot be taken apart
         return

@@ -12,8 +12,8 @@ import torch
 _REDUCED = ("tf32", "bf16")
 
 
-class _Sums:
-    """What is being summed at the moment, in all threads: the settings are the process's."""
+class _InUse:
+    """How many contexts are open at the moment, in all threads: the settings are the process's."""
 
     def __init__(self) -> None:
         self.changing = threading.Lock()
@@ -21,7 +21,7 @@ class _Sums:
         self.restored = ExitStack()
 
 
-_sums = _Sums()
+_in_use = _InUse()
 
 
 @contextmanager
@@ -32,17 +32,17 @@ def full_precision() -> Iterator[None]:
     digits, which sums over many tokens should not pay. The user's settings are back when the last
     thread has left.
     """
-    with _sums.changing:
-        _sums.running += 1
-        if _sums.running == 1:
-            _set_aside(_sums.restored)
+    with _in_use.changing:
+        if not _in_use.running:
+            _set_aside(_in_use.restored)
+        _in_use.running += 1
     try:
         yield
     finally:
-        with _sums.changing:
-            _sums.running -= 1
-            if not _sums.running:
-                _sums.restored.close()
+        with _in_use.changing:
+            _in_use.running -= 1
+            if not _in_use.running:
+                _in_use.restored.close()
 
 
 def _set_aside(restored: ExitStack) -> None:

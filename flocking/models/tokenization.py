@@ -220,20 +220,25 @@ def _real(ids: list[Tensor], masks: Any, bare: bool) -> list[slice]:
 
 
 def _warn_of_padding(model: PreTrainedModel, ids: list[Tensor], tokenizer: Any) -> None:
-    """Warn of rows of one length, without a mask, that begin or end as if they were padded."""
+    """Warn of rows without a mask that begin or end as if they were padded."""
     padding = getattr(tokenizer, "pad_token_id", None)
     if padding is None:
         padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    if padding is None or len(ids) < 2 or len({len(row) for row in ids}) > 1:
+    if padding is None:
         return
     ends = [_run_at_an_end(row, int(padding)) for row in ids]
-    # (One such token can be a text's own, as one that ends it; then all texts have one.)
-    number, most = max(enumerate(ends), key=lambda pair: pair[1])
-    if most >= 2 and min(ends) < most:
+    by_length: dict[int, list[int]] = {}
+    for row, count in zip(ids, ends, strict=True):
+        by_length.setdefault(len(row), []).append(count)
+    # One such token can be a text's own, and several if all texts of that length have them.
+    own = {length for length, counts in by_length.items() if len(counts) > 1 and min(counts) > 1}
+    found = [n for n, row in enumerate(ids) if ends[n] > 1 and len(row) not in own]
+    if found:
+        number, others = found[0], f" (and {len(found) - 1} others)" if found[1:] else ""
         warn(
-            f"text {number} begins or ends with {most} padding tokens ({int(padding)}), which are "
-            "read as if they were text: give what the tokenizer returned whole, with its "
-            "attention_mask, in place of its input_ids."
+            f"text {number}{others} begins or ends with {ends[number]} padding tokens "
+            f"({int(padding)}), which are read as if they were text: give what the tokenizer "
+            "returned whole, with its attention_mask, in place of its input_ids."
         )
 
 

@@ -113,6 +113,8 @@ ATTRIBUTES = (
     "revision",
     "architecture",
     "dtype",
+    "adapter",
+    "autocast",
     "special_tokens",
     "window",
     "max_new_tokens",
@@ -123,6 +125,8 @@ ATTRIBUTES = (
     "transformers_version",
     "torch_version",
 )
+# What neither older recordings tell of, nor what a store asked for that was begun before.
+NOT_TOLD = frozenset({"adapter", "autocast", "structure", "hook"})
 
 
 # --------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-from flocking.models import fingerprints, split_place, warn
+from flocking.models import split_place, warn
 from flocking.recording.dataset import (
     ATTRIBUTES,
     COORDINATES,
     FIRST,
     GENERATION,
+    NOT_TOLD,
     PROMPT,
     SCHEMA_VERSION,
     VARIABLES,
@@ -25,7 +26,7 @@ _FIELDS = VARIABLES | COORDINATES
 # precision, another first token or other windows would be taken for a difference between texts.
 _EQUAL = (
     *("model", "model_path", "revision", "architecture", "dtype", "special_tokens", "window"),
-    *("adapter", "autocast"),  # which older recordings do not tell of: as if there were none
+    *("adapter", "autocast"),
 )
 _BY_LAYER = ("module", "d_ff", "experts")
 
@@ -158,7 +159,9 @@ def _taken(number: int, recording: object) -> Canonical:
 def _like(first: xr.Dataset, other: xr.Dataset, number: int) -> xr.Dataset:
     """Another recording with the first one's order of layers, if the two can be put together."""
     for name in _EQUAL:
-        mine, theirs = (each.attrs.get(name, fingerprints.NONE) for each in (first, other))
+        mine, theirs = first.attrs.get(name), other.attrs.get(name)
+        if name in NOT_TOLD and None in (mine, theirs):
+            continue
         if not _same(mine, theirs):
             raise ValueError(_differ(name, mine, theirs, number))
     kinds = [[name for name in VARIABLES if name in each] for each in (first, other)]
@@ -347,7 +350,8 @@ def _attributes(members: list[xr.Dataset]) -> dict[Hashable, Any]:
         elif all(_same(member.attrs.get(name), members[0].attrs.get(name)) for member in members):
             result |= {name: members[0].attrs[name]} if name in members[0].attrs else {}
         elif name in ATTRIBUTES:
-            result[name] = _distinct([member.attrs.get(name) for member in members])
+            values = _distinct([member.attrs.get(name) for member in members])
+            result[name] = values[0] if name in NOT_TOLD else values  # (they are equal)
     skipped = [
         f"recording {number}, text {text}"
         for number, member in enumerate(members)

@@ -174,7 +174,8 @@ def record(
         ``prompt_tokens`` (sequence) the number of its tokens before any generation, ``module``
         (layer) the path of each FF block. Attributes name the schema's version, which every
         measure checks (recordings from before it was there are read as version 1), the model, its
-        revision and dtype, the versions and the arguments; ``generation`` is ``"none"``,
+        revision and dtype, PEFT's adapters (with a digest of what they add) and autocast, both
+        ``"none"`` without, the versions and the arguments; ``generation`` is ``"none"``,
         ``"greedy"``, the arguments of ``generate``, or ``"as given"``.
 
     Raises

@@ -21,6 +21,7 @@ from flocking.models import require_model, require_tokenizer
 from flocking.recording.arguments import Options
 from flocking.recording.block_reading import BlockReader, Read, refuse_mixture
 from flocking.recording.corpora import Block, Corpus
+from flocking.recording.dataset import NOT_TOLD
 from flocking.recording.forward_passes import (
     chosen_blocks,
     readable,
@@ -141,7 +142,10 @@ def _refuse_other(store: GrowingStore, arguments: dict[str, Any]) -> None:
         )
     before = store.asked["arguments"]
     now = json.loads(json.dumps(arguments))
-    for name in {**now, **before}:
+    left_out = NOT_TOLD - before.keys()
+    if store.is_finished:  # a hook that was there may have removed itself
+        left_out |= {"hook"}
+    for name in (each for each in {**now, **before} if each not in left_out):
         if before.get(name) != now.get(name):
             raise ValueError(
                 f"{store.place} was begun with another {name} ({_shown(before.get(name))}; now "

@@ -117,6 +117,10 @@ def test_padded_ids_without_their_mask_are_told(
     record(llama, batch, tokenizer=tokenizer)
     record(llama, [each["input_ids"] for each in map(tokenizer, ["abcdef", "ab"])])
     record(llama, tokenizer(["abc", "def"])["input_ids"], tokenizer=tokenizer)  # each ends with it
+    ends = [[5, 6, 2, 2], [7, 8, 2, 2]]
+    record(llama, ends, tokenizer=tokenizer)  # and with two of them
+    with pytest.warns(UserWarning, match=r"text 0 \(and 1 others\) begins or ends with 2 padding"):
+        record(llama, [[5, 2, 2], [7, 8, 9], [1, 7, 8, 2, 2], [1, 7]], tokenizer=tokenizer)
 
 
 def test_max_tokens_of_padded_ids_and_what_comes_with_them() -> None:

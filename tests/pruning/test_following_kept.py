@@ -234,6 +234,15 @@ def test_what_was_set_on_the_twin_after_the_model_stays() -> None:
     assert written(twin) == chosen != written(model)
 
 
+def test_a_generation_config_that_was_given_to_the_twin_is_not_written_to() -> None:
+    model = helpers.proved("llama")
+    twin = flocking.griffin(model, 1.0)
+    twin.generation_config = mine = tf.GenerationConfig(max_new_tokens=3)
+    model.generation_config.repetition_penalty = 50.0
+    written(twin)
+    assert mine.repetition_penalty != 50.0
+
+
 @pytest.mark.parametrize("change", ["causal", "softmax"])
 def test_a_twin_is_not_used_once_griffin_would_refuse_the_model(change: str) -> None:
     model = helpers.proved("llama")

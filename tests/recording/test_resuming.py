@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -148,23 +149,57 @@ def test_what_has_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_same_values(stream(path).load(), by_block("llama", TEXTS))
 
 
+def steer(scale: float, *_: object) -> None:
+    """A hook."""
+
+
 CHANGES = {
     "adapter": lambda m: m.add_adapter(peft.LoraConfig(target_modules=["up_proj"], r=2)),
-    "hook": lambda m: m.model.layers[0].register_forward_hook(lambda *_: None),
+    "hook": lambda m: m.model.layers[0].register_forward_hook(functools.partial(steer, 2.0)),
     "structure": lambda m: setattr(m.model.layers[1].mlp, "act_fn", torch.nn.GELU()),
+    "structure again": lambda m: setattr(
+        m.model.layers[1].mlp, "act_fn", torch.nn.GELU(approximate="tanh")
+    ),
 }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_hangs_on_a_model_is_not_changed_meanwhile(tmp_path: Path, name: str) -> None:
+def test_what_hangs_on_a_model_is_not_changed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """Neither weights nor config tell of it."""
     path, model = tmp_path / "x.zarr", helpers.build("llama")
-    before = flocking.record(model, TEXTS, out=path, **SMALL).load()
+    if name == "structure again":
+        CHANGES["structure"](model)
+    with monkeypatch.context() as patch:
+        ending_after(patch, 17)
+        with pytest.raises(Ended):
+            flocking.record(model, TEXTS, out=path, **SMALL)
     CHANGES[name](model)
-    with pytest.raises(ValueError, match=f"begun with another {name}"):
+    with pytest.raises(ValueError, match=f"begun with another {name.split()[0]} "):
         flocking.record(model, TEXTS, out=path, **SMALL)
-    assert_same_values(flocking.open_recording(path).load(), before)
+
+
+def test_a_hook_that_is_gone_does_not_matter_to_a_finished_store(tmp_path: Path) -> None:
+    path, model = tmp_path / "x.zarr", helpers.build("llama")
+    hook = model.model.layers[0].register_forward_hook(functools.partial(steer, 2.0))
+    before = flocking.record(model, TEXTS, out=path, **SMALL).load()
+    hook.remove()
+    assert_same_values(flocking.record(model, TEXTS, out=path, **SMALL).load(), before)
+
+
+def test_a_store_that_does_not_tell_of_adapters_goes_on(tmp_path: Path) -> None:
+    """It was begun by an older version."""
+    path, model = tmp_path / "x.zarr", helpers.build("llama")
+    flocking.record(model, TEXTS, out=path, **SMALL)
+    recorded = zarr.open_group(path, mode="r+")["recorded"]
+    older = dict(recorded.attrs["arguments"])
+    for name in ("adapter", "autocast", "structure", "hook"):
+        del older[name]
+    recorded.attrs["arguments"] = older
+    zarr.consolidate_metadata(path, zarr_format=2)
+    flocking.record(model, TEXTS, out=path, **SMALL)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -197,9 +232,13 @@ def test_adapters_and_autocast_are_told_and_not_mixed(tmp_path: Path) -> None:
     for one, name in ((rounded, "autocast"), (other, "adapter")):
         with pytest.raises(ValueError, match=f"recording 1 has {name} "):
             flocking.concat([plain, one])
+    merged = peft.get_peft_model(helpers.build("llama"), config, adapter_name="birds")
+    merged.merge_adapter()
+    assert flocking.record(merged, TEXTS[:2], **options).adapter.startswith("birds (")
     older = plain.copy()
     del older.attrs["adapter"], older.attrs["autocast"]
-    assert flocking.concat([older, plain]).sizes["sequence"] == 4
+    assert flocking.concat([older, other]).attrs["adapter"] == other.adapter
+    assert flocking.concat([flocking.concat([older, plain]), plain]).sizes["sequence"] == 6
 
 
 def test_a_finished_one_takes_no_other_texts(tmp_path: Path) -> None:
