@@ -12,7 +12,7 @@ from flocking.artifacts import checksum
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.variants import FULL, Variant
 from flocking.feedforward import feedforwards
-from flocking.models import byte_count, usable_memory
+from flocking.models import byte_count, mapped_bytes, usable_memory
 
 _SHARE_OF_MEMORY = 0.6  # of what is free, for twins: caches and logits need the rest
 Texts = Sequence[str] | Sequence[list[int]]
@@ -149,7 +149,7 @@ def ff_bytes(model: PreTrainedModel) -> int:
 def _room(model: PreTrainedModel) -> int:
     """Bytes of memory that are free where a model is."""
     places = {weight.device for weight in model.parameters()} - {torch.device("meta")}
-    return sum(map(_free, places or {model.device}))
+    return max(0, sum(map(_free, places or {model.device})) - mapped_bytes(model))
 
 
 def _free(device: torch.device) -> int:

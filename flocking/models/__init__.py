@@ -46,7 +46,7 @@ from flocking.models.inputs import continued_inputs
 from flocking.models.loading import embedded, embedded_file, identity, load, resolved
 from flocking.models.locks import exclusive
 from flocking.models.memo import PerModel
-from flocking.models.memory import usable_memory
+from flocking.models.memory import mapped_bytes, usable_memory
 from flocking.models.naming import name_and_path, split_place
 from flocking.models.notices import warn
 from flocking.models.origins import NOTE
@@ -131,6 +131,7 @@ __all__ = [
     "load",
     "loaded",
     "located",
+    "mapped_bytes",
     "modules_of",
     "name_and_path",
     "named_modules_of",

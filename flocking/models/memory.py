@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from torch import nn
 
+from flocking.models.weights import parts
+
+_MAPS = Path("/proc/self/maps")
 _MEMBERSHIPS = Path("/proc/self/cgroup")  # a line a hierarchy: number:controllers:path
 _HIERARCHIES = Path("/sys/fs/cgroup")
 
@@ -43,6 +48,39 @@ def usable_memory() -> Memory:
     for limit, used in _limits():
         total, available = min(total, limit), min(available, max(0, limit - used))
     return Memory(total, available)
+
+
+def mapped_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights that lie in files mapped into memory.
+
+    The system counts them as available. If it gives them away, each pass reads them from the disk
+    again, which stops everything else, too.
+    """
+    files = _mapped_files()
+    found = {}
+    for weight in model.parameters():
+        for part in parts(weight):
+            storage = part.untyped_storage()
+            if part.device.type == "cpu" and storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+    starts = [start for start, _ in files]
+    total = 0
+    for address, size in found.items():
+        place = bisect.bisect_right(starts, address) - 1
+        if place >= 0 and address < files[place][1]:
+            total += size
+    return total
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Addresses at which files are mapped into this process's memory, in order; Linux alone."""
+    found = []
+    for line in _lines(_MAPS):
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            start, _, stop = addresses.partition("-")
+            found.append((int(start, 16), int(stop, 16)))
+    return sorted(found)
 
 
 def _limits() -> Iterator[tuple[int, int]]:
@@ -89,6 +127,6 @@ def _number(file: Path) -> int | None:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError):  # another system, or not for this user's eyes
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system, or not for this user's eyes
         return []

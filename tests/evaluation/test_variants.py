@@ -155,6 +155,7 @@ def test_twins_are_made_once_and_dropped(small: tuple) -> None:
 
 def test_groups_that_fit_in_memory(small: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small[0]
+    monkeypatch.setattr(twins, "mapped_bytes", lambda model: 0)
     assert twins.ff_bytes(model) == flocking.griffin(model).report().ff_bytes
     variants = variants_of(["topk", "random", "magnitude@0.25", "sampled@0.25"], [0.5])
     monkeypatch.setattr(twins, "_free", lambda device: 10**12)
@@ -162,7 +163,7 @@ def test_groups_that_fit_in_memory(small: tuple, monkeypatch: pytest.MonkeyPatch
     room = 0.8 * twins.ff_bytes(model) / twins._SHARE_OF_MEMORY
     monkeypatch.setattr(twins, "_free", lambda device: room)
     assert twins.in_memory(model, variants) == [variants[:2], variants[2:4], variants[4:]]
-    monkeypatch.setattr(twins, "_free", lambda device: 0)
+    monkeypatch.setattr(twins, "mapped_bytes", lambda model: 10**12)
     assert twins.in_memory(model, variants[1:3]) == [[variants[1]], [variants[2]]]
 
 
@@ -184,6 +185,7 @@ def test_a_batch_of_texts_has_neurons_of_each(
         assert f"{held / 1e9:.1f} GB for its twins'" in foreseen
     assert estimate.copies_of(lm, question, [block], texts=4) == 1
     variants = variants_of(["topk", "random"], [0.5])
+    monkeypatch.setattr(twins, "mapped_bytes", lambda model: 0)
     monkeypatch.setattr(twins, "_free", lambda device: 1.2 * twins.ff_bytes(model) / 0.6)
     assert len(twins.in_memory(model, variants)) == 1
     assert len(twins.in_memory(model, variants, copies=2)) == 2
@@ -196,6 +198,7 @@ def test_a_twin_that_is_larger_than_memory_is_refused(
     whole = twins.ff_bytes(small[0])
     plan = Plan(["gsm8k"], methods=["topk"], data_dir=TASKS, limit=2)
     monkeypatch.setattr(runner, "speed_of", None)
+    monkeypatch.setattr(twins, "mapped_bytes", lambda model: 0)
     monkeypatch.setattr(twins, "_free", lambda device: 0.9 * whole)
     why = r"topk@0\.5 takes .* GB for the kept weights of 2 texts at once, and .* --batch-size 1 "
     with pytest.raises(MemoryError, match=why):  # there are no more than two, whatever the size

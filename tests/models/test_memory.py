@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from flocking.models import memory
-from flocking.models.memory import Memory, usable_memory
+from flocking.models.memory import Memory, mapped_bytes, usable_memory
 
 MACHINE = psutil.virtual_memory()._replace(total=64_000, available=40_000)
 
@@ -97,3 +99,18 @@ def test_limits_of_control_groups_count(
 def test_here_it_is_no_more_than_the_machine_has() -> None:
     found = usable_memory()
     assert 0 < found.available <= found.total <= psutil.virtual_memory().total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say what is mapped")
+def test_weights_that_are_mapped_from_files_are_counted_once(tmp_path: Path) -> None:
+    """psutil counts them as available, whether they are in use or not."""
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 100), "b": torch.nn.Linear(64, 100)})
+    assert mapped_bytes(model) == 0
+    place, count = tmp_path / "w'ö \n.bin", 3 * 6400
+    place.write_bytes(bytes(4 * count))
+    mapped = torch.from_file(str(place), shared=False, size=count, dtype=torch.float32)
+    model.a.weight = torch.nn.Parameter(mapped[6400:12800].view(100, 64))
+    model.b.weight = torch.nn.Parameter(mapped[12800:].view(100, 64))
+    assert mapped_bytes(model) == 4 * count
+    del model.a.weight, model.b.weight
+    assert mapped_bytes(model) == 0
