@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +153,28 @@ def in_style(
             _refuse_others(draw.__name__, data, source, needs)
             # Made before the context: its end would undo a notebook's interactive mode.
             figure = plt.figure()
-            with mpl.rc_context(STYLE):
-                draw(data, figure)
+            try:
+                with _style():
+                    figure.set(facecolor=mpl.rcParams["figure.facecolor"])
+                    draw(data, figure)
+            except BaseException:
+                plt.close(figure)
+                raise
             return figure
 
         styled.__name__, styled.__doc__ = draw.__name__, draw.__doc__
         return styled
 
     return styling
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """The project's style over matplotlib's own, whatever is in the user's matplotlibrc."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        yield
 
 
 def _refuse_others(name: str, data: Any, source: str, needs: tuple[str, ...]) -> None:
@@ -184,7 +199,9 @@ def page(
     figure.set_layout_engine("constrained")
     panels = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, below])
     upper, lower = panels[:, 0]
-    lower.text(0.01, 0.97, "\n".join(lines), va="top", fontsize=5.6, linespacing=1.15)
+    lower.text(
+        0.01, 0.97, "\n".join(lines), va="top", fontsize=5.6, linespacing=1.15, parse_math=False
+    )
     return upper, upper.subplots(rows, columns, squeeze=False, **_gridspec(options))
 
 
@@ -196,10 +213,12 @@ def _gridspec(options: dict[str, object]) -> dict[str, object]:
 def save(figure: Figure, folder: Path, name: str, model: str, caption: str) -> None:
     """Write a figure as PNG and SVG with its caption as metadata, and close it."""
     about = {"Title": f"{name}, {model}", "Description": caption}
-    with mpl.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", metadata=about)
-        figure.savefig(folder / f"{name}.svg", metadata={**about, "Date": None})
-    plt.close(figure)
+    try:
+        with _style():
+            figure.savefig(folder / f"{name}.png", metadata=about)
+            figure.savefig(folder / f"{name}.svg", metadata={**about, "Date": None})
+    finally:
+        plt.close(figure)
 
 
 def save_grain(figure: Figure, path: Path, about: dict[str, str], dpi: int) -> None:

@@ -31,5 +31,5 @@ def printed(texts: Iterable[str], font: FontProperties) -> list[str]:
 
 
 def literal(text: str) -> str:
-    """A text in which a dollar sign begins no formula."""
-    return text.replace("$", "\\$")
+    """A text as a label that is shown: a dollar sign begins no formula, nor does ``_`` hide it."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", "\\$")

@@ -69,8 +69,9 @@ def heatmaps(
     xarray.Dataset
         ``relative`` (weights, sequence, token, neuron), ``score`` (weights, sequence).
     """
-    layers = [block.layer for block in feedforwards(model)]
-    layer = layers[2 * len(layers) // 3]  # where most models flock clearly
+    blocks = [*feedforwards(model)]
+    block = blocks[2 * len(blocks) // 3]  # where most models flock clearly
+    layer, neurons = block.layer, min(neurons, block.d_ff)
     ids, names = same_length(model, tokenizer, texts[:2], tokens, 16)
 
     def measure(recording: xr.Dataset) -> xr.Dataset:
@@ -419,7 +420,8 @@ def text_kinds(
     values, source = against_control(
         model, tokenizer, excerpts, labels, seed, progress, measure, window=None
     )
-    d_ff = max(block.d_ff for block in feedforwards(model))
+    widths = [block.d_ff for block in feedforwards(model)]
+    d_ff = round(sum(widths) / len(widths))  # a mean over layers, as the effective neurons are
     by_excerpt = values.effective_neurons.mean("layer")
     summary = [getattr(by_excerpt, name)("excerpt") for name in ("mean", "min", "max")]
     data = xr.Dataset(

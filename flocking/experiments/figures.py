@@ -27,6 +27,7 @@ from flocking.drawing import (
     OTHERS,
     SKY,
     band,
+    brightest,
     by_layer,
     guide,
     in_style,
@@ -64,7 +65,7 @@ def heatmaps(data: xr.Dataset, figure: Figure) -> None:
     columns = data.sizes["sequence"]
     upper, axes = page(figure, told, 2, columns, height=3.4, sharex=True, sharey=True)
     trained = data.relative.sel(weights="trained")
-    vmax = float(np.percentile(trained, 99))  # one scale for all, so that they compare
+    vmax = brightest(trained.values)  # one scale for all, so that they compare
     for row, weights in enumerate(data.weights.values):
         for column, text in enumerate(data.sequence.values):
             ax = axes[row, column]

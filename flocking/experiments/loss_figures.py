@@ -155,7 +155,7 @@ def loss_by_method(data: xr.Dataset, figure: Figure) -> None:
     lower.set_yscale("symlog", linthresh=1)  # most differ by less than a nat, chance by many
     lower.set_yticks([0, 0.5, 1, 2, 4, 8, 16])
     lower.yaxis.set_major_formatter(ScalarFormatter())
-    lower.set_ylim(-0.1, None)
+    lower.set_ylim(min(-0.1, 1.1 * lower.dataLim.y0), None)
 
 
 @in_style(FROM_EXPERIMENTS, "relative", "over")
@@ -242,7 +242,10 @@ def loss_by_lengths(data: xr.Dataset, figure: Figure) -> None:
     _, axes = page(figure, told, 3, 2, height=5, sharex=True, sharey=True)
     estimate = data.sel(interval="estimate")
     pruned = estimate.relative.sel(selection=["GRIFFIN", "static", "global-local"])
-    colours = sns.color_palette("rocket_r", as_cmap=True), LogNorm(1, float(pruned.max()))
+    colours = (
+        sns.color_palette("rocket_r", as_cmap=True),
+        LogNorm(1, max(float(pruned.max()), 1.01)),
+    )
     for ax, name in zip(axes.flat, [*pruned.selection.values, "random"], strict=False):
         random = name == "random"  # hundreds of times higher: of no colour
         look = (None, "{:,.0f}") if random else (colours, "{:.2f}")

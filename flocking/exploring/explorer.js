@@ -53,6 +53,17 @@ function captured(mask, energy, at = 0, squared = false) {
   return all > 0 ? kept / all : NaN;
 }
 
+// The mask without experts whose values are all zero: no token was routed to them, and they would
+// keep their first neurons.
+function reached(mask, values, experts) {
+  const width = values.length / experts, left = mask.slice();
+  for (let e = 0; e < experts; e++) {
+    const [from, to] = [e * width, (e + 1) * width];
+    if (!values.subarray(from, to).some((value) => value > 0)) left.fill(0, from, to);
+  }
+  return left;
+}
+
 function jaccard(a, b) {
   let both = 0, either = 0;
   for (let j = 0; j < a.length; j++) {
@@ -138,6 +149,7 @@ function drawn(tag, attributes, ...children) {
 
 const READING = "Reading ...";
 const WAITING = "Still reading. In a notebook that was opened again, run the cell first.";
+const NOTHING = "This text has no token in the windows of this recording.";
 const STRIP = 12, MARGIN = 76, HEIGHT = 420; // CSS pixels: what is kept, row names, the picture
 
 class Explorer {
@@ -295,6 +307,11 @@ class Explorer {
       const words = await this.get(`text/${text}`);
       const sent = await this.get(`layer/${text}/${layer}`);
       if (turn !== this.turn) return;
+      if (!words.content.windows.length) {
+        this.clear();
+        this.say(NOTHING);
+        return;
+      }
       if (!sent.layer) sent.layer = layerOf(sent.content, sent.buffers, d_ff);
       sent.buffers = null;
       const other = this.words.dataset.text !== String(text);
@@ -311,6 +328,15 @@ class Explorer {
     this.choose("to");
   }
 
+  // Nothing is shown any longer.
+  clear() {
+    this.data = this.image = null;
+    this.words.replaceChildren();
+    this.words.dataset.text = "";
+    this.numbers.replaceChildren();
+    this.canvas.width = this.canvas.height = 0;
+  }
+
   say(words) {
     this.status.textContent = words;
     this.root.setAttribute("aria-busy", words === READING || words === WAITING);
@@ -318,11 +344,13 @@ class Explorer {
 
   newText(text) {
     const { tokens, windows, phases } = this.told;
-    this.words.replaceChildren(...tokens.map((word, n) => {
+    const spans = document.createDocumentFragment(); // (a text may have more than a call takes)
+    tokens.forEach((word, n) => {
       const span = element("span", {}, word === "" ? "\u25a1" : broken(word));
       span.dataset.token = n;
-      return span;
-    }));
+      spans.append(span);
+    });
+    this.words.replaceChildren(spans);
     this.words.dataset.text = text;
     this.ends = [0];
     for (const count of windows) this.ends.push(this.ends.at(-1) + count);
@@ -390,13 +418,14 @@ class Explorer {
       ["kept", "Neurons kept", count, `${whole(count)} of ${whole(this.kept.length)}`],
     ];
     if (later) {
+      const both = (mask) => reached(reached(mask, this.statistic, experts), later, experts);
       rows.push(
         ["later", "Later tokens", span(stop, end)],
         ["captured", "Captured energy of later tokens", share],
         ["missed", "Missed", 1 - share],
         ["best", "Captured by the best in hindsight", captured(own, later)],
         ["density", "Captured by chance", density],
-        ["jaccard", "Jaccard overlap with what later tokens select", jaccard(this.kept, own)],
+        ["jaccard", "Jaccard overlap with what later tokens select", jaccard(both(this.kept), both(own))],
         ["chance", "Overlap by chance", density / (2 - density)],
       );
     }

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
+from flocking.drawing import brightest
 from flocking.exploring.coarsening import Coarse, Runs, for_a_notebook, runs_of
 from flocking.exploring.shares import specific
 from flocking.recording import canonical
@@ -181,8 +182,7 @@ def _unspecific(recording: xr.Dataset) -> str | None:
 
 def _brightest(shown: np.ndarray) -> float:
     """Value of the brightest colour, as in :func:`flocking.plot.heatmap`."""
-    known = shown[np.isfinite(shown)].astype(np.float32)
-    return (float(np.percentile(known, 99)) or 1.0) if known.size else 1.0
+    return brightest(shown[np.isfinite(shown)].astype(np.float32))
 
 
 def told_of(source: Source) -> dict[str, Any]:

@@ -296,8 +296,14 @@ def _refuse_others(found: xr.Dataset, of: str) -> xr.Dataset:
         )
     for name, values in found.items():
         told = str(values.attrs.get("long_name", "overlap"))
+        # (Bounds of an interval over few texts may lie outside.)
+        estimates = values.sel(interval="estimate") if "interval" in values.dims else values
         other = name in {*analysis.__all__} - _MEASURES or "overlap" not in told
-        if other or values.dtype.kind not in "fiu" or bool(((values < 0) | (values > 1)).any()):
+        if (
+            other
+            or values.dtype.kind not in "fiu"
+            or bool(((estimates < 0) | (estimates > 1)).any())
+        ):
             raise ValueError(
                 f"{of} has {str(name)!r}, which is no overlap of selections, from 0 to 1: give "
                 "what flocking.jaccard or flocking.between_sequence_overlap returns."

@@ -85,10 +85,12 @@ def heatmap(
     whole = canonical(data, "relative", some_layers=True).recording
     one = one_of(whole, "sequence", sequence, "sequence")
     dim = "relative_layer" if "relative_layer" in one["relative"].dims else "layer"
-    if layer is not None and layer in one.layer.values and layer not in one[dim].values:
+    there = one[dim].values.tolist()
+    left_out = [label for label in one.layer.values.tolist() if label not in there]
+    if not isinstance(layer, np.ndarray) and layer in left_out:
         raise ValueError(
             f"layer {layer!r} was recorded without its relative activations: choose from "
-            f"{listed(one[dim].values.tolist())}, or record it with relative=[{layer!r}]."
+            f"{listed(there)}, or record it with relative=[{layer!r}]."
         )
     relative = one_of(one[["relative"]], dim, layer, "layer")["relative"]
     # (Of windows that were selected, in the order of the text.)

@@ -75,6 +75,11 @@ def compared(outputs: Outputs) -> pd.DataFrame:
         for part in filter(len, [*evaluated, *read]):
             about = {"model": model.label, "parameters": model.parameters}
             rows.append(part.assign(**about).reindex(columns=list(COLUMNS)))
+    if not rows:
+        raise ValueError(
+            "the outputs hold token_order.json alone, which gives scores their intervals: add "
+            "scores.json (flocking figures --only scores) or an evaluation."
+        )
     found = pd.concat([part.astype(object) for part in rows], ignore_index=True)
     numbers = ["density", *MEANS, *DIFFERENCES, "chance"]
     kinds: dict[str, Any] = dict.fromkeys(numbers, float)

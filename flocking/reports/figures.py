@@ -20,6 +20,7 @@ from flocking.drawing import (
     in_style,
     legend,
     level,
+    literal,
     logarithmic,
     page,
     style_of,
@@ -92,7 +93,7 @@ def loss_by_energy(data: pd.DataFrame, figure: Figure) -> None:
     for number, (name, part) in enumerate(data.groupby("model", sort=False)):
         part = part.sort_values("estimate")
         look = {"color": str(shades[number]), "ls": _DASHES[number % len(_DASHES)], "lw": 0.7}
-        ax.plot(part["estimate"], part["difference"], **look, label=name, zorder=1)
+        ax.plot(part["estimate"], part["difference"], **look, label=literal(str(name)), zorder=1)
     for method, part in data.groupby("method", sort=False):
         # (As the figure names it: its static is of the other texts, not of calibration texts.)
         style = BY_SELECTION.get(str(method)) or style_of(str(method))
@@ -106,7 +107,7 @@ def loss_by_energy(data: pd.DataFrame, figure: Figure) -> None:
     ax.set_yscale("symlog", linthresh=1)  # most differ by less than a nat, chance by many
     ax.set_yticks([0, 0.5, 1, 2, 4, 8, 16])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.set_ylim(-0.1, None)
+    ax.set_ylim(min(-0.1, 1.1 * ax.dataLim.y0), None)
     legend(upper, axes, ncols=2)
 
 

@@ -14,7 +14,7 @@ from matplotlib.legend import Legend
 
 import flocking
 from flocking import artifacts
-from flocking.drawing import BY_REFERENCE, BY_SELECTION, heatmap, logarithmic
+from flocking.drawing import BY_REFERENCE, BY_SELECTION, heatmap, literal, logarithmic
 from flocking.experiments import activations, reproduce
 from flocking.experiments.figures import FIGURES
 
@@ -76,6 +76,27 @@ def test_legends_and_labels_are_whole(name: str) -> None:
         assert whole.y0 <= box.y0 < box.y1 <= whole.y1
     assert not any(label.overlaps(box) for label in labels for box in legends)
     plt.close(figure)
+
+
+def test_the_users_own_style_is_left_out_and_no_figure_is_left() -> None:
+    data = artifacts.from_json((COMMITTED / "scores.json").read_text())
+    with plt.rc_context({"axes.grid": True, "figure.facecolor": "black", "text.usetex": True}):
+        figure = FIGURES["scores"](data.assign_attrs(model="$-large_$_a_b"))
+    assert figure.get_facecolor() == (1, 1, 1, 1)
+    assert not any(line.get_visible() for ax in figure.axes for line in ax.get_xgridlines())
+    figure.canvas.draw()
+    plt.close("all")
+    with pytest.raises(KeyError, match="texts"):
+        FIGURES["scores"](data.drop_attrs().assign_attrs(caption=""))
+    assert not plt.get_fignums()
+
+
+def test_labels_are_shown_as_they_are() -> None:
+    _, ax = plt.subplots()
+    ax.plot([0, 1], label=literal("_merged$"))
+    (shown,) = ax.legend().get_texts()
+    assert shown.get_text().endswith("_merged\\$")
+    plt.close("all")
 
 
 def test_every_experiment_has_a_figure() -> None:

@@ -184,6 +184,19 @@ def test_overlap_of_one_text_is_that_of_its_generation(recording: xr.Dataset) ->
     np.testing.assert_allclose(line(ax, "chance"), [0.25 / 1.75, 0.5 / 1.5])
 
 
+def test_overlap_takes_intervals_of_few_texts() -> None:
+    """Their bounds may lie above 1."""
+    values = xr.DataArray(
+        [[0.5, 0.6], [0.9, 0.6]], {"layer": [0, 1]}, ("sequence", "layer"), name="jaccard"
+    )
+    found = flocking.bootstrap(values)
+    assert found.max() > 1
+    ax = flocking.plot.overlap(found)
+    np.testing.assert_allclose(line(ax, "two selections"), [0.7, 0.6])
+    with pytest.raises(ValueError, match="no overlap of selections"):
+        flocking.plot.overlap(found + 1)
+
+
 def test_overlap_takes_results(recording: xr.Dataset) -> None:
     early, late = (
         flocking.select(flocking.statistic(recording, phase=phase), 0.5)

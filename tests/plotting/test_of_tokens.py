@@ -197,6 +197,9 @@ def test_one_layer_and_one_sequence(recording: xr.Dataset, several: object) -> N
         with pytest.raises(TypeError, match=r"sequence=.* is several: give one label"):
             flocking.plot.heatmap(data, layer=0, sequence=several)
     flocking.plot.heatmap(recording, layer=np.int64(1), sequence=np.str_("a"))
+    one = recording.isel(layer=[0])
+    with pytest.raises(TypeError, match=r"layer=.* is several: give one label"):
+        flocking.plot.heatmap(one, layer=several, sequence="a")
 
 
 def test_a_layer_that_is_not_in_the_data_is_refused(recording: xr.Dataset) -> None:

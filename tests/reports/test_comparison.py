@@ -100,6 +100,12 @@ def test_intervals_of_other_tokens_are_not_taken(tmp_path: Path) -> None:
     assert compared(collect(tmp_path))[["low", "high"]].isna().all(axis=None)
 
 
+def test_intervals_alone_are_no_scores(tmp_path: Path) -> None:
+    made.drawn(tmp_path, "m", "token_order")
+    with pytest.raises(ValueError, match=r"token_order\.json alone, .*: add scores\.json"):
+        compared(collect(tmp_path))
+
+
 def test_captured_energy_and_loss_by_method(folders: list[Path], rows: pd.DataFrame) -> None:
     content = json.loads((folders[0] / "loss_by_method.json").read_text())["data_vars"]
     captured = np.array(content["captured"]["data"]).mean(axis=1)  # over excerpts
