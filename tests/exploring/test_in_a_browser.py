@@ -13,6 +13,7 @@ import pytest
 import xarray as xr
 
 import flocking
+from flocking import analysis
 
 _CONTROL = """
 const [name, value] = arguments;
@@ -119,7 +120,7 @@ def check_numbers(page: Page, recording: xr.Dataset, layer: int, first: int, las
             "captured": flocking.captured_energy(kept, later),
             "missed": 1 - flocking.captured_energy(kept, later),
             "best": flocking.captured_energy(own, later),
-            "jaccard": flocking.jaccard(kept, own),
+            "jaccard": analysis.overlap_of(prompt, later, density),
             "chance": flocking.chance_jaccard(density),
             "density": density,
         }
@@ -309,6 +310,38 @@ def test_one_token_has_no_later_ones(opened: Callable[[xr.Dataset], Page]) -> No
     assert "No later tokens: choose a shorter prompt." in page.text("dl")
     page.press("ArrowDown", "PageUp", "End", "Home")
     assert page.readout()["token"] == "0"
+
+
+def test_a_text_without_a_token_in_the_windows_says_so(
+    opened: Callable[[xr.Dataset], Page],
+) -> None:
+    recording = helpers.record(helpers.proved("llama"), helpers.random_ids(30, 12), window=8)
+    page = opened(recording.isel(window=slice(3, None)))
+    before = page.numbers()
+    page.set("Text", 1)
+    deadline = time.monotonic() + 20
+    while "no token" not in page.text("[role=status]") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert page.text("[role=status]") == "This text has no token in the windows of this recording."
+    assert page.numbers() == {}
+    page.set("Text", 0)
+    while page.numbers() != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert page.numbers() == before
+
+
+def test_experts_without_a_token_do_not_overlap(opened: Callable[[xr.Dataset], Page]) -> None:
+    """They would keep their first neurons, before and after."""
+    recording = helpers.record(helpers.proved("mixtral"), helpers.random_ids(24, seed=4), window=8)
+    energy = recording.energy.copy()
+    expert = recording.expert.isel(layer=0).values
+    energy[{"layer": 0, "neuron": np.flatnonzero(expert == 1)}] = 0
+    recording = recording.assign(energy=energy)
+    page = opened(recording)
+    page.show(0, 0)
+    page.set("Prompt from", 0)
+    page.set("Prompt up to", 2)
+    check_numbers(page, recording, 0, 0, 2)
 
 
 def test_a_part_is_enlarged_and_follows_the_keys(
