@@ -46,7 +46,8 @@ class _Running(ABC):
     def _add(self, sums: xr.Dataset) -> None:
         if self._sums is not None:
             _refuse_others(self._sums, sums)
-            sums = self._added(self._sums, sums).assign_attrs(self._sums.attrs)
+            attributes = {**sums.attrs, **self._sums.attrs}
+            sums = self._added(self._sums, sums).assign_attrs(attributes)
         self._sums = sums
 
     def _given(self) -> xr.Dataset:

@@ -50,7 +50,7 @@ from flocking.drawing.style import (
     style_of,
     titled,
 )
-from flocking.drawing.words import literal
+from flocking.drawing.words import literal, shown
 
 __all__ = [
     "BLUE",
@@ -93,6 +93,7 @@ __all__ = [
     "powers_of_two",
     "save",
     "save_grain",
+    "shown",
     "style_of",
     "titled",
     "whole_numbers",

@@ -31,5 +31,10 @@ def printed(texts: Iterable[str], font: FontProperties) -> list[str]:
 
 
 def literal(text: str) -> str:
-    """A text as a label that is shown: a dollar sign begins no formula, nor does ``_`` hide it."""
-    return ("\u200b" if text.startswith("_") else "") + text.replace("$", "\\$")
+    """A text in which a dollar sign begins no formula."""
+    return text.replace("$", "\\$")
+
+
+def shown(text: str) -> str:
+    """The same as a label in a legend, which leaves out those that begin with ``_``."""
+    return ("\u200b" if text.startswith("_") else "") + literal(text)

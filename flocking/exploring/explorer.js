@@ -333,7 +333,11 @@ class Explorer {
     this.data = this.image = null;
     this.words.replaceChildren();
     this.words.dataset.text = "";
-    this.numbers.replaceChildren();
+    for (const part of [this.numbers, this.chart, this.chartSaid, this.readout, this.scale]) {
+      part.replaceChildren();
+    }
+    this.fromSaid.textContent = this.toSaid.textContent = "";
+    delete this.root.dataset.ready;
     this.canvas.width = this.canvas.height = 0;
   }
 
@@ -582,6 +586,7 @@ class Explorer {
   }
 
   scroll() {
+    if (!this.data) return;
     this.left = +this.first.value;
     const place = this.places[this.neuron], last = this.left + this.width - 1;
     this.neuron = this.columns[Math.min(Math.max(place, this.left), last)];

@@ -37,7 +37,7 @@ class Fields:
         self._module = weakref.ref(module)
         self._copies = [weakref.ref(each) for each in copies]
         self._marks = self._look(module)
-        self._theirs = [(id(self._place(each)), self._look(each)) for each in copies]
+        self._theirs = [(self._place(each), self._look(each)) for each in copies]
 
     def follow(self) -> bool:
         """Bring the fields that have changed to the copies; whether they may matter to a check."""
@@ -56,7 +56,7 @@ class Fields:
                 continue
             target, (own, before) = self._place(mine), self._theirs[number]
             here = self._look(mine)
-            if self.names == GENERATION and id(target) != own:
+            if self.names == GENERATION and target is not own:
                 continue
             for name in fields:
                 if self.names == GENERATION and before.get(name) != here.get(name):

@@ -41,9 +41,10 @@ def adapters(model: nn.Module) -> str:
                 held = cast(Any, getattr(module, str(kind), {}))
                 if name not in held:
                     continue
-                owner = part if isinstance(part := held[name], nn.Module) else module
-                with loaded(owner):
-                    found = part.state_dict() if owner is part else {"": part}
+                owners = (held[name], held, module)
+                with loaded(next(each for each in owners if isinstance(each, nn.Module))):
+                    part = held[name]
+                    found = part.state_dict() if isinstance(part, nn.Module) else {"": part}
                     for key, tensor in found.items():
                         _take(digest, f"{kind} {key}", tensor)
     return f"{', '.join(names)} ({digest.hexdigest()[:8]})" if names else NONE
@@ -53,10 +54,10 @@ def _active(module: nn.Module) -> list[str]:
     """Names of the adapters with which one of PEFT's modules computes."""
     if not hasattr(module, "adapter_layer_names") or not hasattr(module, "active_adapters"):
         return []
-    if getattr(module, "merged", False):
-        return list(map(str, cast(Any, module).merged_adapters))
     if getattr(module, "disable_adapters", False):
         return []
+    if getattr(module, "merged", False):
+        return list(map(str, cast(Any, module).merged_adapters))
     return [str(name) for name in cast(Any, module.active_adapters)]
 
 
@@ -76,7 +77,8 @@ def modules(model: nn.Module) -> str:
         told = [path, type(module).__qualname__]
         if not any(True for _ in module.parameters()):
             told.append(module.extra_repr())
-        if (forward := forward_of(module)) is not None:
+        # (accelerate's says where weights lie.)
+        if (forward := forward_of(module)) is not None and not hasattr(module, "_hf_hook"):
             told.append(_named(forward))
         digest.update(" ".join(told).encode() + b"\n")
     return digest.hexdigest()

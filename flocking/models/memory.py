@@ -13,6 +13,8 @@ from torch import nn
 from flocking.models.weights import parts
 
 _MAPS = Path("/proc/self/maps")
+# Memory that processes share under a file's name, which does not count as available.
+_SHARED = ("/dev/shm/", "/memfd:", "/dev/zero", "/SYSV")
 _MEMBERSHIPS = Path("/proc/self/cgroup")  # a line a hierarchy: number:controllers:path
 _HIERARCHIES = Path("/sys/fs/cgroup")
 
@@ -76,8 +78,8 @@ def _mapped_files() -> list[tuple[int, int]]:
     """Addresses at which files are mapped into this process's memory, in order; Linux alone."""
     found = []
     for line in _lines(_MAPS):
-        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
-        if inode != "0":
+        addresses, _, _, _, inode, *path = line.split(maxsplit=5)
+        if inode != "0" and not "".join(path).startswith(_SHARED):
             start, _, stop = addresses.partition("-")
             found.append((int(start, 16), int(stop, 16)))
     return sorted(found)

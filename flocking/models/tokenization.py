@@ -230,8 +230,8 @@ def _warn_of_padding(model: PreTrainedModel, ids: list[Tensor], tokenizer: Any) 
     by_length: dict[int, list[int]] = {}
     for row, count in zip(ids, ends, strict=True):
         by_length.setdefault(len(row), []).append(count)
-    # One such token can be a text's own, and several if all texts of that length have them.
-    own = {length for length, counts in by_length.items() if len(counts) > 1 and min(counts) > 1}
+    # One such token can be a text's own, and several if all texts of that length have as many.
+    own = {n for n, counts in by_length.items() if len(counts) > 1 and len({*counts}) == 1}
     found = [n for n, row in enumerate(ids) if ends[n] > 1 and len(row) not in own]
     if found:
         number, others = found[0], f" (and {len(found) - 1} others)" if found[1:] else ""

@@ -20,8 +20,8 @@ from flocking.drawing import (
     guide,
     in_order,
     level,
-    literal,
     logarithmic,
+    shown,
 )
 from flocking.plotting.given import (
     above,
@@ -253,7 +253,7 @@ def overlap(
     for found, style in drawn:
         suffix = "" if control is None else f", {style['label'].partition(' (')[0]}"
         for name, values in found.items():
-            label, marker = _OVERLAPS.get(str(name), (literal(str(name)), None))
+            label, marker = _OVERLAPS.get(str(name), (shown(str(name)), None))
             if _OF_GENERATION in values.attrs.get("long_name", ""):
                 label = _OF_GENERATION
             look = {**style, "label": f"{label}{suffix}", "marker": marker, "ms": small()}

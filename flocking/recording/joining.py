@@ -111,7 +111,10 @@ def concat(recordings: Iterable[xr.Dataset]) -> xr.Dataset:
         return given[0]
     first = taken[0].recording
     members = [first]
-    members += [_like(first, each.recording, n) for n, each in enumerate(taken[1:], 1)]
+    attributes = [each.recording.attrs for each in reversed(taken)]
+    told = {name: value for each in attributes for name, value in each.items() if name in NOT_TOLD}
+    known = first.assign_attrs(told)  # as of the first recording that tells, if the first does not
+    members += [_like(known, each.recording, n) for n, each in enumerate(taken[1:], 1)]
     layouts = [_layout(number, member) for number, member in enumerate(members)]
     layout = _common(layouts)
     sizes = {

@@ -143,8 +143,8 @@ def _refuse_other(store: GrowingStore, arguments: dict[str, Any]) -> None:
     before = store.asked["arguments"]
     now = json.loads(json.dumps(arguments))
     left_out = NOT_TOLD - before.keys()
-    if store.is_finished:  # a hook that was there may have removed itself
-        left_out |= {"hook"}
+    if store.is_finished and {*now["hook"]} <= {*before.get("hook", [])}:
+        left_out |= {"hook"}  # one that was there may have removed itself
     for name in (each for each in {**now, **before} if each not in left_out):
         if before.get(name) != now.get(name):
             raise ValueError(

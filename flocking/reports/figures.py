@@ -20,9 +20,9 @@ from flocking.drawing import (
     in_style,
     legend,
     level,
-    literal,
     logarithmic,
     page,
+    shown,
     style_of,
 )
 from flocking.evaluation.figures import against_full, as_drawn, name_beyond
@@ -93,7 +93,7 @@ def loss_by_energy(data: pd.DataFrame, figure: Figure) -> None:
     for number, (name, part) in enumerate(data.groupby("model", sort=False)):
         part = part.sort_values("estimate")
         look = {"color": str(shades[number]), "ls": _DASHES[number % len(_DASHES)], "lw": 0.7}
-        ax.plot(part["estimate"], part["difference"], **look, label=literal(str(name)), zorder=1)
+        ax.plot(part["estimate"], part["difference"], **look, label=shown(str(name)), zorder=1)
     for method, part in data.groupby("method", sort=False):
         # (As the figure names it: its static is of the other texts, not of calibration texts.)
         style = BY_SELECTION.get(str(method)) or style_of(str(method))

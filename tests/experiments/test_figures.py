@@ -14,7 +14,7 @@ from matplotlib.legend import Legend
 
 import flocking
 from flocking import artifacts
-from flocking.drawing import BY_REFERENCE, BY_SELECTION, heatmap, literal, logarithmic
+from flocking.drawing import BY_REFERENCE, BY_SELECTION, heatmap, logarithmic, shown
 from flocking.experiments import activations, reproduce
 from flocking.experiments.figures import FIGURES
 
@@ -93,9 +93,9 @@ def test_the_users_own_style_is_left_out_and_no_figure_is_left() -> None:
 
 def test_labels_are_shown_as_they_are() -> None:
     _, ax = plt.subplots()
-    ax.plot([0, 1], label=literal("_merged$"))
-    (shown,) = ax.legend().get_texts()
-    assert shown.get_text().endswith("_merged\\$")
+    ax.plot([0, 1], label=shown("_merged$"))
+    (label,) = ax.legend().get_texts()
+    assert label.get_text().endswith("_merged\\$")
     plt.close("all")
 
 

@@ -115,6 +115,9 @@ def test_padded_ids_without_their_mask_are_told(
     with pytest.warns(UserWarning, match=f"text 1 begins or ends with {count} padding tokens"):
         record(llama, ids, tokenizer=tokenizer)
     record(llama, batch, tokenizer=tokenizer)
+    longer = tokenizer(["abcdef", "ab"], padding="max_length", max_length=16)["input_ids"]
+    with pytest.warns(UserWarning, match=r"text 0 \(and 1 others\) begins or ends with"):
+        record(llama, longer, tokenizer=tokenizer)
     record(llama, [each["input_ids"] for each in map(tokenizer, ["abcdef", "ab"])])
     record(llama, tokenizer(["abc", "def"])["input_ids"], tokenizer=tokenizer)  # each ends with it
     ends = [[5, 6, 2, 2], [7, 8, 2, 2]]

@@ -187,6 +187,9 @@ def test_a_hook_that_is_gone_does_not_matter_to_a_finished_store(tmp_path: Path)
     before = flocking.record(model, TEXTS, out=path, **SMALL).load()
     hook.remove()
     assert_same_values(flocking.record(model, TEXTS, out=path, **SMALL).load(), before)
+    model.model.layers[1].register_forward_hook(functools.partial(steer, 2.0))
+    with pytest.raises(ValueError, match="begun with another hook "):
+        flocking.record(model, TEXTS, out=path, **SMALL)
 
 
 def test_a_store_that_does_not_tell_of_adapters_goes_on(tmp_path: Path) -> None:
@@ -238,6 +241,8 @@ def test_adapters_and_autocast_are_told_and_not_mixed(tmp_path: Path) -> None:
     older = plain.copy()
     del older.attrs["adapter"], older.attrs["autocast"]
     assert flocking.concat([older, other]).attrs["adapter"] == other.adapter
+    with pytest.raises(ValueError, match="recording 2 has adapter "):
+        flocking.concat([older, plain, other])
     assert flocking.concat([flocking.concat([older, plain]), plain]).sizes["sequence"] == 6
 
 
