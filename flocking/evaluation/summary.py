@@ -13,6 +13,7 @@ from flocking.evaluation.naming import label
 
 _BY = ["task", "protocol", "metric"]
 _MEANS = ["estimate", "low", "high"]
+_FEW = 5  # items, whose interval is Student's and may reach beyond what values can be
 _DIFFERENCES = ["difference", "difference_low", "difference_high"]
 _BLIND = ("random", "magnitude")  # methods that read no text
 _LEAST = 5  # items in a group of similar prompt lengths
@@ -332,12 +333,15 @@ def scale_of(metric: str, rows: pd.DataFrame) -> float | None:
     """What a metric is shown times: 100 of shares, 1 of others; None of losses, as perplexities.
 
     `rows` are all that are shown together, of :func:`summarise`. Some tasks have their scores in
-    percent already: what is beyond 1 anywhere, or chance is, is no share.
+    percent already: what is beyond 1 anywhere, or chance is, is no share. (Bounds of an interval
+    over few items may lie beyond.)
     """
     if is_loss(metric):
         return None
-    shown = rows[[*_MEANS, "chance"]].to_numpy(dtype=float)
-    return 1 if is_divergence(metric) or np.nanmax(np.abs(shown), initial=0) > 1 else 100
+    several = rows[rows["items"] > _FEW][["low", "high"]]
+    shown = [part.to_numpy(dtype=float) for part in (rows[["estimate", "chance"]], several)]
+    most = max(np.nanmax(np.abs(part), initial=0) for part in shown)
+    return 1 if is_divergence(metric) or most > 1 else 100
 
 
 def chance_in_words(chance: float, scale: float | None) -> str:

@@ -274,12 +274,11 @@ def test_errors_name_the_place_that_was_asked_for(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a full disk is told of before anything is selected."""
-    nothing = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(total=10, used=9, free=1))
     options = ["--texts", files / "texts", "--method", "magnitude"]
     for source, out in (("whole", tmp_path / "half"), ("whole.gguf", tmp_path / "half.gguf")):
         flocking.load(files / source)  # (what is in the cache needs no room)
         with monkeypatch.context() as patch:
-            patch.setattr("flocking.pruning.places.shutil", nothing)
+            patch.setattr("flocking.pruning.places.free_bytes", lambda folder: 1)
             patch.setattr("flocking.pruning.fixed_selection", None)
             result = run(files / source, *options, "-o", out)
         assert result.exit_code == 2
