@@ -58,14 +58,18 @@ class Fields:
             here = self._look(mine)
             if self.names == GENERATION and target is not own:
                 continue
-            for name in fields:
-                if self.names == GENERATION and before.get(name) != here.get(name):
-                    continue
+            taken = [
+                name
+                for name in fields
+                if self.names != GENERATION or before.get(name) == here.get(name)
+            ]
+            for name in taken:
                 if name not in place:
                     target.pop(name, None)
                 else:
                     target[name] = copy.deepcopy(place[name])
-                before[name] = self._look(mine).get(name)
+            looked = self._look(mine)
+            before.update((name, looked.get(name)) for name in taken)
         return self.names != GENERATION
 
     def _look(self, module: nn.Module) -> dict[str, Any]:

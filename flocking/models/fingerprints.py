@@ -75,7 +75,7 @@ def modules(model: nn.Module) -> str:
     for path, module in model.named_modules():
         # (Code that came with a model has its folder's name in its own, and may be moved.)
         told = [path, type(module).__qualname__]
-        if not any(True for _ in module.parameters()):
+        if next(module.parameters(), None) is None:
             told.append(module.extra_repr())
         # (accelerate's says where weights lie.)
         if (forward := forward_of(module)) is not None and not hasattr(module, "_hf_hook"):
