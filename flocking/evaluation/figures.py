@@ -20,7 +20,7 @@ from flocking.drawing import (
     page,
     style_of,
 )
-from flocking.evaluation.summary import is_divergence, is_loss, scale_of
+from flocking.evaluation.summary import is_divergence, is_loss, own_chance, scale_of
 
 _FULL = {"color": "0.15", "ls": "-", "lw": 1, "label": "full model"}
 _MEANS = ["estimate", "low", "high"]
@@ -44,9 +44,11 @@ def quality_by_density(data: pd.DataFrame, figure: Figure) -> None:
         low, high = _shown(part, full[["low", "high"]])
         ax.axhspan(low, high, color=_FULL["color"], alpha=0.12, lw=0)
         ax.axhline(_shown(part, full["estimate"]), **_FULL)
-        if not np.isnan(full["chance"]):
-            guide(float(_shown(part, full["chance"])), ax)
         pruned = _beside(part[part["method"] != "full"])
+        if own_chance(part):
+            _ticks(ax, pruned["shown_at"], _shown(part, pruned["chance"]))
+        elif not np.isnan(full["chance"]):
+            guide(float(_shown(part, full["chance"])), ax)
         for method, own in pruned.groupby("method", sort=False):
             own = own.sort_values("density")
             _errors(ax, own["shown_at"], _shown(part, own[_MEANS]), style_of(str(method)))
@@ -80,9 +82,10 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
                 middle, low, high = _shown(own, [getattr(one, name) for name in _DIFFERENCES])
                 style = style_of(str(one.method)) | {"ls": "none", "ms": 3.5}
                 ax.errorbar(middle, y, xerr=[[middle - low], [high - middle]], lw=1, **style)
-            if not np.isnan(full["chance"]):
-                gone = float(_shown(own, full["chance"] - full["estimate"]))
-                ax.plot([gone] * 2, [row - 0.35, row + 0.35], **CHANCE, label="chance")
+                if not np.isnan(one.chance):
+                    gone = float(_shown(own, one.chance - full["estimate"]))
+                    ends = [y - 0.35 / len(others), y + 0.35 / len(others)]
+                    ax.plot([gone] * 2, ends, **CHANCE, label="chance")
         ax.axvline(1 if loss else 0, **_FULL)
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
@@ -141,6 +144,11 @@ def quality_by_batch(data: pd.DataFrame, figure: Figure) -> None:
         _scale(ax, part)
     below(axes, "prompts that share\na selection")
     legend(upper, axes, ncols=2)
+
+
+def _ticks(ax: Axes, x: object, y: np.ndarray) -> None:
+    """Chance of each method, where these differ: a short line across the method's bar."""
+    ax.plot(x, y, **CHANCE | {"ls": "none"}, marker="_", ms=5, label="chance")
 
 
 def _beside(pruned: pd.DataFrame) -> pd.DataFrame:

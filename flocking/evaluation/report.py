@@ -28,6 +28,7 @@ from flocking.evaluation.summary import (
     label,
     summarise,
     table,
+    table_above_chance,
 )
 
 FILES = ("items.parquet", "summary.csv", "tables.md", sources.NAME)
@@ -36,9 +37,13 @@ BY_BATCH = "quality_by_batch"  # a figure if a method says how many prompts shar
 _MARKS = {"task", "method", "density"}  # columns of its tables
 _HEADING = ": tasks, methods and densities"
 _PATIENCE = 60.0  # seconds to wait for another run that is writing its report
-_BAND = "Bars are 95% bootstrap intervals over items"
+_BAND = "Bars are 95% intervals over items"
 _CHANCE = (
-    "Chance (dotted) is one by the number of choices, and of a generated text its score as the "
+    "Chance (dotted) is one by the number of choices, and of a written answer its score as the "
+    "answer to the next item, which differs between methods."
+)
+_ABOVE_CHANCE = (
+    "In percentage points, of each method's own answers: their score, less their score as the "
     "answer to the next item."
 )
 
@@ -163,12 +168,15 @@ def _tables(
         f"# {source['model']}{_HEADING}",
         f"({sources.in_words(source)})",
         "The full model's scores in percent, and differences from them in percentage points, with "
-        "95% bootstrap intervals over items; differences are paired, on the same items. "
+        "95% intervals over items; differences are paired, on the same items. Chance is the full "
+        "model's. "
         "Perplexities: the full model's, and the ratios of the others' to it. Divergences are in "
         "nats.",
         table(rows),
         *filter(None, [_not_asked(rows), _of_domain(rows), footnote(items)]),
     ]
+    if above := table_above_chance(rows):
+        parts += ["## Written answers above chance", _ABOVE_CHANCE, above]
     own = label("topk", density)
     others = rows[(rows["density"] == density) & ~rows["method"].isin(["full", "topk"])]
     if own in set(rows["variant"]) and len(others):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +27,7 @@ from flocking.evaluation.estimate import (
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.items import ask, left_out
 from flocking.evaluation.plan import Plan, Question
-from flocking.evaluation.summary import refuse_nan
+from flocking.evaluation.summary import refuse_not_finite
 from flocking.evaluation.tasks import Articles, quiet
 from flocking.evaluation.twins import Texts, Twins, in_memory, refuse_without_memory
 from flocking.evaluation.variants import Variant
@@ -317,11 +318,11 @@ class _Run:
         tables = [cell.table(rows) for cell, rows in zip(missing, answers, strict=True)]
         _refuse_unscored(job.block.question, tables)
         took = time.monotonic() - started
-        known = [bool(table["value"].notna().all()) for table in tables]
+        known = [bool(np.isfinite(table["value"]).all()) for table in tables]
         if any(known):
             kept = list(compress(missing, known)), list(compress(tables, known))
             self._store.write(*kept, took)
-        refuse_nan(pd.concat(tables))
+        refuse_not_finite(pd.concat(tables))
         for cell, table in zip(missing, tables, strict=True):
             self._tables[cell] = table.assign(older="")
         self._expected += expected

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-import xarray as xr
 
-from flocking.analysis import intervals
+from flocking.evaluation import scores
 from flocking.evaluation.naming import label
 
 _BY = ["task", "protocol", "metric"]
 _MEANS = ["estimate", "low", "high"]
 _FEW = 5  # items, whose interval is Student's and may reach beyond what values can be
 _DIFFERENCES = ["difference", "difference_low", "difference_high"]
+_ABOVE = ["above_chance", "above_chance_low", "above_chance_high"]
 _BLIND = ("random", "magnitude")  # methods that read no text
 _LEAST = 5  # items in a group of similar prompt lengths
 _MARK = "†"  # of numbers from older code
@@ -23,8 +23,8 @@ _MARK = "†"  # of numbers from older code
 def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> pd.DataFrame:
     """Means over items, and differences from another variant on the same items.
 
-    Intervals are :func:`flocking.bootstrap`'s, 95%, over items; those of differences are paired:
-    both variants are drawn on the same items.
+    Intervals are those of :func:`flocking.evaluation.scores.means`, 95%, over items; those of
+    differences are paired: both variants are drawn on the same items.
 
     Parameters
     ----------
@@ -40,8 +40,9 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     -------
     pandas.DataFrame
         A row for each task, metric and variant: ``items``, ``estimate``, ``low``, ``high``;
-        ``difference``, ``difference_low``, ``difference_high``; ``chance``; ``pruned_share`` of
-        the scored tokens, missing in generation; ``items_cut``, the number of items with a prompt
+        ``difference``, ``difference_low``, ``difference_high``; ``chance``, the variant's own, and
+        ``above_chance``, ``above_chance_low``, ``above_chance_high``, what its score is above it;
+        ``pruned_share`` of the scored tokens, missing in generation; ``items_cut``, the number of items with a prompt
         that was too long; ``older``, the older code that the row or its difference comes from,
         empty for today's. Losses are in nats a token: ``exp`` of them is a perplexity, of a
         difference a ratio of perplexities.
@@ -62,9 +63,13 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     for group, part in parts_of(named, _BY):
         if against not in set(part["variant"]):  # not all are asked of every task
             continue
-        values = _by_item(part, group)
-        means = _means(values, seed)
-        differences = _means(values - values.loc[against], seed)
+        values, chances = _by_item(part, group)
+        highest = highest_of(group[-1], values.to_numpy())
+        means = _means(values, highest, seed)
+        others = values.drop(against) - values.loc[against]
+        differences = _means(others, highest, seed, differences=True)
+        differences = differences.reindex(values.index, fill_value=0.0)  # of itself, exactly
+        above = _means(values - chances, None, seed)
         codes = part.groupby("variant")["older"].agg(set)
         for key, own in part.groupby("variant", sort=False):
             variant = str(key)  # as what it is typed costs mypy ten minutes
@@ -77,6 +82,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
                     "items": len(own),
                     **dict(zip(_MEANS, means.loc[variant], strict=True)),
                     **dict(zip(_DIFFERENCES, differences.loc[variant], strict=True)),
+                    **dict(zip(_ABOVE, above.loc[variant], strict=True)),
                     **_totals(own),
                     "older": "; ".join(sorted((codes[variant] | codes[against]) - {""})),
                 }
@@ -84,31 +90,36 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     return pd.DataFrame(rows)
 
 
-def _by_item(part: pd.DataFrame, group: tuple[str, ...]) -> pd.DataFrame:
-    """Values of one task and metric, a row for each variant and a column for each item."""
-    refuse_nan(part)
-    values = part.pivot_table(index="variant", columns="item", values="value")
-    values = values.loc[part["variant"].unique()]
+def _by_item(
+    part: pd.DataFrame, group: tuple[str, ...]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Values and chance of one task and metric: a row for each variant, a column for each item."""
+    refuse_not_finite(part)
+    pair = part.pivot(index="variant", columns="item", values=["value", "chance"])
+    pair = pair.loc[part["variant"].unique()]
+    values, chances = pair["value"], pair["chance"]
     if values.isna().any(axis=None):
         raise ValueError(f"{group[0]}: not all variants were asked the same items.")
-    return values
+    return values, chances
 
 
-def refuse_nan(items: pd.DataFrame) -> None:
-    """Raise a ValueError if a score is not a number.
+def refuse_not_finite(items: pd.DataFrame) -> None:
+    """Raise a ValueError if a score is infinite or not a number.
+
+    A mean would be of the other items alone, and these differ between variants.
 
     Parameters
     ----------
     items : pandas.DataFrame
         As :func:`flocking.evaluation.evaluate` gives it.
     """
-    odd = items[items["value"].isna()]
+    odd = items[~np.isfinite(items["value"].astype(float))]
     if len(odd):
         task, metric = odd["task"].iloc[0], odd["metric"].iloc[0]
         named = ", ".join(dict.fromkeys(map(label, odd["method"], odd["density"])))
         raise ValueError(
-            f"{task}: {metric} is not a number for some items under {named}, as where half "
-            "precision overflows: leave that out, or compute in float32."
+            f"{task}: {metric} is infinite or not a number for some items under {named}, as where "
+            "half precision overflows: leave that out, or compute in float32."
         )
 
 
@@ -130,10 +141,26 @@ def parts_of(
         yield tuple(map(str, key)), part
 
 
-def _means(values: pd.DataFrame, seed: int) -> pd.DataFrame:
+def _means(
+    values: pd.DataFrame, highest: float | None, seed: int, *, differences: bool = False
+) -> pd.DataFrame:
     """Estimate, low and high of each row's mean."""
-    array = xr.DataArray(values.to_numpy(), dims=("variant", "sequence"))
-    return pd.DataFrame(intervals(array, seed=seed).to_numpy().T, index=values.index)
+    found = scores.means(values.to_numpy(), highest, differences=differences, seed=seed)
+    return pd.DataFrame(found, index=values.index)
+
+
+def highest_of(metric: str, values: np.ndarray) -> float | None:
+    """The highest score of an item: 100 of percents, 1 of other scores; None of means of tokens.
+
+    Parameters
+    ----------
+    metric : str
+    values : ndarray of float
+        Scores of all variants.
+    """
+    if is_of_tokens(metric):
+        return None
+    return 100 if np.abs(values).max(initial=0) > 1 else 1
 
 
 def by_prompt(items: pd.DataFrame, *, groups: int = 3, seed: int = 0) -> pd.DataFrame:
@@ -298,6 +325,43 @@ def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
             cells.append(said(own[_DIFFERENCES], scale, sign=True) + _mark(own))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def table_above_chance(rows: pd.DataFrame) -> str:
+    """The scores of written answers above their chance, as a table in Markdown.
+
+    Chance there is the same text's score as the answer to another item, which differs between
+    variants: who writes more words of any text has more of it.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Of :func:`summarise`.
+
+    Returns
+    -------
+    str
+        In percentage points; empty if chance is the same for all variants of every task.
+    """
+    variants = list(rows["variant"].unique())
+    names = ["task", "items", *variants]
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    for (task, _, metric), part in parts_of(rows, _BY):
+        if not own_chance(part):
+            continue
+        scale = scale_of(metric, part)
+        by_variant = dict(part.set_index("variant").iterrows())
+        cells = [f"{task}, {metric}", f"{part['items'].iloc[0]}"]
+        for variant in variants:
+            own = by_variant.get(variant)
+            cells.append("" if own is None else said(own[_ABOVE], scale, sign=True) + _mark(own))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def own_chance(part: pd.DataFrame) -> bool:
+    """Whether variants differ in their chance; `part` has the rows of one task and metric."""
+    return bool(np.ptp(part["chance"].to_numpy(dtype=float)) > 0)
 
 
 def _mark(row: pd.Series) -> str:

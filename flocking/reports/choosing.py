@@ -33,7 +33,7 @@ def of_sizes(rows: pd.DataFrame, density: float) -> pd.DataFrame:
     The metric is the loss with most tokens, or the task's first one; tasks with losses come first.
     Tasks of a single model, which show nothing by size, are left out if others have several.
     ``beyond`` is whether a loss is too far from the others to share their scale; ``gone`` is what
-    chance is above the full model's score.
+    the method's own chance is above the full model's score.
     """
     found = rows[
         rows["parameters"].notna()

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import xarray as xr
 
-from flocking.analysis import intervals
-from flocking.evaluation.summary import family, is_of_tokens, parts_of
+from flocking.evaluation import scores
+from flocking.evaluation.summary import family, highest_of, is_of_tokens, parts_of
 from flocking.reports.outputs import Measured, Outputs, refuse_no_outputs
 
 COLUMNS = ("of", "model", "task", "protocol", "metric", "method", "density", "items", "than")
@@ -24,7 +23,7 @@ def contrasted(outputs: Outputs) -> pd.DataFrame:
     """How much more one of two measurements is than the other, on the same items.
 
     Three kinds of pairs are compared, each item with itself, so that what makes an item hard for
-    both drops out. Intervals are :func:`flocking.bootstrap`'s, 95%, over items.
+    both drops out. Intervals are those of :func:`flocking.evaluation.scores.means`, 95%, over items.
 
     ==========  ===================================================================================
     ``of``      what is subtracted
@@ -185,8 +184,9 @@ def _tokenizer(model: Measured) -> str:
 def _row(
     of: str, part: _Part, variant: _Variant, values: np.ndarray, than: str
 ) -> dict[str, object]:
-    array = xr.DataArray(values.astype(float), dims="sequence")
-    told = zip(INTERVAL, intervals(array).to_numpy().tolist(), strict=True)
+    highest = highest_of(part.metric, np.stack(list(part.by_variant.values())))
+    (row,) = scores.means(values[None], highest, differences=True)
+    told = zip(INTERVAL, row.tolist(), strict=True)
     asked = (part.task, part.protocol, part.metric)
     about = (of, part.model, *asked, *variant, len(values), than)
     return dict(zip(COLUMNS, about, strict=True)) | dict(told)

@@ -45,7 +45,7 @@ def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
 
     `data` has one metric a task, and a caption and ``told`` in its ``attrs``. Losses are drawn as
     ratios of perplexities, other metrics as differences. What is ``beyond`` the scale of the
-    others is said in words; ``gone`` is what chance is above the full model.
+    others is said in words; ``gone`` is what a method's chance is above the full model's score.
     """
     groups = list(parts_of(data, ["task", "metric"]))
     rows = -(-len(groups) // 2)
@@ -57,10 +57,6 @@ def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
         _by_size(ax, sizes)
         loss = is_loss(metric)
         level(1 if loss else 0, ax, "full model")
-        chance = part.dropna(subset="gone").drop_duplicates("model")
-        if len(chance):
-            gone = as_drawn(chance["gone"], metric, part)
-            ax.plot(chance["parameters"], gone, **CHANCE, marker="_", label="chance")
         shown = part[~part["beyond"]]
         methods = sorted(shown["method"].unique(), key=lambda name: _order(str(name)))
         for number, method in enumerate(methods):
@@ -68,6 +64,9 @@ def loss_by_size(data: pd.DataFrame, figure: Figure) -> None:
             values = as_drawn(own[list(_DIFFERENCES)], metric, part)
             x = _beside(ax, own["parameters"], number - (len(methods) - 1) / 2)
             _errors(ax, x, values, style_of(method) | {"ms": 3, "lw": 0.9})
+            if own["gone"].notna().any():
+                gone = as_drawn(own["gone"], metric, part)
+                ax.plot(x, gone, **CHANCE | {"ls": "none"}, marker="_", ms=5, label="chance")
         ax.set(title=task, ylabel=_axis_of(metric))
         if loss:
             logarithmic(ax, ax.yaxis)

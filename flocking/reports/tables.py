@@ -107,7 +107,7 @@ def _by_method(rows: pd.DataFrame, outputs: Outputs) -> str:
         # (Of all models: one scale for all.)
         scale = scale_of(metric, rows[(rows["task"] == task) & (rows["metric"] == metric)])
         full = by_method.get("full")
-        chance = part["chance"].iloc[0]
+        chance = (part.iloc[0] if full is None else full)["chance"]
         cells = [
             _measured(task, protocol, metric),
             model + _mark(model, outputs),

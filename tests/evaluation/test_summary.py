@@ -45,9 +45,9 @@ def test_summary_against_another_variant() -> None:
     assert rows.loc["topk@0.5", "difference"] == -0.5
     with pytest.raises(ValueError, match=r"no variant 'best': choose from"):
         summarise(made_up(values), against="best")
-    for odd in (np.array([1, np.nan, 1, 1, 1, 1]), np.full(6, np.nan)):
-        unknown = made_up(values | {"topk@0.5": odd})
-        why = "piqa: acc is not a number for some items under topk@0.5, as"
+    for odd in (np.nan, np.inf):
+        unknown = made_up(values | {"topk@0.5": np.array([1, odd, 1, 1, 1, 1])})
+        why = "piqa: acc is infinite or not a number for some items under topk@0.5, as"
         with pytest.raises(ValueError, match=why):
             summarise(unknown)
     missing = made_up(values).iloc[:-1]
