@@ -42,10 +42,10 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
         A row for each task, metric and variant: ``items``, ``estimate``, ``low``, ``high``;
         ``difference``, ``difference_low``, ``difference_high``; ``chance``, the variant's own, and
         ``above_chance``, ``above_chance_low``, ``above_chance_high``, what its score is above it;
-        ``pruned_share`` of the scored tokens, missing in generation; ``items_cut``, the number of items with a prompt
-        that was too long; ``older``, the older code that the row or its difference comes from,
-        empty for today's. Losses are in nats a token: ``exp`` of them is a perplexity, of a
-        difference a ratio of perplexities.
+        ``pruned_share`` of the scored tokens, missing in generation; ``items_cut``, the number of
+        items with a prompt that was too long; ``older``, the older code that the row or its
+        difference comes from, empty for today's. Losses are in nats a token: ``exp`` of them is a
+        perplexity, of a difference a ratio of perplexities.
 
     Raises
     ------
@@ -90,14 +90,15 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     return pd.DataFrame(rows)
 
 
-def _by_item(
-    part: pd.DataFrame, group: tuple[str, ...]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _by_item(part: pd.DataFrame, group: tuple[str, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Values and chance of one task and metric: a row for each variant, a column for each item."""
     refuse_not_finite(part)
-    pair = part.pivot(index="variant", columns="item", values=["value", "chance"])
-    pair = pair.loc[part["variant"].unique()]
-    values, chances = pair["value"], pair["chance"]
+    values, chances = (
+        part.pivot_table(index="variant", columns="item", values=name, dropna=False)
+        for name in ("value", "chance")
+    )
+    order = part["variant"].unique()
+    values, chances = values.loc[order], chances.loc[order]
     if values.isna().any(axis=None):
         raise ValueError(f"{group[0]}: not all variants were asked the same items.")
     return values, chances

@@ -52,7 +52,7 @@ from flocking.models.notices import warn
 from flocking.models.origins import NOTE
 from flocking.models.precision import full_precision
 from flocking.models.problems import is_out_of_memory, listed, reading
-from flocking.models.rewinding import Bookmark, Seal, refuse_unknown, rewinds
+from flocking.models.rewinding import Bookmark, Seal, is_even, refuse_unknown, rewinds
 from flocking.models.rotary import forget_lengths
 from flocking.models.running import attention, context, forward, refuse_long, undisturbed
 from flocking.models.sampling import opening_token, require_writer, sampled
@@ -124,6 +124,7 @@ __all__ = [
     "hooks_on_everything",
     "html_table",
     "identity",
+    "is_even",
     "is_loaded",
     "is_out_of_memory",
     "is_readable",

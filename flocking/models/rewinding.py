@@ -92,11 +92,31 @@ def refuse_unknown(cache: Any) -> None:
             not isinstance(layer, _KNOWN)
             or any("Quantized" in base.__name__ for base in kind.__mro__)  # of one base or another
             or not kind.__module__.startswith("transformers.")
+            or (isinstance(layer, StaticLayer) and _has_more(layer))
         ):
             raise ValueError(
                 f"{kind.__name__}, in which tokens are cached, cannot be taken back to an earlier "
                 "token, as refresh needs: use another cache, or leave refresh out."
             )
+
+
+def is_even(cache: Any) -> bool:
+    """Whether all layers of a cache are known to hold the same tokens.
+
+    After a step that was interrupted, those that had run hold one more. Layers without a length,
+    as recurrent ones, do not tell.
+    """
+    layers = cache.layers if isinstance(cache, Cache) else []
+    if not all(isinstance(layer, DynamicLayer | StaticLayer) for layer in layers):
+        return False
+    lengths = {int(layer.get_seq_length()) for layer in layers}
+    return len(lengths) == 1 and all(map(_is_whole, layers))
+
+
+def _is_whole(layer: Any) -> bool:
+    """Whether a layer's keys and values are of the same tokens."""
+    keys, values = layer.keys, layer.values
+    return keys is None or bool(keys.shape[-2] == values.shape[-2])
 
 
 class Seal:
@@ -162,6 +182,15 @@ def _tensors_of(cache: Any) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             rest.extend(value)
     return found
+
+
+def _has_more(layer: StaticLayer) -> bool:
+    """Whether a fixed layer holds more by token than keys and values, as an indexer's keys."""
+    own = {"keys", "values"}
+    return any(
+        isinstance(value, Tensor) and value.ndim > 1 and name not in own
+        for name, value in vars(layer).items()
+    )
 
 
 class _Shape(tuple[int, ...]):

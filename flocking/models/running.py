@@ -65,11 +65,19 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 def attention(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
     """Run with another of transformers' attention implementations; with the model's own for None.
 
-    The configs of the model and of its modules are as before at the end.
+    The configs of the model and of its modules are as before at the end. Other threads that want
+    the model to themselves wait until then: two that change its configs would each restore what
+    the other has set.
     """
     if implementation is None:
         yield
         return
+    with exclusive(model), _attention_set(model, implementation):
+        yield
+
+
+@contextmanager
+def _attention_set(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     found = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -84,8 +84,12 @@ def _is_finite(part: Tensor) -> bool:
 
 
 def loaded(module: nn.Module) -> AbstractContextManager:
-    """A context in which the parameters of a module that may be offloaded can be read."""
-    return align_module_device(module)
+    """A context in which the parameters of a module that may be offloaded can be read.
+
+    Inside of another one for the same module nothing is loaded again.
+    """
+    away = any(p is not None and p.is_meta for p in module._parameters.values())
+    return align_module_device(module) if away else nullcontext()
 
 
 def is_loaded(module: nn.Module) -> bool:

@@ -47,6 +47,7 @@ from flocking.pruning.methods import (
     by_reference,
     check_weight,
     global_local,
+    over_runs,
 )
 from flocking.pruning.offloading import offloaded
 from flocking.pruning.refreshing import RefreshingTwin
@@ -486,9 +487,9 @@ def _with_reference(
             "are: give a statistic, which has none."
         )
 
+    by_layer = dict(zip(layers, over_runs(values, blocks), strict=True))
+
     def of(block: FeedForward) -> Tensor:
-        runs = [values[row] for row, other in enumerate(blocks) if other.down is block.down]
-        joined = np.sqrt(np.square(runs).sum(axis=0)) if len(runs) > 1 else runs[0]
-        return torch.from_numpy(joined[: block.d_ff])
+        return torch.from_numpy(by_layer[block.layer][: block.d_ff])
 
     return by_reference(of) if method == "static" else global_local(of, weight)

@@ -147,8 +147,9 @@ class Compact:
         if self._sequences != len(kept):
             self._make_room(len(kept))
         for part, compact in zip(self.parts, self._apart, strict=True):
-            for row, mine in enumerate(kept):
-                part.fill(compact, mine, row)
+            with loaded(part.original):  # once for all rows, where weights are offloaded
+                for row, mine in enumerate(kept):
+                    part.fill(compact, mine, row)
             vars(compact).pop("forward", None)
 
     def _make_room(self, sequences: int) -> None:

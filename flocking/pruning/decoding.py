@@ -28,6 +28,7 @@ from flocking.models import (
     attention,
     device_of,
     embeddings_of,
+    exclusive,
     refuse_forgetful,
     relative_error,
     require_model,
@@ -173,13 +174,14 @@ class Decoder:
         self._text[:, :prompt] = ids
         self._length.fill_(prompt)
         self._done.zero_()
-        outputs = read_prompt(
-            self._model,
-            lambda: self._prefill(self._full, ids, mask),
-            len(ids),
-            mask,
-            tokens=prompt,
-        )
+        with exclusive(self._full):
+            outputs = read_prompt(
+                self._model,
+                lambda: self._prefill(self._full, ids, mask),
+                len(ids),
+                mask,
+                tokens=prompt,
+            )
         self._compiled.follow_parameters()
         self._take(outputs.logits[:, -1])
         self._left = self.max_length - prompt - 1
@@ -199,10 +201,9 @@ class Decoder:
         """
         if self._left < 1:
             raise RuntimeError(
-                "there is no room for another token: read a prompt first, which with its "
-                f"continuation has at most {self.max_length} tokens."
+                "there is no room for another token, or a step was interrupted: read a prompt "
+                f"first, which with its continuation has at most {self.max_length} tokens."
             )
-        self._left -= 1
         if isinstance(self._model, Twin):
             self._model._griffin.refuse_other_thread()
             if self._model._griffin.read is not self._read_last:
@@ -210,13 +211,16 @@ class Decoder:
                     "the twin was given another prompt since, elsewhere: read the prompt again, "
                     "or make a twin for each decoder."
                 )
+        # (A step that stops midway has written into the cache: there is none after it.)
+        left, self._left = self._left - 1, 0
         self._since += 1
         if self._since == refresh_of(self._model) and not bool(self._done.all()):
             self._refresh()
-            return
-        self._compiled()
-        if isinstance(self._model, Twin):
-            self._model._griffin.work.steps += 1
+        else:
+            self._compiled()
+            if isinstance(self._model, Twin):
+                self._model._griffin.work.steps += 1
+        self._left = left
 
     @contextmanager
     def _in_one_thread(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from flocking.analysis import kept_count, magnitude, named, select, weight_magni
 from flocking.feedforward import FeedForward, feedforwards
 from flocking.pruning.calibration import global_statistic
 from flocking.pruning.chosen import Wide
-from flocking.pruning.methods import global_local
+from flocking.pruning.methods import global_local, over_runs
 
 FIXED = ("static", "global-local", "magnitude")  # methods that need no prompt
 
@@ -118,7 +118,7 @@ def fixed_selection(
     if texts is not None:
         static = global_statistic(model, texts, tokenizer=tokenizer, seed=seed)
     assert static is not None
-    static = _with_weights(static, blocks)
+    static = _of_blocks(static, blocks)
     if texts is not None and sources is not None:
         pieces = f" of {len(texts)} texts of "
         told = static.attrs["made_from"].replace(
@@ -127,8 +127,14 @@ def fixed_selection(
         static.attrs["made_from"] = told
     if method == "global-local":
         assert own is not None
-        static = _mean_of_ranks(static, _with_weights(own, blocks), blocks)
+        static = _mean_of_ranks(static, _of_blocks(own, blocks), blocks)
     return select(static, densities)
+
+
+def _of_blocks(statistic: xr.DataArray, blocks: list[FeedForward]) -> xr.DataArray:
+    """One that a block can be cut by: over all of its runs, and with no expert without a value."""
+    joined = over_runs(statistic.values, blocks)
+    return _with_weights(statistic.copy(data=joined), blocks)
 
 
 def _with_weights(statistic: xr.DataArray, blocks: list[FeedForward]) -> xr.DataArray:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,6 +105,29 @@ def global_local(reference: Callable[[FeedForward], Tensor], weight: float) -> M
         return (1 - weight) * _ranks(statistic) + weight * static
 
     return method
+
+
+def over_runs(values: np.ndarray, blocks: Sequence[FeedForward]) -> np.ndarray:
+    """Statistics of blocks that run several times in a pass, each over all of its runs.
+
+    Parameters
+    ----------
+    values : ndarray of float64, shape (layer, neuron)
+        A statistic of each run, a norm over tokens.
+    blocks : sequence of FeedForward
+        Of the same layers; runs of one block have the same down-projection.
+
+    Returns
+    -------
+    ndarray of float64, shape (layer, neuron)
+        The norm over the tokens of all runs, the same in each of them.
+    """
+    joined = values.copy()
+    for row, block in enumerate(blocks):
+        runs = [number for number, other in enumerate(blocks) if other.down is block.down]
+        if len(runs) > 1:
+            joined[row] = np.sqrt(np.square(values[runs]).sum(axis=0))
+    return joined
 
 
 def check_weight(weight: object) -> None:

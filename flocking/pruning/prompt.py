@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from flocking.feedforward import FeedForward, Routed, observe
-from flocking.models import Bookmark, Seal
+from flocking.models import Bookmark, Seal, is_even
 from flocking.recording import Moments, Windows
 
 
@@ -35,9 +36,9 @@ class Read:
         is in the cache after `end`.
     seal : Seal or None
         On the cache, as a twin left it.
-    history : list of (int, list of Tensor)
+    history : list of (int, list of ndarray)
         Each selection of this text: `end` when it was made, and the kept neurons of every compact
-        block.
+        block, as :func:`flocking.pruning.history.packed` gives them.
     """
 
     moments: dict[int, Moments]
@@ -47,7 +48,7 @@ class Read:
     text: Tensor | None = None
     added: Tensor | None = None
     seal: Seal | None = None
-    history: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    history: list[tuple[int, list[np.ndarray]]] = field(default_factory=list)
 
     def rows(self, index: Tensor) -> Read:
         """The same of the sequences `index`, int64, which may come several times."""
@@ -116,6 +117,11 @@ class Reader:
         for cache, other in self._by_cache.items():
             if other is read:
                 read.seal = Seal(cache)
+
+    def seal_if_even(self, read: Read) -> None:
+        """The same where generation was interrupted, unless in the middle of a step."""
+        if all(is_even(cache) for cache, other in self._by_cache.items() if other is read):
+            self.seal(read)
 
     def known(self, past: Any, sequences: int) -> Read | None:
         """What was read into the cache `past`, if it is still there."""

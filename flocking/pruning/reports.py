@@ -30,16 +30,20 @@ class Report:
     refreshes : int
         Since the last prompt, how often the full model read again what was generated.
     effective_density : float
-        Share of the FF weights that were read for a new token, on average: the twin's steps and
-        the passes of refreshes over the number of both. (Without refreshes, the density.)
+        FF weights that were read for a new token, over those that the full model reads, on
+        average: the twin's steps and the passes of refreshes over the number of both. (Without
+        refreshes, the density.)
     bytes_per_token : int
-        Of all weights that were read for a new token, likewise. What a refresh copies is not in it.
+        Of all weights that were read for a new token, at most: of mixtures as if a token went to
+        all experts, of embeddings as if all rows were looked up. What a refresh copies is not in
+        it.
     drafted_tokens, accepted_tokens : int
         As ``assistant_model``: how many tokens the twin proposed since the last prompt, and how
         many of those the full model took. The last proposal is in neither: what became of it is
         not known before the next.
     selection_seconds, copy_seconds : float
-        For selecting neurons from the last prompt, and for copying their weights.
+        For the last selection, and for copying the kept neurons' weights; on several devices, the
+        time of the first block's.
     """
 
     parameters: int
@@ -66,7 +70,7 @@ class Report:
             ("compact projections", f"{in_words(self.compact_bytes)}, beside the former"),
             ("tokens selected from", f"{self.prefilled_tokens:,}"),
             ("effective density", f"{self.effective_density:.3g}"),
-            ("weights read for a token", in_words(self.bytes_per_token)),
+            ("weights read for a token", "at most " + in_words(self.bytes_per_token)),
         ]
         if self.refreshes:
             found.append(("refreshes", f"{self.refreshes:,}"))

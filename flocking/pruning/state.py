@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from flocking.models import Original
 from flocking.pruning.compact import Compact, refuse
 from flocking.pruning.drafts import Drafts
+from flocking.pruning.history import packed
 from flocking.pruning.prompt import Read, Reader
 from flocking.pruning.selector import Selected, Selector
 from flocking.pruning.stopwatch import Stopwatch
@@ -105,6 +106,11 @@ class State:
             self._is_serving = True
             try:
                 yield
+            except BaseException:  # such as a streamer's, which ends a text between two steps
+                if self.read is not None:
+                    self.reader.seal_if_even(self.read)
+                raise
+            else:
                 if self.read is not None:
                     self.reader.seal(self.read)
             finally:
@@ -213,8 +219,7 @@ class State:
         try:
             self.choose(read)
             self.reader.remember(read, cache)
-            # (Of a long text there are many, which need not take up the model's device.)
-            kept = _on_host([compact.kept for compact in self.compacts])
+            kept = packed(self.compacts)
         except BaseException:  # a cache that cannot be taken back, or memory that ran out
             self.forget()
             self.reader.forget(read)
@@ -294,11 +299,3 @@ class State:
                 if is_finite
                 else f"activations of layer {layer} are not finite: no neurons can be selected."
             )
-
-
-def _on_host(kept: list[Tensor]) -> list[Tensor]:
-    """Indices of neurons as int32 in host memory, which the device is asked for once."""
-    device = kept[0].device
-    joined = torch.cat([each.flatten().to(device) for each in kept]).to("cpu", torch.int32)
-    parts = joined.split([each.numel() for each in kept])
-    return [part.view(each.shape) for part, each in zip(parts, kept, strict=True)]

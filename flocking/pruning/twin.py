@@ -92,6 +92,9 @@ class Twin(_Generating):
         state = self._griffin
         texts, tokens = len(read.tokens) // state.copies, int(read.tokens.sum()) // state.copies
         read_by = "the prompt" if texts == 1 else f"the {texts} prompts"
+        if len(read.history) > 1:  # other turns, or tokens that the twin wrote
+            of = "the text" if texts == 1 else f"the {texts} texts"
+            return f"{state.made_from}; made from {tokens:,} tokens of {of}, read so far"
         return f"{state.made_from}; {read_by} had {tokens:,} tokens"
 
     @property
@@ -126,6 +129,7 @@ class Twin(_Generating):
         pruned_share = steps / (steps + refreshes) if refreshes else 1.0
         density = pruned_share * compact / ff_parameters + 1 - pruned_share
         other_bytes = sum(map(byte_count, held.values())) - ff_bytes
+        apart = state.copies if state.selector.scope == "sequence" else 1
         return Report(
             parameters=parameters,
             active_parameters=parameters - ff_parameters + compact,
@@ -134,7 +138,7 @@ class Twin(_Generating):
             prefilled_tokens=(
                 0 if state.read is None else int(state.read.tokens.sum()) // state.copies
             ),
-            unreached_experts=sum(map(int, state.unreached)),
+            unreached_experts=sum(map(int, state.unreached)) // apart,
             refreshes=refreshes,
             effective_density=density,
             bytes_per_token=other_bytes + round(density * ff_bytes),
@@ -252,6 +256,11 @@ class Twin(_Generating):
         """Raise the ValueError below before anybody is asked to trust such code."""
         if super()._get_deprecated_gen_repo(generation_mode, True) is not None:
             self.load_custom_generate()
+
+    def heal_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """The prompts with their last tokens completed, which the full model is asked for."""
+        full: Any = self._griffin.full
+        return full.heal_tokens(*args, **kwargs)
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise a ValueError: such loops, contrastive search and DoLa among them, are foreign."""

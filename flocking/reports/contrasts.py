@@ -23,7 +23,8 @@ def contrasted(outputs: Outputs) -> pd.DataFrame:
     """How much more one of two measurements is than the other, on the same items.
 
     Three kinds of pairs are compared, each item with itself, so that what makes an item hard for
-    both drops out. Intervals are those of :func:`flocking.evaluation.scores.means`, 95%, over items.
+    both drops out. Intervals are those of :func:`flocking.evaluation.scores.means`, 95%, over
+    items.
 
     ==========  ===================================================================================
     ``of``      what is subtracted

@@ -394,3 +394,25 @@ def test_weights_without_values_are_refused() -> None:
         recorded(model)
     with pytest.raises(ValueError, match="meta device"):
         flocking.griffin(model)
+
+
+def test_offloaded_blocks_are_copied_once_for_all_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each sequence's neurons are taken from the same copy of a block."""
+    twin = flocking.griffin(build("llama"), offload="cpu", scope="sequence")
+    stream = next(
+        module._hf_hook.stream
+        for module in full_model(twin).modules()
+        if hasattr(module, "_hf_hook")
+    )
+    brought: list[int] = []
+    bring = stream._bring
+    monkeypatch.setattr(stream, "_bring", lambda place: (brought.append(place), bring(place)))
+    ids = torch.arange(1, 41).view(4, 10)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    plain = flocking.griffin(build("llama"), scope="sequence")
+    for _ in range(2):  # (The first time also makes room for so many sequences.)
+        brought.clear()
+        assert torch.equal(twin.generate(ids, **options), plain.generate(ids, **options))
+    assert brought == [0, 1, 0, 1]  # to read the prompts, to copy the kept neurons

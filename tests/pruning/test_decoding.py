@@ -419,3 +419,27 @@ def test_refuses_a_model_that_was_converted_since(llama: tf.PreTrainedModel) -> 
     llama.to(torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"was in float32 on cpu when .* in bfloat16 on cpu now"):
         decoder.generate(torch.tensor(random_ids(9)), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("refresh", [None, 2])
+def test_a_step_that_was_interrupted_is_not_gone_on_with(
+    llama: tf.PreTrainedModel, refresh: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have written into the cache of some layers: the next step would be wrong."""
+    decoder = flocking.Decoder(flocking.griffin(llama, 0.5, refresh=refresh), 32)
+    expected = decoder.generate(**prompts(1, 9), max_new_tokens=6)
+
+    def fail(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_compiled", *(["_refresh"] if refresh else [])):
+        decoder.read(**prompts(1, 9))
+        if name == "_refresh":
+            decoder.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder, name, fail)
+            with pytest.raises(KeyboardInterrupt):
+                decoder.step()
+        with pytest.raises(RuntimeError, match="or a step was interrupted: read a prompt first"):
+            decoder.step()
+    assert torch.equal(decoder.generate(**prompts(1, 9), max_new_tokens=6), expected)

@@ -11,6 +11,7 @@ from scipy.stats import rankdata
 
 import flocking
 from flocking.pruning import fixed
+from flocking.pruning.chosen import layers_of, masks_of
 from flocking.pruning.fixed import fixed_selection, rounded_densities
 
 TEXTS = random_ids(60, 40, 50)
@@ -113,3 +114,19 @@ def test_experts_that_no_text_reaches_are_pruned_by_their_weights(method: str) -
     if method == "static":
         ours = twin.selection[0].numpy()
         assert set(ours[ours < unreached.stop]) == set(np.flatnonzero(kept[0, unreached]))
+
+
+@pytest.mark.parametrize("method", ["static", "global-local"])
+def test_runs_of_one_block_keep_the_same_neurons(method: str) -> None:
+    """A block that two layers share is cut once: its statistic is over both runs."""
+    model = build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    kept = fixed_selection(model, None, method, TEXTS, 0.25, seed=3)
+    assert (kept[0] == kept[1]).all()
+    assert kept[0].sum() == 40
+    if method == "static":
+        reference = flocking.global_statistic(model, TEXTS, progress=False)
+        twin = flocking.griffin(model, 0.25, method="static", reference=reference)
+        twin.generate(torch.tensor(TEXTS[:1]), max_new_tokens=1, do_sample=False)
+        assert np.flatnonzero(kept[0]).tolist() == twin.selection[0].tolist()
+    masks_of(kept, layers_of(flocking.feedforwards(model)))  # as an export asks for them

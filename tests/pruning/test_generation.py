@@ -281,3 +281,15 @@ def test_counts_the_drafts_that_are_taken(llama: tf.PreTrainedModel) -> None:
     assert 0 < report.accepted_tokens < report.drafted_tokens
     generate(llama, tokens(24, seed=4), 2, assistant_model=twin)
     assert twin.report().drafted_tokens < report.drafted_tokens
+
+
+def test_the_full_model_heals_the_tokens_of_a_prompt() -> None:
+    """Prompts that end in the middle of a word: transformers completes them by generating."""
+    _, tokenizer = flocking.load()
+    model = build("llama", vocab_size=len(tokenizer))
+    ids = tokenizer("The link is http:", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 4, "do_sample": False, "token_healing": True}
+    options |= {"tokenizer": tokenizer, "pad_token_id": tokenizer.pad_token_id}
+    due = model.generate(ids, **options)
+    twin = flocking.griffin(model, 1.0)
+    assert torch.equal(twin.generate(ids, **options), due)

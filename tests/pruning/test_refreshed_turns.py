@@ -303,3 +303,58 @@ def test_every_step_has_one_hidden_state(some: tf.PreTrainedModel) -> None:
                 assert a.shape[:-1] == b.shape[:-1]
                 if kind == "hidden_states":
                     np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
+
+
+class _Stopping:
+    """A streamer that ends a text as a button of a chat does: by an error of its own."""
+
+    def __init__(self, tokens: int) -> None:
+        self.left = tokens + 1  # the prompt comes first
+
+    def put(self, value: Tensor) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise InterruptedError
+
+    def end(self) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("refresh", [None, 3])
+def test_a_turn_that_a_streamer_stops_is_gone_on_from(
+    some: tf.PreTrainedModel, kind: str, refresh: int | None
+) -> None:
+    """As one that has ended there by itself."""
+    turns = []
+    for stopped in (False, True):
+        twin, cache = flocking.griffin(some, 0.5, refresh=refresh), cache_of(some, kind)
+        whole = generate(twin, tokens(20), 6, past_key_values=cache)
+        if stopped:
+            cache = cache_of(some, kind)
+            with pytest.raises(InterruptedError):
+                generate(twin, tokens(20), 30, past_key_values=cache, streamer=_Stopping(6))
+        text = torch.cat((whole, tokens(3)), dim=1)
+        turns.append((generate(twin, text, 9, past_key_values=cache), twin.report()))
+        assert twin.report().prefilled_tokens > 22
+    (due, report), (got, other) = turns
+    assert torch.equal(got, due)
+    assert other.prefilled_tokens == report.prefilled_tokens
+
+
+def test_a_step_that_was_interrupted_in_a_layer_is_not_gone_on_from() -> None:
+    model = exact("llama")
+    twin, cache = flocking.griffin(model, 0.5), cache_of(model, "dynamic")
+    calls = []
+
+    def hook(module: torch.nn.Module, args: tuple) -> None:
+        calls.append(module)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    twin.model.layers[1].register_forward_pre_hook(hook)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="a hook was registered"):
+        generate(twin, tokens(20), 30, past_key_values=cache)
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    assert len(lengths) == 2
+    assert twin._griffin.reader.known(cache, 1) is None

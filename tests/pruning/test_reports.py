@@ -69,3 +69,25 @@ def test_a_report_is_a_table() -> None:
     slow = dict(replace(report, selection_seconds=0.0123, copy_seconds=2.021).rows())
     assert slow["selecting neurons"] == "12.3 ms"
     assert slow["copying their weights"] == "2.02 s"
+
+
+def test_a_report_counts_prompts_and_not_their_beams() -> None:
+    model = helpers.build("mixtral")
+    ids = torch.arange(1, 4)[None]
+    found = set()
+    for more in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
+        twin = flocking.griffin(model, scope="sequence")
+        twin.generate(ids, max_new_tokens=2, pad_token_id=0, **more)
+        report = twin.report()
+        found.add((report.prefilled_tokens, report.unreached_experts))
+    assert len(found) == 1
+
+
+def test_a_selection_says_that_more_than_the_prompt_was_read() -> None:
+    twin = flocking.griffin(helpers.build("llama"), refresh=4)
+    ids = torch.arange(1, 10)[None]
+    twin.generate(ids, max_new_tokens=3, pad_token_id=0)
+    assert twin.selection.attrs["made_from"].endswith("the prompt had 9 tokens")
+    twin.generate(ids, max_new_tokens=7, min_new_tokens=7, pad_token_id=0)
+    told = twin.selection.attrs["made_from"]
+    assert told.endswith("made from 13 tokens of the text, read so far")
