@@ -69,7 +69,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
         others = values.drop(against) - values.loc[against]
         differences = _means(others, highest, seed, differences=True)
         differences = differences.reindex(values.index, fill_value=0.0)  # of itself, exactly
-        above = _means(values - chances, None, seed)
+        above = _means(values - chances, highest, seed, differences=True)
         codes = part.groupby("variant")["older"].agg(set)
         for key, own in part.groupby("variant", sort=False):
             variant = str(key)  # as what it is typed costs mypy ten minutes

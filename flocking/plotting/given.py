@@ -81,6 +81,41 @@ def refuse_other_density(found: xr.Dataset, other: xr.Dataset) -> None:
     )
 
 
+def density_for(
+    density: float | Iterable[float] | None, data: object, control: object
+) -> float | Iterable[float]:
+    """The density at which recordings are measured: as given, or else that of results beside them.
+
+    Parameters
+    ----------
+    density : float, iterable of float, or None
+        As given to a plot.
+    data, control : object
+        Recordings, results or None.
+
+    Raises
+    ------
+    ValueError
+        If results are of another density than is given, or do not say of which they are.
+    """
+    if density is not None and not isinstance(density, int | float | np.number):
+        density = list(density)
+    for name, one in (("data", data), ("control", control)):
+        if is_recording(one) or not isinstance(one, xr.Dataset | xr.DataArray):
+            continue
+        own = one.coords.get("density")
+        known = None if own is None or own.dims not in ((), ("layer",)) else own.values.tolist()
+        if density is None:
+            return 0.5 if known is None else known
+        if known is None or not np.array_equal(density, known):
+            told = "do not say theirs" if known is None else f"are of {known}"
+            raise ValueError(
+                f"density={density}: {name} are results, which {told}: leave density out, or give "
+                "a recording."
+            )
+    return 0.5 if density is None else density
+
+
 def summary(values: xr.DataArray, dim: str) -> xr.DataArray:
     """Mean over sequences with its interval, along `dim`.
 

@@ -15,6 +15,7 @@ from flocking import analysis
 from flocking.drawing import BLUE, CONTROL, HINDSIGHT, band, guide, is_dark, known
 from flocking.plotting.given import (
     above,
+    density_for,
     is_recording,
     leaving_no_figure,
     listed,
@@ -32,7 +33,7 @@ _MOST = 4  # prompt lengths that are told apart by shade and marker
 @leaving_no_figure
 def drift(
     data: xr.Dataset,
-    density: float | Iterable[float] = 0.5,
+    density: float | Iterable[float] | None = None,
     *,
     prompt_lengths: Iterable[int] | None = None,
     control: xr.Dataset | None = None,
@@ -46,7 +47,8 @@ def drift(
         A recording with windows, as of ``record(..., window=16)``; or results: what
         :func:`flocking.drift` returns, or its mean over sequences and layers.
     density : float or iterable of float
-        Fraction of neurons kept, or one for each layer. Of results, that which they have.
+        Fraction of neurons kept in a recording, or one for each layer; 0.5 by default, or that of
+        results which a recording is drawn beside. Results have theirs already.
     prompt_lengths : iterable of int, optional
         Tokens of the prompt, edges of windows: at most four. By default up to four, from the
         shortest to one of half the text.
@@ -84,6 +86,7 @@ def drift(
     ['best in hindsight', 'prompt of 17', 'prompt of 65', 'chance']
     """
     wanted = _lengths(prompt_lengths)
+    density = density_for(density, data, control)
     panels = several(axes, 2, (6.4, 5.2))
     found = _drifts(data, density, wanted)
     lengths = np.atleast_1d(found.prompt_length.values).tolist()

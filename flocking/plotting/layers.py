@@ -27,6 +27,7 @@ from flocking.plotting.given import (
     above,
     check_ax,
     compared,
+    density_for,
     free,
     is_recording,
     leaving_no_figure,
@@ -191,7 +192,7 @@ def _only(ax: Axes, label: str) -> tuple[list[Any], list[str]]:
 @leaving_no_figure
 def overlap(
     data: xr.Dataset | xr.DataArray,
-    density: float | Iterable[float] = 0.5,
+    density: float | Iterable[float] | None = None,
     *,
     control: xr.Dataset | xr.DataArray | None = None,
     ax: Axes | None = None,
@@ -206,7 +207,8 @@ def overlap(
         :func:`flocking.jaccard` returns, or its mean over sequences, as of
         :func:`flocking.bootstrap`.
     density : float or iterable of float
-        Fraction of neurons kept, or one for each layer. Of results, that which they have.
+        Fraction of neurons kept in a recording, or one for each layer; 0.5 by default, or that of
+        results which a recording is drawn beside. Results have theirs already.
     control : xarray.Dataset or xarray.DataArray, optional
         The same of random weights, as which it is drawn: a recording of ``flocking.control(model)``
         on the same texts.
@@ -227,7 +229,7 @@ def overlap(
         If `data` or `control` is neither a recording nor results, or `ax` no axes.
     ValueError
         If there is no generation, and one text only or texts shorter than two windows; if results
-        are no overlaps, or the control is of another density.
+        are no overlaps, or of another density than is given; or if the control is of another one.
 
     Examples
     --------
@@ -244,6 +246,7 @@ def overlap(
     >>> ax = flocking.plot.overlap(flocking.jaccard(early, late))
     """
     check_ax(ax)
+    density = density_for(density, data, control)
     drawn = [
         (_overlaps(given, density, name), style) for name, given, style in compared(data, control)
     ]

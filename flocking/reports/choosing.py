@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from flocking.evaluation.summary import beyond_others, is_divergence, is_loss, parts_of
+from flocking.evaluation.summary import (
+    beyond_others,
+    is_divergence,
+    is_loss,
+    is_of_tokens,
+    parts_of,
+)
 from flocking.reports.comparison import DIFFERENCES
 
 _ENERGY = "captured_energy"
@@ -61,13 +67,17 @@ def headline(metrics: Iterable[str]) -> str:
 
 
 def of_pairs(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """Of each task its headline, and beside a loss the divergence of most tokens."""
+    """Of losses and divergences those of most tokens; of other scores all.
+
+    Two ways to read the same answers can say opposite things, so that none is left out.
+    """
     keep = []
     for _, part in parts_of(contrasts, ["of", "task"]):
         names = part["metric"].unique().tolist()
         divergences = sorted(filter(is_divergence, names), key=_tokens)
-        wanted = {headline(names), *divergences[-1:]}
-        keep.append(part[part["metric"].isin(wanted)])
+        of_tokens = {headline(names), *divergences[-1:]}
+        scores = {name for name in names if not is_of_tokens(name)}
+        keep.append(part[part["metric"].isin(scores or of_tokens)])
     return pd.concat(keep) if keep else contrasts
 
 

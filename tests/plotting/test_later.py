@@ -170,3 +170,19 @@ def test_chance_of_densities_by_layer_is_their_mean(plain: xr.Dataset) -> None:
 def test_a_control_that_is_too_short_is_named(recording: xr.Dataset) -> None:
     with pytest.raises(ValueError, match="control has no window that begins after 17 tokens"):
         flocking.plot.drift(recording, control=recording.isel(window=slice(0, 3)))
+
+
+def test_a_density_that_results_do_not_have_is_refused(
+    plain: xr.Dataset, random: xr.Dataset
+) -> None:
+    """It would be ignored; a recording beside results is measured at theirs."""
+    drifts = flocking.drift(plain, 0.25, prompt_lengths=[9])
+    overlaps = flocking.between_sequence_overlap(plain, 0.25)
+    for draw, found in ((flocking.plot.drift, drifts), (flocking.plot.overlap, overlaps)):
+        with pytest.raises(ValueError, match=r"density=0\.5: data are results, which are of 0\.25"):
+            draw(found, 0.5)
+        draw(found, 0.25)
+        draw(found, control=random)
+    with pytest.raises(ValueError, match="data are results, which do not say theirs: leave"):
+        flocking.plot.overlap(overlaps.drop_vars("density"), 0.25)
+    plt.close("all")
