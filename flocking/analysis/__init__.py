@@ -21,6 +21,7 @@ from flocking.analysis.overlap import (
     jaccard,
     overlap_of,
     prompt_generation_overlap,
+    where_reached,
 )
 from flocking.analysis.prompt_lengths import drift
 from flocking.analysis.provenance import is_changed, made_of, mark_of, marked, said_by
@@ -86,4 +87,5 @@ __all__ = [
     "tails",
     "top_k",
     "weight_magnitude",
+    "where_reached",
 ]

@@ -323,7 +323,7 @@ def overlap_of(
     xarray.DataArray, float64
         As of :func:`jaccard`.
     """
-    in_both = _reached(first) & _reached(second)
+    in_both = where_reached(first) & where_reached(second)
     one, other = (select(part, density, densities=densities) for part in (first, second))
     return jaccard(one & in_both, other & in_both)
 
@@ -432,7 +432,7 @@ def _overlap_of_halves(
         energy = recording.energy.isel(window=part).sum("window", dtype=np.float64, skipna=False)
         values = np.sqrt(energy.compute())
         kept = select(values, density).transpose(*dims)
-        arrays += [kept.values, _reached(values).transpose(*dims).values]
+        arrays += [kept.values, where_reached(values).transpose(*dims).values]
     coordinates = {name: c for name, c in kept.coords.items() if "neuron" not in c.dims}
     return xr.DataArray(
         np.moveaxis(overlap_of_all(*arrays), 0, -1),
@@ -441,8 +441,14 @@ def _overlap_of_halves(
     )
 
 
-def _reached(values: xr.DataArray) -> xr.DataArray:
-    """Which neurons of a statistic are of experts that had any token; all of a dense block."""
+def where_reached(values: xr.DataArray) -> xr.DataArray:
+    """Which neurons of a statistic are of experts that had any token; all of a dense block.
+
+    Parameters
+    ----------
+    values : xarray.DataArray, (..., layer, neuron)
+        A statistic or energies, with coordinates ``d_ff`` and ``experts`` if layers differ.
+    """
     widths = values.coords.get("d_ff", xr.DataArray(values.sizes["neuron"]))
     mixtures = values.coords.get("experts", xr.DataArray(1))
     by_layer = values.transpose("layer", ..., "neuron")

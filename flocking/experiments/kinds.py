@@ -147,13 +147,18 @@ def _overlaps(energy: xr.DataArray, names: list[str]) -> xr.DataArray:
 
 
 def _shares(energy: xr.DataArray, kinds: int) -> xr.DataArray:
-    """Share of neurons kept by so many kinds, of pieces that follow each other, (kinds,)."""
+    """Share of neurons kept by so many kinds, of pieces that follow each other, (kinds,).
+
+    In mixtures, of the neurons in experts that every kind reaches: what is kept in another one says
+    nothing about the kind.
+    """
     count = energy.sizes["sequence"] // kinds
-    whole = energy.values.reshape(kinds, count, *energy.shape[1:]).sum(axis=1)
-    times = _kept(_like(energy, whole)).sum("sequence")
-    inside = xr.DataArray(np.arange(times.sizes["neuron"]), dims="neuron") < energy.d_ff
+    sums = energy.values.reshape(kinds, count, *energy.shape[1:]).sum(axis=1)
+    whole = _like(energy, sums)
+    times = _kept(whole).sum("sequence")
+    inside = analysis.where_reached(whole).all("sequence")
     shares = [
-        float((((times == number) & inside).sum("neuron") / energy.d_ff).mean("layer"))
+        float((((times == number) & inside).sum("neuron") / inside.sum("neuron")).mean("layer"))
         for number in range(kinds + 1)
     ]
     return xr.DataArray(shares, {"kinds": range(kinds + 1)}, ("kinds",))

@@ -107,10 +107,9 @@ def is_even(cache: Any) -> bool:
     as recurrent ones, do not tell.
     """
     layers = cache.layers if isinstance(cache, Cache) else []
-    if not all(isinstance(layer, DynamicLayer | StaticLayer) for layer in layers):
-        return False
-    lengths = {int(layer.get_seq_length()) for layer in layers}
-    return len(lengths) == 1 and all(map(_is_whole, layers))
+    known = [layer for layer in layers if isinstance(layer, DynamicLayer | StaticLayer)]
+    lengths = {int(layer.get_seq_length()) for layer in known}
+    return len(known) == len(layers) and len(lengths) == 1 and all(map(_is_whole, known))
 
 
 def _is_whole(layer: Any) -> bool:

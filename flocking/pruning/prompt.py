@@ -79,6 +79,19 @@ class Read:
 class Reader:
     """Reads prompts with the full model, and remembers what was read into which cache.
 
+    A :class:`Read` begins open, while a twin writes behind the prompt. When the twin has ended, it
+    is sealed. A later turn goes on from it only if the cache is still as it was sealed.
+
+    ===================  ======================================  ==============================
+    what happens         call                                    the read is then
+    ===================  ======================================  ==============================
+    a prompt was read    :meth:`read`, :meth:`remember`          open
+    generation ended     :meth:`seal`                            sealed
+    it was interrupted   :meth:`seal_if_even`                    sealed, or open for good
+    another turn begins  :meth:`earlier`, if :meth:`known`       read on from, in a new one
+    reading on failed    :meth:`forget`                          gone
+    ===================  ======================================  ==============================
+
     Parameters
     ----------
     full : transformers.PreTrainedModel

@@ -21,7 +21,13 @@ from flocking.pruning.twin import Twin, is_whole
 
 
 class RefreshingTwin(Twin):
-    """What a twin's class adds to its model's if it refreshes its selection."""
+    """What a twin's class adds to its model's if it refreshes its selection.
+
+    ``generate`` asks for a step's inputs, then calls the model with them. Where a refresh is due,
+    the inputs are those of all tokens since the last one, and the full model reads them at once,
+    before the call: its outputs are what the call then returns. A call is known to be that one
+    by its very tensor of token ids.
+    """
 
     # What the full model gave for inputs that the twin is about to be called with, or None.
     _reread: tuple[Tensor, Any] | None = None

@@ -98,3 +98,15 @@ def test_its_caption_has_its_numbers(data: xr.Dataset) -> None:
     assert f"of one kind: model {within:.2f} [" in data.attrs["caption"]
     none = float(data.share.sel(weights="trained", dealt="by kind", kinds=0))
     assert f"by none: {none:.3f}" in data.attrs["caption"]
+
+
+def test_experts_that_a_kind_does_not_reach_are_no_neurons_of_all_kinds() -> None:
+    """Two kinds, two experts of four neurons: the second kind has no token in the second expert."""
+    values = np.array([[4, 3, 2, 1, 4, 3, 2, 1], [1, 2, 3, 4, 0, 0, 0, 0]], dtype=float)
+    energy = xr.DataArray(
+        values[:, None],
+        {"sequence": [0, 1], "layer": [0], "d_ff": ("layer", [8]), "experts": ("layer", [2])},
+        ("sequence", "layer", "neuron"),
+    )
+    found = kinds._shares(energy, 2)
+    assert found.values.tolist() == [0, 1, 0]  # of the first expert, each is kept by one kind
