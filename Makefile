@@ -41,8 +41,9 @@ test: env $(VENV)/torchao $(VENV)/dask $(VENV)/llama-cpp $(KERNELS)  ## ruff, im
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
-	PYTHONPATH=$(VENV)/dask OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/analysis/test_subsets.py tests/analysis/test_chunked.py \
-		tests/analysis/test_memory.py tests/recording/test_concat.py -k "chunked or memory"
+	PYTHONPATH=$(VENV)/dask OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -k "chunked or memory" \
+		tests/analysis/test_subsets.py tests/analysis/test_chunked.py tests/analysis/test_memory.py \
+		tests/recording/test_concat.py tests/recording/test_stores.py
 	PYTHONPATH=$(VENV)/llama-cpp OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/*/test_*llama_cpp.py
 	$(if $(KERNELS),TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/recording/test_kernels.py)
 	@if $(MAKE) --no-print-directory $(VENV)/.docs; then $(MAKE) --no-print-directory docs; \

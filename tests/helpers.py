@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 import transformers as tf
 import xarray as xr
@@ -207,6 +209,27 @@ def hooks_of(model: tf.PreTrainedModel) -> list[object]:
     """Every hook registered anywhere in the model."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [h for m in model.modules() for kind in kinds for h in getattr(m, kind).values()]
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """All that is in a folder: bytes of files, None of folders."""
+    return {
+        path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+    }
+
+
+def count_fed(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of a sequence in each forward pass from now on, of all models of the same class."""
+    fed: list[int] = []
+    kind = type(model.base_model)
+    forward = kind.forward
+
+    def counted(self: tf.PreTrainedModel, *args: object, **kwargs: object) -> object:
+        fed.append(kwargs["input_ids"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    return fed
 
 
 def record(model: tf.PreTrainedModel, text: object, **kwargs: object) -> xr.Dataset:

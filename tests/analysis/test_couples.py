@@ -14,7 +14,7 @@ import xarray as xr
 from scipy import stats
 
 import flocking
-from flocking.analysis import couples
+from flocking.analysis import between, couples, overlap
 
 NAMES = [f"text {letter}" for letter in "dbaecf"]
 
@@ -116,14 +116,25 @@ def test_groups_hold_every_pair_once_and_few_sequences() -> None:
 
 
 def test_cost_does_not_grow_with_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences outside the drawn pairs are not looked at."""
-    recording = made()
-    drawn = flocking.between_consistency(recording, pairs=2, seed=0)
-    used = {*drawn.sequence.values.tolist(), *drawn.other.values.tolist()}
-    assert len(used) < 6
-    masked = recording.copy()
-    masked["mass"] = recording.mass.where(recording.sequence.isin([*used]))
-    xr.testing.assert_identical(flocking.between_consistency(masked, pairs=2, seed=0), drawn)
+    """Sequences outside the drawn pairs are not looked at, and the others once."""
+    measured: list[str] = []
+    of_pairs = couples.of_pairs
+
+    def counted(recording: xr.Dataset, drawn: np.ndarray, matrix: Any, each: int) -> Any:
+        def counting(part: xr.Dataset) -> Any:
+            measured.extend(part.sequence.values.tolist())
+            return matrix(part)
+
+        return of_pairs(recording, drawn, counting, each)
+
+    for room in (between, overlap):
+        monkeypatch.setattr(room, "of_pairs", counted)
+    for measure, _ in MEASURES.values():
+        measured.clear()
+        drawn = measure(made(), pairs=2, seed=0)
+        used = {*drawn.sequence.values.tolist(), *drawn.other.values.tolist()}
+        assert len(used) < 6
+        assert sorted(measured) == sorted(used)
 
 
 @pytest.mark.parametrize(

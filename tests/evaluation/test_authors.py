@@ -44,8 +44,15 @@ def opening(shallow: tuple) -> tf.PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model(opening: tf.PreTrainedTokenizerBase) -> tf.PreTrainedModel:
+    """One that ends what it writes after the first prompt: with what was its 61st token there."""
     built = helpers.build("llama", vocab_size=len(opening), max_position_embeddings=512)
     built.generation_config.eos_token_id = opening.eos_token_id
+    ids = opening(prompts()[0], add_special_tokens=False, return_tensors="pt").input_ids
+    text = helpers.generate(built, ids, 61)[0, ids.shape[1] :].tolist()
+    assert text.index(text[60]) >= 20
+    (end,) = opening("###", add_special_tokens=False).input_ids
+    weight = built.lm_head.weight.data
+    weight[[end, text[60]]] = weight[[text[60], end]]
     return built
 
 
@@ -55,10 +62,11 @@ def theirs(
     requests: list[dict],
     greedy: bool,
     special: bool = False,
-) -> dict[int, dict]:
-    """The loop of their program, with their fields, but for the seed, which is set each time."""
-    from rouge import Rouge
+) -> dict[int, tuple[int, str]]:
+    """The loop of their program, but for the seed, which is set each time.
 
+    Of each item that is not skipped, the prompt's length and the summary.
+    """
     found = {}
     for number, request in enumerate(requests):
         ids = tokenizer(
@@ -80,21 +88,22 @@ def theirs(
                 pad_token_id=0,
             )
         text = tokenizer.decode(output.squeeze(0)[len(ids[0]) :])
-        text = text[: text.find("###")]
-        scores = Rouge().get_scores(text, request["summary_gt"])[0]
-        found[number] = {"ids": len(ids[0]), **{n: scores[n]["f"] for n in scores}}
+        found[number] = len(ids[0]), text[: text.find("###")]
     return found
 
 
-def written(folder: Path) -> list[dict]:
-    passages = flocking.passages()
+def prompts() -> list[str]:
+    return [
+        f"###\nArticle: {passage[:size]}\n\nSummarize the above article in 1 sentence.\n"
+        for passage, size in zip(flocking.passages()[:4], (300, 4000, 500, 400), strict=True)
+    ]
+
+
+def written(folder: Path, summaries: dict[int, str] | None = None) -> list[dict]:
+    """Items in a file; each has a part of its article as its summary, unless another is given."""
     requests = [
-        {
-            "article": f"###\nArticle: {passage[:size]}\n\nSummarize the above article in 1 "
-            "sentence.\n",
-            "summary_gt": passage[200:400],
-        }
-        for passage, size in zip(passages[:4], (300, 4000, 500, 400), strict=True)
+        {"article": prompt, "summary_gt": (summaries or {}).get(number, prompt[50:250])}
+        for number, prompt in enumerate(prompts())
     ]
     (folder / "xsum_1shot.jsonl").write_text("\n".join(map(json.dumps, requests)))
     return requests
@@ -104,8 +113,17 @@ def written(folder: Path) -> list[dict]:
 def test_summaries_are_those_of_their_program(
     model: tf.PreTrainedModel, opening: tf.PreTrainedTokenizerBase, tmp_path: Path, protocol: str
 ) -> None:
-    """Full and pruned, sampled and greedy, also where a run goes on; long items are skipped."""
-    requests = written(tmp_path)
+    """Full and pruned, sampled and greedy, also where a run goes on; long items are skipped.
+
+    The references are what the full model writes by their program, so that it scores 1.
+    """
+    from rouge import Rouge
+
+    greedy = protocol == "authors-greedy"
+    own = theirs(model, opening, written(tmp_path), greedy)
+    requests = written(tmp_path, {number: text for number, (_, text) in own.items()})
+    if greedy:  # one summary was cut at its end
+        assert len(opening(own[0][1])["input_ids"]) < 70 < len(opening(own[2][1])["input_ids"])
     lines: list[str] = []
     plan = Plan(["xsum"], methods=["topk"], protocol=protocol, data_dir=tmp_path)
     assert plan.questions()[0].limit == 1000
@@ -113,14 +131,17 @@ def test_summaries_are_those_of_their_program(
     found = runner.evaluate(model, opening, plan, say=lines.append, **options)
     assert lines[0] == "xsum: 1 of 4 items are too long, and are skipped."
     for subject, method in ((model, "full"), (flocking.griffin(model), "topk")):
-        expected = theirs(subject, opening, requests, protocol == "authors-greedy")
+        expected = theirs(subject, opening, requests, greedy)
         assert set(expected) == {0, 2, 3}
         rows = found[found["method"] == method]
         assert set(rows["item"]) == set(expected)
         for row in rows.itertuples():
+            length, text = expected[row.item]
+            scores = Rouge().get_scores(text, requests[row.item]["summary_gt"])[0]
             name = {"rouge1": "rouge-1", "rouge2": "rouge-2", "rougeL": "rouge-l"}[row.metric]
-            assert row.value == expected[row.item][name]
-            assert row.prompt_tokens == expected[row.item]["ids"]
+            assert row.value == scores[name]["f"]
+            assert (row.value > 0.999) == (method == "full")
+            assert row.prompt_tokens == length
     pd.testing.assert_frame_equal(runner.evaluate(model, opening, plan, **options), found)
 
 
@@ -145,7 +166,7 @@ def test_gemmas_prompts_are_opened(opening: tf.PreTrainedTokenizerBase, tmp_path
     plan = Plan(["xsum"], methods=[], protocol="authors-greedy", limit=1, data_dir=tmp_path)
     found = runner.evaluate(gemma, opening, plan)
     expected = theirs(gemma, opening, requests, greedy=True, special=True)
-    assert set(found["prompt_tokens"]) == {expected[0]["ids"]}
+    assert set(found["prompt_tokens"]) == {expected[0][0]}
 
 
 def test_classification_is_by_the_last_token_without_an_opening(

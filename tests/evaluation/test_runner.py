@@ -111,18 +111,37 @@ def test_batches_and_repetition_change_nothing(
     pd.testing.assert_frame_equal(again, items)
 
 
-def test_last_token_is_a_direct_computation(shallow: tuple, evaluate: Callable) -> None:
+def test_last_token_is_a_direct_computation(
+    shallow: tuple, evaluate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """BoolQ: neurons are selected from all tokens but the last one that is fed, which is pruned."""
     model, tokenizer = shallow
+    answers: dict[tuple[bool, int, str], float] = {}
+    plain = GriffinLM.loglikelihood
+
+    def noted(self: GriffinLM, requests: list, **options: bool) -> list[tuple[float, bool]]:
+        given = plain(self, requests, **options)
+        for one, (likelihood, _) in zip(requests, given, strict=True):
+            answers[self.model is model, one.doc_id, one.args[1]] = likelihood
+        return given
+
+    monkeypatch.setattr(GriffinLM, "loglikelihood", noted)
     found = evaluate(["boolq"], methods=["topk"], protocol="last-token")
     twin = flocking.griffin(model)
     for row, line in enumerate((TASKS / "boolq.jsonl").read_text().splitlines()):
         item = json.loads(line)
         prompt = f"{item['passage']}\nQuestion: {item['question']}?\nAnswer:"
-        no, yes = (
-            float(flocking.score(twin, prompt, x, tokenizer=tokenizer, protocol="last-token").sum())
-            for x in (" no", " yes")
-        )
+        for subject in (model, twin):
+            no, yes = (
+                float(
+                    flocking.score(
+                        subject, prompt, x, tokenizer=tokenizer, protocol="last-token"
+                    ).sum()
+                )
+                for x in (" no", " yes")
+            )
+            said = (answers[subject is model, row, x] for x in (" no", " yes"))
+            assert tuple(said) == pytest.approx((no, yes), rel=1e-5)
         value = found[(found["method"] == "topk") & (found["item"] == row)]["value"].item()
         assert value == ((yes > no) == item["label"])
 

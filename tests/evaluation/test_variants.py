@@ -24,6 +24,7 @@ from flocking.evaluation.cells import Cells
 from flocking.evaluation.harness import GriffinLM
 from flocking.evaluation.plan import Plan
 from flocking.evaluation.sharing import Shared
+from flocking.evaluation.twins import share_of
 from flocking.evaluation.variants import FULL, Twinned, Variant, variants_of
 from flocking.pruning.prompt import Reader
 
@@ -98,26 +99,41 @@ def test_prompts_are_read_once(small: tuple, monkeypatch: pytest.MonkeyPatch) ->
         assert len(read) == 1 + (len(methods) if task == "xsum" else 0)
 
 
-def test_refreshed_and_shared_selections(small: tuple) -> None:
-    """What they write is what their twins write, alone or in batches of so many prompts."""
+OTHERS = {
+    "refreshed-4": {"refresh": 4, "batch_size": 1},
+    "shared-2": {"scope": "shared", "batch_size": 2},
+    "topk": {"batch_size": 1},
+}
+
+
+@pytest.mark.parametrize("referred", OTHERS)
+def test_refreshed_and_shared_selections(small: tuple, referred: str, tmp_path: Path) -> None:
+    """What they write is what their twins write, alone or in batches of so many prompts.
+
+    The references are what one of these twins writes: it alone scores 1.
+    """
     model, tokenizer = small
-    methods = ["refreshed-4", "shared-2", "topk"]
-    plan = Plan(["xsum"], methods=methods, data_dir=TASKS)
-    found = runner.evaluate(model, tokenizer, plan, batch_size=1, say=lambda line: None)
     lm = GriffinLM(model, tokenizer=tokenizer, method="full")
+    (question,) = Plan(["xsum"], methods=[], data_dir=TASKS).questions()
+    (block,) = blocks_of(lm, question, 2)
+    written = {
+        method: GriffinLM(model, tokenizer=tokenizer, density=0.5, **options).generate_until(
+            list(block.requests), disable_tqdm=True
+        )
+        for method, options in OTHERS.items()
+    }
+    rows = [json.loads(line) for line in (TASKS / "xsum.jsonl").read_text().splitlines()]
+    changed = [row | {"reference": text} for row, text in zip(rows, written[referred], strict=True)]
+    (tmp_path / "xsum.jsonl").write_text("\n".join(map(json.dumps, changed)))
+    plan = Plan(["xsum"], methods=[*OTHERS], data_dir=tmp_path)
+    found = runner.evaluate(model, tokenizer, plan, batch_size=1, say=lambda line: None)
     (block,) = blocks_of(lm, plan.questions()[0], 2)
-    for method, options in (
-        ("refreshed-4", {"refresh": 4, "batch_size": 1}),
-        ("shared-2", {"scope": "shared", "batch_size": 2}),
-        ("topk", {"batch_size": 1}),
-    ):
-        one = GriffinLM(model, tokenizer=tokenizer, density=0.5, **options)
-        texts = one.generate_until(list(block.requests), disable_tqdm=True)
-        task = block.question.task
-        for item, (document, text) in enumerate(zip(block.documents, texts, strict=False)):
-            expected = task.process_results(document, [text])
-            rows = found[(found["method"] == method) & (found["item"] == item)]
-            assert dict(zip(rows["metric"], rows["value"], strict=True)) == expected
+    for method, texts in written.items():
+        for item, text in enumerate(texts):
+            expected = block.question.task.process_results(block.documents[item], [text])
+            own = found[(found["method"] == method) & (found["item"] == item)]
+            assert dict(zip(own["metric"], own["value"], strict=True)) == expected
+            assert (own["value"] == 1).all() == (method == referred)
 
 
 def test_shared_selections_are_for_texts_that_are_written(small: tuple) -> None:
@@ -181,8 +197,10 @@ def test_a_batch_of_texts_has_neurons_of_each(
         answered(list(block.requests), disable_tqdm=True)
         held = copies * 0.5 * twins.ff_bytes(model)
         assert lm.model.report().compact_bytes == pytest.approx(held, rel=0.01)
-        foreseen = estimate.memory_of(model, [([FULL, Variant("topk", 0.5)], copies)])
-        assert f"{held / 1e9:.1f} GB for its twins'" in foreseen
+        with monkeypatch.context() as changed:  # to a size that is seen in GB
+            changed.setattr(estimate, "ff_bytes", lambda model: 8e9)
+            foreseen = estimate.memory_of(model, [([FULL, Variant("topk", 0.5)], copies)])
+        assert f"and {copies * 4}.0 GB for its twins'" in foreseen
     assert estimate.copies_of(lm, question, [block], texts=4) == 1
     variants = variants_of(["topk", "random"], [0.5])
     monkeypatch.setattr(twins, "mapped_bytes", lambda model: 0)
@@ -266,10 +284,34 @@ def test_neurons_that_all_texts_have_are_held_once(small: tuple, method: str) ->
     assert lm.generate_until(list(block.requests), disable_tqdm=True) == apart
     held = 0.5 * twins.ff_bytes(model)
     assert twin.report().compact_bytes == pytest.approx(held, rel=0.01)
-    foreseen = estimate.memory_of(
-        model, [([FULL, variant], estimate.copies_of(lm, question, [block]))]
-    )
-    assert f"{held / 1e9:.1f} GB for its twins'" in foreseen
+    assert estimate.copies_of(lm, question, [block]) == 2
+    assert share_of(variant, 2) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        ([(["full"], 4)], "0.0"),
+        ([(["full", "topk"], 1)], "4.0"),
+        ([(["full", "topk"], 3)], "12.0"),
+        ([(["full", "magnitude", "static"], 3)], "8.0"),  # of which all texts have one selection
+        ([(["topk@0.25", "magnitude@0.1"], 2)], "4.8"),
+        ([(["topk"], 1), (["topk", "random@0.25"], 2), (["full"], 8)], "12.0"),  # not all at once
+        ([], "0.0"),
+    ],
+)
+def test_memory_in_words(
+    small: tuple, groups: list, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "ff_bytes", lambda model: 8e9)
+    monkeypatch.setattr(estimate, "byte_count", lambda weight: 2e8)
+    weights = len([*small[0].parameters()]) * 0.2
+    given = [
+        ([one for one in variants_of(names, [0.5]) if one != FULL or "full" in names], copies)
+        for names, copies in groups
+    ]
+    expected = f"{weights:.1f} GB for the model's weights and {told} GB for its twins'"
+    assert estimate.memory_of(small[0], given) == expected
 
 
 def test_work_is_counted(small: tuple) -> None:

@@ -438,7 +438,10 @@ def test_long_texts_are_recorded_in_chunks(name: str, monkeypatch: pytest.Monkey
     (text,) = random_ids(50)
     expected = flocking.record(build(name), text, progress=False)
     monkeypatch.setattr("flocking.models.capabilities.CHUNK_TOKENS", 16)
-    got = flocking.record(build(name), text, progress=False)
+    model = build(name)
+    fed = helpers.count_fed(model, monkeypatch)
+    got = flocking.record(model, text, progress=False)
+    assert fed[-4:] == [16, 16, 16, 2]
     assert np.allclose(got.energy, expected.energy, atol=1e-4)
 
 

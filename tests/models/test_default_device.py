@@ -20,8 +20,6 @@ from flocking.pruning import graphs
 
 IDS = helpers.random_ids(20, 20)
 LATER = helpers.random_ids(5, seed=1)[0]
-METHODS = ("topk", "half-sampled", "static")
-SCOPES = ("sequence", "shared", "shared")
 
 
 @contextmanager

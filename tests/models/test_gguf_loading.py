@@ -151,11 +151,19 @@ def test_a_copy_whose_texts_are_split_otherwise_is_another(file: Path, counted: 
 
 
 def test_converted_once_and_said_before(
-    file: Path, cache: Path, counted: list[Path], capfd: pytest.CaptureFixture[str]
+    file: Path,
+    cache: Path,
+    counted: list[Path],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flocking.load(file)
+    of_weights = dequantising._size  # 4,000 times as large, to be seen in GB
+    monkeypatch.setattr(dequantising, "_size", lambda contents: 4000 * of_weights(contents))
+    size = 16_000 * sum(p.numel() for p in flocking.load(file)[0].parameters())
+    assert size > 1e9
     said = capfd.readouterr().err
-    assert "birds.Q8_0.gguf: its weights are converted to float32 once, 0.0 GB in" in said
+    once = f"birds.Q8_0.gguf: its weights are converted to float32 once, {size / 1e9:.1f} GB in"
+    assert once in said
     assert str(cache) in said
     flocking.load(file)
     assert "converted" not in capfd.readouterr().err

@@ -243,6 +243,18 @@ def test_refuses_an_output_that_is_not_finite(llama: tf.PreTrainedModel) -> None
         allocate(llama, random_ids(29))
 
 
+def test_refuses_an_output_that_is_not_finite_when_a_layer_is_pruned(
+    llama: tf.PreTrainedModel,
+) -> None:
+    """Of the full model, it is."""
+    llama.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda module, args, output: output * torch.inf if (args[0] == 0).any() else None
+    )
+    why = r"^the model's output is not finite in text 0, with layer 1 pruned: no harm can be"
+    with pytest.raises(ValueError, match=why):
+        harms_of(llama, random_ids(29))
+
+
 def test_a_model_that_is_trained_with_checkpointing() -> None:
     """No gradient is taken, so that blocks do not run again for one."""
     model = build("llama")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 import xarray as xr
-from helpers import build, generate, letters, tokens
+from helpers import build, contents, generate, letters, tokens
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -34,11 +34,11 @@ def refused(
     **more,
 ) -> None:
     """One sentence or two, and the disk is as before."""
-    before = sorted(folder.rglob("*"))
+    before = contents(folder)
     with pytest.raises(kind, match=text) as caught:
         flocking.export(model, kept, folder / "out", **more)
     assert "\n" not in str(caught.value)
-    assert sorted(folder.rglob("*")) == before
+    assert contents(folder) == before
 
 
 @pytest.fixture

@@ -75,6 +75,15 @@ def test_half_sampling_keeps_the_highest() -> None:
     assert set(kept) != set(statistic.topk(40).indices.tolist())
 
 
+def test_half_sampling_draws_the_others_in_proportion() -> None:
+    """Of five, one is kept always: the shares of the other, within five standard errors."""
+    statistic, n = torch.tensor([10.0, 1, 2, 3, 4], dtype=torch.float64), 20_000
+    kept = scores_of("half-sampled", statistic.expand(n, 5), k=2).topk(2).indices
+    assert (kept[:, 0] == 0).all()
+    shares = np.bincount(kept[:, 1].numpy(), minlength=5) / n
+    np.testing.assert_allclose(shares, [0, 0.1, 0.2, 0.3, 0.4], atol=0.018)
+
+
 def test_magnitude_is_the_weights(llama: tf.PreTrainedModel) -> None:
     twin = flocking.griffin(llama, 0.5, method="magnitude")
     generate(twin, tokens(20))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 import xarray as xr
-from helpers import build, letters
+from helpers import build, contents, letters
 
 import flocking
 
@@ -18,10 +18,6 @@ import flocking
 @pytest.fixture
 def kept(llama: tf.PreTrainedModel) -> xr.DataArray:
     return flocking.select(flocking.weight_magnitude(llama), 0.5)
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize(

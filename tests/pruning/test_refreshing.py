@@ -89,6 +89,17 @@ def test_gives_what_masks_by_hand_give(name: str, refresh: int) -> None:
     assert (as_masks(twin, model) == np.stack([masks[b.layer] for b in feedforwards(model)])).all()
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_mixture_selects_from_all_that_was_read(name: str) -> None:
+    model = exact(name)
+    twin = flocking.griffin(model, 0.5, refresh=6)
+    text = generate(twin, tokens(20), 14)
+    assert twin.history.position.values.tolist() == [20, 26, 32]
+    due = expected_selection(model, text[:, :32])[0]
+    assert (due != expected_selection(model, text[:, :26])[0]).any()
+    assert (as_masks(twin, model) == due).all()
+
+
 def test_every_token_is_the_full_models(each: tf.PreTrainedModel) -> None:
     ids = tokens(20)
     twin = flocking.griffin(each, 0.5, refresh=1)

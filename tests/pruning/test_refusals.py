@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers import ARCHITECTURES, VOCABULARY, as_masks, build, expected_selecti
 from torch import Tensor
 
 import flocking
+from flocking.pruning import build as building
 
 
 @pytest.mark.parametrize(
@@ -248,3 +250,36 @@ def test_what_needs_no_model_is_refused_before_it_is_tried(monkeypatch: pytest.M
     ):
         with pytest.raises((ValueError, TypeError), match=why):
             flocking.griffin(llama, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "computed"),
+    [
+        (lambda states: states[:, 1:], 8),
+        (lambda states: torch.cat((states, states[:, -1:]), dim=1), 10),
+    ],
+    ids=["dropped", "repeated"],
+)
+def test_refuses_a_model_that_computes_other_tokens_than_it_was_given(
+    llama: tf.PreTrainedModel, change: Callable[[Tensor], Tensor], computed: int
+) -> None:
+    """Their activations would not be those of the prompt's tokens."""
+    llama.model.embed_tokens.register_forward_hook(lambda module, args, output: change(output))
+    twin = flocking.griffin(llama)
+    (head,) = tokens(9).tolist()
+    why = f"was given 9 tokens a sequence and computed {computed}: it added, dropped or repeated"
+    with pytest.raises(RuntimeError, match=why):
+        flocking.score(twin, head, [5, 6])
+    with pytest.raises(RuntimeError, match="this twin has no selection yet"):
+        _ = twin.selection
+
+
+def test_refuses_to_refresh_over_a_cache_that_cannot_go_back(
+    llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "rewinds", lambda model: False)
+    flocking.griffin(llama)
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM cannot read tokens again .*: leave refresh out"
+    ):
+        flocking.griffin(llama, refresh=4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from helpers import build, random_ids
+from helpers import build, generate, random_ids
 from torch import Tensor
 
 import flocking
@@ -62,6 +62,21 @@ def test_branches_are_each_alone(generating: tf.PreTrainedModel, scope: str) -> 
             due = flocking.score(subject, head, tail)
             np.testing.assert_allclose(likelihoods.numpy(), due.values, rtol=1e-4, atol=2e-5)
             assert greedy.shape == likelihoods.shape
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_branches_say_which_tokens_are_the_likeliest(size: int) -> None:
+    """All of those that a model writes; where one was changed, not that one."""
+    model = build("llama")
+    (head,) = random_ids(12)
+    for subject in (flocking.griffin(model), model):
+        ids = torch.tensor([head])
+        whole = generate(subject, ids, 6)[0]
+        changed = whole.clone()
+        changed[12 + 2] = (changed[12 + 2] + 1) % 128
+        ((_, found),) = branches([subject], [whole, changed], [6, 6], 12, size=size)
+        assert found[0][1].all()
+        assert found[1][1][:3].tolist() == [True, True, False]
 
 
 @pytest.mark.filterwarnings("ignore:.*falling back to its reference")

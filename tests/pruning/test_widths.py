@@ -167,6 +167,31 @@ def test_what_a_class_makes_of_a_width_is_found(tmp_path: Path) -> None:
     assert_close(logits(again, tokens(9)), logits(masked(model, kept), tokens(9)))
 
 
+class Picky(tf.LlamaForCausalLM):
+    """Widths are multiples of 32, or there is no model."""
+
+    config_class = OddConfig
+
+    def __init__(self, config: OddConfig) -> None:
+        if config.intermediate_size % 32:
+            raise ValueError("intermediate_size has to be a multiple of 32\n(it is not)")
+        super().__init__(config)
+
+
+def test_widths_that_a_class_does_not_take_are_named(tmp_path: Path) -> None:
+    """And those that it takes are exported."""
+    model = own(Picky, intermediate_size=192)
+    with pytest.raises(
+        ValueError,
+        match=r"^Picky cannot be made with FF blocks of 94 neurons \(ValueError: intermediate_size "
+        r"has to be a multiple of 32\): keep another number\.$",
+    ):
+        flocking.export(model, selected(model), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    kept = flocking.select(flocking.weight_magnitude(model), 0.5)
+    assert set(flocking.export(model, kept, tmp_path / "out").stored.values()) == {96}
+
+
 def test_layers_that_stay_whole_need_no_field(tmp_path: Path) -> None:
     """Experts that keep all of their neurons are not in the way of dense layers."""
     model = made("deepseek_v3")

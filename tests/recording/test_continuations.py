@@ -131,7 +131,9 @@ def test_in_chunks(llama: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -
     texts = helpers.random_ids(60, 41)
     whole = record(llama, texts, prompt_tokens=[7, 30], window=8)
     monkeypatch.setattr(capabilities, "CHUNK_TOKENS", 14)
+    fed = helpers.count_fed(llama, monkeypatch)
     assert_same(record(llama, texts, prompt_tokens=[7, 30], window=8), whole)
+    assert fed[-9:] == [7] * 8 + [4]
 
 
 def test_strings_are_joined_without_special_tokens(llama: tf.PreTrainedModel) -> None:

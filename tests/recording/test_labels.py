@@ -52,15 +52,7 @@ def test_special_tokens_are_as_the_tokenizer_adds_them(llama: tf.PreTrainedModel
 @pytest.fixture
 def bos() -> tf.PreTrainedTokenizerFast:
     """A tokenizer of single letters that adds a beginning-of-sequence token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {"<unk>": 0, "<s>": 1, "a": 10, "b": 11}
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    letters.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return tf.PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", unk_token="<unk>")
+    return helpers.letters("<s> $A")
 
 
 LEFT_PADDED = {

@@ -68,16 +68,8 @@ def test_chunks_equal_one_pass(tiny: tf.PreTrainedModel, monkeypatch: pytest.Mon
     """Longer than the sliding windows of the models that have one, and padded."""
     texts = helpers.random_ids(60, 41)
     whole = record(tiny, texts, window=8)
-    fed = []
-    forward = type(tiny.base_model).forward
     monkeypatch.setattr(capabilities, "CHUNK_TOKENS", 14)
-    monkeypatch.setattr(
-        type(tiny.base_model),
-        "forward",
-        lambda self, *args, **kwargs: (
-            fed.append(kwargs["input_ids"].shape[1]) or forward(self, *args, **kwargs)
-        ),
-    )
+    fed = helpers.count_fed(tiny, monkeypatch)
     assert_same(record(tiny, texts, window=8), whole)
     causal = tiny.config.model_type != "bert"  # in chunks, a bidirectional model would err
     assert fed[-9:] == [7] * 8 + [4] if causal else fed[-1:] == [60]

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from streams import TEXTS, Ended, assert_same_values, by_block, ending_after, stream
 
 import flocking
@@ -58,34 +57,25 @@ def share(path: Path, count: int, *dies: str) -> list[subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_three_processes_write_what_one_does(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = by_block("llama", TEXTS)
-    finally:
-        torch.set_num_threads(threads)
+def test_three_processes_write_what_one_does(tmp_path: Path, one_thread: None) -> None:
+    expected = by_block("llama", TEXTS)
     ended = share(tmp_path / "x.zarr", 3)
     assert ended.returncode == 0, ended.stderr
     assert_same_values(flocking.open_recording(tmp_path / "x.zarr").load(), expected)
 
 
-def test_a_process_that_dies_is_named_and_others_go_on_without_it(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = by_block("llama", TEXTS)
-        path = tmp_path / "x.zarr"
-        ended = share(path, 2, "1")
-        assert ended.returncode != 0
-        assert "the machine is gone" in ended.stderr
-        with pytest.warns(UserWarning, match="13 of 21 texts are recorded so far"):
-            so_far = flocking.open_recording(path)
-        assert so_far.sequence.values.tolist() == [*range(8), *range(16, 21)]
-        got = stream(path).load()  # alone
-    finally:
-        torch.set_num_threads(threads)
-    assert_same_values(got, expected)
+def test_a_process_that_dies_is_named_and_others_go_on_without_it(
+    tmp_path: Path, one_thread: None
+) -> None:
+    expected = by_block("llama", TEXTS)
+    path = tmp_path / "x.zarr"
+    ended = share(path, 2, "1")
+    assert ended.returncode != 0
+    assert "the machine is gone" in ended.stderr
+    with pytest.warns(UserWarning, match="13 of 21 texts are recorded so far"):
+        so_far = flocking.open_recording(path)
+    assert so_far.sequence.values.tolist() == [*range(8), *range(16, 21)]
+    assert_same_values(stream(path).load(), expected)  # alone
 
 
 def test_a_process_that_is_killed_is_told_of_by_the_others(tmp_path: Path) -> None:
@@ -124,19 +114,14 @@ def test_processes_that_were_given_other_things_are_told(tmp_path: Path, other: 
 
 
 def test_several_go_on_with_what_was_begun_without_a_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     path = tmp_path / "x.zarr"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = by_block("llama", TEXTS)
-        with monkeypatch.context() as patch:
-            ending_after(patch, 12)
-            with pytest.raises(Ended):
-                stream(path, iter(TEXTS))
-    finally:
-        torch.set_num_threads(threads)
+    expected = by_block("llama", TEXTS)
+    with monkeypatch.context() as patch:
+        ending_after(patch, 12)
+        with pytest.raises(Ended):
+            stream(path, iter(TEXTS))
     ended = share(path, 2)
     assert ended.returncode == 0, ended.stderr
     assert_same_values(flocking.open_recording(path).load(), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import re
 import shutil
@@ -99,11 +100,28 @@ def test_an_opened_recording_is_saved_again_over_itself(
     assert [one.name for one in tmp_path.iterdir()] == ["x.zarr"]
 
 
-def test_chunks_of_any_size_are_written(tmp_path: Path, recording: xr.Dataset) -> None:
+def test_chunked_in_any_sizes_it_is_written(tmp_path: Path, recording: xr.Dataset) -> None:
     pytest.importorskip("dask")
     chunked = recording.chunk(neuron=(50, 7, 103))
     flocking.save_recording(chunked, tmp_path / "x.zarr")
     assert_as_it_was(tmp_path / "x.zarr", recording)
+
+
+def test_chunks_without_dask_are_refused(
+    tmp_path: Path, recording: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flocking.save_recording(recording, tmp_path / "x.zarr")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "dask" else real(name, *more),
+    )
+    with pytest.raises(
+        ValueError, match=r"chunks=\{\} needs dask, which is not installed: pip inst"
+    ):
+        flocking.open_recording(tmp_path / "x.zarr", chunks={})
+    assert flocking.open_recording(tmp_path / "x.zarr").sizes == recording.sizes
 
 
 def test_a_write_that_fails_leaves_what_was_there(

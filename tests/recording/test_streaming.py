@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from flocking.recording import Wanted, forward_passes, growing, streaming
 from flocking.recording.arguments import Options
 from flocking.recording.chunking import chunk_sizes
 from flocking.recording.collector import Collector
+from flocking.recording.ranks import Processes
 from flocking.recording.windows import Layout
 
 
@@ -430,3 +432,20 @@ def test_the_memory_that_is_foreseen_is_what_arrays_take(name: str) -> None:
     foreseen = forward_passes.recording_bytes(blocks, raw, options, lengths, lengths)
     assert foreseen == sum(values.nbytes for values in arrays.values())
     assert ("routed" in arrays) == (name == "mixtral")
+
+
+def test_processes_that_share_texts_are_told_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator's texts cannot be counted before they are dealt out."""
+
+    @contextmanager
+    def two() -> Iterator[Processes]:
+        yield Processes(0, 2)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(streaming, "processes", two)
+        with pytest.raises(ValueError, match=r"2 processes share the texts, .*: pass num_texts="):
+            stream(tmp_path / "x.zarr", iter(TEXTS))
+    assert not list(tmp_path.iterdir())
+    assert stream(tmp_path / "x.zarr", iter(TEXTS)).sizes["sequence"] == len(TEXTS)

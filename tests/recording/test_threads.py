@@ -63,7 +63,8 @@ def test_another_thread_waits_until_a_model_is_no_longer_observed() -> None:
         with flocking.observe(model, lambda block, z: None):
             waiting = pool.submit(flocking.record, model, IDS[0], progress=False)
             model(IDS[1])
-            assert not waiting.done()
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1)
         found = waiting.result(timeout=60)
     expected = flocking.record(model, IDS[0], progress=False)
     assert found.energy.equals(expected.energy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 
 import helpers
 import numpy as np
@@ -22,11 +23,20 @@ def test_fifty_calls_leave_nothing_behind(llama: tf.PreTrainedModel) -> None:
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     texts = helpers.random_ids(200, 150)
-    record(llama, texts)
-    alive, size = tensors(), psutil.Process().memory_info().rss
-    for _ in range(50):
-        record(llama, texts, max_new_tokens=2)
-    assert tensors() <= alive  # fewer, if what another test left behind has gone meanwhile
+    one = record(llama, texts, max_new_tokens=2).nbytes
+    size = psutil.Process().memory_info().rss
+    tracemalloc.start()  # of Python's own memory and numpy's
+    try:
+        alive, traced = [], []
+        for _ in range(2):  # until the end of the first half, caches of others fill up
+            for _ in range(25):
+                record(llama, texts, max_new_tokens=2)
+            alive.append(tensors())
+            traced.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert alive[1] <= alive[0]  # fewer, if what another test left behind has gone meanwhile
+    assert traced[1] - traced[0] < one  # not even one recording
     assert psutil.Process().memory_info().rss - size < 50e6
     assert hooks_of(llama) == []
 
