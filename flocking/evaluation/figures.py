@@ -85,7 +85,7 @@ def quality_by_method(data: pd.DataFrame, figure: Figure) -> None:
                 if not np.isnan(one.chance):
                     gone = float(_shown(own, one.chance - full["estimate"]))
                     ends = [y - 0.35 / len(others), y + 0.35 / len(others)]
-                    ax.plot([gone] * 2, ends, **CHANCE, label="chance")
+                    ax.plot([gone] * 2, ends, **CHANCE, zorder=4, label="chance")
         ax.axvline(1 if loss else 0, **_FULL)
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
