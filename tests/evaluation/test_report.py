@@ -245,7 +245,7 @@ def test_the_numbers_of_the_135m_model_are_those_of_its_items() -> None:
         ("arc_easy", "acc", "topk@0.5", "loses {} points on ARC-e"),
         ("hellaswag", "acc", "topk@0.5", "{} on HellaSwag [0.2"),
         ("cnn_dailymail", "rouge1", "topk@0.5", "{} of 19.4 points"),
-        ("xsum", "rouge1", "topk@0.75", "and {}\n  [-2.5"),
+        ("xsum", "rouge1", "topk@0.75", "is {}\n  [-2.5"),
     ):
         assert said.format(f"{-100 * found[task, metric, variant]:.1f}") in prose
     ratios = [np.exp(found[f"wikitext_{n}", "loss_256", "topk@0.5"]) for n in (16, 64, 256, 1024)]
