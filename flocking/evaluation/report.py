@@ -12,6 +12,7 @@ from pyarrow.parquet import read_schema
 from flocking.artifacts import FileGroup
 from flocking.drawing import save, titled
 from flocking.evaluation import sources
+from flocking.evaluation.averages import over_tasks, table_over_tasks
 from flocking.evaluation.domain import MOST_TOKENS, OF_DOMAIN
 from flocking.evaluation.figures import (
     quality_by_batch,
@@ -41,6 +42,10 @@ _BAND = "Bars are 95% intervals over items"
 _CHANCE = (
     "Chance (dotted) is one by the number of choices, and of a written answer its score as the "
     "answer to the next item, which differs between methods."
+)
+_TOGETHER = (
+    "Mean difference from the full model over tasks, in percentage points; each task counts the "
+    "same. Items are drawn within each task."
 )
 _ABOVE_CHANCE = (
     "In percentage points, of each method's own answers: their score, less their score as the "
@@ -175,6 +180,8 @@ def _tables(
         table(rows),
         *filter(None, [_not_asked(rows), _of_domain(rows), footnote(items)]),
     ]
+    if together := table_over_tasks(over_tasks(items)):
+        parts += ["## Tasks with choices together", _TOGETHER, together]
     if above := table_above_chance(rows):
         parts += ["## Written answers above chance", _ABOVE_CHANCE, above]
     own = label("topk", density)
@@ -185,7 +192,10 @@ def _tables(
             "GRIFFIN's score minus the other method's, on the same items; for perplexities, the "
             "ratio of GRIFFIN's to the other's."
         )
-        parts.append(_against(items, own, list(others["variant"].unique())))
+        names = list(others["variant"].unique())
+        parts.append(_against(items, own, names))
+        if together := _against_together(items, own, names):
+            parts += ["Tasks with choices together:", together]
     parts.append("## What was computed with the kept neurons alone")
     parts.append(
         "Share of the scored tokens by protocol, of the last method. In generation, all new tokens "
@@ -225,6 +235,15 @@ def _of_domain(rows: pd.DataFrame) -> str:
         "as the question about it is asked, without examples and answers: the first "
         f"{MOST_TOKENS:,} tokens at most."
     )
+
+
+def _against_together(items: pd.DataFrame, own: str, others: list[str]) -> str:
+    columns = []
+    for other in others:
+        rows = over_tasks(items, against=other)
+        if len(rows):
+            columns.append(rows[rows["variant"] == own].assign(variant=other))
+    return table_over_tasks(pd.concat(columns)) if columns else ""
 
 
 def _against(items: pd.DataFrame, own: str, others: list[str]) -> str:

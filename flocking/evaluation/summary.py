@@ -63,7 +63,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     for group, part in parts_of(named, _BY):
         if against not in set(part["variant"]):  # not all are asked of every task
             continue
-        values, chances = _by_item(part, group)
+        values, chances = by_item(part, group)
         highest = highest_of(group[-1], values.to_numpy())
         means = _means(values, highest, seed)
         others = values.drop(against) - values.loc[against]
@@ -90,7 +90,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
     return pd.DataFrame(rows)
 
 
-def _by_item(part: pd.DataFrame, group: tuple[str, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def by_item(part: pd.DataFrame, group: tuple[str, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Values and chance of one task and metric: a row for each variant, a column for each item."""
     refuse_not_finite(part)
     values, chances = (
