@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from flocking.models import (
     Text,
     batches,
     conversations,
+    is_lasting,
     refuse_long,
     require_model,
     tokenize,
@@ -57,8 +58,8 @@ def in_turn(
 ) -> Iterator[Batch]:
     """Record texts batch by batch, those of similar length together, as `record` reads them.
 
-    What has a length is sorted as a whole, so that its batches are those of one recording; of
-    anything else, such as a generator, `BLOCK` texts at a time.
+    What can be gone through again is sorted as a whole, so that its batches are those of one
+    recording; anything else, such as a generator, `BLOCK` texts at a time.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def in_turn(
     check_numbers(max_tokens=max_tokens, batch_size=batch_size, seed=seed)
     model = require_model(model)
     done = 0
-    known = isinstance(texts, Sized)
+    known = is_lasting(texts)
     with tqdm(desc="recording", unit="token", disable=not progress) as bar:
         for block in [texts] if known else _blocks(texts):
             try:

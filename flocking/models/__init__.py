@@ -39,7 +39,14 @@ from flocking.models.copies import (
 )
 from flocking.models.dequantising import read_gguf
 from flocking.models.following import Original
-from flocking.models.forms import Text, refuse_container, require_tokenizer, unreadable
+from flocking.models.forms import (
+    Text,
+    held,
+    is_lasting,
+    refuse_container,
+    require_tokenizer,
+    unreadable,
+)
 from flocking.models.gguf import contents_of
 from flocking.models.gguf_support import is_readable
 from flocking.models.inputs import continued_inputs
@@ -120,10 +127,12 @@ __all__ = [
     "forward",
     "forward_of",
     "full_precision",
+    "held",
     "hooks_on",
     "hooks_on_everything",
     "html_table",
     "identity",
+    "is_lasting",
     "is_loaded",
     "is_out_of_memory",
     "is_readable",
