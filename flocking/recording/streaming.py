@@ -261,6 +261,7 @@ def _read_again(store: GrowingStore, block: Block, reader: BlockReader) -> Read:
 def _record_block(
     store: GrowingStore, block: Block, read: Read, reader: BlockReader, bar: tqdm
 ) -> None:
+    read = reader.fitting(block, read)
     if read.reading is not None:
         special = store.attributes["special_tokens"]
         refuse_mixture(special, read.reading.whole.special, block.start)
