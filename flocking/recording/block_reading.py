@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward
-from flocking.models import AS_GIVEN, fingerprints, warn
+from flocking.models import AS_GIVEN, CHATS, fingerprints, tokenize_chats, warn
 from flocking.recording.arguments import Options
 from flocking.recording.continuations import Reading, given_texts
 from flocking.recording.corpora import Block
@@ -33,6 +33,7 @@ from flocking.recording.forward_passes import (
     refuse_unfit,
 )
 
+_CHAT = [{"role": "user", "content": "The starlings turned as one."}]
 _PROBES = ("The starlings turned as one.", "def f(x):\n    return x ** 2\n", "Größe, 鳥, 🐦", "")
 
 
@@ -256,12 +257,25 @@ class BlockReader(NamedTuple):
             "hook": fingerprints.hooks(self.model),
             "config": _config(self.model),
             "tokenizer": _vocabulary(self.tokenizer),
+            "chat": self._chat(),
             "layers": [block.layer for block in self.blocks],
             "relative": [block.layer for block in self.raw],
             "ranks": bool(options.ranks),
             "batch_size": int(options.batch_size),
             "prompt_tokens": int(counts) if isinstance(counts, int | np.integer) else None,
         }
+
+    def _chat(self) -> str:
+        """A conversation as the template writes it now; empty where texts are none.
+
+        A template may write today's date.
+        """
+        if self.form != CHATS:
+            return ""
+        try:
+            return tokenize_chats(self.model, [_CHAT], self.tokenizer)[0].texts[0]
+        except ValueError:  # some templates want other roles
+            return ""
 
     def attributes(self, special_tokens: str) -> dict[str, Any]:
         """Attributes of the recording."""
