@@ -5,7 +5,7 @@ from it; ``stores`` keeps it on disk, and ``streaming`` writes it there, block b
 Imports ``feedforward``, ``models``, ``texts`` and ``artifacts``.
 """
 
-from flocking.recording.arguments import Options, check_numbers, whole_number
+from flocking.recording.arguments import Options, check_numbers, require_bool, whole_number
 from flocking.recording.continuations import Wanted
 from flocking.recording.dataset import (
     COORDINATES,
@@ -60,6 +60,7 @@ __all__ = [
     "record",
     "refuse_store",
     "require",
+    "require_bool",
     "save_recording",
     "stream",
     "whole_neurons",

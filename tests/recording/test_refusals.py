@@ -31,6 +31,8 @@ import flocking
         (["a", [5]], {}, TypeError, "cannot be mixed"),
         ([[0.5, 1.5]], {}, TypeError, "whole-number token ids"),
         ([[5, 128]], {}, ValueError, "vocabulary ends at 127"),
+        ([5], {"ranks": [3, 4]}, TypeError, r"ranks=\[3, 4\]: give True or False"),
+        ([5], {"ranks": "no"}, TypeError, "ranks='no': give True or False"),
         ("a", {}, ValueError, "No tokenizer was found with the model"),
         ([5], {"window": 0}, ValueError, "window=0"),
         ([5], {"layers": [2]}, ValueError, r"layers=\[2\]: there are FF blocks in layers 0 to 1"),
