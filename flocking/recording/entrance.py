@@ -132,11 +132,13 @@ def require(recording: object, *names: str, phase: str | None = None) -> xr.Data
     return cast(xr.Dataset, recording)
 
 
-def canonical(recording: object, *names: str, joining: bool = False) -> Canonical:
+def canonical(
+    recording: object, *names: str, some_layers: bool = False, in_chunks: bool = False
+) -> Canonical:
     """The canonical form of a recording; see :func:`require` for the arguments and errors.
 
-    With `joining`, ``relative`` may be of some layers only, and is left as it is; and all that is
-    in chunks stays so.
+    With `some_layers`, ``relative`` may be of some layers only, and is left as it is. With
+    `in_chunks`, all that is in chunks stays there, also what there is of each token.
     """
     if not isinstance(recording, xr.Dataset) or "phase" not in recording.variables:
         without = f" without 'phase': {_REMEDY}" if isinstance(recording, xr.Dataset) else ""
@@ -151,7 +153,7 @@ def canonical(recording: object, *names: str, joining: bool = False) -> Canonica
     if "token" in recording.coords and "token" not in recording.dims:
         raise ValueError(_of_tokens("it has one token only"))
     single = tuple(d for d in _SINGLE if d in recording.coords and d not in recording.dims)
-    data = whole_neurons(_shaped(recording, needed, single, joining))
+    data = whole_neurons(_shaped(recording, needed, single, in_chunks))
     _check_values(data)
     labels = data.window.values
     if len(np.unique(labels)) < len(labels):
@@ -160,7 +162,7 @@ def canonical(recording: object, *names: str, joining: bool = False) -> Canonica
         data = data.isel(window=np.argsort(labels))
     _check_tokens(data)
     _check_missing(data, needed)
-    if "relative" in needed and not joining and "relative_layer" in data["relative"].dims:
+    if "relative" in needed and not some_layers and "relative_layer" in data["relative"].dims:
         data = _for_all_layers(data)
     return Canonical(data, single)
 
@@ -201,7 +203,7 @@ def _check_presence(recording: xr.Dataset, names: Iterable[str]) -> None:
 
 
 def _shaped(
-    recording: xr.Dataset, needed: list[str], single: tuple[str, ...], joining: bool
+    recording: xr.Dataset, needed: list[str], single: tuple[str, ...], in_chunks: bool
 ) -> xr.Dataset:
     """What is needed and all coordinates, with the schema's dimensions."""
     wanted = {*needed, *_WHOLE}
@@ -218,7 +220,7 @@ def _shaped(
         if _fits(variable, dims, single):
             stays = bool({*dims} & {*_LARGE}) or name in _TEXTS
             stays |= name in _BY_TOKEN and (name not in needed or name == "token_window")
-            stays |= joining and variable.chunks is not None
+            stays |= in_chunks and variable.chunks is not None
             shaped[name] = _with_dimensions(variable, dims, stays)
         elif name in wanted:
             raise ValueError(_of_dimensions(name, variable.dims, dims))

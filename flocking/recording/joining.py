@@ -147,7 +147,7 @@ def _taken(number: int, recording: object) -> Canonical:
         wanted += [name for name in VARIABLES if name in recording]
         recording = recording.set_coords([n for n in recording.data_vars if n not in VARIABLES])
     try:
-        whole = canonical(recording, *wanted, joining=True)
+        whole = canonical(recording, *wanted, some_layers=True, in_chunks=True)
     except (TypeError, ValueError) as error:
         raise type(error)(f"recording {number}: {error}") from None
     data = whole.recording
