@@ -6,6 +6,7 @@ run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` and ``t
 
 from flocking.models.attributes import config_marks, settings
 from flocking.models.capabilities import (
+    Traits,
     batches,
     chunks,
     forcing,
@@ -103,6 +104,7 @@ __all__ = [
     "Prompts",
     "Seal",
     "Text",
+    "Traits",
     "any_tensor_of",
     "attention",
     "batches",

@@ -142,7 +142,7 @@ class BlockReader(NamedTuple):
 
     def _named(self, start: int, places: list[int]) -> AbstractContextManager[None]:
         """Let errors and warnings name a block's texts as they are among all."""
-        return _renamed([self._name(start + place) for place in places])
+        return renamed([self._name(start + place) for place in places])
 
     def _name(self, number: int) -> str:
         return f"text {number}" + (f" ({self.files[number]})" if self.files is not None else "")
@@ -293,7 +293,7 @@ class BlockReader(NamedTuple):
 
 
 @contextmanager
-def _renamed(names: list[str]) -> Iterator[None]:
+def renamed(names: list[str]) -> Iterator[None]:
     """Let errors and warnings have these names of texts in the place of their numbers."""
 
     def name(found: re.Match[str]) -> str:
