@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import glob
+import itertools
 import json
 import os
 import stat
@@ -151,14 +152,27 @@ class TextFiles:
     def __iter__(self) -> Iterator[str]:
         """Each text."""
         for path, lines in self._files:
-            if path is None:
-                yield self._stdin
-            elif path in self._held:
-                yield self._held[path]
-            elif lines is None:
-                yield read_text(path)
-            else:
-                yield from _texts_of_lines(path, self._field)
+            yield from self._texts_of(path, lines)
+
+    def __getitem__(self, number: int) -> str:
+        """A text by its number; of a file of lines, those before it are read again."""
+        left = range(len(self))[number]
+        for path, lines in self._files:
+            if left < (here := 1 if lines is None else len(lines)):
+                return next(itertools.islice(self._texts_of(path, lines), left, None))
+            left -= here
+        raise IndexError(number)
+
+    def _texts_of(self, path: Path | None, lines: list[int] | None) -> Iterator[str]:
+        """The texts of one file."""
+        if path is None:
+            yield self._stdin
+        elif path in self._held:
+            yield self._held[path]
+        elif lines is None:
+            yield read_text(path)
+        else:
+            yield from _texts_of_lines(path, self._field)
 
 
 def _files_of(name: str) -> list[Path]:

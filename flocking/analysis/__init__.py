@@ -21,7 +21,6 @@ from flocking.analysis.overlap import (
     jaccard,
     overlap_of,
     prompt_generation_overlap,
-    where_reached,
 )
 from flocking.analysis.prompt_lengths import drift
 from flocking.analysis.provenance import is_changed, made_of, mark_of, marked, said_by
@@ -40,6 +39,7 @@ from flocking.analysis.selection import (
     statistic_of_others,
     top_k,
     weight_magnitude,
+    where_reached,
 )
 from flocking.analysis.texts_in_turn import Batch, in_turn
 from flocking.analysis.uncertainty import bootstrap, bounds, intervals, tails

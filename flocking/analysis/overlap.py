@@ -14,12 +14,12 @@ import numpy as np
 import xarray as xr
 
 from flocking.analysis.between import common_windows
-from flocking.analysis.chunks import by_chunk, is_chunked, measure
+from flocking.analysis.chunks import is_chunked, measure
 from flocking.analysis.couples import Pairs, chosen, of_all_pairs, of_pairs
 from flocking.analysis.densities import density_by_layer, kept_count, several_densities
 from flocking.analysis.labels import aligned, checked, checked_selection
 from flocking.analysis.metrics import named
-from flocking.analysis.selection import reached, select, statistic
+from flocking.analysis.selection import select, statistic, where_reached
 
 
 def jaccard(a: xr.DataArray, b: xr.DataArray, dim: str = "neuron") -> xr.DataArray:
@@ -439,33 +439,6 @@ def _overlap_of_halves(
         {**coordinates, "other": recording["sequence"].values},
         ("sequence", "other", "layer"),
     )
-
-
-def where_reached(values: xr.DataArray) -> xr.DataArray:
-    """Which neurons of a statistic are of experts that had any token; all of a dense block.
-
-    Parameters
-    ----------
-    values : xarray.DataArray, (..., layer, neuron)
-        A statistic or energies, with coordinates ``d_ff`` and ``experts`` if layers differ.
-    """
-    widths = values.coords.get("d_ff", xr.DataArray(values.sizes["neuron"]))
-    mixtures = values.coords.get("experts", xr.DataArray(1))
-    by_layer = values.transpose("layer", ..., "neuron")
-    of_layers = [
-        xr.Variable("layer", np.broadcast_to(each.values, by_layer.sizes["layer"]).astype(int))
-        for each in (widths, mixtures)
-    ]
-    found = by_chunk(
-        reached,
-        by_layer.variable,
-        *of_layers,
-        inner=[["neuron"], [], []],
-        outer=["neuron"],
-        sizes={},
-        dtype=bool,
-    )
-    return by_layer.copy(data=found.data).transpose(*values.dims)
 
 
 def _own(overlap: xr.DataArray) -> xr.DataArray:

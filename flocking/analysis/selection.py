@@ -369,6 +369,33 @@ def reached(values: np.ndarray, widths: np.ndarray, experts: np.ndarray) -> np.n
     return found
 
 
+def where_reached(values: xr.DataArray) -> xr.DataArray:
+    """Which neurons of a statistic are of experts that had any token; all of a dense block.
+
+    Parameters
+    ----------
+    values : xarray.DataArray, (..., layer, neuron)
+        A statistic or energies, with coordinates ``d_ff`` and ``experts`` if layers differ.
+    """
+    widths = values.coords.get("d_ff", xr.DataArray(values.sizes["neuron"]))
+    mixtures = values.coords.get("experts", xr.DataArray(1))
+    by_layer = values.transpose("layer", ..., "neuron")
+    of_layers = [
+        xr.Variable("layer", np.broadcast_to(each.values, by_layer.sizes["layer"]).astype(int))
+        for each in (widths, mixtures)
+    ]
+    found = by_chunk(
+        reached,
+        by_layer.variable,
+        *of_layers,
+        inner=[["neuron"], [], []],
+        outer=["neuron"],
+        sizes={},
+        dtype=bool,
+    )
+    return by_layer.copy(data=found.data).transpose(*values.dims)
+
+
 def _largest(values: np.ndarray, density: float, experts: int) -> np.ndarray:
     """Mask of one layer's kept neurons, (..., neuron); none where the statistic is NaN."""
     statistic = torch.from_numpy(values.astype(np.float64))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,17 +16,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.models import (
     Text,
+    Traits,
     batches,
     conversations,
+    is_lasting,
     refuse_long,
     require_model,
     tokenize,
     tokenize_chats,
     with_inputs,
 )
-from flocking.recording import check_numbers, record
+from flocking.recording import check_numbers, record, refuse_mixture, renamed
 
-BLOCK = 1024  # texts of an iterator that are sorted by length together; their ids are held
+BLOCK = 1024  # texts of an iterator that are sorted by length together
+SURVEYED = 256  # texts that are encoded at a time, to count their tokens
 
 
 class Batch(NamedTuple):
@@ -57,8 +61,8 @@ def in_turn(
 ) -> Iterator[Batch]:
     """Record texts batch by batch, those of similar length together, as `record` reads them.
 
-    What has a length is sorted as a whole, so that its batches are those of one recording; of
-    anything else, such as a generator, `BLOCK` texts at a time.
+    What can be gone through again is sorted as a whole, so that its batches are those of one
+    recording; anything else, such as a generator, `BLOCK` texts at a time.
 
     Raises
     ------
@@ -67,26 +71,22 @@ def in_turn(
     """
     check_numbers(max_tokens=max_tokens, batch_size=batch_size, seed=seed)
     model = require_model(model)
-    done = 0
-    known = isinstance(texts, Sized)
+    done, special = 0, ""
+    known = is_lasting(texts)
     with tqdm(desc="recording", unit="token", disable=not progress) as bar:
         for block in [texts] if known else _blocks(texts):
-            try:
-                given, ids, ways = _read(model, block, tokenizer, max_tokens)
-            except (TypeError, ValueError) as error:
-                if not done:
-                    raise
-                told = f"of the texts from number {done} on, {error}"
-                raise type(error)(told) from None
-            lengths = [len(row) for row in ids]
+            read, lengths, ways, special = _surveyed(
+                model, block, tokenizer, max_tokens, done, special
+            )
             if known:
                 bar.reset(sum(lengths))
             for rows in batches(model, lengths, batch_size, ways):
                 numbers = [done + row for row in rows]
+                part = read(rows)
                 try:
                     recording = record(
                         model,
-                        _part(given, rows),
+                        part.given,
                         tokenizer=tokenizer,
                         max_tokens=max_tokens,
                         batch_size=batch_size,
@@ -97,9 +97,10 @@ def in_turn(
                 except Exception as error:
                     error.add_note(f"while {_listed(numbers)} read")
                     raise
-                yield Batch(numbers, recording, [ids[row] for row in rows])
+                recording.attrs["special_tokens"] = special  # (ids were given in their place)
+                yield Batch(numbers, recording, part.ids)
                 bar.update(sum(lengths[row] for row in rows))
-            done += len(ids)
+            done += len(lengths)
     if not done:
         raise ValueError("texts is empty: give at least one text or sequence of token ids.")
 
@@ -126,13 +127,94 @@ def _blocks(texts: Any) -> Iterator[Any]:
         yield block
 
 
-def _read(
+class _Encoded(NamedTuple):
+    """Tokens of some texts, in a form that `record` takes, and of which form the texts were."""
+
+    given: Any
+    ids: list[Tensor]
+    inputs: Mapping[str, list[Tensor]]
+    special: str
+
+    def part(self, rows: list[int]) -> _Encoded:
+        """Some of them."""
+        if isinstance(self.given, list):
+            given: Any = [self.given[row] for row in rows]
+        else:
+            given = {name: [values[row] for row in rows] for name, values in self.given.items()}
+        return self._replace(given=given, ids=[self.ids[row] for row in rows])
+
+
+class _Survey(NamedTuple):
+    """How long texts are, how the model may read them, and what encodes some of them."""
+
+    read: Callable[[list[int]], _Encoded]
+    lengths: list[int]
+    ways: Traits | None
+    special: str
+
+
+def _surveyed(
     model: PreTrainedModel,
     texts: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     max_tokens: int | None,
-) -> tuple[Any, list[Tensor], Any]:
-    """What to give `record` in parts, each text's tokens, and how the model may read them."""
+    done: int,
+    before: str,
+) -> _Survey:
+    """Texts from number `done` on, encoded some at a time, and again when it is their turn.
+
+    Of what is one text or is encoded already, all is encoded at once.
+    """
+    entries = _entries(texts)
+    if entries is None:
+        whole = _encoded(model, texts, tokenizer, max_tokens)
+        ways = with_inputs(model, whole.inputs) if whole.inputs else None
+        return _Survey(whole.part, [len(row) for row in whole.ids], ways, whole.special)
+
+    def read(rows: list[int]) -> _Encoded:
+        with renamed([f"text {done + row}" for row in rows]):
+            return _encoded(model, [entries[row] for row in rows], tokenizer, max_tokens)
+
+    def read_quietly(rows: list[int]) -> _Encoded:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it was said when they were counted
+            return read(rows)
+
+    lengths: list[int] = []
+    kinds: dict[str, Tensor] = {}  # values of the inputs, each once
+    for start in range(0, len(entries), SURVEYED):
+        piece = read([*range(start, min(start + SURVEYED, len(entries)))])
+        refuse_mixture(before, piece.special, done + start)
+        before = piece.special
+        lengths += [len(row) for row in piece.ids]
+        for name, values in piece.inputs.items():
+            found = torch.cat([*([kinds[name]] if name in kinds else []), *values])
+            kinds[name] = found.unique(dim=0)
+    inputs = {name: [values] for name, values in kinds.items()}
+    return _Survey(read_quietly, lengths, with_inputs(model, inputs) if inputs else None, before)
+
+
+def _entries(texts: Any) -> Any:
+    """Texts that can be asked for by their number; None for one text, and for what is encoded."""
+    if isinstance(texts, str | bytes | Mapping | Tensor):
+        return None
+    if hasattr(texts, "__array__"):  # numpy's, and columns of tables
+        array = np.asarray(texts)
+        texts = array.tolist() if array.dtype.kind in "OUT" and array.ndim == 1 else None
+    if texts is None or not is_lasting(texts) or not len(texts):
+        return None
+    first = texts[0]
+    is_one = getattr(first, "ndim", 1) == 0 or isinstance(first, int | Mapping)
+    return None if is_one else texts
+
+
+def _encoded(
+    model: PreTrainedModel,
+    texts: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_tokens: int | None,
+) -> _Encoded:
+    """Each text's tokens, and what to give `record`."""
     chats = conversations(texts)
     if chats is not None:
         prompts, _ = tokenize_chats(model, chats, tokenizer)
@@ -140,21 +222,14 @@ def _read(
         prompts = tokenize(model, texts, tokenizer)
     prompts = prompts.cut(max_tokens)
     refuse_long(model, prompts.ids, 0, "max_tokens")
-    ways = with_inputs(model, prompts.inputs) if prompts.inputs else None
-    if chats is not None:
-        return list(chats), prompts.ids, ways
-    given = {"input_ids": prompts.ids, **prompts.inputs}
+    given: Any = {"input_ids": prompts.ids, **prompts.inputs}
     given["attention_mask"] = [torch.ones_like(row) for row in prompts.ids]
-    return given, prompts.ids, ways
+    if chats is not None:
+        given = list(chats)
+    return _Encoded(given, prompts.ids, prompts.inputs, prompts.special)
 
 
 def _listed(numbers: list[int]) -> str:
     several = len(numbers) > 1
     listed = ", ".join(map(str, sorted(numbers)))
     return f"texts {listed} were" if several else f"text {listed} was"
-
-
-def _part(given: Any, rows: list[int]) -> Any:
-    if isinstance(given, list):
-        return [given[row] for row in rows]
-    return {name: [values[row] for row in rows] for name, values in given.items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flocking.artifacts import refuse_unwritable, replacing
 from flocking.cli import choices
 from flocking.cli.ending import Ended
-from flocking.cli.options import is_one_of_several, read
+from flocking.cli.options import is_first, is_one_of_several, read
 from flocking.cli.outputs import naming, refuse_existing
 from flocking.cli.printing import counted
 from flocking.cli.session import is_quiet
@@ -91,7 +91,8 @@ def record_into(
         check = functools.partial(refuse_existing, overwrite=overwrite)
         with replacing(output, check=check) as partial, naming(output, partial):
             return run(partial)
-    refuse_unwritable(output, wait=0)
+    if is_first():  # (the others would meet the first one there)
+        refuse_unwritable(output, wait=0)
     try:
         return run(output)
     except (KeyboardInterrupt, Ended) as ending:

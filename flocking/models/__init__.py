@@ -6,6 +6,7 @@ run, and tokenizing for it. Of the other rooms, it imports ``artifacts`` and ``t
 
 from flocking.models.attributes import config_marks, settings
 from flocking.models.capabilities import (
+    Traits,
     batches,
     chunks,
     forcing,
@@ -39,7 +40,14 @@ from flocking.models.copies import (
 )
 from flocking.models.dequantising import read_gguf
 from flocking.models.following import Original
-from flocking.models.forms import Text, refuse_container, require_tokenizer, unreadable
+from flocking.models.forms import (
+    Text,
+    held,
+    is_lasting,
+    refuse_container,
+    require_tokenizer,
+    unreadable,
+)
 from flocking.models.gguf import contents_of
 from flocking.models.gguf_support import is_readable
 from flocking.models.inputs import continued_inputs
@@ -96,6 +104,7 @@ __all__ = [
     "Prompts",
     "Seal",
     "Text",
+    "Traits",
     "any_tensor_of",
     "attention",
     "batches",
@@ -120,11 +129,13 @@ __all__ = [
     "forward",
     "forward_of",
     "full_precision",
+    "held",
     "hooks_on",
     "hooks_on_everything",
     "html_table",
     "identity",
     "is_even",
+    "is_lasting",
     "is_loaded",
     "is_out_of_memory",
     "is_readable",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flocking.models.forms import is_lasting
 from flocking.models.problems import brief
 from flocking.texts import check_string
 
@@ -43,7 +44,8 @@ def conversations(text: Any) -> list[list[Message]] | None:
     ValueError
         If a message lacks its role or content.
     """
-    if isinstance(text, str | bytes | Mapping | Iterator) or not hasattr(text, "__iter__"):
+    # (To look at what may be gone through only once would take from it.)
+    if isinstance(text, str | bytes | Mapping) or not is_lasting(text):
         return None
     if getattr(text, "ndim", 1) != 1 or hasattr(text, "column_names"):
         return None

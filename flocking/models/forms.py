@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -96,6 +96,20 @@ def _listed(values: Any) -> Any:
 
 # --------------------------------------------------------------------------------------
 # What is not text, each as the rest of a sentence
+
+
+def is_lasting(values: Any) -> bool:
+    """Whether values can be gone through again, and are the same then.
+
+    Those that can be asked for by their number are. A length says nothing: a progress bar has one,
+    which is around a generator, and so has a loader that draws another order each time.
+    """
+    return isinstance(values, Sized) and hasattr(values, "__getitem__")
+
+
+def held(text: Any) -> Any:
+    """Texts that may not be gone through again as a list, and all else as it is."""
+    return text if is_lasting(text) or _about_container(text) else list(text)
 
 
 def refuse_container(text: Any) -> None:

@@ -52,12 +52,12 @@ from flocking.pruning.places import (
     refuse_existing,
     refuse_likely_source,
     refuse_without_room,
-    require_bool,
 )
 from flocking.pruning.saveable import refuse_unsaveable
 from flocking.pruning.sources import copy_companions, source_of
 from flocking.pruning.twin import full_model, read_prompt
 from flocking.pruning.widths import Sized, bytes_after, narrowed, sized
+from flocking.recording import require_bool
 
 _SHARD = "5GB"  # at most, of one file of weights
 _TOKENS = 24  # of the text that the files are tried on

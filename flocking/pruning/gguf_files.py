@@ -35,8 +35,8 @@ from flocking.pruning.places import (
     refuse_existing,
     refuse_nul,
     refuse_without_room,
-    require_bool,
 )
+from flocking.recording import require_bool
 from flocking.texts import expanded
 
 if TYPE_CHECKING:

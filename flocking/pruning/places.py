@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flocking.artifacts import free_bytes
@@ -51,19 +50,6 @@ def refuse_nul(argument: str, text: str) -> None:
     """Refuse the character that no name of a file has, before the system does."""
     if "\0" in text:
         raise ValueError(f"{argument}={text!r} has a NUL character, which no name has: remove it.")
-
-
-def require_bool(argument: str, value: object) -> bool:
-    """A plain yes or no, since any text (``"no"``) would count as a yes.
-
-    Raises
-    ------
-    TypeError
-        If it is anything else.
-    """
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{argument}={value!r}: give True or False.")
-    return bool(value)
 
 
 def refuse_existing(

@@ -5,7 +5,8 @@ from it; ``stores`` keeps it on disk, and ``streaming`` writes it there, block b
 Imports ``feedforward``, ``models``, ``texts`` and ``artifacts``.
 """
 
-from flocking.recording.arguments import Options, check_numbers, whole_number
+from flocking.recording.arguments import Options, check_numbers, require_bool, whole_number
+from flocking.recording.block_reading import refuse_mixture, renamed
 from flocking.recording.continuations import Wanted
 from flocking.recording.dataset import (
     COORDINATES,
@@ -58,8 +59,11 @@ __all__ = [
     "not_a_recording",
     "open_recording",
     "record",
+    "refuse_mixture",
     "refuse_store",
+    "renamed",
     "require",
+    "require_bool",
     "save_recording",
     "stream",
     "whole_neurons",

@@ -30,6 +30,8 @@ class Options(NamedTuple):
         ValueError
             For numbers that :func:`flocking.record` does not take, and for two sources of a
             continuation.
+        TypeError
+            For `ranks` that are no bool.
         """
         check_numbers(
             self.window, self.wanted.max_new_tokens, self.max_tokens, self.batch_size, self.seed
@@ -41,7 +43,7 @@ class Options(NamedTuple):
             _listed(self.layers),
             None if self.max_tokens is None else int(self.max_tokens),
             _listed(self.relative),
-            self.ranks,
+            require_bool("ranks", self.ranks),
             int(self.batch_size),
             int(self.seed),
         )
@@ -77,3 +79,16 @@ def whole_number(name: str, value: object, lowest: int) -> None:
         if value > 0:
             raise ValueError(f"{name}={value!r}: give a number below 2 ** 63.")
     raise ValueError(f"{name}={value!r}: give a whole number from {lowest} up.")
+
+
+def require_bool(argument: str, value: object) -> bool:
+    """A plain yes or no, since any text (``"no"``) would count as a yes.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{argument}={value!r}: give True or False.")
+    return bool(value)

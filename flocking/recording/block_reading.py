@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flocking.feedforward import FeedForward
-from flocking.models import AS_GIVEN, fingerprints, warn
+from flocking.models import AS_GIVEN, CHATS, fingerprints, tokenize_chats, warn
 from flocking.recording.arguments import Options
 from flocking.recording.continuations import Reading, given_texts
 from flocking.recording.corpora import Block
@@ -26,11 +26,14 @@ from flocking.recording.dataset import attributes_of
 from flocking.recording.forward_passes import (
     check_memory,
     chosen_blocks,
+    lengths_of,
+    needed_bytes,
     recorded,
     recording_bytes,
     refuse_unfit,
 )
 
+_CHAT = [{"role": "user", "content": "The starlings turned as one."}]
 _PROBES = ("The starlings turned as one.", "def f(x):\n    return x ** 2\n", "Größe, 鳥, 🐦", "")
 
 
@@ -139,11 +142,10 @@ class BlockReader(NamedTuple):
 
     def _named(self, start: int, places: list[int]) -> AbstractContextManager[None]:
         """Let errors and warnings name a block's texts as they are among all."""
-        names = [f"text {start + place}" for place in places]
-        if self.files is not None:
-            own = (self.files[start + place] for place in places)
-            names = [f"{name} ({file})" for name, file in zip(names, own, strict=True)]
-        return _renamed(names)
+        return renamed([self._name(start + place) for place in places])
+
+    def _name(self, number: int) -> str:
+        return f"text {number}" + (f" ({self.files[number]})" if self.files is not None else "")
 
     def _given(self, block: Block) -> Reading:
         given = given_texts(
@@ -159,8 +161,6 @@ class BlockReader(NamedTuple):
         """The recording of a block's texts, and why others are left out, by their places."""
         if read.reading is None:
             return None, read.problems
-        one = self.options._replace(wanted=block.wanted)
-        check_memory(read.reading, self.blocks, self.raw, one)
         try:
             with self._named(block.start, read.places):
                 data = self._recorded(block.only(read.places), read.reading, bar, read.earlier)
@@ -183,11 +183,58 @@ class BlockReader(NamedTuple):
         earlier = {place: times for place, times in read.earlier.items() if place in good}
         return self._recorded(rest, self._given(rest), bar, earlier), problems
 
+    def fitting(self, block: Block, read: Read) -> Read:
+        """The texts of a block that there is memory for, the others left out, the largest first.
+
+        Raises
+        ------
+        MemoryError
+            If there is none for all of them, and no text is to be left out.
+        """
+        if read.reading is None:
+            return read
+        sizes = dict(zip(read.places, zip(*self.lengths(read.reading), strict=True), strict=True))
+        problems = dict(read.problems)
+        while sizes:
+            try:
+                self.check_memory(block.start, sizes)
+                break
+            except MemoryError as problem:
+                if self.on_error == "stop":
+                    raise
+                largest = max(sizes, key=lambda place: sizes[place][1])
+                why = "" if len(sizes) == 1 else "the largest of its block: "
+                problems[largest] = f"{self._name(block.start + largest)}: {why}{problem}"
+                del sizes[largest]
+        if len(sizes) == len(read.places):
+            return read
+        if not sizes:
+            return Read(None, [], problems)
+        earlier = {place: times for place, times in read.earlier.items() if place in sizes}
+        rest = self.read_quietly(block.only([*sizes]))
+        return Read(rest.reading, [*sizes], problems, earlier)
+
+    def check_memory(self, start: int, sizes: Mapping[int, tuple[int, int]]) -> None:
+        """Refuse texts that do not fit in memory together.
+
+        `sizes` are the tokens of each one's prompt and of all of it, by its place after `start`.
+        """
+        first, last = min(sizes) + start, max(sizes) + start
+        named = self._name(first) if first == last else f"texts {first} to {last}"
+        prompts, totals = ([size[n] for size in sizes.values()] for n in (0, 1))
+        check_memory(self.blocks, self.raw, self.options, prompts, totals, named)
+
+    def lengths(self, reading: Reading) -> tuple[list[int], list[int]]:
+        """Tokens of each prompt, and of each text with its continuation."""
+        return lengths_of(reading, self.options)
+
+    def bytes_while_recording(self, prompts: list[int], totals: list[int]) -> int:
+        """Memory in use while texts with so many tokens are recorded."""
+        return needed_bytes(self.blocks, self.raw, self.options, prompts, totals)
+
     def bytes_of(self, reading: Reading) -> int:
         """Memory that the recording of texts takes."""
-        fed = max(0, self.options.wanted.max_new_tokens - 1)
-        totals = [length + fed for length in reading.lengths]
-        return recording_bytes(self.blocks, self.raw, self.options, reading.prompts, totals)
+        return recording_bytes(self.blocks, self.raw, self.options, *self.lengths(reading))
 
     def _recorded(
         self, block: Block, reading: Reading, bar: tqdm, earlier: Mapping[int, int]
@@ -210,12 +257,25 @@ class BlockReader(NamedTuple):
             "hook": fingerprints.hooks(self.model),
             "config": _config(self.model),
             "tokenizer": _vocabulary(self.tokenizer),
+            "chat": self._chat(),
             "layers": [block.layer for block in self.blocks],
             "relative": [block.layer for block in self.raw],
             "ranks": bool(options.ranks),
             "batch_size": int(options.batch_size),
             "prompt_tokens": int(counts) if isinstance(counts, int | np.integer) else None,
         }
+
+    def _chat(self) -> str:
+        """A conversation as the template writes it now; empty where texts are none.
+
+        A template may write today's date.
+        """
+        if self.form != CHATS:
+            return ""
+        try:
+            return tokenize_chats(self.model, [_CHAT], self.tokenizer)[0].texts[0]
+        except ValueError:  # some templates want other roles
+            return ""
 
     def attributes(self, special_tokens: str) -> dict[str, Any]:
         """Attributes of the recording."""
@@ -233,7 +293,7 @@ class BlockReader(NamedTuple):
 
 
 @contextmanager
-def _renamed(names: list[str]) -> Iterator[None]:
+def renamed(names: list[str]) -> Iterator[None]:
     """Let errors and warnings have these names of texts in the place of their numbers."""
 
     def name(found: re.Match[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +79,10 @@ class Collector:
             self.arrays["l1"][here] = l1.masked_fill(~real, torch.nan)
             _check_energy(self.batch.moments[block].energy, norm, self.batch, block)
             for name, value in self.batch.moments[block].state_dict().items():
-                self.arrays[name][rows, number, :, : value.shape[-1]] = value.cpu()
+                windows = self.batch.own[None, :].numpy()
+                place = (np.array(rows)[:, None], number, windows, slice(value.shape[-1]))
+                self.arrays[name][place] = value.cpu()
+        del self.batch  # before the next one is made
 
     def _keep_relative(self, block: FeedForward, z: Tensor, norm: Tensor) -> None:
         r = z.float().abs() / norm.masked_fill(norm == 0, 1)[..., None]
@@ -94,7 +98,9 @@ class _Batch:
     """Sums over one batch of sequences, on each block's own device.
 
     Everything is allocated before the first pass: these small tensors, allocated one by one
-    between the large ones that a pass frees again, would keep that memory from being reused.
+    between the large ones that a pass frees again, would keep that memory from being reused. There
+    are sums for the windows that these sequences have, which may be far fewer than the longest of
+    all texts has.
     """
 
     blocks: list[FeedForward]
@@ -106,13 +112,16 @@ class _Batch:
     windows: Windows = field(init=False)
 
     def __post_init__(self) -> None:
-        self.real = self.layout.window[self.rows] >= 0
-        self.real = self.real[:, : int(self.real.sum(1).max())]
+        window = self.layout.window[self.rows]
+        window = window[:, : int((window >= 0).sum(1).max())]
+        self.real = window >= 0
+        self.own = window[self.real].unique()  # numbers of the windows, ascending
+        self.window = torch.searchsorted(self.own, window.contiguous()).masked_fill(~self.real, -1)
         self.calls = dict.fromkeys(self.blocks, 0)
         self.moments = {
             block: Moments.zeros(
                 len(self.rows),
-                len(self.layout.phase),
+                len(self.own),
                 block.d_ff,
                 ranks=self.ranks,
                 experts=block.experts if block.kind == "experts" else None,
@@ -127,7 +136,7 @@ class _Batch:
 
     def expect(self, tokens: slice) -> None:
         self.tokens = tokens
-        self.windows = Windows.of(self.layout.window[self.rows, tokens])
+        self.windows = Windows.of(self.window[:, tokens])
         self.passes += 1
 
     def in_rows(self, block: FeedForward, z: Tensor | Routed) -> Tensor | Routed:
@@ -166,9 +175,8 @@ def _check_energy(energy: Tensor, norm: Tensor, batch: _Batch, block: FeedForwar
     A relative activation has length 1, so that each token counts as one; one whose activations are
     all zero does not count. Other sums mean that passes were mixed up.
     """
-    window = batch.layout.window[batch.rows][:, : norm.shape[1]]
     counts = torch.zeros(energy.shape[:2], dtype=torch.float64, device="cpu")
-    counts.scatter_add_(1, window.clamp_min(0), ((norm > 0) & batch.real).double())
+    counts.scatter_add_(1, batch.window.clamp_min(0), ((norm > 0) & batch.real).double())
     sums = energy.sum(dim=-1, dtype=torch.float64).cpu()
     if bool(((sums - counts).abs() > 1e-2 * counts).any()):
         raise RuntimeError(

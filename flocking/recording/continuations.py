@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from flocking.models import (
     continued,
     continued_inputs,
     conversations,
+    held,
     tokenize,
     tokenize_chats,
     traits,
@@ -111,8 +112,7 @@ def given_texts(
     TypeError, ValueError
         If texts or continuations cannot be read, do not match, or a prompt leaves nothing after it.
     """
-    if isinstance(text, Iterator) and not hasattr(text, "read"):  # (a file is refused as one)
-        text = list(text)
+    text = held(text)
     chats = conversations(text)
     if chats is not None:
         reading = Reading(*tokenize_chats(model, chats, tokenizer))

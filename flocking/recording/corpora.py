@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from flocking.models import refuse_container
+from flocking.models import is_lasting, refuse_container
 from flocking.recording.arguments import whole_number
 from flocking.recording.continuations import Wanted
 
@@ -98,22 +98,23 @@ class Corpus:
         if num_texts is not None:
             whole_number("num_texts", num_texts, 1)
             num_texts = int(num_texts)  # (numpy's cannot be written into a store)
-        self._texts, self.wanted = _several(text), wanted
-        if isinstance(wanted.continuation, Iterable) and not _is_scalar(wanted.continuation):
-            self.wanted = wanted._replace(continuation=_several(wanted.continuation))
-        self.is_lasting = isinstance(self._texts, Sized) and all(
-            isinstance(each, Sized | None) for each in self._aside.values()
-        )
-        self.number = len(self._texts) if isinstance(self._texts, Sized) else num_texts
+        self._texts, found = _several(text)
+        self.wanted = wanted
+        counts = {n: _length(values) for n, values in self._aside.items()}
+        if "continuation" in counts:
+            several, counts["continuation"] = _several(wanted.continuation)
+            self.wanted = wanted._replace(continuation=several)
+        self.is_lasting = all(map(is_lasting, (self._texts, *self._aside.values())))
+        self.number = num_texts if found is None else found
         if num_texts not in (None, self.number):
             raise ValueError(
                 f"num_texts={num_texts}, and text has {self.number} texts: leave num_texts out."
             )
-        for name, values in self._aside.items():
-            if isinstance(values, Sized) and self.number not in (None, len(values)):
+        for name, count in counts.items():
+            if count is not None and self.number not in (None, count):
                 raise ValueError(
-                    f"{name} has {len(values)} entries, and text has {self.number} texts: give one "
-                    "for each."
+                    f"{name} has {count} entries, and text has {self.number} texts: give one for "
+                    "each."
                 )
 
     @property
@@ -222,18 +223,31 @@ def _rewound(values: Iterable[Any]) -> Iterable[Any]:
     return _Rewound(values) if isinstance(values, Iterator) else values
 
 
-def _several(text: Any) -> Iterable[Any]:
-    """Texts or continuations, of one or several."""
+def _several(text: Any) -> tuple[Iterable[Any], int | None]:
+    """Texts or continuations, of one or several, and how many there are, if that is known.
+
+    What may not be gone through again is an iterator afterwards, which nothing was taken from.
+    """
     if isinstance(text, str):
-        return [text]
-    if isinstance(text, Iterator):
+        return [text], 1
+    number = _length(text)
+    if is_lasting(text):
+        first = next(iter(text), _END)
+    else:
+        text = iter(text)
         first = next(text, _END)
         text = itertools.chain([] if first is _END else [first], text)
-    else:
-        first = next(iter(text), _END)
     if _is_token(first) or (isinstance(first, Mapping) and "role" in first):
-        return [list(text)]  # one text, or one conversation
-    return text
+        return [list(text)], 1  # one text, or one conversation
+    return text, number
+
+
+def _length(values: Any) -> int | None:
+    """How many values there are; None if they do not know it."""
+    try:
+        return len(values)
+    except TypeError:  # also of a progress bar around what has none
+        return None
 
 
 def _is_scalar(values: Any) -> bool:

@@ -126,7 +126,7 @@ ATTRIBUTES = (
     "torch_version",
 )
 # What neither older recordings tell of, nor what a store asked for that was begun before.
-NOT_TOLD = frozenset({"adapter", "autocast", "structure", "hook"})
+NOT_TOLD = frozenset({"adapter", "autocast", "structure", "hook", "chat"})
 
 
 # --------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ _SINGLE = ("sequence", "layer", "window", "relative_layer")  # dimensions of whi
 _ALWAYS = ("window", "phase", "d_ff")  # what every measure needs
 _LARGE = ("neuron", "routed_expert")  # dimensions of arrays that may stay on disk
 _TEXTS = ("text", "token_text")  # so may these, which no measure reads
+_BY_TOKEN = ("token_id", "token_window")  # and these, which grow with each text, if none asks
 _TOKENS = 2**20  # that are looked at together
 # Whole numbers that are checked wherever a recording has them.
 _WHOLE = (
@@ -59,7 +60,8 @@ class Canonical(NamedTuple):
     ----------
     recording : xarray.Dataset
         The variables that were asked for and ``tokens``, all coordinates; windows and neurons in
-        ascending order. What has no neurons is in memory.
+        ascending order. What has no neurons is in memory, but for what there is of each token and
+        was not asked for.
     single : tuple of str
         Dimensions of size 1 that the user's recording has as scalars.
     """
@@ -130,10 +132,13 @@ def require(recording: object, *names: str, phase: str | None = None) -> xr.Data
     return cast(xr.Dataset, recording)
 
 
-def canonical(recording: object, *names: str, some_layers: bool = False) -> Canonical:
+def canonical(
+    recording: object, *names: str, some_layers: bool = False, in_chunks: bool = False
+) -> Canonical:
     """The canonical form of a recording; see :func:`require` for the arguments and errors.
 
-    With `some_layers`, ``relative`` may be of some layers only, and is left as it is.
+    With `some_layers`, ``relative`` may be of some layers only, and is left as it is. With
+    `in_chunks`, all that is in chunks stays there, also what there is of each token.
     """
     if not isinstance(recording, xr.Dataset) or "phase" not in recording.variables:
         without = f" without 'phase': {_REMEDY}" if isinstance(recording, xr.Dataset) else ""
@@ -148,7 +153,7 @@ def canonical(recording: object, *names: str, some_layers: bool = False) -> Cano
     if "token" in recording.coords and "token" not in recording.dims:
         raise ValueError(_of_tokens("it has one token only"))
     single = tuple(d for d in _SINGLE if d in recording.coords and d not in recording.dims)
-    data = whole_neurons(_shaped(recording, needed, single))
+    data = whole_neurons(_shaped(recording, needed, single, in_chunks))
     _check_values(data)
     labels = data.window.values
     if len(np.unique(labels)) < len(labels):
@@ -197,7 +202,9 @@ def _check_presence(recording: xr.Dataset, names: Iterable[str]) -> None:
         )
 
 
-def _shaped(recording: xr.Dataset, needed: list[str], single: tuple[str, ...]) -> xr.Dataset:
+def _shaped(
+    recording: xr.Dataset, needed: list[str], single: tuple[str, ...], in_chunks: bool
+) -> xr.Dataset:
     """What is needed and all coordinates, with the schema's dimensions."""
     wanted = {*needed, *_WHOLE}
     data = recording.drop_vars([name for name in recording.data_vars if name not in wanted])
@@ -209,11 +216,14 @@ def _shaped(recording: xr.Dataset, needed: list[str], single: tuple[str, ...]) -
         dims = field.dims
         if name == "relative" and "relative_layer" in data.coords:
             dims = tuple("relative_layer" if dim == "layer" else dim for dim in dims)
-        if _fits(data.variables[name], dims, single):
-            stays = bool({*dims} & {*_LARGE}) or name in _TEXTS or name == "token_window"
-            shaped[name] = _with_dimensions(data.variables[name], dims, stays)
+        variable = data.variables[name]
+        if _fits(variable, dims, single):
+            stays = bool({*dims} & {*_LARGE}) or name in _TEXTS
+            stays |= name in _BY_TOKEN and (name not in needed or name == "token_window")
+            stays |= in_chunks and variable.chunks is not None
+            shaped[name] = _with_dimensions(variable, dims, stays)
         elif name in wanted:
-            raise ValueError(_of_dimensions(name, data.variables[name].dims, dims))
+            raise ValueError(_of_dimensions(name, variable.dims, dims))
         else:
             unfit.append(name)
     data = data.drop_vars([*shaped, *unfit])
@@ -301,12 +311,11 @@ def _check_missing(data: xr.Dataset, needed: Iterable[str]) -> None:
     """Values at all tokens of a window, in whatever is needed of each token."""
     if "token_window" not in data.coords:
         return
-    inside = data.token_window >= 0
     for name in needed:
         dims = _FIELDS[name].dims
         if "token" not in dims or set(dims) & set(_LARGE):
             continue
-        missing = data[name].isnull() & inside
+        missing = data[name].isnull() & (data.token_window >= 0)
         if bool(missing.any()):
             raise ValueError(f"{name!r} has no value at some tokens, {_as_after_where()}.")
 

@@ -154,33 +154,79 @@ def recording_bytes(
     return size_in_bytes(variables_of(blocks, raw, options.ranks), sizes)
 
 
-def check_memory(
-    given: Reading,
+def lengths_of(given: Reading, options: Options) -> tuple[list[int], list[int]]:
+    """Tokens of each prompt, and of each text when what is to be generated has been added."""
+    fed = max(0, options.wanted.max_new_tokens - 1)
+    return given.prompts, [length + fed for length in given.lengths]
+
+
+def needed_bytes(
     blocks: list[FeedForward],
     raw: list[FeedForward],
     options: Options,
+    prompts: list[int],
+    totals: list[int],
+) -> int:
+    """Memory that is in use while such texts are recorded, besides the model's own.
+
+    Beside the recording there are the sums of one batch, where the model computes on the CPU.
+    """
+    here = [block for block in blocks if block.device.type == "cpu"]
+    batch = _longest(totals, options.batch_size) if here else []
+    of_batch = [prompts[row] for row in batch], [totals[row] for row in batch]
+    sums = recording_bytes(here, [], options, *of_batch) if here else 0
+    return recording_bytes(blocks, raw, options, prompts, totals) + sums
+
+
+def _longest(totals: list[int], count: int) -> list[int]:
+    return sorted(range(len(totals)), key=totals.__getitem__)[-count:]
+
+
+def check_memory(
+    blocks: list[FeedForward],
+    raw: list[FeedForward],
+    options: Options,
+    prompts: list[int],
+    totals: list[int],
+    block: str = "",
 ) -> None:
-    """Refuse a recording that would not fit in memory."""
-    totals = [length + max(0, options.wanted.max_new_tokens - 1) for length in given.lengths]
+    """Refuse a recording that would not fit in memory.
 
-    def size(window: int | None) -> int:
-        wide = options._replace(window=window)
-        return recording_bytes(blocks, raw, wide, given.prompts, totals)
+    Parameters
+    ----------
+    blocks, raw : list of FeedForward
+    options : Options
+    prompts, totals : list of int
+        Tokens of the texts, as :func:`lengths_of` gives them.
+    block : str
+        If the texts are one block of more, their names. Smaller batches make smaller blocks then.
+    """
 
-    window = options.window
+    def size(batch_size: int, window: int | None) -> int:
+        other = batch_size != options.batch_size
+        rows = _longest(totals, batch_size if block and other else len(totals))
+        of = [prompts[row] for row in rows], [totals[row] for row in rows]
+        asked = options._replace(batch_size=batch_size, window=window)
+        return needed_bytes(blocks, raw, asked, *of)
+
+    now = options.batch_size, options.window
     room = int(usable_memory().available * _SHARE_OF_MEMORY)
-    if size(window) > room:
-        wider = [2**power for power in range(6, 32) if size(2**power) <= room]
-        if wider:
-            remedy = f"window={wider[0]} would fit ({readable(size(wider[0]))})"
-        elif size(None) <= room:
-            remedy = f"window=None would fit ({readable(size(None))})"
-        else:
-            remedy = "no window would fit: record fewer texts or layers at a time"
-        raise MemoryError(
-            f"The recording would take {readable(size(window))} of memory and "
-            f"{readable(room)} may be used: {remedy}."
-        )
+    if size(*now) <= room:
+        return
+    powers = [2**power for power in range(32)]
+    fewer = [(count, options.window) for count in reversed(powers) if count < options.batch_size]
+    wider = [(options.batch_size, window) for window in [*powers[6:], None]]
+    fitting = next((each for each in [*fewer, *wider, (1, None)] if size(*each) <= room), now)
+    named = [f"batch_size={fitting[0]}"] * (fitting[0] != now[0])
+    named += [f"window={fitting[1]}"] * (fitting[1] != now[1])
+    remedy = f"{' and '.join(named)} would fit ({readable(size(*fitting))})"
+    if not named:
+        remedy = "no window would fit: record fewer texts or layers at a time"
+    what = f"The recording of {block}" if block else "The recording"
+    raise MemoryError(
+        f"{what} would take {readable(size(*now))} of memory and {readable(room)} may be used: "
+        f"{remedy}."
+    )
 
 
 def readable(size: float) -> str:

@@ -391,7 +391,18 @@ class GrowingStore:
             How many there are.
         generation : str
             Attribute of the recording.
+
+        Raises
+        ------
+        ValueError
+            If all of them were left out: what was wrong is wrong with all. They are tried again by
+            the same call then.
         """
+        state = self.state(slice(0, texts))
+        if not (state == DONE).any():
+            problem = next(filter(None, self._array(PROBLEM)[:1].tolist()), "")
+            self._array(RECORDED)[:] = 0
+            raise ValueError(f"no text can be recorded: {problem}")
         self._resize({"sequence": texts})
         first = self.asked["prompt_windows"]
         used, longest, any_new = 1, 1, False

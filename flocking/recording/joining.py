@@ -66,11 +66,11 @@ def concat(recordings: Iterable[xr.Dataset]) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        In memory, with a copy of the values; a single recording is given back as it is. Labels of
-        ``sequence`` are kept if all are distinct, and otherwise are 0, 1, 2, ... Coordinates of
-        your own are kept if all recordings have them. An attribute that differs, such as ``seed``
-        or ``torch_version``, becomes the list of its values. Attribute ``skipped``, where texts
-        were left out, says of which recording each was.
+        In memory, with a copy of the values, or in chunks as they are; a single recording is given
+        back as it is. Labels of ``sequence`` are kept if all are distinct, and otherwise are 0, 1,
+        2, ... Coordinates of your own are kept if all recordings have them. An attribute that
+        differs, such as ``seed`` or ``torch_version``, becomes the list of its values. Attribute
+        ``skipped``, where texts were left out, says of which recording each was.
 
     Raises
     ------
@@ -147,7 +147,7 @@ def _taken(number: int, recording: object) -> Canonical:
         wanted += [name for name in VARIABLES if name in recording]
         recording = recording.set_coords([n for n in recording.data_vars if n not in VARIABLES])
     try:
-        whole = canonical(recording, *wanted, some_layers=True)
+        whole = canonical(recording, *wanted, some_layers=True, in_chunks=True)
     except (TypeError, ValueError) as error:
         raise type(error)(f"recording {number}: {error}") from None
     data = whole.recording

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from flocking.recording.windows import Layout
 
 FEWEST, MOST = 4, 16  # batches in a block of texts
 _SHARES = 16  # blocks that a corpus has, where that is possible, for processes to share
-_BLOCK = 256 * 2**20  # bytes of a block in memory, unless one text takes more
+_BLOCK = 256 * 2**20  # bytes of a block in memory, unless one batch takes more
 _SURVEYED = 256  # texts that are counted at a time
 
 
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     new: int  # tokens of a continuation, at most
     tokens: int | None  # of all texts
     special: str
+    block: int  # texts in one
 
 
 def plan_of(corpus: Corpus, reader: BlockReader, progress: bool) -> Plan:
@@ -41,9 +43,8 @@ def plan_of(corpus: Corpus, reader: BlockReader, progress: bool) -> Plan:
 
 
 def _counted(corpus: Corpus, reader: BlockReader, progress: bool) -> Plan:
-    prompts = totals = new = tokens = 0
+    prompts, totals = array("l"), array("l")  # (lists of numbers take several times as much)
     special, problem = "", ""
-    fed = max(0, reader.options.wanted.max_new_tokens - 1)
     with tqdm(
         total=corpus.number, desc="reading", unit="text", disable=not progress, leave=False
     ) as bar:
@@ -55,15 +56,30 @@ def _counted(corpus: Corpus, reader: BlockReader, progress: bool) -> Plan:
                 continue
             refuse_mixture(special, read.reading.whole.special, block.start)
             special = read.reading.whole.special
-            lengths = [length + fed for length in read.reading.lengths]
-            prompts = max(prompts, *read.reading.prompts)
-            totals = max(totals, *lengths)
-            rest = zip(lengths, read.reading.prompts, strict=True)
-            new = max(new, *(length - prompt for length, prompt in rest))
-            tokens += sum(lengths)
+            for known, here in zip((prompts, totals), reader.lengths(read.reading), strict=True):
+                known.extend(here)
     if not totals:
         raise ValueError(f"no text can be recorded: {problem}")
-    return Plan(corpus.number, prompts, totals, new, tokens, special)
+    new = max(total - prompt for prompt, total in zip(prompts, totals, strict=True))
+    plan = Plan(corpus.number, max(prompts), max(totals), new, sum(totals), special, 0)
+    plan = plan._replace(block=_texts_in_block(plan, reader))
+    if reader.on_error == "stop":
+        _refuse_large(plan, reader, prompts, totals)
+    return plan
+
+
+def _refuse_large(plan: Plan, reader: BlockReader, prompts: array[int], totals: array[int]) -> None:
+    """Raise a MemoryError if there is no memory for the largest block of texts."""
+
+    def rows(start: int) -> slice:
+        return slice(start, start + plan.block)
+
+    def size(start: int) -> int:
+        return reader.bytes_while_recording([*prompts[rows(start)]], [*totals[rows(start)]])
+
+    largest = max(range(0, len(totals), plan.block), key=size)
+    places = range(len(totals))[rows(largest)]
+    reader.check_memory(0, {place: (prompts[place], totals[place]) for place in places})
 
 
 def _at_most(corpus: Corpus, reader: BlockReader) -> Plan:
@@ -88,16 +104,13 @@ def _at_most(corpus: Corpus, reader: BlockReader) -> Plan:
     total = min(limits) + fed if options.max_tokens == min(limits) else min(limits)
     prompt = int(counts) if isinstance(counts, int | np.integer) else (total - fed)
     new = fed if wanted.max_new_tokens else total - 1 if goes_on else 0
-    return Plan(corpus.number, prompt, total, new, None, special)
+    plan = Plan(corpus.number, prompt, total, new, None, special, 0)
+    return plan._replace(block=_texts_in_block(plan, reader))
 
 
 def create(place: Location, plan: Plan, reader: BlockReader) -> None:
     """An empty store."""
     options, blocks, raw = reader.options, reader.blocks, reader.raw
-    one = bytes_of_text(plan, reader)
-    size = _batches(plan.texts, options.batch_size) * options.batch_size
-    while size > 1 and size * one > _BLOCK:
-        size //= 2
     # Sequences whose prompt, continuation and sum are the longest.
     layout = Layout.of(
         [plan.prompts, 1, max(1, plan.totals - plan.new)],
@@ -115,7 +128,7 @@ def create(place: Location, plan: Plan, reader: BlockReader) -> None:
         reader.attributes(plan.special),
         {
             "arguments": reader.arguments(),
-            "block": size,
+            "block": plan.block,
             "texts": plan.texts,
             "tokens": plan.tokens,
         },
@@ -123,15 +136,19 @@ def create(place: Location, plan: Plan, reader: BlockReader) -> None:
     )
 
 
-def _batches(texts: int | None, batch_size: int) -> int:
-    """How many batches a block has.
+def _texts_in_block(plan: Plan, reader: BlockReader) -> int:
+    """How many texts a block has: those of some batches, and of one at the least.
 
-    Texts are sorted by length inside a block: the larger it is, the less padding they have.
+    Texts are sorted by length inside a block: the larger it is, the less padding they have. The
+    smaller it is, the less is lost with a run that is killed.
     """
+    texts, batch_size = plan.texts, reader.options.batch_size
     batches = MOST
     while batches > FEWEST and texts is not None and texts < _SHARES * batches * batch_size:
         batches //= 2
-    return batches
+    while batches > 1 and batches * batch_size * bytes_of_text(plan, reader) > _BLOCK:
+        batches //= 2
+    return batches * batch_size
 
 
 def bytes_of_text(plan: Plan, reader: BlockReader) -> int:

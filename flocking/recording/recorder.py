@@ -16,6 +16,7 @@ from flocking.recording.continuations import Wanted, given_texts
 from flocking.recording.forward_passes import (
     check_memory,
     chosen_blocks,
+    lengths_of,
     recordable,
     recorded,
     refuse_unfit,
@@ -270,6 +271,6 @@ def record(
     given = given_texts(model, text, tokenizer, options.wanted, max_tokens)
     refuse_unfit(model, given, options)
     blocks, raw = chosen_blocks(model, options)
-    check_memory(given, blocks, raw, options)
+    check_memory(blocks, raw, options, *lengths_of(given, options))
     warn_of_training(model)
     return recorded(model, given, blocks, raw, options, progress)

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from flocking.artifacts import replacing
 from flocking.models import warn
+from flocking.recording.arguments import require_bool
 from flocking.recording.entrance import canonical
 from flocking.recording.growing import RECORDED
 from flocking.recording.grown import is_growing, refuse_appended, without_bookkeeping
@@ -27,11 +27,13 @@ from flocking.texts import dangling, expanded
 # Variables that every recording has, and attributes that tell its store from any other.
 _VARIABLES = ("energy", "mass", "tokens")
 _ATTRIBUTES = ("flocking_version", "architecture", "window")
-# Files of a store, in version 2 and 3 of the format: descriptions, and chunks named by numbers.
+# Files of a store, in version 2 and 3 of the format: descriptions, and chunks named by numbers; and
+# what their names end in before they are complete. (A process that is killed leaves such a file.)
 _FILES = re.compile(
     r"(\.zgroup|\.zattrs|\.zmetadata|zarr\.json)"
     r"|[^/]+/(\.zarray|\.zattrs|zarr\.json|(c/)?\d+([./]\d+)*|c)"
 )
+_PARTIAL = re.compile(r"\.([0-9a-f]{32}\.)?partial$")
 
 
 def save_recording(
@@ -74,8 +76,7 @@ def save_recording(
     """
     canonical(recording)
     place = new_store_path(path)
-    if not isinstance(overwrite, bool | np.bool_):
-        raise TypeError(f"overwrite is a {type(overwrite).__name__}: give True or False.")
+    overwrite = require_bool("overwrite", overwrite)
     refuse_unstorable(recording)
     refuse = functools.partial(refuse_store, overwrite=overwrite, remedy="overwrite=True")
     with replacing(place, check=refuse) as partial:
@@ -265,7 +266,7 @@ def not_a_recording(store: Path) -> str | None:
     if lacking:
         return f"it has no {lacking[0]}"
     for path in sorted(store.rglob("*")):
-        name = path.relative_to(store).as_posix()
+        name = _PARTIAL.sub("", path.relative_to(store).as_posix())
         first, _, rest = name.partition("/")
         known = _FILES.fullmatch(name) and (not rest or _is_array(store / first))
         if path.is_symlink() or (path.is_file() and not known):

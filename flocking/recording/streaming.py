@@ -145,11 +145,20 @@ def _refuse_other(store: GrowingStore, arguments: dict[str, Any]) -> None:
     left_out = NOT_TOLD - before.keys()
     if store.is_finished and {*now["hook"]} <= {*before.get("hook", [])}:
         left_out |= {"hook"}  # one that was there may have removed itself
+    if store.is_finished:
+        left_out |= {"chat"}  # no text is written any more
     for name in (each for each in {**now, **before} if each not in left_out):
         if before.get(name) != now.get(name):
+            told = f"({_shown(before.get(name))}; now {_shown(now.get(name))})"
+            if name == "chat":
+                raise ValueError(
+                    f"the chat template writes the same conversation otherwise than when "
+                    f"{store.place} was begun {told}, as one with today's date does: record into "
+                    "another store, or give token ids of all conversations as of one day."
+                )
             raise ValueError(
-                f"{store.place} was begun with another {name} ({_shown(before.get(name))}; now "
-                f"{_shown(now.get(name))}): give the same, or record into another store."
+                f"{store.place} was begun with another {name} {told}: give the same, or record "
+                "into another store."
             )
 
 
@@ -261,6 +270,7 @@ def _read_again(store: GrowingStore, block: Block, reader: BlockReader) -> Read:
 def _record_block(
     store: GrowingStore, block: Block, read: Read, reader: BlockReader, bar: tqdm
 ) -> None:
+    read = reader.fitting(block, read)
     if read.reading is not None:
         special = store.attributes["special_tokens"]
         refuse_mixture(special, read.reading.whole.special, block.start)

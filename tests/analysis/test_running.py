@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+import datasets
 import helpers
 import numpy as np
 import pytest
@@ -248,6 +249,40 @@ def test_mean_scores_of_texts_in_turn() -> None:
     )
 
 
+def test_texts_are_encoded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no more is held of many texts than how long they are, whole documents or not."""
+    model, tokenizer = model_of("llama"), helpers.letters("<s> $A")
+    texts = ["abc" * (1 + n % 7) for n in range(12)]
+    recording = helpers.record(model, texts, tokenizer=tokenizer, window=None, max_tokens=9)
+    expected = _updated_with(recording)
+    encoded: list[int] = []
+    inner = texts_in_turn.tokenize
+
+    def tokenize(model: tf.PreTrainedModel, text: list[str], *args: object) -> object:
+        encoded.append(len(text))
+        return inner(model, text, *args)
+
+    monkeypatch.setattr(texts_in_turn, "tokenize", tokenize)
+    monkeypatch.setattr(texts_in_turn, "SURVEYED", 5)
+    options = {"tokenizer": tokenizer, "progress": False, "max_tokens": 9, "batch_size": 3}
+    for given in (texts, np.array(texts), datasets.Dataset.from_dict({"a": texts})["a"]):
+        encoded.clear()
+        got = flocking.mean_scores(model, given, **options)
+        assert encoded == [5, 5, 2, 3, 3, 3, 3]
+        xr.testing.assert_allclose(got, expected, rtol=1e-5)
+        assert got.attrs["special_tokens"] == recording.attrs["special_tokens"] == "<s>"
+    with pytest.raises(ValueError, match=r"^text 7 is empty"):
+        flocking.mean_scores(model, [*texts[:7], ""], **options)
+    with pytest.raises(ValueError, match="text 5 comes in another form than those before it"):
+        flocking.mean_scores(model, [*texts[:5], *IDS], **options)
+
+
+def _updated_with(recording: xr.Dataset) -> xr.Dataset:
+    running = flocking.RunningScores()
+    running.update(recording)
+    return running.result()
+
+
 # --------------------------------------------------------------------------------------
 # What cannot be read
 
@@ -264,7 +299,7 @@ def test_the_text_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match=r"^text 6 has token ids from 3 to 1000000"):
         statistic("llama", bad)
     monkeypatch.setattr(texts_in_turn, "BLOCK", 4)
-    with pytest.raises(ValueError, match=r"^of the texts from number 4 on, text 2 has token ids"):
+    with pytest.raises(ValueError, match=r"^text 6 has token ids from 3 to 1000000"):
         statistic("llama", iter(bad))
 
     def broken() -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import flocking
+from flocking.artifacts import claimed
 from flocking.cli import app, options
 from flocking.cli.pruning import texts_of
 
@@ -66,6 +67,21 @@ def test_several_processes_do_not_replace_a_store_together(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "several processes cannot replace it" in told(file, "-o", out, "--overwrite")
     assert out.is_dir()
+
+
+def test_one_of_several_processes_asks_whether_the_output_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would meet the first one there, and take it for a stranger."""
+    file, out = tmp_path / "a.txt", tmp_path / "x.zarr"
+    file.write_text("A text.")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, came_to_load in (("0", False), ("1", True)):
+        monkeypatch.setenv("RANK", rank)
+        with claimed(out):
+            ended = CliRunner().invoke(app, ["record", str(file), "-o", str(out)])
+        assert ended.exit_code != 0
+        assert ("the model was loaded" in ended.output) == came_to_load, ended.output
 
 
 def test_output_that_cannot_show_a_name_does_not_end_a_command(tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
+
 import datasets
 import helpers
 import numpy as np
 import pandas as pd
 import pytest
+import streams
 import torch
 import transformers as tf
 import xarray as xr
 from helpers import letters, record, relative
+from transformers.utils import chat_template_utils
 
 import flocking
 from flocking.recording import GENERATION, forward_passes
@@ -42,6 +47,35 @@ def rows(recording: xr.Dataset) -> list[list[int]]:
     return [
         [token for token in row if token >= 0] for row in recording.token_id.to_numpy().tolist()
     ]
+
+
+def test_a_template_that_writes_the_date_is_not_mixed_with_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: tf.PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d.%m.%Y') }}" + TEMPLATE
+    path, day = tmp_path / "x.zarr", [1]
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> Clock:
+            return cls(2031, 1, day[0])
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    chats = [[{"role": "user", "content": "rook" * n}] for n in range(1, 22)]
+    with monkeypatch.context() as patch:
+        streams.ending_after(patch, 13)
+        with pytest.raises(streams.Ended):
+            streams.stream(path, chats, tokenizer=tokenizer)
+    day[0] = 2
+    said = r"writes the same conversation otherwise .*01\.01\.2031.*; now .*02\.01\.2031"
+    for kind in (list, iter):
+        with pytest.raises(ValueError, match=said):
+            streams.stream(path, kind(chats), tokenizer=tokenizer)
+    day[0] = 1
+    got = streams.stream(path, chats, tokenizer=tokenizer)
+    assert all(text.startswith("01.01.2031") for text in got.text.to_numpy())
+    day[0] = 3  # nothing is left to record, and no text is written again
+    assert streams.stream(path, chats, tokenizer=tokenizer).identical(got)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])

@@ -310,7 +310,8 @@ def test_chunked_stores_of_texts(tmp_path: Path) -> None:
         flocking.concat([flocking.open_recording(tmp_path / f"{n}.zarr", **how) for n in "ab"])
         for how in ({}, {"chunks": {}})
     )
-    assert chunked.energy.chunks is not None
+    for name in ("energy", "norm", "l1"):
+        assert chunked[name].chunks is not None, name
     xr.testing.assert_identical(chunked.load(), whole.load())
 
 

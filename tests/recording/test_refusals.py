@@ -31,6 +31,8 @@ import flocking
         (["a", [5]], {}, TypeError, "cannot be mixed"),
         ([[0.5, 1.5]], {}, TypeError, "whole-number token ids"),
         ([[5, 128]], {}, ValueError, "vocabulary ends at 127"),
+        ([5], {"ranks": [3, 4]}, TypeError, r"ranks=\[3, 4\]: give True or False"),
+        ([5], {"ranks": "no"}, TypeError, "ranks='no': give True or False"),
         ("a", {}, ValueError, "No tokenizer was found with the model"),
         ([5], {"window": 0}, ValueError, "window=0"),
         ([5], {"layers": [2]}, ValueError, r"layers=\[2\]: there are FF blocks in layers 0 to 1"),
@@ -108,7 +110,7 @@ def test_a_recording_larger_than_memory_is_refused(
     free = type("Memory", (), {"total": 2**40, "available": 400_000})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     (ids,) = helpers.random_ids(200)
-    with pytest.raises(MemoryError, match=r"would take 5\d\d\.\d kB .* window=64 would fit"):
+    with pytest.raises(MemoryError, match=r"would take 1\.0 MB .*: window=64 would fit"):
         record(llama, ids, window=1)
     assert record(llama, ids, window=64).sizes["window"] == 5
     free.available = 1000

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import helpers
 import numpy as np
@@ -15,8 +16,10 @@ import pandas as pd
 import pytest
 import xarray as xr
 import zarr
+from xarray.backends.zarr import ZarrArrayWrapper
 
 import flocking
+from flocking.recording import entrance
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,27 @@ def test_arrays_stay_on_disk_until_they_are_used(tmp_path: Path, recording: xr.D
     for path in (tmp_path / "x.zarr" / "energy").glob("[0-9]*"):
         path.unlink()  # not there from now on
     assert np.isnan(opened.energy.values).all()
+
+
+def test_opening_reads_tokens_some_at_a_time_or_not_at_all(
+    tmp_path: Path, recording: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are more of them with each text."""
+    flocking.save_recording(recording, tmp_path / "x.zarr")
+    read: dict[str, list[int]] = {}
+    inner = ZarrArrayWrapper.__getitem__
+
+    def reading(self: ZarrArrayWrapper, key: Any) -> Any:
+        found = inner(self, key)
+        read.setdefault(self._array.basename, []).append(np.size(found))
+        return found
+
+    monkeypatch.setattr(ZarrArrayWrapper, "__getitem__", reading)
+    monkeypatch.setattr(entrance, "_TOKENS", recording.sizes["token"])
+    opened = flocking.open_recording(tmp_path / "x.zarr")
+    flocking.RunningStatistic().update(opened)
+    assert not {"norm", "l1", "token_id", "token_text", "text"} & {*read}
+    assert max(read["token_window"]) == recording.sizes["token"]
 
 
 def test_an_opened_recording_is_saved_again_over_itself(
@@ -257,9 +281,28 @@ def test_a_nul_in_a_path_is_one_sentence(recording: xr.Dataset) -> None:
 
 
 def test_overwrite_is_a_bool(tmp_path: Path, recording: xr.Dataset) -> None:
-    with pytest.raises(TypeError, match="overwrite is a str: give True or False"):
+    with pytest.raises(TypeError, match="overwrite='no': give True or False"):
         flocking.save_recording(recording, tmp_path / "x.zarr", overwrite="no")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_store_that_was_killed_as_it_was_written_is_replaced(
+    tmp_path: Path, recording: xr.Dataset
+) -> None:
+    """With what zarr and the list of files had not renamed yet, and nothing else."""
+    path = tmp_path / "x.zarr"
+    flocking.save_recording(recording, path)
+    half = "0123456789abcdef" * 2
+    names = [f"energy/0.0.0.{half}.partial", f"energy/.zarray.{half}.partial"]
+    for name in [*names, f".zattrs.{half}.partial", ".zmetadata.partial"]:
+        (path / name).write_bytes(b"half")
+        flocking.save_recording(recording, path, overwrite=True)
+        assert_as_it_was(path, recording)
+    for name in ("energy/0.0.0.partial.txt", f"energy/notes.{half}.partial", "my.partial"):
+        (path / name).write_bytes(b"mine")
+        with pytest.raises(ValueError, match=r"is not a recording \(there is "):
+            flocking.save_recording(recording, path, overwrite=True)
+        (path / name).unlink()
 
 
 @pytest.mark.parametrize("inside", ["y.zarr", "energy/y.zarr", "deep/er/y.zarr"])
