@@ -149,16 +149,17 @@ def _refuse_other(store: GrowingStore, arguments: dict[str, Any]) -> None:
         left_out |= {"chat"}  # no text is written any more
     for name in (each for each in {**now, **before} if each not in left_out):
         if before.get(name) != now.get(name):
-            told = f"({_shown(before.get(name))}; now {_shown(now.get(name))})"
+            said, current = _shown(before.get(name)), _shown(now.get(name))
             if name == "chat":
                 raise ValueError(
-                    f"the chat template writes the same conversation otherwise than when "
-                    f"{store.place} was begun {told}, as one with today's date does: record into "
-                    "another store, or give token ids of all conversations as of one day."
+                    "the chat template writes the same conversation otherwise than when "
+                    f"{store.place} was begun ({said}; now {current}), as one with today's date "
+                    "does: record into another store, or give token ids of all conversations as of "
+                    "one day."
                 )
             raise ValueError(
-                f"{store.place} was begun with another {name} {told}: give the same, or record "
-                "into another store."
+                f"{store.place} was begun with another {name} ({said}; now {current}): give the "
+                "same, or record into another store."
             )
 
 
