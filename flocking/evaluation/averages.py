@@ -69,7 +69,10 @@ def over_tasks(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> 
 
 
 def _mean_of(apart: list[np.ndarray], seed: int) -> np.ndarray:
-    """Mean over tasks of their items' mean, and its bounds."""
+    """Mean over tasks of their items' mean, and its bounds; NaN if a task has one item only."""
+    estimate, fewest = float(np.mean([own.mean() for own in apart])), min(map(len, apart))
+    if fewest < 2:
+        return np.array([estimate, np.nan, np.nan])
     joined = np.concatenate(apart)
     if (joined == joined[0]).all():  # draws would be, too
         return scores.means(joined[None], 1, differences=True)[0]
@@ -78,8 +81,7 @@ def _mean_of(apart: list[np.ndarray], seed: int) -> np.ndarray:
         values[random.integers(len(values), size=(_RESAMPLES, len(values)))].mean(axis=1)
         for values in apart
     ]
-    estimate = float(np.mean([values.mean() for values in apart]))
-    low, high = bounds(estimate, np.mean(drawn, axis=0), min(map(len, apart)))
+    low, high = bounds(estimate, np.mean(drawn, axis=0), fewest)
     return np.array([estimate, low, high])
 
 

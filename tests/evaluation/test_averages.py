@@ -57,6 +57,13 @@ def test_more_tasks_make_the_interval_narrower(items: pd.DataFrame) -> None:
     assert row.difference_high - row.difference_low < one.difference_high - one.difference_low
 
 
+def test_one_item_of_a_task_has_no_interval(items: pd.DataFrame) -> None:
+    few = items[(items["task"] != "piqa") | (items["item"] == 0)]
+    row = over_tasks(few).iloc[0]
+    assert np.isfinite(row.difference)
+    assert np.isnan([row.difference_low, row.difference_high]).all()
+
+
 def test_one_task_or_none_has_no_mean(items: pd.DataFrame) -> None:
     for tasks in (["piqa", "news_16"], ["news_16"]):
         assert table_over_tasks(over_tasks(items[items["task"].isin(tasks)])) == ""
