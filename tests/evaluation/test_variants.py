@@ -249,7 +249,7 @@ def test_what_is_not_a_number_is_told_of_before_it_is_kept(
         return [rows[0], [{**row, "value": float("nan")} for row in rows[1]]]
 
     monkeypatch.setattr(runner, "ask", ask)
-    with pytest.raises(ValueError, match=r"is not a number for .* under topk@0.5, as"):
+    with pytest.raises(ValueError, match=r"or not a number for .* under topk@0.5, as"):
         runner.evaluate(*small, plan, cells=cells, say=str)
     (file,) = tmp_path.rglob("*.json.gz")
     found = json.loads(gzip.decompress(file.read_bytes()))["cells"]
