@@ -8,7 +8,7 @@ import pandas as pd
 from flocking.analysis import bounds
 from flocking.evaluation import scores
 from flocking.evaluation.naming import label
-from flocking.evaluation.summary import by_item, parts_of, said
+from flocking.evaluation.summary import by_item, markdown, parts_of, said
 
 _RESAMPLES = 2000
 
@@ -91,7 +91,7 @@ def table_over_tasks(rows: pd.DataFrame) -> str:
         return ""
     variants = list(rows["variant"].unique())
     names = ["mean of", "tasks", "items", *variants]
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    lines = []
     for (metric, tasks), part in parts_of(rows, ["metric", "tasks"]):
         by_variant = dict(part.set_index("variant").iterrows())
         cells = [metric, tasks, str(part["items"].iloc[0])]
@@ -99,5 +99,5 @@ def table_over_tasks(rows: pd.DataFrame) -> str:
             own = by_variant.get(variant)
             shown = ["difference", "difference_low", "difference_high"]
             cells.append("" if own is None else said(own[shown], 100, sign=True))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(names, lines) + "\n"

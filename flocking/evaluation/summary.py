@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -307,7 +307,7 @@ def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
     variants = [name for name in rows["variant"].unique() if name != base]
     first = [] if base is None else ["chance", base]
     names = ["task", "items", *first, *variants]
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    lines = []
     for (task, protocol, metric), part in parts_of(rows, _BY):
         by_variant = dict(part.set_index("variant").iterrows())
         scale = scale_of(metric, part)
@@ -324,8 +324,16 @@ def table(rows: pd.DataFrame, *, base: str | None = "full") -> str:
                 continue
             own = by_variant[variant]
             cells.append(said(own[_DIFFERENCES], scale, sign=True) + _mark(own))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(names, lines) + "\n"
+
+
+def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, of a head and lines of cells."""
+    names = list(head)
+    rows = [names, ["---"] * len(names), *map(list, lines)]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
 def table_above_chance(rows: pd.DataFrame) -> str:
@@ -346,7 +354,7 @@ def table_above_chance(rows: pd.DataFrame) -> str:
     """
     variants = list(rows["variant"].unique())
     names = ["task", "items", *variants]
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    lines = []
     for (task, _, metric), part in parts_of(rows, _BY):
         if not own_chance(part):
             continue
@@ -356,8 +364,8 @@ def table_above_chance(rows: pd.DataFrame) -> str:
         for variant in variants:
             own = by_variant.get(variant)
             cells.append("" if own is None else said(own[_ABOVE], scale, sign=True) + _mark(own))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+        lines.append(cells)
+    return markdown(names, lines) + "\n" if lines else ""
 
 
 def own_chance(part: pd.DataFrame) -> bool:

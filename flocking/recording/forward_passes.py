@@ -171,11 +171,12 @@ def needed_bytes(
 
     Beside the recording there are the sums of one batch, where the model computes on the CPU.
     """
-    here = [block for block in blocks if block.device.type == "cpu"]
-    batch = _longest(totals, options.batch_size) if here else []
-    of_batch = [prompts[row] for row in batch], [totals[row] for row in batch]
-    sums = recording_bytes(here, [], options, *of_batch) if here else 0
-    return recording_bytes(blocks, raw, options, prompts, totals) + sums
+    needed = recording_bytes(blocks, raw, options, prompts, totals)
+    if here := [block for block in blocks if block.device.type == "cpu"]:
+        batch = _longest(totals, options.batch_size)
+        of_batch = [prompts[row] for row in batch], [totals[row] for row in batch]
+        needed += recording_bytes(here, [], options, *of_batch)
+    return needed
 
 
 def _longest(totals: list[int], count: int) -> list[int]:

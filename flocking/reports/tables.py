@@ -6,7 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import pandas as pd
 
-from flocking.evaluation.summary import chance_in_words, label, parts_of, said, scale_of
+from flocking.evaluation.summary import (
+    chance_in_words,
+    label,
+    markdown,
+    parts_of,
+    said,
+    scale_of,
+)
 from flocking.reports.choosing import densities_of, of_pairs
 from flocking.reports.comparison import DIFFERENCES, MEANS, missing
 from flocking.reports.contrasts import INTERVAL
@@ -77,7 +84,7 @@ def _models(outputs: Outputs) -> str:
         ]
         lines.append(shown)
     head = ["model", "parameters", "in FF blocks", "tasks", "figures"]
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def _differences(outputs: Outputs, rows: pd.DataFrame) -> list[str]:
@@ -120,7 +127,7 @@ def _by_method(rows: pd.DataFrame, outputs: Outputs) -> str:
             names = MEANS if own is None or pd.isna(own["difference"]) else DIFFERENCES
             cells.append("" if own is None else _cell(own, names, scale))
         lines.append(cells)
-    return _markdown(["measured", "model", "items", "chance", "full", *methods], lines)
+    return markdown(["measured", "model", "items", "chance", "full", *methods], lines)
 
 
 _CONTRASTS = {
@@ -170,7 +177,7 @@ def _pairs(contrasts: pd.DataFrame, column: str, rows: pd.DataFrame) -> str:
             own = by_method.get(method)
             cells.append("" if own is None else said(own[INTERVAL], scale, sign=True))
         lines.append(cells)
-    return _markdown(["measured", *by[3:], "items", *methods], lines)
+    return markdown(["measured", *by[3:], "items", *methods], lines)
 
 
 def _measured(task: str, protocol: str, metric: str) -> str:
@@ -193,7 +200,7 @@ def _by_weights(rows: pd.DataFrame, outputs: Outputs) -> str:
             *(_cell(by_method[name], MEANS, 1) for name in _WEIGHTS if name in by_method),
         ]
         lines.append(cells)
-    return _markdown(["score", "model", "texts", "chance", "model's", "random weights"], lines)
+    return markdown(["score", "model", "texts", "chance", "model's", "random weights"], lines)
 
 
 def _in_order(
@@ -215,16 +222,6 @@ def _cell(row: pd.Series, names: list[str], scale: float | None) -> str:
         alone = row[[names[0]] * 3]
         return said(alone, scale, sign=False).partition(" [")[0] + mark
     return said(row[names], scale, sign=names is DIFFERENCES) + mark
-
-
-def _markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    names = list(head)
-    rows = [names, ["---"] * len(names), *map(list, lines)]
-    return "\n".join(f"| {' | '.join(_literal(cell) for cell in row)} |" for row in rows)
-
-
-def _literal(cell: str) -> str:
-    return cell.replace("|", "\\|")
 
 
 def older_code(rows: pd.DataFrame) -> list[str]:

@@ -7,6 +7,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -351,15 +352,17 @@ def test_a_twin_may_leave_the_full_weights_in_host_memory(
         assert torch.equal(p, values)
 
 
+def stream_of(twin: tf.PreTrainedModel) -> Any:
+    """What brings the blocks of a twin's full model to the device."""
+    modules = full_model(twin).modules()
+    return next(module._hf_hook.stream for module in modules if hasattr(module, "_hf_hook"))
+
+
 def test_two_blocks_weights_are_on_the_device_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies, as if the device were another one: brought once to read a prompt, once to select."""
     model = build("llama", num_hidden_layers=5)
     twin = flocking.griffin(model, offload="cpu", method="magnitude")
-    stream = next(
-        module._hf_hook.stream
-        for module in full_model(twin).modules()
-        if hasattr(module, "_hf_hook")
-    )
+    stream = stream_of(twin)
     brought: list[int] = []
     bring = stream._bring
 
@@ -401,11 +404,7 @@ def test_offloaded_blocks_are_copied_once_for_all_sequences(
 ) -> None:
     """Each sequence's neurons are taken from the same copy of a block."""
     twin = flocking.griffin(build("llama"), offload="cpu", scope="sequence")
-    stream = next(
-        module._hf_hook.stream
-        for module in full_model(twin).modules()
-        if hasattr(module, "_hf_hook")
-    )
+    stream = stream_of(twin)
     brought: list[int] = []
     bring = stream._bring
     monkeypatch.setattr(stream, "_bring", lambda place: (brought.append(place), bring(place)))
