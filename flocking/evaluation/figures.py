@@ -148,7 +148,7 @@ def quality_by_batch(data: pd.DataFrame, figure: Figure) -> None:
 
 def _ticks(ax: Axes, x: object, y: np.ndarray) -> None:
     """Chance of each method, where these differ: a short line across the method's bar."""
-    ax.plot(x, y, **CHANCE | {"ls": "none"}, marker="_", ms=5, label="chance")
+    ax.plot(x, y, **CHANCE | {"ls": "none"}, marker="_", ms=5, label="each method's chance")
 
 
 def _beside(pruned: pd.DataFrame) -> pd.DataFrame:
