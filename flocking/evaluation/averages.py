@@ -7,8 +7,7 @@ import pandas as pd
 
 from flocking.analysis import bounds
 from flocking.evaluation import scores
-from flocking.evaluation.naming import label
-from flocking.evaluation.summary import by_item, markdown, parts_of, said
+from flocking.evaluation.summary import by_item, markdown, parts_of, said, with_variants
 
 _RESAMPLES = 2000
 
@@ -36,9 +35,14 @@ def over_tasks(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> 
         A row for each metric (``acc``, ``acc_norm``) that two or more tasks have, and each variant
         that all of these were asked with: ``metric``, ``tasks``, ``variant``, ``items``;
         ``difference``, ``difference_low``, ``difference_high``. Empty if there is none.
+
+    Raises
+    ------
+    ValueError
+        If there is no such variant.
     """
-    choices = items[items["metric"].str.startswith("acc")]
-    named = choices.assign(variant=list(map(label, choices["method"], choices["density"])))
+    named = with_variants(items, against)
+    named = named[named["metric"].str.startswith("acc")]
     rows = []
     for (metric,), part in parts_of(named, ["metric"]):
         by_task = {task: by_item(own, (task,))[0] for (task,), own in parts_of(part, ["task"])}

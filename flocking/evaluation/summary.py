@@ -53,13 +53,7 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
         If there is no such variant, or it was not asked the same items.
     """
     rows = []
-    named = items.assign(
-        variant=list(map(label, items["method"], items["density"])),
-        older=items.get("older", ""),
-    )
-    if against not in set(named["variant"]):
-        known = ", ".join(named["variant"].unique())
-        raise ValueError(f"there is no variant {against!r}: choose from {known}.")
+    named = with_variants(items, against).assign(older=items.get("older", ""))
     for group, part in parts_of(named, _BY):
         if against not in set(part["variant"]):  # not all are asked of every task
             continue
@@ -88,6 +82,21 @@ def summarise(items: pd.DataFrame, *, against: str = "full", seed: int = 0) -> p
                 }
             )
     return pd.DataFrame(rows)
+
+
+def with_variants(items: pd.DataFrame, against: str) -> pd.DataFrame:
+    """Items with a column ``variant``, such as "topk@0.5".
+
+    Raises
+    ------
+    ValueError
+        If none is of the variant `against`.
+    """
+    named = items.assign(variant=list(map(label, items["method"], items["density"])))
+    if against not in set(named["variant"]):
+        known = ", ".join(named["variant"].unique())
+        raise ValueError(f"there is no variant {against!r}: choose from {known}.")
+    return named
 
 
 def by_item(part: pd.DataFrame, group: tuple[str, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -64,6 +64,11 @@ def test_one_item_of_a_task_has_no_interval(items: pd.DataFrame) -> None:
     assert np.isnan([row.difference_low, row.difference_high]).all()
 
 
+def test_a_variant_that_is_not_there_is_refused(items: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match=r"no variant 'best': choose from full, topk@0\.5"):
+        over_tasks(items, against="best")
+
+
 def test_one_task_or_none_has_no_mean(items: pd.DataFrame) -> None:
     for tasks in (["piqa", "news_16"], ["news_16"]):
         assert table_over_tasks(over_tasks(items[items["task"].isin(tasks)])) == ""
